@@ -1,0 +1,387 @@
+"""The whole model: MosaicBERT, and the BERT it is compared with.
+
+MosaicBERT (Portes et al. 2023, arXiv 2312.17482) is BERT with four changes that make it cheaper to train:
+- no position embeddings: a penalty on distance in the attention scores instead (ALiBi), so that sequences of any
+  length work;
+- FlashAttention: the scores never leave the chip;
+- a gated linear unit (GeGLU) as feed-forward;
+- no padding: a micro-batch is one flat stream of tokens, and `cu_seqlens` says where its sequences start.
+
+Shapes
+    B, T            sequences in a micro-batch; padded length (the BERT baseline alone pads)
+    H, D, C         heads, head size, hidden size C = H * D
+    F, V            feed-forward width; vocabulary, padded for MosaicBERT
+    total_tokens    tokens in the micro-batch, filling included
+    cu_seqlens      (B + 1,) int32: start of each sequence; the last entry is where the last one ends
+    max_seqlen      int: no sequence is longer
+    rows            (num_rows,) int64: the tokens whose output is wanted; None for all
+
+Names and shapes in the state dicts are those of the published weights: of mosaicml/mosaic-bert-base for MosaicBERT,
+of transformers' BertForMaskedLM for the baseline. Attributes follow them, hence `layer.attention.output.dense`.
+
+Read next: data.py
+"""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import checkpoint
+import kernels
+from config import UserError
+
+LAYER_NORM_EPS = 1e-12  # both models, everywhere
+INIT_STD = 0.02
+VOCAB_MULTIPLE = 64  # whole tiles for the matrix units: 30,522 entries become 30,528 = 477 * 64
+MAX_POSITIONS = 512  # of the BERT baseline; MosaicBERT has no limit
+NUM_TOKEN_TYPES = 2
+
+
+@dataclass
+class ModelConfig:
+    # Model
+    model: Literal["mosaicbert", "bert"] = "mosaicbert"  # architecture
+    hidden_size: int = 768  # width of the residual stream
+    num_layers: int = 12  # transformer blocks
+    num_heads: int = 12  # attention heads; must divide hidden_size
+    intermediate_size: int = 3072  # width of the feed-forward layer, of each half of a GeGLU
+    hidden_dropout: float = 0.1  # after embeddings and attention, and in the feed-forward layer
+    attention_dropout: float = 0.0  # on attention weights; bert only, MosaicBERT's kernel has none
+
+    def check_model(self):
+        """Raises: UserError for sizes no model can have."""
+        for name in ("hidden_size", "num_layers", "num_heads", "intermediate_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name in ("hidden_dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)}: must be at least 0 and below 1")
+        if self.hidden_size % self.num_heads:
+            raise UserError(f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}")
+        if self.model == "mosaicbert" and self.attention_dropout > 0:
+            raise UserError(
+                f"attention_dropout={self.attention_dropout}: MosaicBERT has none (set it to 0, or use --model=bert)"
+            )
+
+
+def named(**modules):
+    """A container that only gives its modules their published names."""
+    return nn.ModuleDict(modules)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MosaicBERT
+
+
+def alibi_slopes(num_heads):
+    """How steeply each head's scores fall with distance: (H,) fp32, positive; the bias is -slope * |i - j|.
+
+    For a power of two, 2^(-8k/H) for k = 1..H. Else those of the power of two below, and then every other one of the
+    power of two above, until there are enough. Source: Press et al. 2022, arXiv 2108.12409, and its published code.
+    """
+    power = 2 ** int(math.log2(num_heads))
+    slopes = [2 ** (-8 * k / power) for k in range(1, power + 1)]
+    between = [2 ** (-8 * k / (2 * power)) for k in range(1, 2 * power + 1, 2)]
+    return torch.tensor(slopes + between[: num_heads - power])
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm(dropout(x) + residual), fused. Under autocast it works in and returns bf16, with fp32 statistics.
+
+    MosaicBERT calls that low precision LayerNorm: the residual stream stays bf16.
+    """
+
+    def __init__(self, hidden_size):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.bias = nn.Parameter(torch.zeros(hidden_size))
+
+    def forward(self, x, residual=None, dropout_prob=0.0):
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        dropout_prob = dropout_prob if self.training else 0.0
+        return kernels.dropout_add_layernorm(x, residual, self.weight, self.bias, dropout_prob, LAYER_NORM_EPS)
+
+
+class MosaicLayer(nn.Module):
+    """Self-attention and a gated feed-forward layer, each followed by residual and LayerNorm (post-LN)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        C, F_ = cfg.hidden_size, cfg.intermediate_size
+        self.num_heads, self.dropout = cfg.num_heads, cfg.hidden_dropout
+        self.attention = named(
+            self=named(Wqkv=nn.Linear(C, 3 * C)),
+            output=named(dense=nn.Linear(C, C), LayerNorm=LayerNorm(C)),
+        )
+        self.mlp = named(gated_layers=nn.Linear(C, 2 * F_, bias=False), wo=nn.Linear(F_, C), layernorm=LayerNorm(C))
+
+    def forward(self, x, cu_seqlens, max_seqlen, slopes, rows=None):
+        qkv = self.attention.self.Wqkv(x).unflatten(-1, (3, self.num_heads, -1))  # (total_tokens, 3, H, D)
+        attended = kernels.attention_qkvpacked(qkv, cu_seqlens, max_seqlen, slopes).flatten(-2)  # (total_tokens, C)
+        if rows is not None:  # in the last layer, what nobody reads need not be computed
+            attended, x = attended[rows], x[rows]  # (num_rows, C)
+        output = self.attention.output
+        x = output.LayerNorm(output.dense(attended), x, self.dropout)
+        gate, value = self.mlp.gated_layers(x).chunk(2, dim=-1)  # each (total_tokens, F)
+        gated = F.dropout(F.gelu(gate) * value, self.dropout, self.training)
+        return self.mlp.layernorm(self.mlp.wo(gated), x)  # no dropout here
+
+
+class MosaicEncoder(nn.Module):
+    """Token ids to hidden states, without padding anywhere."""
+
+    def __init__(self, cfg, vocab_size):
+        super().__init__()
+        C = cfg.hidden_size
+        self.dropout = cfg.hidden_dropout
+        self.embeddings = named(
+            word_embeddings=nn.Embedding(vocab_size, C, padding_idx=0),
+            token_type_embeddings=nn.Embedding(NUM_TOKEN_TYPES, C),
+            LayerNorm=LayerNorm(C),
+        )
+        self.encoder = named(layer=nn.ModuleList(MosaicLayer(cfg) for _ in range(cfg.num_layers)))
+        self.register_buffer("slopes", alibi_slopes(cfg.num_heads), persistent=False)
+
+    def forward(self, input_ids, cu_seqlens, max_seqlen, rows=None, token_type_ids=None):
+        """(total_tokens,) ids to (num_rows, C) hidden states. token_type_ids: like input_ids; None means all 0."""
+        embeddings = self.embeddings
+        types = embeddings.token_type_embeddings
+        x = embeddings.word_embeddings(input_ids)  # (total_tokens, C)
+        x = x + (types.weight[0] if token_type_ids is None else types(token_type_ids))
+        x = F.dropout(embeddings.LayerNorm(x), self.dropout, self.training)
+        for layer in self.encoder.layer[:-1]:
+            x = layer(x, cu_seqlens, max_seqlen, self.slopes)
+        # Differs from MosaicBERT: its last layer also keeps each [CLS] row, which no loss of pretraining reads.
+        return self.encoder.layer[-1](x, cu_seqlens, max_seqlen, self.slopes, rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The BERT baseline, as one would write it with PyTorch's own operators
+
+
+class BertLayer(nn.Module):
+    """Self-attention and a GELU feed-forward layer, each followed by dropout, residual and LayerNorm."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        C, F_ = cfg.hidden_size, cfg.intermediate_size
+        self.num_heads, self.dropout, self.attention_dropout = cfg.num_heads, cfg.hidden_dropout, cfg.attention_dropout
+        self.attention = named(
+            self=named(query=nn.Linear(C, C), key=nn.Linear(C, C), value=nn.Linear(C, C)),
+            output=named(dense=nn.Linear(C, C), LayerNorm=nn.LayerNorm(C, LAYER_NORM_EPS)),
+        )
+        self.intermediate = named(dense=nn.Linear(C, F_))
+        self.output = named(dense=nn.Linear(F_, C), LayerNorm=nn.LayerNorm(C, LAYER_NORM_EPS))
+
+    def forward(self, x, mask):
+        """x: (B, T, C). mask: (B, 1, 1, T) bool, True where a key may be attended to."""
+        weights = self.attention.self
+        q, k, v = (
+            projection(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, T, D)
+            for projection in (weights.query, weights.key, weights.value)
+        )
+        attention_dropout = self.attention_dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=attention_dropout)
+        attended = attended.transpose(1, 2).flatten(-2)  # (B, T, C)
+        output = self.attention.output
+        x = output.LayerNorm(F.dropout(output.dense(attended), self.dropout, self.training) + x)
+        hidden = self.output.dense(F.gelu(self.intermediate.dense(x)))
+        return self.output.LayerNorm(F.dropout(hidden, self.dropout, self.training) + x)
+
+
+class BertEncoder(nn.Module):
+    """Token ids to hidden states: pads once at its entry, and gives back the flat rows that are asked for."""
+
+    def __init__(self, cfg, vocab_size):
+        super().__init__()
+        C = cfg.hidden_size
+        self.dropout = cfg.hidden_dropout
+        self.embeddings = named(
+            word_embeddings=nn.Embedding(vocab_size, C, padding_idx=0),
+            position_embeddings=nn.Embedding(MAX_POSITIONS, C),
+            token_type_embeddings=nn.Embedding(NUM_TOKEN_TYPES, C),
+            LayerNorm=nn.LayerNorm(C, LAYER_NORM_EPS),
+        )
+        self.encoder = named(layer=nn.ModuleList(BertLayer(cfg) for _ in range(cfg.num_layers)))
+
+    def forward(self, input_ids, cu_seqlens, max_seqlen, rows=None, token_type_ids=None):
+        """As MosaicEncoder.forward; rows after the last sequence come back as some other row's values."""
+        if max_seqlen > MAX_POSITIONS:
+            raise ValueError(f"sequences of up to {max_seqlen} tokens, but BERT has {MAX_POSITIONS} positions")
+        total_tokens, starts, lengths = len(input_ids), cu_seqlens[:-1], cu_seqlens.diff()
+        position = torch.arange(max_seqlen, device=input_ids.device)  # (T,)
+        keep = position < lengths[:, None]  # (B, T)
+        index = (starts[:, None] + position).clamp(max=total_tokens - 1)  # (B, T): into the flat stream
+        padded_ids = input_ids[index] * keep
+
+        embeddings = self.embeddings
+        types = embeddings.token_type_embeddings
+        x = embeddings.word_embeddings(padded_ids) + embeddings.position_embeddings(position)  # (B, T, C)
+        x = x + (types.weight[0] if token_type_ids is None else types(token_type_ids[index]))
+        x = F.dropout(embeddings.LayerNorm(x), self.dropout, self.training)
+        # An empty sequence attends to its first [PAD]: a softmax over nothing would be NaN.
+        mask = (keep | (position == 0))[:, None, None, :]
+        for layer in self.encoder.layer:
+            x = layer(x, mask)
+
+        rows = torch.arange(total_tokens, device=x.device) if rows is None else rows
+        sequence = torch.bucketize(rows, cu_seqlens[1:], right=True).clamp(max=len(lengths) - 1)
+        within = (rows - starts[sequence]).clamp(max=max_seqlen - 1)
+        return x[sequence, within]  # (num_rows, C)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Heads
+
+
+class Predictions(nn.Module):
+    """Hidden states to scores over the vocabulary; the last matrix is the word embedding."""
+
+    def __init__(self, cfg, word_embeddings):
+        super().__init__()
+        V, C = word_embeddings.weight.shape
+        norm = LayerNorm(C) if cfg.model == "mosaicbert" else nn.LayerNorm(C, LAYER_NORM_EPS)
+        self.transform = named(dense=nn.Linear(C, C), LayerNorm=norm)
+        self.decoder = nn.Linear(C, V)
+        self.apply(init_weights)
+        self.decoder.weight = word_embeddings.weight
+        if cfg.model == "bert":
+            self.bias = self.decoder.bias  # transformers knows it by both names
+
+    def forward(self, hidden):
+        return self.decoder(self.transform.LayerNorm(F.gelu(self.transform.dense(hidden))))  # (num_rows, V)
+
+
+class MaskedLM(nn.Module):
+    """Either architecture with its masked-language-model head. vocab_size: of the tokenizer, without padding."""
+
+    def __init__(self, cfg, vocab_size):
+        super().__init__()
+        self.cfg, self.vocab_size = cfg, vocab_size
+        self.bert = make_encoder(cfg, vocab_size)
+        self.cls = named(predictions=Predictions(cfg, self.bert.embeddings.word_embeddings))
+
+    def masked_logits(self, input_ids, cu_seqlens, max_seqlen, masked_positions):
+        """Scores (num_rows, V) over the vocabulary, padding included, for the rows in masked_positions."""
+        return self.cls.predictions(self.bert(input_ids, cu_seqlens, max_seqlen, rows=masked_positions))
+
+    def forward(self, input_ids, cu_seqlens, max_seqlen, masked_positions, labels):
+        """Sum (not mean) of the cross-entropies of the masked tokens in nats, fp32; labels of -100 do not count."""
+        logits = self.masked_logits(input_ids, cu_seqlens, max_seqlen, masked_positions)
+        return F.cross_entropy(logits.float(), labels, reduction="sum")
+
+    @torch.no_grad()
+    def logits(self, input_ids, attention_mask):
+        """Scores for every token of a padded batch: (B, T) int64 and (B, T) 0/1 in, (B, T, vocab_size) fp32 out.
+
+        Scores of padding are 0. Tokens must be padded on the right for the BERT baseline.
+        """
+        keep = attention_mask.bool()
+        lengths = keep.sum(1)
+        cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+        rows = torch.arange(int(lengths.sum()), device=keep.device)
+        scores = self.masked_logits(input_ids[keep], cu_seqlens, int(lengths.max()), rows)
+        padded = scores.new_zeros(*input_ids.shape, self.vocab_size, dtype=torch.float32)
+        padded[keep] = scores[:, : self.vocab_size].float()
+        return padded
+
+
+class SequenceClassifier(nn.Module):
+    """Either architecture with a head on [CLS]: pooler, dropout, classifier. num_labels=1 for regression."""
+
+    def __init__(self, cfg, vocab_size, num_labels):
+        super().__init__()
+        self.cfg, self.vocab_size, self.dropout = cfg, vocab_size, cfg.hidden_dropout
+        self.bert = make_encoder(cfg, vocab_size)
+        self.bert.pooler = named(dense=nn.Linear(cfg.hidden_size, cfg.hidden_size)).apply(init_weights)
+        self.classifier = nn.Linear(cfg.hidden_size, num_labels).apply(init_weights)
+
+    def forward(self, input_ids, cu_seqlens, max_seqlen, token_type_ids=None):
+        """(B, num_labels) scores, one row a sequence; those of empty sequences mean nothing."""
+        first = cu_seqlens[:-1].long().clamp(max=len(input_ids) - 1)  # [CLS] of each sequence
+        pooled = torch.tanh(self.bert.pooler.dense(self.bert(input_ids, cu_seqlens, max_seqlen, first, token_type_ids)))
+        return self.classifier(F.dropout(pooled, self.dropout, self.training))
+
+
+def make_encoder(cfg, vocab_size):
+    if cfg.model == "bert":
+        return BertEncoder(cfg, vocab_size).apply(init_weights)
+    return MosaicEncoder(cfg, -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE).apply(init_weights)
+
+
+def init_weights(module):
+    """BERT's: matrices and embeddings N(0, 0.02), biases 0, [PAD]'s embedding 0. LayerNorms are made as (1, 0)."""
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=INIT_STD)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+    if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+        with torch.no_grad():
+            module.weight[module.padding_idx].zero_()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights in and out, and the work they do
+
+
+def weights_of(model):
+    """{name: tensor} of every parameter, tied ones once. Sorted by name, so equal weights are equal bytes in a file."""
+    return {name: parameter.detach() for name, parameter in sorted(model.named_parameters())}
+
+
+def load_weights(model, tensors, path):
+    """Copy {name: tensor} into the model: every parameter must be there, with its shape, and nothing else.
+
+    Second names of tied parameters may be there too. Raises: UserError naming `path` and what does not fit.
+    """
+    parameters = dict(model.named_parameters())
+    second_names = model.state_dict().keys() - parameters.keys()
+    missing = sorted(parameters.keys() - tensors.keys())
+    unexpected = sorted(tensors.keys() - parameters.keys() - second_names)
+    if missing or unexpected:
+        wrong = f"missing {', '.join(missing[:3])}" if missing else f"unexpected {', '.join(unexpected[:3])}"
+        raise UserError(f"{path}: {len(missing)} weights missing, {len(unexpected)} unexpected: {wrong}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if parameter.shape != tensors[name].shape:
+                shapes = f"{list(tensors[name].shape)}, expected {list(parameter.shape)}"
+                raise UserError(f"{path}: {name} has shape {shapes}")
+            parameter.copy_(tensors[name])
+
+
+def load_model(path, device="cpu"):
+    """The MaskedLM of a run directory or a step_* checkpoint directory, in eval mode.
+
+    Raises: UserError when there is no undamaged checkpoint.
+    """
+    path = checkpoint.find(path)
+    saved = checkpoint.read_config(path)
+    cfg = ModelConfig(**{field.name: saved[field.name] for field in fields(ModelConfig)})
+    model = MaskedLM(cfg, saved["vocab_size"])
+    load_weights(model, checkpoint.read_tensors(path, "model.safetensors"), path)
+    return model.to(device).eval()
+
+
+def matrix_flops(cfg, vocab_size, num_tokens, sum_squared_lengths, num_masked):
+    """Floating-point operations of the matrix products of one forward and backward pass: exact, without padding.
+
+    A product with an (m, n) matrix takes 2mn a token forward and twice that backward. num_tokens: non-padding;
+    sum_squared_lengths: over sequences, since attention takes 4C a pair of tokens; num_masked: rows through the head.
+    """
+    C, F_ = cfg.hidden_size, cfg.intermediate_size
+    head = 2 * C * C + 2 * C * vocab_size
+    attention = 4 * C * sum_squared_lengths
+    qkv = 2 * 3 * C * C
+    if cfg.model == "bert":
+        rest = 2 * C * C + 2 * 2 * C * F_
+        layers = cfg.num_layers * (attention + num_tokens * (qkv + rest))
+    else:
+        rest = 2 * C * C + 2 * 3 * C * F_
+        layers = cfg.num_layers * (attention + num_tokens * qkv)
+        layers += (cfg.num_layers - 1) * num_tokens * rest + num_masked * rest  # the last layer's subset
+    return 3 * (layers + num_masked * head)

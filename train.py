@@ -1,0 +1,721 @@
+"""Pretrain MosaicBERT, or the BERT it is compared with, on token shards.
+
+    python train.py configs/smoke.py                                  # a laptop
+    torchrun --nproc_per_node=8 train.py configs/base.py              # eight GPUs
+    python train.py configs/base.py --micro_batch_tokens=32768        # any option can be overridden
+
+The same command again goes on from the newest checkpoint in out_dir, with any number of processes.
+
+Read next: model.py
+"""
+
+import dataclasses
+import datetime
+import fcntl
+import json
+import math
+import os
+import platform
+import subprocess
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+import kernels
+from config import UserError, command, load_config
+from data import EVAL_SEED, Samples, hash64, prefetch, read_json
+from model import MAX_POSITIONS, MaskedLM, ModelConfig, load_weights, matrix_flops, weights_of
+
+EVAL_MASK_PROB = 0.15  # as BERT was trained and evaluated, whatever rate this run trains with
+CPU_MICRO_BATCH_TOKENS = 8192  # small enough for activations to stay near the caches
+TARGET_LOG_SECONDS = 10  # between log lines, with log_interval=0
+FORMAT = 1  # of out_dir/config.json
+
+# Dense bf16 matrix rate with fp32 accumulation, in FLOP/s, from NVIDIA's data sheets. The first name that the device's
+# name contains counts; an unknown GPU gets no MFU rather than a wrong one.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989.4e12,
+    "H100 PCIe": 756e12,
+    "H100": 989.4e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+}
+
+
+@dataclass
+class TrainConfig(ModelConfig):
+    # Data
+    data_dir: str = "data/c4"  # directory of token shards, made by prepare_c4.py
+    seq_length: int = 128  # tokens a sample has at most, [CLS] and [SEP] included
+    chunk: bool = False  # cut documents into as many samples as they give, not one each
+    mask_prob: float = 0.3  # share of tokens to predict
+    final_mask_prob: float = 0.0  # mask_prob falls linearly to this by the last step; 0: it stays
+    # Training
+    out_dir: str = "out"  # log and checkpoints; the same command again resumes from it
+    init_from: str = ""  # run or checkpoint directory to take the first weights from, with the same tokenizer
+    seed: int = 17  # of weights, data order, masks and dropout
+    max_steps: int = 70000  # optimizer steps
+    global_batch_size: int = 4096  # samples in a step, over all processes; a multiple of their number
+    micro_batch_tokens: int = 0  # tokens a process handles at once, at most; 0: chosen from the GPU's memory
+    lr: float = 5e-4  # peak learning rate
+    schedule: Literal["linear", "wsd"] = "linear"  # decay from the end of the warm-up, or only at the end (wsd)
+    warmup_fraction: float = 0.06  # share of max_steps in which the learning rate rises from 0
+    decay_fraction: float = 0.2  # share of max_steps in which it falls at the end, for wsd
+    final_lr_fraction: float = 0.0  # share of lr that it falls to
+    beta1: float = 0.9  # AdamW: decay of the gradient's mean
+    beta2: float = 0.98  # AdamW: decay of its mean square
+    adam_eps: float = 1e-6  # AdamW: added to the root of the mean square
+    weight_decay: float = 0.02  # AdamW, on every parameter; times the learning rate
+    # Evaluation, log, checkpoints
+    eval_interval: int = 2000  # steps between evaluations; 0: only after the last step
+    eval_samples: int = 0  # held-out samples to evaluate on; 0: all
+    log_interval: int = 0  # steps between log lines; 0: about every 10 seconds
+    checkpoint_interval: int = 1000  # steps between checkpoints; one is always written after the last step
+    keep_checkpoints: int = 2  # how many to keep
+    price_per_gpu_hour: float = 0.0  # dollars for one GPU (or process); 0: unknown
+    # How to run
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products and activations; weights are float32
+    kernels: Literal["auto", "triton", "torch"] = "auto"  # auto: this project's Triton kernels on GPUs, else PyTorch
+    compile: bool = False  # torch.compile the model
+    eval_only: bool = False  # evaluate the newest checkpoint, and stop
+    dry_run: bool = False  # check everything, print an estimate of memory, hours and price, and stop
+
+    def check(self, world_size):
+        """Raises: UserError for values that make no sense."""
+        self.check_model()
+        at_least = {
+            "max_steps": 1, "global_batch_size": 1, "seq_length": 3, "micro_batch_tokens": 0, "eval_interval": 0,
+            "eval_samples": 0, "log_interval": 0, "checkpoint_interval": 1, "keep_checkpoints": 1,
+            "price_per_gpu_hour": 0, "weight_decay": 0, "seed": 0,
+        }  # fmt: skip
+        for name, least in at_least.items():
+            if getattr(self, name) < least:
+                raise UserError(f"{name}={getattr(self, name)}: must be at least {least}")
+        for name in ("lr", "adam_eps", "mask_prob"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name}={getattr(self, name)}: must be above 0")
+        for name in ("lr", "mask_prob", "final_mask_prob", "warmup_fraction", "decay_fraction", "final_lr_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name}={getattr(self, name)}: must be between 0 and 1")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)}: must be at least 0 and below 1")
+        if self.schedule == "wsd" and self.warmup_fraction + self.decay_fraction > 1:
+            raise UserError("warmup_fraction + decay_fraction is above 1 (they are shares of max_steps)")
+        if self.global_batch_size % world_size:
+            raise UserError(f"global_batch_size={self.global_batch_size} is not a multiple of {world_size} processes")
+        if 0 < self.micro_batch_tokens < self.seq_length:
+            raise UserError(
+                f"micro_batch_tokens={self.micro_batch_tokens} is less than seq_length={self.seq_length} "
+                "(one sample must fit; 0 chooses for you)"
+            )
+        if self.model == "bert" and self.seq_length > MAX_POSITIONS:
+            raise UserError(f"seq_length={self.seq_length}: BERT has {MAX_POSITIONS} positions (mosaicbert has no limit)")
+
+
+# A run may be resumed with other values of these: they do not change its result. data_dir is compared by the digest of
+# its shards, max_steps where the schedule depends on it.
+FREE_FIELDS = {
+    "data_dir", "out_dir", "max_steps", "micro_batch_tokens", "eval_interval", "log_interval", "checkpoint_interval",
+    "keep_checkpoints", "price_per_gpu_hour", "device", "kernels", "compile", "eval_only", "dry_run",
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Schedules. Steps are numbered from 1.
+
+
+def decay_start(cfg):
+    """The step after which the learning rate falls."""
+    fraction = cfg.warmup_fraction if cfg.schedule == "linear" else 1 - cfg.decay_fraction
+    return round(fraction * cfg.max_steps)
+
+
+def lr_at(cfg, step):
+    """Learning rate of a step: up linearly, (wsd: level,) down linearly. As in the original, 0 at step 1."""
+    done = step - 1
+    warmup, start = round(cfg.warmup_fraction * cfg.max_steps), decay_start(cfg)
+    if done < warmup:
+        return cfg.lr * done / warmup
+    if done < start:
+        return cfg.lr
+    share_left = (cfg.max_steps - done) / (cfg.max_steps - start)
+    return cfg.lr * (cfg.final_lr_fraction + (1 - cfg.final_lr_fraction) * share_left)
+
+
+def mask_prob_at(cfg, step):
+    """Share of tokens to predict in a step (a falling rate: Ankner et al. 2024, arXiv 2305.15096)."""
+    if not cfg.final_mask_prob:
+        return cfg.mask_prob
+    return cfg.mask_prob + (cfg.final_mask_prob - cfg.mask_prob) * (step - 1) / max(1, cfg.max_steps - 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes and devices
+
+
+@dataclass
+class Process:
+    """This process among those of the run; without torchrun, the only one."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    dtype: torch.dtype
+
+    def gather(self, values):
+        """(world_size, len(values)) nested list: the numbers of each process, on all of them."""
+        mine = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values])
+        everyone = [torch.empty_like(mine) for _ in range(self.world_size)]
+        if self.world_size > 1:
+            dist.all_gather(everyone, mine)
+        else:
+            everyone = [mine]
+        return torch.stack(everyone).tolist()
+
+
+def setup_device(cfg):
+    """(device, dtype) of this process. Raises: UserError when the machine cannot do what the options ask."""
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda: PyTorch sees no GPU here (use --device=cpu, or install PyTorch's CUDA build)")
+    device = torch.device("cpu")
+    if cfg.device != "cpu" and torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"{device}: there are {torch.cuda.device_count()} GPUs (lower --nproc_per_node)", True)
+        torch.cuda.set_device(device)
+    has_bf16 = device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 0)
+    if cfg.dtype == "bfloat16" and not has_bf16:
+        raise UserError(f"dtype=bfloat16: {torch.cuda.get_device_name(device)} has no bf16 (use --dtype=float32)")
+    if cfg.dtype == "auto":
+        dtype = torch.bfloat16 if device.type == "cuda" and has_bf16 else torch.float32
+    else:
+        dtype = getattr(torch, cfg.dtype)
+    try:
+        kernels.set_backend(cfg.kernels)
+    except ValueError as error:
+        raise UserError(error) from None
+    head_size = cfg.hidden_size // cfg.num_heads
+    if cfg.model == "mosaicbert" and kernels.uses_triton(device) and head_size not in (16, 32, 64, 128):
+        raise UserError(f"head size {head_size}: the Triton kernels take 16, 32, 64, 128 (use --kernels=torch)")
+    return device, dtype
+
+
+def setup_processes(cfg):
+    """Join the processes that torchrun started, if it did."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    cfg.check(world_size)
+    device, dtype = setup_device(cfg)
+    if world_size > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
+    return Process(int(os.environ.get("RANK", 0)), world_size, device, dtype)
+
+
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+
+
+def peak_flops(device):
+    """The device's bf16 matrix rate in FLOP/s, or None where it is not known."""
+    name = device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None) if device.type == "cuda" else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Estimates
+
+
+def memory_bytes(cfg, num_params, vocab_size, tokens, bytes_per_value):
+    """About how much GPU memory a micro-batch of `tokens` takes, in bytes; checked against measurement in results/.
+
+    Weights, gradients and AdamW's moments: 16 bytes a parameter, and a copy of the weights in the compute dtype.
+    Kept for the backward pass, in values a token and layer: 3C qkv, 4C around the two residual additions, 2C attention
+    output and a spare, and of the feed-forward layer 2F gate and value, F each of gelu, product, dropout's output and
+    half an F for its mask. The head holds its logits in the compute dtype and twice in float32, with gradients.
+    """
+    layer_values = 9 * cfg.hidden_size + 5.5 * cfg.intermediate_size
+    if cfg.model == "bert":  # no gate, but dropout in more places, and padding: 25 % more for a fill of 80 %
+        layer_values = 1.25 * (14 * cfg.hidden_size + 3 * cfg.intermediate_size)
+    head = cfg.mask_prob * vocab_size * (2 * bytes_per_value + 8)
+    per_token = cfg.num_layers * layer_values * bytes_per_value + head
+    return num_params * (16 + bytes_per_value) + tokens * per_token
+
+
+def choose_micro_batch_tokens(cfg, process, num_params, vocab_size):
+    """The most tokens that fit into the smallest GPU of the run, of which a tenth and 1 GB stay free."""
+    if cfg.micro_batch_tokens:
+        return cfg.micro_batch_tokens
+    most = CPU_MICRO_BATCH_TOKENS
+    if process.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(process.device).total_memory
+        memory = min(row[0] for row in process.gather([memory])) * 0.9 - 1e9
+        bytes_per_value = process.dtype.itemsize
+        fixed = memory_bytes(cfg, num_params, vocab_size, 0, bytes_per_value)
+        per_token = memory_bytes(cfg, num_params, vocab_size, 1, bytes_per_value) - fixed
+        most = int((memory - fixed) / per_token) // 1024 * 1024
+        if most < cfg.seq_length:
+            raise UserError(f"{device_name(process.device)}: too little memory for this model (try a smaller one)")
+    return max(cfg.seq_length, min(most, cfg.global_batch_size * cfg.seq_length // process.world_size))
+
+
+def print_estimate(cfg, process, num_params, train_samples, micro_batch_tokens):
+    """What --dry_run says: size, data, memory, and the hours and dollars at some shares of a GPU's peak."""
+    lengths = train_samples.locate(np.arange(min(len(train_samples), 100_000)))[2] + 2
+    tokens = cfg.max_steps * cfg.global_batch_size * lengths.mean()
+    squares = cfg.max_steps * cfg.global_batch_size * (lengths.astype(float) ** 2).mean()
+    vocab_size = train_samples.vocab_size
+    flops = matrix_flops(cfg, vocab_size, tokens, squares, cfg.mask_prob * tokens)
+    epochs = cfg.max_steps * cfg.global_batch_size / len(train_samples)
+    memory = memory_bytes(cfg, num_params, vocab_size, micro_batch_tokens, process.dtype.itemsize)
+    print(f"parameters  {num_params:,}")
+    print(f"data        {len(train_samples):,} samples; {cfg.max_steps:,} steps see {tokens:.3g} tokens, {epochs:.2f} epochs")
+    print(f"memory      about {memory / 1e9:.1f} GB for micro-batches of at most {micro_batch_tokens:,} tokens")
+    print(f"disk        about {12e-9 * num_params * (cfg.keep_checkpoints + 1):.1f} GB for checkpoints")
+    print(f"work        {flops:.3g} FLOP in matrix products")
+    here = {device_name(process.device): peak_flops(process.device)} if peak_flops(process.device) else {}
+    for name, peak in (here or {"A100": PEAK_FLOPS["A100"], "H100": PEAK_FLOPS["H100"]}).items():
+        for mfu in (0.3, 0.4, 0.5):
+            hours = flops / (peak * mfu) / 3600
+            price = f", ${hours * cfg.price_per_gpu_hour:,.2f}" if cfg.price_per_gpu_hour else ""
+            print(f"time        {hours / process.world_size:.2f} h on {process.world_size} x {name} at {mfu:.0%} MFU{price}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+@torch.no_grad()
+def evaluate(model, samples, cfg, process, micro_batch_tokens):
+    """Loss and accuracy over held-out samples with fixed masks, the work shared by all processes.
+
+    Returns {"loss", "accuracy", "num_masked", "majority_accuracy"}; the last is the accuracy of always guessing the
+    token that is masked most often. The same for any number of processes, up to the order of a sum.
+    """
+    model.eval()
+    count = min(cfg.eval_samples or len(samples), len(samples))
+    order, epochs = samples.at(np.arange(count), EVAL_SEED)
+    totals = torch.zeros(3, dtype=torch.float64, device=process.device)
+    label_counts = torch.zeros(samples.vocab_size, dtype=torch.float64, device=process.device)
+
+    def make(part):
+        return samples.micro_batch(order[part], epochs[part], EVAL_SEED, EVAL_MASK_PROB)
+
+    parts = samples.parts(order, micro_batch_tokens, process.rank, process.world_size, equal=False)
+    for batch in prefetch(make, parts):
+        batch = batch.to(process.device)
+        with autocast(process):
+            logits = model.masked_logits(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, batch.masked_positions)
+        logits, labels = logits[: batch.num_masked].float(), batch.labels[: batch.num_masked]
+        totals[0] += torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+        totals[1] += (logits.argmax(-1) == labels).sum()
+        totals[2] += batch.num_masked
+        label_counts += torch.bincount(labels, minlength=samples.vocab_size)
+    if process.world_size > 1:
+        dist.all_reduce(totals)
+        dist.all_reduce(label_counts)
+    model.train()
+    loss_sum, num_correct, num_masked = totals.tolist()
+    return {
+        "loss": loss_sum / max(1, num_masked),
+        "accuracy": num_correct / max(1, num_masked),
+        "num_masked": int(num_masked),
+        "majority_accuracy": label_counts.max().item() / max(1, num_masked),
+    }
+
+
+def autocast(process):
+    if process.dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(process.device.type, process.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run's directory: config, lock, log, checkpoints. Rank 0 alone touches it.
+
+
+class RunDirectory:
+    """out_dir, held against a second live run. Raises: UserError where this run may not go on from what is there."""
+
+    def __init__(self, cfg, saved_config):
+        self.path, self.saved_config = cfg.out_dir, saved_config
+        try:
+            os.makedirs(self.path, exist_ok=True)
+            self.lock = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise UserError(f"{self.path}: {error.strerror} (choose another --out_dir)") from None
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go when the process ends
+        except OSError:
+            raise UserError(f"{self.path}: in use by a live run (choose another --out_dir)") from None
+        self.newest = checkpoint.newest(self.path)
+        self.config_path = os.path.join(self.path, "config.json")
+        if os.path.exists(self.config_path):
+            self._check_same_run(cfg, read_json(self.config_path, "not a run directory; choose another --out_dir"))
+
+    def _check_same_run(self, cfg, earlier):
+        differing = [
+            f"{name} was {earlier.get(name)!r} and is {value!r}"
+            for name, value in self.saved_config.items()
+            if name not in FREE_FIELDS and earlier.get(name) != value
+        ]
+        if earlier.get("max_steps") != cfg.max_steps and self.newest:
+            step = checkpoint.step_of(self.newest)
+            before = dataclasses.replace(cfg, max_steps=earlier["max_steps"])
+            if cfg.final_mask_prob or step > min(decay_start(cfg), decay_start(before)):
+                differing.append(
+                    f"max_steps was {before.max_steps} and is {cfg.max_steps}, but the schedule began to decay by step {step}"
+                )
+        if differing:
+            raise UserError(f"{self.path}: holds another run: {'; '.join(differing)} (choose another --out_dir)")
+
+    def begin(self, step, tokenizer):
+        """Write the run's configuration, and drop log lines of steps that were lost with the process that made them."""
+        self.tokenizer = tokenizer
+        checkpoint.write_text(os.path.join(self.path, "tokenizer.json"), tokenizer)
+        checkpoint.write_text(self.config_path, json.dumps(self.saved_config, indent=1))
+        log_path = os.path.join(self.path, "log.jsonl")
+        kept = []
+        if os.path.exists(log_path):
+            with open(log_path, encoding="utf-8") as file:
+                kept = [line for line in file if line.endswith("\n") and json.loads(line).get("step", 0) <= step]
+        checkpoint.write_text(f"{log_path}.tmp", "".join(kept))
+        os.replace(f"{log_path}.tmp", log_path)
+        self.log_file = open(log_path, "a", encoding="utf-8")  # noqa: SIM115, open for the whole run
+
+    def log(self, event, **values):
+        self.log_file.write(json.dumps({"event": event, **values}) + "\n")
+        self.log_file.flush()
+
+    def save(self, cfg, state, model, optimizer):
+        """Write a checkpoint, then remove the oldest ones."""
+        start = time.perf_counter()
+        names = [name for name, _ in model.named_parameters()]
+        moments = optimizer.state_dict()["state"]
+        optimizer_tensors = {
+            f"{moment}.{name}": moments[i][moment] for i, name in enumerate(names) for moment in ("exp_avg", "exp_avg_sq")
+        }
+        path = checkpoint.save(
+            self.path,
+            state["step"],
+            tensors={"model.safetensors": weights_of(model), "optimizer.safetensors": optimizer_tensors},
+            texts={
+                "state.json": json.dumps(state, indent=1),
+                "config.json": json.dumps(self.saved_config, indent=1),
+                "tokenizer.json": self.tokenizer,
+            },
+        )
+        checkpoint.remove_old(self.path, cfg.keep_checkpoints)
+        os.fsync(self.log_file.fileno())
+        self.log("checkpoint", step=state["step"], path=path, seconds=round(time.perf_counter() - start, 3))
+        return path
+
+
+def restore(path, state, model, optimizer, process):
+    """Bring weights, moments and counters of a checkpoint to every process. Rank 0 reads; the others need no disk."""
+    parameters = dict(model.named_parameters())
+    moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in parameters.items()}
+    if process.rank == 0:
+        load_weights(model, checkpoint.read_tensors(path, "model.safetensors"), path)
+        saved = checkpoint.read_tensors(path, "optimizer.safetensors")
+        for name, (mean, square) in moments.items():
+            mean.copy_(saved[f"exp_avg.{name}"])
+            square.copy_(saved[f"exp_avg_sq.{name}"])
+        state.update(read_json(os.path.join(path, "state.json"), "not a checkpoint of train.py"))
+    if process.world_size > 1:
+        counters = [state]
+        dist.broadcast_object_list(counters, device=process.device)
+        state.update(counters[0])
+        for name, parameter in parameters.items():
+            for tensor in (parameter.detach(), *moments[name]):
+                dist.broadcast(tensor, src=0)
+    optimizer.load_state_dict(
+        {
+            "state": {
+                i: {"step": torch.tensor(float(state["step"])), "exp_avg": mean, "exp_avg_sq": square}
+                for i, (mean, square) in enumerate(moments.values())
+            },
+            "param_groups": optimizer.state_dict()["param_groups"],
+        }
+    )
+
+
+def versions():
+    """What the run stands on: commit of this code, and versions, for the log."""
+    here = os.path.dirname(os.path.abspath(__file__))
+
+    def git(*arguments):
+        result = subprocess.run(["git", "-C", here, *arguments], capture_output=True, text=True, check=False)
+        return result.stdout.strip() if result.returncode == 0 else None
+
+    try:
+        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    except OSError:  # no git here
+        commit = changes = None
+    triton = getattr(getattr(kernels, "triton", None), "__version__", None)
+    packages = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton, "numpy": np.__version__}
+    return {"commit": commit, "uncommitted_changes": bool(changes), "versions": packages}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The training loop
+
+
+@command
+def main(argv):
+    cfg = load_config(TrainConfig, argv)
+    process = setup_processes(cfg)
+    try:
+        train(cfg, process)
+    except torch.OutOfMemoryError:
+        tried = cfg.micro_batch_tokens or "the value chosen from the GPU's memory"
+        less = max(cfg.seq_length, (cfg.micro_batch_tokens or 65536) // 2)
+        raise UserError(f"out of GPU memory with micro_batch_tokens={tried} (try --micro_batch_tokens={less})", True) from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def train(cfg, process):
+    device, rank, world_size = process.device, process.rank, process.world_size
+
+    def say(text):
+        if rank == 0:
+            print(text, flush=True)
+
+    # Data, and the model on the CPU, so that its first weights are the same on any device.
+    train_samples = Samples(cfg.data_dir, "train", cfg.seq_length, cfg.chunk)
+    val_samples = Samples(cfg.data_dir, "val", cfg.seq_length, cfg.chunk)
+    for samples, split in ((train_samples, "training"), (val_samples, "held-out")):
+        if len(samples) == 0:
+            raise UserError(f"{cfg.data_dir}: no {split} samples (prepare more text, or another share held out)")
+    torch.manual_seed(cfg.seed)
+    raw_model = MaskedLM(cfg, train_samples.vocab_size)
+    if cfg.init_from:
+        source = checkpoint.find(cfg.init_from)
+        if checkpoint.read_config(source)["tokenizer_sha256"] != train_samples.tokenizer_sha256:
+            raise UserError(f"{source}: trained with another tokenizer than {cfg.data_dir} was made with")
+        load_weights(raw_model, checkpoint.read_tensors(source, "model.safetensors"), source)
+    num_params = sum(parameter.numel() for parameter in raw_model.parameters())
+    raw_model.to(device)
+    micro_batch_tokens = choose_micro_batch_tokens(cfg, process, num_params, train_samples.vocab_size)
+    if cfg.dry_run:
+        if rank == 0:
+            print_estimate(cfg, process, num_params, train_samples, micro_batch_tokens)
+        return
+
+    optimizer = torch.optim.AdamW(
+        raw_model.parameters(),
+        lr=cfg.lr,
+        betas=(cfg.beta1, cfg.beta2),
+        eps=cfg.adam_eps,
+        weight_decay=cfg.weight_decay,  # Differs from most: biases and LayerNorm decay too, as in the original
+        fused=True,
+    )
+
+    # Resume.
+    saved_config = {
+        "format": FORMAT,
+        **dataclasses.asdict(cfg),
+        "vocab_size": train_samples.vocab_size,
+        "tokenizer_sha256": train_samples.tokenizer_sha256,
+        "train_data": train_samples.digest,
+    }
+    state = {"step": 0, "tokens": 0, "samples": 0, "seconds": 0.0}  # since the first step, resumes included
+    run = RunDirectory(cfg, saved_config) if rank == 0 else None
+    resume_path = [run.newest if rank == 0 else None]
+    if world_size > 1:
+        dist.broadcast_object_list(resume_path, device=device)
+    if resume_path[0]:
+        restore(resume_path[0], state, raw_model, optimizer, process)
+    backend = "triton" if kernels.uses_triton(device) else "torch"
+    say(
+        f"{cfg.model}, {num_params:,} parameters, on {world_size} x {device_name(device)}, "
+        f"{str(process.dtype)[6:]}, {backend} kernels, micro-batches of at most {micro_batch_tokens:,} tokens"
+    )
+    if resume_path[0]:
+        say(f"resuming from {resume_path[0]}")
+    if cfg.eval_only:
+        if not (resume_path[0] or cfg.init_from):
+            raise UserError(f"{cfg.out_dir}: no checkpoint to evaluate (train first, or give --init_from)")
+        say_eval(say, state["step"], evaluate(raw_model, val_samples, cfg, process, micro_batch_tokens))
+        return
+    if state["step"] >= cfg.max_steps:
+        say(f"{cfg.out_dir}: finished, {state['step']} of {cfg.max_steps} steps")
+        return
+    if rank == 0:
+        with open(os.path.join(cfg.data_dir, "tokenizer.json"), encoding="utf-8") as file:
+            run.begin(state["step"], file.read())
+        run.log(
+            "start",
+            time=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            config=dataclasses.asdict(cfg),
+            **versions(),
+            device=device_name(device),
+            num_params=num_params,
+            world_size=world_size,
+            kernels=backend,
+            dtype=str(process.dtype)[6:],
+            micro_batch_tokens=micro_batch_tokens,
+            resumed_from=resume_path[0],
+        )
+
+    model = torch.compile(raw_model) if cfg.compile else raw_model
+    if world_size > 1:
+        device_ids = [device.index] if device.type == "cuda" else None
+        model = DistributedDataParallel(model, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    model.train()
+
+    def step_batches(step):
+        return train_samples.train_step(
+            step - 1, cfg.global_batch_size, cfg.seed, mask_prob_at(cfg, step), micro_batch_tokens, rank, world_size
+        )
+
+    history = []  # (loss, grad_norm) of each step since the last report, on the device
+    local_tokens = local_flops = 0  # this process's, since the last report
+    next_report = state["step"] + 1
+    loop_start = report_start = time.perf_counter()
+    seconds_before = state["seconds"]
+    peak = peak_flops(device)
+
+    steps = range(state["step"] + 1, cfg.max_steps + 1)
+    for step, batches in zip(steps, prefetch(step_batches, steps)):
+        # The exact loss: the sum over all masked tokens of the global batch, divided by their number. DDP averages
+        # gradients over processes, hence the factor world_size.
+        num_masked = torch.tensor(float(sum(batch.num_masked for batch in batches)), device=device)
+        if world_size > 1:
+            dist.all_reduce(num_masked)
+        scale = world_size / num_masked.clamp(min=1)
+        loss = torch.zeros((), device=device)
+        for micro_step, batch in enumerate(batches):
+            batch = batch.to(device)
+            # All dropout follows from this seed, so a resumed run draws what the first one would have drawn.
+            torch.manual_seed(int(hash64(cfg.seed, step, rank, micro_step)[0] >> np.uint64(1)))
+            if world_size > 1:  # gradients are reduced with the last micro-step; DDP reads this in forward too
+                model.require_backward_grad_sync = micro_step == len(batches) - 1
+            with autocast(process):
+                loss_sum = model(
+                    batch.input_ids, batch.cu_seqlens, batch.max_seqlen, batch.masked_positions, batch.labels
+                )
+            (loss_sum * scale).backward()
+            loss += loss_sum.detach() * scale / world_size
+            local_tokens += batch.num_tokens
+            local_flops += matrix_flops(
+                cfg, train_samples.vocab_size, batch.num_tokens, batch.sum_squared_lengths, batch.num_masked
+            )
+        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in raw_model.parameters()])
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(cfg, step)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=world_size == 1)
+        history.append((loss, grad_norm))
+
+        last = step == cfg.max_steps
+        log_now = step >= next_report if cfg.log_interval == 0 else step % cfg.log_interval == 0
+        eval_now = last or (cfg.eval_interval and step % cfg.eval_interval == 0)
+        save_now = last or step % cfg.checkpoint_interval == 0
+        if not (log_now or eval_now or save_now):
+            continue
+
+        # Report: the first time since the last one that anything waits for the GPU. One collective brings each
+        # process's losses and counts to all, so that all take the same decisions.
+        flat = [value for pair in history for value in pair]
+        rows = process.gather([*flat, local_tokens, local_flops, time.perf_counter() - report_start])
+        now = time.perf_counter()
+        for other, row in enumerate(rows):
+            for i in range(len(history)):
+                if not (math.isfinite(row[2 * i]) and math.isfinite(row[2 * i + 1])):
+                    raise UserError(
+                        f"{'loss' if not math.isfinite(row[2 * i]) else 'gradient'} is not finite at step "
+                        f"{step - len(history) + 1 + i} on rank {other} "
+                        f"(last checkpoint: {checkpoint.newest(cfg.out_dir) or 'none'}; try a lower --lr)"
+                    )
+        num_steps, seconds = len(history), rows[0][-1]
+        tokens, flops = sum(row[-3] for row in rows), sum(row[-2] for row in rows)
+        global_loss, grad_norm = sum(row[2 * num_steps - 2] for row in rows), rows[0][2 * num_steps - 1]
+        state["step"] = step
+        state["tokens"] += int(tokens)
+        state["samples"] += num_steps * cfg.global_batch_size
+        state["seconds"] = seconds_before + now - loop_start
+        history, local_tokens, local_flops = [], 0, 0
+        next_report = step + max(1, int(TARGET_LOG_SECONDS * num_steps / seconds))
+        if rank == 0 and (log_now or last):
+            record = {
+                "step": step,
+                "loss": global_loss,
+                "lr": lr_at(cfg, step),
+                "grad_norm": grad_norm,
+                "tokens": state["tokens"],
+                "samples": state["samples"],
+                "seconds": round(state["seconds"], 3),
+                "tokens_per_second": round(tokens / seconds, 1),
+                "samples_per_second": round(num_steps * cfg.global_batch_size / seconds, 2),
+                "mfu": flops / seconds / world_size / peak if peak else None,
+                "mfu_6n": 6 * num_params * tokens / seconds / world_size / peak if peak else None,
+                **cost(cfg, state, world_size),
+                "memory_gb": torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None,
+            }
+            run.log("train", **record)
+            say(progress_line(cfg, record, num_steps / seconds))
+        if eval_now:
+            result = evaluate(raw_model, val_samples, cfg, process, micro_batch_tokens)
+            say_eval(say, step, result)
+            if rank == 0:
+                run.log("eval", step=step, **result)
+        if save_now and rank == 0:
+            state["seconds"] = seconds_before + time.perf_counter() - loop_start
+            say(f"saved {run.save(cfg, state, raw_model, optimizer)}")
+        report_start = time.perf_counter()  # evaluation and saving do not count as training speed
+
+    state["seconds"] = seconds_before + time.perf_counter() - loop_start
+    if rank == 0:
+        run.log("end", step=state["step"], seconds=round(state["seconds"], 3), **cost(cfg, state, world_size))
+
+
+def cost(cfg, state, world_size):
+    """GPU-hours and dollars so far, for the log; None where there is no price."""
+    gpu_hours = state["seconds"] * world_size / 3600
+    return {"gpu_hours": gpu_hours, "dollars": gpu_hours * cfg.price_per_gpu_hour if cfg.price_per_gpu_hour else None}
+
+
+def progress_line(cfg, record, steps_per_second):
+    """One readable line of a train record."""
+    left = (cfg.max_steps - record["step"]) / steps_per_second
+    parts = [
+        f"step {record['step']}/{cfg.max_steps}",
+        f"loss {record['loss']:.4f}",
+        f"lr {record['lr']:.2e}",
+        f"{record['tokens_per_second']:,.0f} tok/s",
+        f"mfu {record['mfu']:.1%}" if record["mfu"] is not None else "mfu n/a",
+        f"mem {record['memory_gb']:.1f} GB" if record["memory_gb"] is not None else "mem n/a",
+        f"{datetime.timedelta(seconds=round(record['seconds']))} done, {datetime.timedelta(seconds=round(left))} left",
+    ]
+    if record["dollars"] is not None:
+        total = record["dollars"] * (1 + left / max(record["seconds"], 1e-9))
+        parts.append(f"${record['dollars']:.2f} of ${total:.2f}")
+    return " | ".join(parts)
+
+
+def say_eval(say, step, result):
+    say(
+        f"step {step}: held-out loss {result['loss']:.4f}, accuracy {result['accuracy']:.1%} of "
+        f"{result['num_masked']:,} masked tokens (always guessing the most frequent: {result['majority_accuracy']:.1%})"
+    )
+
+
+if __name__ == "__main__":
+    main()
