@@ -1,5 +1,6 @@
-"""Checkpoints: directories that are complete or absent, of files whose digests are checked before anything is used.
+"""A run's directory: its lock, its log, and its checkpoints.
 
+    out_dir/config.json, tokenizer.json, log.jsonl
     out_dir/step_00001000/
         model.safetensors      the weights, and nothing else: equal weights give equal bytes
         optimizer.safetensors  AdamW's moments, under the weights' names
@@ -8,18 +9,26 @@
         tokenizer.json
         digests.json           size and sha256 of each file above
 
-There is no pickle: reading a checkpoint runs no code. There is no random state either: dropout depends on the seed and
+A checkpoint is complete or absent, and the digests of its files are checked before anything is used. There is no
+pickle: reading a checkpoint runs no code. There is no random state either: dropout depends on the seed and
 the step, the order of the data likewise.
 
 Read next: train.py
 """
 
+import fcntl
 import json
 import os
+import platform
 import re
 import shutil
+import subprocess
 import sys
+import time
 
+import numpy as np
+import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -27,6 +36,158 @@ from config import UserError
 from data import file_digest, read_json
 
 DIGESTS = "digests.json"
+
+# A run may be resumed with other values of these: they do not change its result. data_dir is compared by the digest of
+# its shards, max_steps by what the schedule says.
+FREE_FIELDS = {
+    "data_dir", "out_dir", "max_steps", "micro_batch_tokens", "eval_interval", "log_interval", "checkpoint_interval",
+    "keep_checkpoints", "price_per_gpu_hour", "device", "kernels", "compile", "eval_only", "dry_run",
+}  # fmt: skip
+
+
+class RunDirectory:
+    """out_dir, for the one process that writes there, held against a second live run. Raises: UserError."""
+
+    def __init__(self, path):
+        self.path, self.log_file, self.newest = path, None, None
+        try:
+            os.makedirs(path, exist_ok=True)
+            self.lock = os.open(path, os.O_RDONLY)
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go when the process ends
+        except BlockingIOError:
+            raise UserError(f"{path}: in use by a live run (choose another --out_dir)") from None
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror} (choose another --out_dir)") from None
+
+    def close(self):
+        os.close(self.lock)
+        if self.log_file:
+            self.log_file.close()
+
+    def adopt(self, config, differing_schedule, tokenizer_text):
+        """Find the newest checkpoint, and refuse if it is that of a run with another result.
+
+        config: what config.json is to hold. differing_schedule(earlier max_steps, step): whether max_steps matters.
+        """
+        self.config, self.tokenizer_text = config, tokenizer_text
+        self.newest = newest(self.path)
+        if not os.path.exists(os.path.join(self.path, "config.json")):
+            return
+        earlier = read_config(self.path)
+        names = [name for name in config if name not in FREE_FIELDS and earlier.get(name) != config[name]]
+        if self.newest and differing_schedule(earlier.get("max_steps"), step_of(self.newest)):
+            names.append("max_steps")  # and the schedule has begun to decay
+        if names:
+            differing = ", ".join(f"{name} was {earlier.get(name)!r} and is {config[name]!r}" for name in names)
+            raise UserError(f"{self.path}: holds a run that differs: {differing} (choose another --out_dir)")
+
+    def begin(self, step):
+        """Write the configuration, and open the log without the lines of steps that were lost with their process."""
+        write_text(os.path.join(self.path, "tokenizer.json"), self.tokenizer_text)
+        write_text(os.path.join(self.path, "config.json"), json.dumps(self.config, indent=1))
+        log_path = os.path.join(self.path, "log.jsonl")
+        kept = []
+        if os.path.exists(log_path):
+            with open(log_path, encoding="utf-8") as file:
+                kept = [line for line in file if line.endswith("\n") and json.loads(line).get("step", 0) <= step]
+        write_text(f"{log_path}.tmp", "".join(kept))
+        os.replace(f"{log_path}.tmp", log_path)
+        self.log_file = open(log_path, "a", encoding="utf-8")
+
+    def log(self, event, **values):
+        """Append one JSON object to log.jsonl."""
+        self.log_file.write(json.dumps({"event": event, **values}) + "\n")
+        self.log_file.flush()
+
+    def save(self, state, model, optimizer, keep):
+        """Write a checkpoint, remove all but the newest `keep`, and return its path."""
+        start = time.perf_counter()
+        moments = optimizer.state_dict()["state"]
+        names = [name for name, _ in model.named_parameters()]
+        optimizer_tensors = {
+            f"{moment}.{name}": moments[i][moment] for i, name in enumerate(names) for moment in ("exp_avg", "exp_avg_sq")
+        }
+        os.fsync(self.log_file.fileno())
+        self.newest = save(
+            self.path,
+            state["step"],
+            tensors={"model.safetensors": weights_of(model), "optimizer.safetensors": optimizer_tensors},
+            texts={
+                "state.json": json.dumps(state, indent=1),
+                "config.json": json.dumps(self.config, indent=1),
+                "tokenizer.json": self.tokenizer_text,
+            },
+        )
+        remove_old(self.path, keep)
+        self.log("checkpoint", step=state["step"], path=self.newest, seconds=round(time.perf_counter() - start, 3))
+        return self.newest
+
+
+def restore(path, state, model, optimizer, process):
+    """Bring a checkpoint's weights, moments and counters to every process. Rank 0 reads; the others need no disk."""
+    parameters = dict(model.named_parameters())
+    moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in parameters.items()}
+    if process.rank == 0:
+        load_weights(model, read_tensors(path, "model.safetensors"), path)
+        saved = read_tensors(path, "optimizer.safetensors")
+        for name, (mean, square) in moments.items():
+            mean.copy_(saved[f"exp_avg.{name}"])
+            square.copy_(saved[f"exp_avg_sq.{name}"])
+        state.update(read_json(os.path.join(path, "state.json"), "not a checkpoint of train.py"))
+    if process.world_size > 1:
+        counters = [state]
+        dist.broadcast_object_list(counters, device=process.device)
+        state.update(counters[0])
+        for name, parameter in parameters.items():
+            for tensor in (parameter.detach(), *moments[name]):
+                dist.broadcast(tensor, src=0)
+    step = torch.tensor(float(state["step"]))
+    per_parameter = [{"step": step.clone(), "exp_avg": mean, "exp_avg_sq": square} for mean, square in moments.values()]
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": dict(enumerate(per_parameter)), "param_groups": groups})
+
+
+def weights_of(model):
+    """{name: tensor} of every parameter, tied ones once. Sorted by name, so equal weights are equal bytes in a file."""
+    return {name: parameter.detach() for name, parameter in sorted(model.named_parameters())}
+
+
+def load_weights(model, tensors, path):
+    """Copy {name: tensor} into the model: every parameter must be there, with its shape, and nothing else.
+
+    Second names of tied parameters may be there too. Raises: UserError naming `path` and what does not fit.
+    """
+    parameters = dict(model.named_parameters())
+    second_names = model.state_dict().keys() - parameters.keys()
+    missing = sorted(parameters.keys() - tensors.keys())
+    unexpected = sorted(tensors.keys() - parameters.keys() - second_names)
+    if missing or unexpected:
+        wrong = f"missing {', '.join(missing[:3])}" if missing else f"unexpected {', '.join(unexpected[:3])}"
+        raise UserError(f"{path}: {len(missing)} weights missing, {len(unexpected)} unexpected: {wrong}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if parameter.shape != tensors[name].shape:
+                shapes = f"{list(tensors[name].shape)}, expected {list(parameter.shape)}"
+                raise UserError(f"{path}: {name} has shape {shapes}")
+            parameter.copy_(tensors[name])
+
+
+def versions():
+    """What a run stands on: the commit of this code, and versions of what it uses."""
+    here = os.path.dirname(os.path.abspath(__file__))
+
+    def git(*arguments):
+        try:
+            result = subprocess.run(["git", "-C", here, *arguments], capture_output=True, text=True, check=False)
+        except OSError:  # no git here
+            return None
+        return result.stdout.strip() if result.returncode == 0 else None
+
+    packages = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    if "triton" in sys.modules:
+        packages["triton"] = sys.modules["triton"].__version__
+    changes = git("status", "--porcelain", "--untracked-files=no")
+    return {"commit": git("rev-parse", "HEAD"), "uncommitted_changes": bool(changes), "versions": packages}
 
 
 def save(out_dir, step, tensors, texts):

@@ -235,6 +235,8 @@ class Samples:
         tokenizer_path = os.path.join(data_dir, "tokenizer.json")
         tokenizer, self.special = load_tokenizer(tokenizer_path)
         self.vocab_size = tokenizer.get_vocab_size()
+        with open(tokenizer_path, encoding="utf-8") as file:
+            self.tokenizer_text = file.read()
         self.tokenizer_sha256 = file_digest(tokenizer_path)
         self.data_dir, self.seq_length, self.chunk = data_dir, seq_length, chunk
         try:

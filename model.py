@@ -326,32 +326,7 @@ def init_weights(module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Weights in and out, and the work they do
-
-
-def weights_of(model):
-    """{name: tensor} of every parameter, tied ones once. Sorted by name, so equal weights are equal bytes in a file."""
-    return {name: parameter.detach() for name, parameter in sorted(model.named_parameters())}
-
-
-def load_weights(model, tensors, path):
-    """Copy {name: tensor} into the model: every parameter must be there, with its shape, and nothing else.
-
-    Second names of tied parameters may be there too. Raises: UserError naming `path` and what does not fit.
-    """
-    parameters = dict(model.named_parameters())
-    second_names = model.state_dict().keys() - parameters.keys()
-    missing = sorted(parameters.keys() - tensors.keys())
-    unexpected = sorted(tensors.keys() - parameters.keys() - second_names)
-    if missing or unexpected:
-        wrong = f"missing {', '.join(missing[:3])}" if missing else f"unexpected {', '.join(unexpected[:3])}"
-        raise UserError(f"{path}: {len(missing)} weights missing, {len(unexpected)} unexpected: {wrong}")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            if parameter.shape != tensors[name].shape:
-                shapes = f"{list(tensors[name].shape)}, expected {list(parameter.shape)}"
-                raise UserError(f"{path}: {name} has shape {shapes}")
-            parameter.copy_(tensors[name])
+# A saved model, and the work a model does
 
 
 def load_model(path, device="cpu"):
@@ -363,7 +338,7 @@ def load_model(path, device="cpu"):
     saved = checkpoint.read_config(path)
     cfg = ModelConfig(**{field.name: saved[field.name] for field in fields(ModelConfig)})
     model = MaskedLM(cfg, saved["vocab_size"])
-    load_weights(model, checkpoint.read_tensors(path, "model.safetensors"), path)
+    checkpoint.load_weights(model, checkpoint.read_tensors(path, "model.safetensors"), path)
     return model.to(device).eval()
 
 

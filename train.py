@@ -11,12 +11,9 @@ Read next: model.py
 
 import dataclasses
 import datetime
-import fcntl
-import json
 import math
 import os
 import platform
-import subprocess
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -30,13 +27,12 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import kernels
 from config import UserError, command, load_config
-from data import EVAL_SEED, Samples, hash64, prefetch, read_json
-from model import MAX_POSITIONS, MaskedLM, ModelConfig, load_weights, matrix_flops, weights_of
+from data import EVAL_SEED, Samples, hash64, prefetch
+from model import MAX_POSITIONS, MaskedLM, ModelConfig, matrix_flops
 
 EVAL_MASK_PROB = 0.15  # as BERT was trained and evaluated, whatever rate this run trains with
 CPU_MICRO_BATCH_TOKENS = 8192  # small enough for activations to stay near the caches
 TARGET_LOG_SECONDS = 10  # between log lines, with log_interval=0
-FORMAT = 1  # of out_dir/config.json
 
 # Dense bf16 matrix rate with fp32 accumulation, in FLOP/s, from NVIDIA's data sheets. The first name that the device's
 # name contains counts; an unknown GPU gets no MFU rather than a wrong one.
@@ -125,14 +121,6 @@ class TrainConfig(ModelConfig):
             )
         if self.model == "bert" and self.seq_length > MAX_POSITIONS:
             raise UserError(f"seq_length={self.seq_length}: BERT has {MAX_POSITIONS} positions (mosaicbert has no limit)")
-
-
-# A run may be resumed with other values of these: they do not change its result. data_dir is compared by the digest of
-# its shards, max_steps where the schedule depends on it.
-FREE_FIELDS = {
-    "data_dir", "out_dir", "max_steps", "micro_batch_tokens", "eval_interval", "log_interval", "checkpoint_interval",
-    "keep_checkpoints", "price_per_gpu_hour", "device", "kernels", "compile", "eval_only", "dry_run",
-}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -345,130 +333,113 @@ def autocast(process):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The run's directory: config, lock, log, checkpoints. Rank 0 alone touches it.
+# The training loop
 
 
-class RunDirectory:
-    """out_dir, held against a second live run. Raises: UserError where this run may not go on from what is there."""
-
-    def __init__(self, cfg, saved_config):
-        self.path, self.saved_config = cfg.out_dir, saved_config
-        try:
-            os.makedirs(self.path, exist_ok=True)
-            self.lock = os.open(self.path, os.O_RDONLY)
-        except OSError as error:
-            raise UserError(f"{self.path}: {error.strerror} (choose another --out_dir)") from None
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go when the process ends
-        except OSError:
-            raise UserError(f"{self.path}: in use by a live run (choose another --out_dir)") from None
-        self.newest = checkpoint.newest(self.path)
-        self.config_path = os.path.join(self.path, "config.json")
-        if os.path.exists(self.config_path):
-            self._check_same_run(cfg, read_json(self.config_path, "not a run directory; choose another --out_dir"))
-
-    def _check_same_run(self, cfg, earlier):
-        differing = [
-            f"{name} was {earlier.get(name)!r} and is {value!r}"
-            for name, value in self.saved_config.items()
-            if name not in FREE_FIELDS and earlier.get(name) != value
-        ]
-        if earlier.get("max_steps") != cfg.max_steps and self.newest:
-            step = checkpoint.step_of(self.newest)
-            before = dataclasses.replace(cfg, max_steps=earlier["max_steps"])
-            if cfg.final_mask_prob or step > min(decay_start(cfg), decay_start(before)):
-                differing.append(
-                    f"max_steps was {before.max_steps} and is {cfg.max_steps}, but the schedule began to decay by step {step}"
-                )
-        if differing:
-            raise UserError(f"{self.path}: holds another run: {'; '.join(differing)} (choose another --out_dir)")
-
-    def begin(self, step, tokenizer):
-        """Write the run's configuration, and drop log lines of steps that were lost with the process that made them."""
-        self.tokenizer = tokenizer
-        checkpoint.write_text(os.path.join(self.path, "tokenizer.json"), tokenizer)
-        checkpoint.write_text(self.config_path, json.dumps(self.saved_config, indent=1))
-        log_path = os.path.join(self.path, "log.jsonl")
-        kept = []
-        if os.path.exists(log_path):
-            with open(log_path, encoding="utf-8") as file:
-                kept = [line for line in file if line.endswith("\n") and json.loads(line).get("step", 0) <= step]
-        checkpoint.write_text(f"{log_path}.tmp", "".join(kept))
-        os.replace(f"{log_path}.tmp", log_path)
-        self.log_file = open(log_path, "a", encoding="utf-8")  # noqa: SIM115, open for the whole run
-
-    def log(self, event, **values):
-        self.log_file.write(json.dumps({"event": event, **values}) + "\n")
-        self.log_file.flush()
-
-    def save(self, cfg, state, model, optimizer):
-        """Write a checkpoint, then remove the oldest ones."""
-        start = time.perf_counter()
-        names = [name for name, _ in model.named_parameters()]
-        moments = optimizer.state_dict()["state"]
-        optimizer_tensors = {
-            f"{moment}.{name}": moments[i][moment] for i, name in enumerate(names) for moment in ("exp_avg", "exp_avg_sq")
-        }
-        path = checkpoint.save(
-            self.path,
-            state["step"],
-            tensors={"model.safetensors": weights_of(model), "optimizer.safetensors": optimizer_tensors},
-            texts={
-                "state.json": json.dumps(state, indent=1),
-                "config.json": json.dumps(self.saved_config, indent=1),
-                "tokenizer.json": self.tokenizer,
-            },
-        )
-        checkpoint.remove_old(self.path, cfg.keep_checkpoints)
-        os.fsync(self.log_file.fileno())
-        self.log("checkpoint", step=state["step"], path=path, seconds=round(time.perf_counter() - start, 3))
-        return path
-
-
-def restore(path, state, model, optimizer, process):
-    """Bring weights, moments and counters of a checkpoint to every process. Rank 0 reads; the others need no disk."""
-    parameters = dict(model.named_parameters())
-    moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in parameters.items()}
-    if process.rank == 0:
-        load_weights(model, checkpoint.read_tensors(path, "model.safetensors"), path)
-        saved = checkpoint.read_tensors(path, "optimizer.safetensors")
-        for name, (mean, square) in moments.items():
-            mean.copy_(saved[f"exp_avg.{name}"])
-            square.copy_(saved[f"exp_avg_sq.{name}"])
-        state.update(read_json(os.path.join(path, "state.json"), "not a checkpoint of train.py"))
-    if process.world_size > 1:
-        counters = [state]
-        dist.broadcast_object_list(counters, device=process.device)
-        state.update(counters[0])
-        for name, parameter in parameters.items():
-            for tensor in (parameter.detach(), *moments[name]):
-                dist.broadcast(tensor, src=0)
-    optimizer.load_state_dict(
-        {
-            "state": {
-                i: {"step": torch.tensor(float(state["step"])), "exp_avg": mean, "exp_avg_sq": square}
-                for i, (mean, square) in enumerate(moments.values())
-            },
-            "param_groups": optimizer.state_dict()["param_groups"],
-        }
-    )
-
-
-def versions():
-    """What the run stands on: commit of this code, and versions, for the log."""
-    here = os.path.dirname(os.path.abspath(__file__))
-
-    def git(*arguments):
-        result = subprocess.run(["git", "-C", here, *arguments], capture_output=True, text=True, check=False)
-        return result.stdout.strip() if result.returncode == 0 else None
-
+@command
+def main(argv):
+    cfg = load_config(TrainConfig, argv)
+    process = setup_processes(cfg)
+    run = None
     try:
-        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
-    except OSError:  # no git here
-        commit = changes = None
-    triton = getattr(getattr(kernels, "triton", None), "__version__", None)
-    packages = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton, "numpy": np.__version__}
-    return {"commit": commit, "uncommitted_changes": bool(changes), "versions": packages}
+        samples = open_samples(cfg)
+        run = checkpoint.RunDirectory(cfg.out_dir) if process.rank == 0 and not cfg.dry_run else None
+        train(cfg, process, run, *samples)
+    except torch.OutOfMemoryError:
+        tried = cfg.micro_batch_tokens or "the value chosen from the GPU's memory"
+        less = max(cfg.seq_length, (cfg.micro_batch_tokens or 65536) // 2)
+        text = f"out of GPU memory with micro_batch_tokens={tried} (try --micro_batch_tokens={less})"
+        raise UserError(text, this_rank_only=True) from None
+    finally:
+        if run:
+            run.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def open_samples(cfg):
+    """(training, held-out) samples. Raises: UserError where there are none."""
+    train_samples = Samples(cfg.data_dir, "train", cfg.seq_length, cfg.chunk)
+    val_samples = Samples(cfg.data_dir, "val", cfg.seq_length, cfg.chunk)
+    for samples, split in ((train_samples, "training"), (val_samples, "held-out")):
+        if len(samples) == 0:
+            raise UserError(f"{cfg.data_dir}: no {split} samples (prepare more text, or hold out another share)")
+    return train_samples, val_samples
+
+
+def train(cfg, process, run, train_samples, val_samples):
+    """The whole run. `run` is its directory on rank 0, None elsewhere."""
+    device, rank, world_size = process.device, process.rank, process.world_size
+
+    def say(text):
+        if rank == 0:
+            print(text, flush=True)
+
+    # The model, made on the CPU, so that its first weights are the same on any device.
+    vocab_size = train_samples.vocab_size
+    flops = matrix_flops(cfg, vocab_size, tokens, squares, cfg.mask_prob * tokens)
+    epochs = cfg.max_steps * cfg.global_batch_size / len(train_samples)
+    memory = memory_bytes(cfg, num_params, vocab_size, micro_batch_tokens, process.dtype.itemsize)
+    print(f"parameters  {num_params:,}")
+    print(f"data        {len(train_samples):,} samples; {cfg.max_steps:,} steps see {tokens:.3g} tokens, {epochs:.2f} epochs")
+    print(f"memory      about {memory / 1e9:.1f} GB for micro-batches of at most {micro_batch_tokens:,} tokens")
+    print(f"disk        about {12e-9 * num_params * (cfg.keep_checkpoints + 1):.1f} GB for checkpoints")
+    print(f"work        {flops:.3g} FLOP in matrix products")
+    here = {device_name(process.device): peak_flops(process.device)} if peak_flops(process.device) else {}
+    for name, peak in (here or {"A100": PEAK_FLOPS["A100"], "H100": PEAK_FLOPS["H100"]}).items():
+        for mfu in (0.3, 0.4, 0.5):
+            hours = flops / (peak * mfu) / 3600
+            price = f", ${hours * cfg.price_per_gpu_hour:,.2f}" if cfg.price_per_gpu_hour else ""
+            print(f"time        {hours / process.world_size:.2f} h on {process.world_size} x {name} at {mfu:.0%} MFU{price}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+@torch.no_grad()
+def evaluate(model, samples, cfg, process, micro_batch_tokens):
+    """Loss and accuracy over held-out samples with fixed masks, the work shared by all processes.
+
+    Returns {"loss", "accuracy", "num_masked", "majority_accuracy"}; the last is the accuracy of always guessing the
+    token that is masked most often. The same for any number of processes, up to the order of a sum.
+    """
+    model.eval()
+    count = min(cfg.eval_samples or len(samples), len(samples))
+    order, epochs = samples.at(np.arange(count), EVAL_SEED)
+    totals = torch.zeros(3, dtype=torch.float64, device=process.device)
+    label_counts = torch.zeros(samples.vocab_size, dtype=torch.float64, device=process.device)
+
+    def make(part):
+        return samples.micro_batch(order[part], epochs[part], EVAL_SEED, EVAL_MASK_PROB)
+
+    parts = samples.parts(order, micro_batch_tokens, process.rank, process.world_size, equal=False)
+    for batch in prefetch(make, parts):
+        batch = batch.to(process.device)
+        with autocast(process):
+            logits = model.masked_logits(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, batch.masked_positions)
+        logits, labels = logits[: batch.num_masked].float(), batch.labels[: batch.num_masked]
+        totals[0] += torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+        totals[1] += (logits.argmax(-1) == labels).sum()
+        totals[2] += batch.num_masked
+        label_counts += torch.bincount(labels, minlength=samples.vocab_size)
+    if process.world_size > 1:
+        dist.all_reduce(totals)
+        dist.all_reduce(label_counts)
+    model.train()
+    loss_sum, num_correct, num_masked = totals.tolist()
+    return {
+        "loss": loss_sum / max(1, num_masked),
+        "accuracy": num_correct / max(1, num_masked),
+        "num_masked": int(num_masked),
+        "majority_accuracy": label_counts.max().item() / max(1, num_masked),
+    }
+
+
+def autocast(process):
+    if process.dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(process.device.type, process.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -479,186 +450,180 @@ def versions():
 def main(argv):
     cfg = load_config(TrainConfig, argv)
     process = setup_processes(cfg)
+    run = None
     try:
-        train(cfg, process)
+        samples = open_samples(cfg)
+        run = checkpoint.RunDirectory(cfg.out_dir) if process.rank == 0 and not cfg.dry_run else None
+        train(cfg, process, run, *samples)
     except torch.OutOfMemoryError:
         tried = cfg.micro_batch_tokens or "the value chosen from the GPU's memory"
         less = max(cfg.seq_length, (cfg.micro_batch_tokens or 65536) // 2)
-        raise UserError(f"out of GPU memory with micro_batch_tokens={tried} (try --micro_batch_tokens={less})", True) from None
+        text = f"out of GPU memory with micro_batch_tokens={tried} (try --micro_batch_tokens={less})"
+        raise UserError(text, this_rank_only=True) from None
     finally:
+        if run:
+            run.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def train(cfg, process):
+def open_samples(cfg):
+    """(training, held-out) samples. Raises: UserError where there are none."""
+    train_samples = Samples(cfg.data_dir, "train", cfg.seq_length, cfg.chunk)
+    val_samples = Samples(cfg.data_dir, "val", cfg.seq_length, cfg.chunk)
+    for samples, split in ((train_samples, "training"), (val_samples, "held-out")):
+        if len(samples) == 0:
+            raise UserError(f"{cfg.data_dir}: no {split} samples (prepare more text, or hold out another share)")
+    return train_samples, val_samples
+
+
+def train(cfg, process, run, train_samples, val_samples):
+    """The whole run. `run` is its directory on rank 0, None elsewhere."""
     device, rank, world_size = process.device, process.rank, process.world_size
 
     def say(text):
         if rank == 0:
             print(text, flush=True)
 
-    # Data, and the model on the CPU, so that its first weights are the same on any device.
+    # Data.
     train_samples = Samples(cfg.data_dir, "train", cfg.seq_length, cfg.chunk)
     val_samples = Samples(cfg.data_dir, "val", cfg.seq_length, cfg.chunk)
     for samples, split in ((train_samples, "training"), (val_samples, "held-out")):
         if len(samples) == 0:
-            raise UserError(f"{cfg.data_dir}: no {split} samples (prepare more text, or another share held out)")
+            raise UserError(f"{cfg.data_dir}: no {split} samples (prepare more text, or hold out another share)")
+    vocab_size = train_samples.vocab_size
     torch.manual_seed(cfg.seed)
-    raw_model = MaskedLM(cfg, train_samples.vocab_size)
+    raw_model = MaskedLM(cfg, vocab_size)
+    num_params = sum(parameter.numel() for parameter in raw_model.parameters())
     if cfg.init_from:
         source = checkpoint.find(cfg.init_from)
         if checkpoint.read_config(source)["tokenizer_sha256"] != train_samples.tokenizer_sha256:
             raise UserError(f"{source}: trained with another tokenizer than {cfg.data_dir} was made with")
-        load_weights(raw_model, checkpoint.read_tensors(source, "model.safetensors"), source)
-    num_params = sum(parameter.numel() for parameter in raw_model.parameters())
+        checkpoint.load_weights(raw_model, checkpoint.read_tensors(source, "model.safetensors"), source)
     raw_model.to(device)
-    micro_batch_tokens = choose_micro_batch_tokens(cfg, process, num_params, train_samples.vocab_size)
+    micro_batch_tokens = choose_micro_batch_tokens(cfg, process, num_params, vocab_size)
     if cfg.dry_run:
         if rank == 0:
             print_estimate(cfg, process, num_params, train_samples, micro_batch_tokens)
         return
 
     optimizer = torch.optim.AdamW(
-        raw_model.parameters(),
+        raw_model.parameters(),  # all of them decay, biases and LayerNorm too, as in the original
         lr=cfg.lr,
         betas=(cfg.beta1, cfg.beta2),
         eps=cfg.adam_eps,
-        weight_decay=cfg.weight_decay,  # Differs from most: biases and LayerNorm decay too, as in the original
+        weight_decay=cfg.weight_decay,
         fused=True,
     )
 
-    # Resume.
-    saved_config = {
-        "format": FORMAT,
-        **dataclasses.asdict(cfg),
-        "vocab_size": train_samples.vocab_size,
-        "tokenizer_sha256": train_samples.tokenizer_sha256,
-        "train_data": train_samples.digest,
-    }
+    # Go on from the newest checkpoint, if there is one and it is this run's.
     state = {"step": 0, "tokens": 0, "samples": 0, "seconds": 0.0}  # since the first step, resumes included
-    run = RunDirectory(cfg, saved_config) if rank == 0 else None
-    resume_path = [run.newest if rank == 0 else None]
+    resumed_from = [None]
+    if rank == 0:
+        run.adopt(saved_config(cfg, train_samples), differing_schedule(cfg), train_samples.tokenizer_text)
+        resumed_from = [run.newest]
     if world_size > 1:
-        dist.broadcast_object_list(resume_path, device=device)
-    if resume_path[0]:
-        restore(resume_path[0], state, raw_model, optimizer, process)
+        dist.broadcast_object_list(resumed_from, device=device)
+    if resumed_from[0]:
+        checkpoint.restore(resumed_from[0], state, raw_model, optimizer, process)
+
     backend = "triton" if kernels.uses_triton(device) else "torch"
+    dtype = str(process.dtype).removeprefix("torch.")
     say(
-        f"{cfg.model}, {num_params:,} parameters, on {world_size} x {device_name(device)}, "
-        f"{str(process.dtype)[6:]}, {backend} kernels, micro-batches of at most {micro_batch_tokens:,} tokens"
+        f"{cfg.model}, {num_params:,} parameters, on {world_size} x {device_name(device)}: {dtype}, {backend} kernels, "
+        f"micro-batches of at most {micro_batch_tokens:,} tokens"
     )
-    if resume_path[0]:
-        say(f"resuming from {resume_path[0]}")
+    if resumed_from[0]:
+        say(f"resuming from {resumed_from[0]}")
     if cfg.eval_only:
-        if not (resume_path[0] or cfg.init_from):
+        if not (resumed_from[0] or cfg.init_from):
             raise UserError(f"{cfg.out_dir}: no checkpoint to evaluate (train first, or give --init_from)")
-        say_eval(say, state["step"], evaluate(raw_model, val_samples, cfg, process, micro_batch_tokens))
+        say(eval_line(state["step"], evaluate(raw_model, val_samples, cfg, process, micro_batch_tokens)))
         return
     if state["step"] >= cfg.max_steps:
         say(f"{cfg.out_dir}: finished, {state['step']} of {cfg.max_steps} steps")
         return
     if rank == 0:
-        with open(os.path.join(cfg.data_dir, "tokenizer.json"), encoding="utf-8") as file:
-            run.begin(state["step"], file.read())
+        run.begin(state["step"])
         run.log(
             "start",
-            time=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             config=dataclasses.asdict(cfg),
-            **versions(),
+            **checkpoint.versions(),
             device=device_name(device),
             num_params=num_params,
             world_size=world_size,
             kernels=backend,
-            dtype=str(process.dtype)[6:],
+            dtype=dtype,
             micro_batch_tokens=micro_batch_tokens,
-            resumed_from=resume_path[0],
+            resumed_from=resumed_from[0],
         )
-
-    model = torch.compile(raw_model) if cfg.compile else raw_model
-    if world_size > 1:
-        device_ids = [device.index] if device.type == "cuda" else None
-        model = DistributedDataParallel(model, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
-    model.train()
 
     def step_batches(step):
         return train_samples.train_step(
             step - 1, cfg.global_batch_size, cfg.seed, mask_prob_at(cfg, step), micro_batch_tokens, rank, world_size
         )
 
-    history = []  # (loss, grad_norm) of each step since the last report, on the device
-    local_tokens = local_flops = 0  # this process's, since the last report
+    model = torch.compile(raw_model) if cfg.compile else raw_model
+    model.train()
+    if world_size > 1:
+        device_ids = [device.index] if device.type == "cuda" else None
+        model = DistributedDataParallel(model, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        # DDP sorts its gradient buckets anew after its first backward pass, and the order of a sum over three or more
+        # processes depends on them. One pass for nothing makes a resumed run add up as an uninterrupted one does.
+        forward_backward(model, step_batches(state["step"] + 1)[:1], torch.ones((), device=device), cfg, process, 0)
+        optimizer.zero_grad(set_to_none=False)
+
+    # Losses and gradient norms stay on the device until a report is due: nothing else waits for it.
+    history = []  # (loss, grad_norm) of each step since the last report
+    local_tokens = local_flops = 0  # of this process, since then
     next_report = state["step"] + 1
+    peak = peak_flops(device)
     loop_start = report_start = time.perf_counter()
     seconds_before = state["seconds"]
-    peak = peak_flops(device)
 
     steps = range(state["step"] + 1, cfg.max_steps + 1)
     for step, batches in zip(steps, prefetch(step_batches, steps)):
-        # The exact loss: the sum over all masked tokens of the global batch, divided by their number. DDP averages
-        # gradients over processes, hence the factor world_size.
+        # The loss is exact: a sum over all masked tokens of the global batch, divided by their number.
         num_masked = torch.tensor(float(sum(batch.num_masked for batch in batches)), device=device)
         if world_size > 1:
             dist.all_reduce(num_masked)
-        scale = world_size / num_masked.clamp(min=1)
-        loss = torch.zeros((), device=device)
-        for micro_step, batch in enumerate(batches):
-            batch = batch.to(device)
-            # All dropout follows from this seed, so a resumed run draws what the first one would have drawn.
-            torch.manual_seed(int(hash64(cfg.seed, step, rank, micro_step)[0] >> np.uint64(1)))
-            if world_size > 1:  # gradients are reduced with the last micro-step; DDP reads this in forward too
-                model.require_backward_grad_sync = micro_step == len(batches) - 1
-            with autocast(process):
-                loss_sum = model(
-                    batch.input_ids, batch.cu_seqlens, batch.max_seqlen, batch.masked_positions, batch.labels
-                )
-            (loss_sum * scale).backward()
-            loss += loss_sum.detach() * scale / world_size
-            local_tokens += batch.num_tokens
-            local_flops += matrix_flops(
-                cfg, train_samples.vocab_size, batch.num_tokens, batch.sum_squared_lengths, batch.num_masked
-            )
-        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in raw_model.parameters()])
+        loss = forward_backward(model, batches, num_masked.clamp(min=1), cfg, process, step)
+        grad_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in raw_model.parameters()])
         for group in optimizer.param_groups:
             group["lr"] = lr_at(cfg, step)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=world_size == 1)
-        history.append((loss, grad_norm))
+        optimizer.zero_grad(set_to_none=world_size == 1)  # DDP's gradients are views of its buckets
+        history += [loss, grad_norm]
+        local_tokens += sum(batch.num_tokens for batch in batches)
+        local_flops += sum(
+            matrix_flops(cfg, vocab_size, batch.num_tokens, batch.sum_squared_lengths, batch.num_masked)
+            for batch in batches
+        )
 
         last = step == cfg.max_steps
-        log_now = step >= next_report if cfg.log_interval == 0 else step % cfg.log_interval == 0
+        log_now = last or (step >= next_report if cfg.log_interval == 0 else step % cfg.log_interval == 0)
         eval_now = last or (cfg.eval_interval and step % cfg.eval_interval == 0)
         save_now = last or step % cfg.checkpoint_interval == 0
         if not (log_now or eval_now or save_now):
             continue
 
-        # Report: the first time since the last one that anything waits for the GPU. One collective brings each
-        # process's losses and counts to all, so that all take the same decisions.
-        flat = [value for pair in history for value in pair]
-        rows = process.gather([*flat, local_tokens, local_flops, time.perf_counter() - report_start])
-        now = time.perf_counter()
-        for other, row in enumerate(rows):
-            for i in range(len(history)):
-                if not (math.isfinite(row[2 * i]) and math.isfinite(row[2 * i + 1])):
-                    raise UserError(
-                        f"{'loss' if not math.isfinite(row[2 * i]) else 'gradient'} is not finite at step "
-                        f"{step - len(history) + 1 + i} on rank {other} "
-                        f"(last checkpoint: {checkpoint.newest(cfg.out_dir) or 'none'}; try a lower --lr)"
-                    )
-        num_steps, seconds = len(history), rows[0][-1]
+        # One collective brings every process's losses and counts to all, so that all decide alike.
+        rows = process.gather([*history, local_tokens, local_flops, time.perf_counter() - report_start])
+        check_finite(rows, step, run)
+        num_steps, seconds = len(history) // 2, rows[0][-1]
         tokens, flops = sum(row[-3] for row in rows), sum(row[-2] for row in rows)
-        global_loss, grad_norm = sum(row[2 * num_steps - 2] for row in rows), rows[0][2 * num_steps - 1]
         state["step"] = step
         state["tokens"] += int(tokens)
         state["samples"] += num_steps * cfg.global_batch_size
-        state["seconds"] = seconds_before + now - loop_start
-        history, local_tokens, local_flops = [], 0, 0
+        state["seconds"] = seconds_before + time.perf_counter() - loop_start
         next_report = step + max(1, int(TARGET_LOG_SECONDS * num_steps / seconds))
-        if rank == 0 and (log_now or last):
+        if rank == 0 and log_now:
             record = {
                 "step": step,
-                "loss": global_loss,
+                "loss": sum(row[-5] for row in rows),
                 "lr": lr_at(cfg, step),
-                "grad_norm": grad_norm,
+                "grad_norm": rows[0][-4],
                 "tokens": state["tokens"],
                 "samples": state["samples"],
                 "seconds": round(state["seconds"], 3),
@@ -673,17 +638,76 @@ def train(cfg, process):
             say(progress_line(cfg, record, num_steps / seconds))
         if eval_now:
             result = evaluate(raw_model, val_samples, cfg, process, micro_batch_tokens)
-            say_eval(say, step, result)
+            say(eval_line(step, result))
             if rank == 0:
                 run.log("eval", step=step, **result)
         if save_now and rank == 0:
             state["seconds"] = seconds_before + time.perf_counter() - loop_start
-            say(f"saved {run.save(cfg, state, raw_model, optimizer)}")
+            say(f"saved {run.save(state, raw_model, optimizer, cfg.keep_checkpoints)}")
+        history, local_tokens, local_flops = [], 0, 0
         report_start = time.perf_counter()  # evaluation and saving do not count as training speed
 
-    state["seconds"] = seconds_before + time.perf_counter() - loop_start
     if rank == 0:
+        state["seconds"] = seconds_before + time.perf_counter() - loop_start
         run.log("end", step=state["step"], seconds=round(state["seconds"], 3), **cost(cfg, state, world_size))
+
+
+def forward_backward(model, batches, num_masked, cfg, process, step):
+    """Add up the gradients of this process's micro-batches; returns their share of the loss, on the device.
+
+    num_masked: of the global batch, a tensor on the device.
+    """
+    loss = torch.zeros((), device=process.device)
+    for micro_step, batch in enumerate(batches):
+        batch = batch.to(process.device)
+        # All dropout follows from this seed, so a resumed run draws what the first one would have drawn.
+        torch.manual_seed(int(hash64(cfg.seed, step, process.rank, micro_step)[0] >> np.uint64(1)))
+        if process.world_size > 1:
+            # Gradients are reduced with the last micro-step. DDP reads this in forward already.
+            model.require_backward_grad_sync = micro_step == len(batches) - 1
+        with autocast(process):
+            loss_sum = model(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, batch.masked_positions, batch.labels)
+        share = loss_sum / num_masked
+        (share * process.world_size).backward()  # DDP divides by world_size again
+        loss += share.detach()
+    return loss
+
+
+def check_finite(rows, step, run):
+    """Stop, on every process alike, if a loss or gradient norm since the last report is not a finite number.
+
+    rows: of each process, the (loss, grad_norm) pairs of the steps up to `step`, then three other numbers.
+    """
+    pairs = (len(rows[0]) - 3) // 2
+    for i in range(pairs):
+        for rank, row in enumerate(rows):
+            for name, value in (("loss", row[2 * i]), ("gradient norm", row[2 * i + 1])):
+                if not math.isfinite(value):
+                    kept = run and run.newest
+                    raise UserError(
+                        f"{name} is {value} at step {step - pairs + 1 + i} on rank {rank} "
+                        f"(last checkpoint: {kept or 'none'}; try a lower --lr)"
+                    )
+
+
+def saved_config(cfg, train_samples):
+    """What config.json holds: every option, and what the data and the vocabulary are."""
+    return {
+        **dataclasses.asdict(cfg),
+        "vocab_size": train_samples.vocab_size,
+        "tokenizer_sha256": train_samples.tokenizer_sha256,
+        "train_data": train_samples.digest,
+    }
+
+
+def differing_schedule(cfg):
+    """A function of (earlier max_steps, step): whether going on with cfg.max_steps would bend a schedule that fell."""
+
+    def differs(earlier, step):
+        before = dataclasses.replace(cfg, max_steps=earlier)
+        return earlier != cfg.max_steps and (bool(cfg.final_mask_prob) or step > min(decay_start(cfg), decay_start(before)))
+
+    return differs
 
 
 def cost(cfg, state, world_size):
@@ -710,8 +734,8 @@ def progress_line(cfg, record, steps_per_second):
     return " | ".join(parts)
 
 
-def say_eval(say, step, result):
-    say(
+def eval_line(step, result):
+    return (
         f"step {step}: held-out loss {result['loss']:.4f}, accuracy {result['accuracy']:.1%} of "
         f"{result['num_masked']:,} masked tokens (always guessing the most frequent: {result['majority_accuracy']:.1%})"
     )

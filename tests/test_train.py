@@ -1,0 +1,344 @@
+"""The training loop as a user runs it: resume, processes, micro-batches, the log, and what it refuses."""
+
+import fcntl
+import math
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from toy import TOY_OPTIONS, files_of, make_documents, make_shards, read_log, run_train, toy_argv
+from toy import train_command, train_environment
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return make_shards(tmp_path_factory.mktemp("toy") / "shards")
+
+
+def losses(out_dir):
+    return [record["loss"] for record in read_log(out_dir)]
+
+
+def test_a_run_learns_and_leaves_what_the_contract_says(data_dir, tmp_path, capsys):
+    out = tmp_path / "run"
+    train.main(toy_argv(data_dir, out, max_steps=60, lr=0.02, eval_interval=30, checkpoint_interval=25, price_per_gpu_hour=2))
+    printed = capsys.readouterr().out
+    records = read_log(out)
+    assert [record["step"] for record in records] == list(range(1, 61))
+    assert records[0]["loss"] == pytest.approx(math.log(128), abs=0.3)  # the vocabulary of 100, padded
+    assert records[-1]["loss"] < records[0]["loss"] - 0.3
+    keys = "step loss lr grad_norm tokens samples seconds tokens_per_second samples_per_second mfu gpu_hours dollars"
+    assert set(keys.split()) | {"memory_gb", "mfu_6n"} <= records[-1].keys()
+    assert records[-1]["mfu"] is None and records[-1]["memory_gb"] is None
+    assert records[-1]["samples"] == 60 * 16
+    assert records[-1]["dollars"] == pytest.approx(records[-1]["gpu_hours"] * 2)
+    assert "step 60/60 | loss" in printed and "mfu n/a" in printed and "of $" in printed
+    (start,) = read_log(out, "start")
+    assert start["config"]["hidden_size"] == 32 and start["world_size"] == 1 and start["kernels"] == "torch"
+    assert start["num_params"] == sum(t.numel() for t in train.checkpoint.read_tensors(out / "step_00000060", "model.safetensors").values())
+    evals = read_log(out, "eval")
+    assert [record["step"] for record in evals] == [30, 60]
+    assert evals[0]["num_masked"] == evals[1]["num_masked"] > 0 and evals[1]["loss"] < evals[0]["loss"]
+    assert [record["step"] for record in read_log(out, "checkpoint")] == [25, 50, 60]
+    assert sorted(p.name for p in out.iterdir() if p.is_dir()) == ["step_00000050", "step_00000060"]
+    assert read_log(out, "end")[0]["step"] == 60
+    # The same command again does nothing, and says so.
+    before = (out / "log.jsonl").read_bytes()
+    train.main(toy_argv(data_dir, out, max_steps=60, lr=0.02, eval_interval=30, checkpoint_interval=25, price_per_gpu_hour=2))
+    assert "finished" in capsys.readouterr().out and (out / "log.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("options", [{}, {"model": "bert", "attention_dropout": 0.1, "chunk": True}])
+def test_killed_and_resumed_equals_uninterrupted(data_dir, tmp_path, options):
+    """SIGKILL in the middle of a run with dropout, then the same command: every byte as if nothing had happened."""
+    options = {"max_steps": 40, "checkpoint_interval": 7, "final_mask_prob": 0.15, **options}
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    assert run_train(toy_argv(data_dir, straight, **options)).returncode == 0
+    running = subprocess.Popen(train_command(toy_argv(data_dir, broken, **options)), env=train_environment(), stdout=subprocess.PIPE)
+    while not (broken / "step_00000014").exists():
+        assert running.poll() is None
+        time.sleep(0.005)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    reached = train.checkpoint.steps(broken)[0]
+    assert reached < 40
+    assert run_train(toy_argv(data_dir, broken, **options)).returncode == 0
+    assert [start["resumed_from"] for start in read_log(broken, "start")][-1].endswith(f"step_{reached:08d}")
+    assert files_of(straight / "step_00000040")["model.safetensors"] == files_of(broken / "step_00000040")["model.safetensors"]
+    assert files_of(straight / "step_00000040")["optimizer.safetensors"] == files_of(broken / "step_00000040")["optimizer.safetensors"]
+    exact = [[(r["step"], r["loss"], r["grad_norm"], r["tokens"]) for r in read_log(out)] for out in (straight, broken)]
+    assert exact[0] == exact[1]
+    assert [(r["step"], r["loss"]) for r in read_log(straight, "eval")] == [(r["step"], r["loss"]) for r in read_log(broken, "eval")]
+
+
+def test_two_processes_equal_one_and_micro_batches_do_not_matter(data_dir, tmp_path):
+    options = {"hidden_dropout": 0, "max_steps": 8}
+    runs = {}
+    for name, processes, micro in (("one", 1, 0), ("small", 1, 40), ("two", 2, 100)):
+        result = run_train(toy_argv(data_dir, tmp_path / name, micro_batch_tokens=micro, **options), processes)
+        assert result.returncode == 0, result.stderr
+        runs[name] = tmp_path / name
+    for name in ("small", "two"):
+        assert losses(runs[name]) == pytest.approx(losses(runs["one"]), rel=1e-5)
+        for event, key in (("eval", "loss"), ("train", "grad_norm")):
+            expected = [record[key] for record in read_log(runs["one"], event)]
+            assert [record[key] for record in read_log(runs[name], event)] == pytest.approx(expected, rel=1e-4)
+        expected = [record["tokens"] for record in read_log(runs["one"])]
+        assert [record["tokens"] for record in read_log(runs[name])] == expected
+    assert read_log(runs["two"], "start")[0]["world_size"] == 2
+
+
+def test_resume_with_another_number_of_processes(data_dir, tmp_path):
+    """Two processes train, one goes on: the same samples and masks, so the same losses to rounding."""
+    options = {"hidden_dropout": 0, "max_steps": 12}
+    assert run_train(toy_argv(data_dir, tmp_path / "one", **options)).returncode == 0
+    two = tmp_path / "two"
+    assert run_train(toy_argv(data_dir, two, **options), processes=2).returncode == 0
+    for step in (12,):  # as if the run had been lost after step 8
+        train.checkpoint.shutil.rmtree(two / f"step_{step:08d}")
+    assert run_train(toy_argv(data_dir, two, **options)).returncode == 0
+    assert [record["step"] for record in read_log(two)] == list(range(1, 13))
+    assert losses(two) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_three_processes_resume_bit_for_bit(data_dir, tmp_path):
+    """With three or more, the order of a sum over processes must not depend on where a run was resumed."""
+    options = {"global_batch_size": 24, "max_steps": 12, "hidden_size": 64}
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    for out in (straight, broken):
+        assert run_train(toy_argv(data_dir, out, **options), processes=3).returncode == 0
+    train.checkpoint.shutil.rmtree(broken / "step_00000012")
+    assert run_train(toy_argv(data_dir, broken, **options), processes=3).returncode == 0
+    assert files_of(straight / "step_00000012")["model.safetensors"] == files_of(broken / "step_00000012")["model.safetensors"]
+
+
+def test_damaged_newest_checkpoint_is_named_and_the_one_before_used(data_dir, tmp_path, capsys):
+    out = tmp_path / "run"
+    train.main(toy_argv(data_dir, out))
+    weights = files_of(out / "step_00000010")["model.safetensors"]
+    path = out / "step_00000010" / "model.safetensors"
+    path.write_bytes(weights[:200] + bytes([weights[200] ^ 1]) + weights[201:])
+    train.main(toy_argv(data_dir, out))
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and str(path) in captured.err
+    assert f"resuming from {out}/step_00000008" in captured.out
+    assert path.read_bytes() == weights
+
+
+def fails(argv, capsys):
+    """Run train.main, which must end as a user's mistake does; its one line."""
+    with pytest.raises(SystemExit) as stopped:
+        train.main(argv)
+    captured = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1, captured.err
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    "option, says",
+    [
+        ("--lr=0", "lr=0.0"), ("--lr=-1", "lr=-1"), ("--lr=2", "lr=2"), ("--lr=fast", "'fast' is not a number"),
+        ("--lr=nan", "not a number"), ("--lr", "no value"), ("--mask_prob=0", "mask_prob"), ("--mask_prob=1.5", "mask_prob"),
+        ("--hidden_dropout=1", "hidden_dropout"), ("--hidden_dropout=-0.1", "hidden_dropout"),
+        ("--attention_dropout=0.1", "MosaicBERT has none"), ("--num_heads=3", "not a multiple of num_heads=3"),
+        ("--hidden_size=0", "hidden_size"), ("--num_layers=-1", "num_layers"), ("--seq_length=2", "seq_length"),
+        ("--max_steps=0", "max_steps"), ("--max_steps=1.5", "not a whole number"), ("--global_batch_size=0", "at least 1"),
+        ("--micro_batch_tokens=31", "less than seq_length=32"), ("--warmup_fraction=1.1", "warmup_fraction"),
+        ("--schedule=cosine", "one of linear, wsd"), ("--device=gpu", "one of auto, cpu, cuda"),
+        ("--compile=perhaps", "true or false"), ("--beta2=1", "beta2"), ("--checkpoint_interval=0", "checkpoint_interval"),
+        ("--leraning_rate=1", "unknown option"), ("--global_batch=1", "did you mean global_batch_size"),
+        ("--data_dir=nowhere", "prepare_c4.py"), ("--model=bert --seq_length=513", "512 positions"),
+        ("--init_from=nowhere", "no undamaged checkpoint"), ("--eval_only", "no checkpoint to evaluate"),
+        ("configs/none.py", "configs/none.py"), ("--kernels=cuda", "one of auto, triton, torch"),
+    ],
+)  # fmt: skip
+def test_mistakes_end_in_one_line(data_dir, tmp_path, capsys, option, says):
+    out = tmp_path / "out"
+    assert says in fails([*toy_argv(data_dir, out), *option.split()], capsys)
+    assert not (out / "log.jsonl").exists()
+
+
+def test_batch_must_divide_by_the_processes(data_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "global_batch_size=16 is not a multiple of 3 processes" in fails(toy_argv(data_dir, tmp_path / "out"), capsys)
+
+
+def test_triton_where_it_cannot_run(data_dir, tmp_path):
+    result = run_train(toy_argv(data_dir, tmp_path / "out", kernels="triton"), TRITON_INTERPRET="0")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+
+
+@pytest.mark.parametrize("damage", ["truncated", "other tokenizer", "token", "offsets", "missing", "foreign", "manifest"])
+def test_damaged_shards_are_refused_before_training(tmp_path, capsys, damage):
+    data = Path(make_shards(tmp_path / "shards"))
+    shard = data / "train_00001.bin"
+    contents = bytearray(shard.read_bytes())
+    if damage == "truncated":
+        shard.write_bytes(contents[:-1])
+    elif damage == "other tokenizer":
+        tokenizer = data / "tokenizer.json"
+        tokenizer.write_text(tokenizer.read_text().replace('"w7"', '"w7x"'))
+    elif damage == "token":
+        contents[-1] = 255
+        shard.write_bytes(contents)
+    elif damage == "offsets":
+        contents[64] = 1
+        shard.write_bytes(contents)
+    elif damage == "missing":
+        shard.unlink()
+    elif damage == "foreign":
+        shard.write_bytes(b"hello" * 100)
+    else:
+        (data / "manifest.json").write_text('{"shards": 3}')
+    line = fails(toy_argv(data, tmp_path / "out"), capsys)
+    assert str(data / "manifest.json" if damage == "manifest" else data) in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_run_in_the_same_directory_is_refused(data_dir, tmp_path, capsys):
+    out = tmp_path / "run"
+    train.main(toy_argv(data_dir, out))
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    line = fails(toy_argv(data_dir, out, lr=1e-3, hidden_dropout=0), capsys)
+    assert "lr was 0.003 and is 0.001" in line and "hidden_dropout" in line
+    assert "max_steps was 10 and is 20" in fails(toy_argv(data_dir, out, max_steps=20), capsys)
+    other = make_shards(tmp_path / "other", make_documents(50, seed=9))
+    assert "train_data" in fails(toy_argv(other, out), capsys)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_what_may_differ_on_resume(data_dir, tmp_path, capsys):
+    """wsd has not begun to decay, so the run may become longer; and none of these changes a result."""
+    out = tmp_path / "run"
+    train.main(toy_argv(data_dir, out, schedule="wsd", max_steps=20, checkpoint_interval=8))
+    train.checkpoint.shutil.rmtree(out / "step_00000020")
+    longer = {"max_steps": 40, "micro_batch_tokens": 64, "keep_checkpoints": 5, "price_per_gpu_hour": 1, "eval_interval": 0}
+    train.main(toy_argv(data_dir, out, schedule="wsd", checkpoint_interval=8, **longer))
+    assert "resuming" in capsys.readouterr().out
+    assert read_log(out)[-1]["step"] == 40 and len(read_log(out)) == 40
+
+
+def test_a_second_live_run_is_refused(data_dir, tmp_path, capsys):
+    out = tmp_path / "run"
+    out.mkdir()
+    held = os.open(out, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    assert "in use" in fails(toy_argv(data_dir, out), capsys)
+    os.close(held)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(data_dir, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    forward = train.MaskedLM.forward
+    calls = []
+
+    def poisoned(self, *batch):
+        calls.append(1)
+        return forward(self, *batch) * (math.nan if len(calls) == 7 else 1)
+
+    monkeypatch.setattr(train.MaskedLM, "forward", poisoned)
+    line = fails(toy_argv(data_dir, out, log_interval=5), capsys)
+    assert "loss is nan at step 7 on rank 0" in line and "step_00000004" in line
+    assert train.checkpoint.steps(out) == [4] and train.checkpoint.damage(out / "step_00000004") is None
+
+
+def test_init_from_and_eval_only(data_dir, tmp_path, capsys):
+    first = tmp_path / "first"
+    train.main(toy_argv(data_dir, first))
+    weights = train.checkpoint.read_tensors(first / "step_00000010", "model.safetensors")
+    train.main(toy_argv(data_dir, tmp_path / "second", init_from=first, max_steps=1, warmup_fraction=1))
+    second = train.checkpoint.read_tensors(tmp_path / "second" / "step_00000001", "model.safetensors")
+    for name, tensor in weights.items():  # the learning rate of step 1 is 0
+        torch.testing.assert_close(second[name], tensor, rtol=0, atol=0)
+    capsys.readouterr()
+    before = (first / "log.jsonl").read_bytes()
+    train.main([*toy_argv(data_dir, first), "--eval_only"])
+    loss = read_log(first, "eval")[-1]["loss"]
+    assert f"step 10: held-out loss {loss:.4f}" in capsys.readouterr().out
+    assert (first / "log.jsonl").read_bytes() == before
+
+
+def test_dry_run_trains_nothing(data_dir, tmp_path, capsys):
+    train.main([*toy_argv(data_dir, tmp_path / "run", price_per_gpu_hour=2.5), "--dry_run"])
+    printed = capsys.readouterr().out
+    assert "parameters" in printed and "FLOP" in printed and "$" in printed
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_compile_gives_the_same_losses(data_dir, tmp_path):
+    options = {"hidden_dropout": 0, "max_steps": 4, "num_layers": 1}
+    for compile in ("false", "true"):
+        assert run_train(toy_argv(data_dir, tmp_path / compile, compile=compile, **options)).returncode == 0
+    assert losses(tmp_path / "true") == pytest.approx(losses(tmp_path / "false"), rel=1e-5)
+
+
+def test_learning_rates_of_the_original():
+    """Composer's linear_decay_with_warmup for 70,000 steps: t / 4,200, then down over 65,800 steps to alpha_f."""
+    cfg = train.TrainConfig(final_lr_fraction=0.02)
+    assert train.lr_at(cfg, 1) == 0
+    assert train.lr_at(cfg, 2101) == pytest.approx(5e-4 / 2)
+    assert train.lr_at(cfg, 4201) == pytest.approx(5e-4)
+    assert train.lr_at(cfg, 4201 + 32_900) == pytest.approx(5e-4 * (0.02 + 0.98 / 2))
+    assert train.lr_at(train.TrainConfig(), 70_000) == pytest.approx(5e-4 / 65_800)
+    wsd = train.TrainConfig(schedule="wsd", max_steps=100, warmup_fraction=0.1, decay_fraction=0.2)
+    assert [train.lr_at(wsd, step) for step in (11, 50, 80)] == [5e-4] * 3
+    assert train.lr_at(wsd, 91) == pytest.approx(2.5e-4)
+    falling = train.TrainConfig(max_steps=11, final_mask_prob=0.15)
+    assert [train.mask_prob_at(falling, step) for step in (1, 6, 11)] == pytest.approx([0.3, 0.225, 0.15])
+
+
+def test_micro_batch_fits_common_cards():
+    """base.py runs on 24, 40 and 80 GB: at least 8,192 tokens each, more on larger cards, within the memory."""
+
+    class Card:
+        device, dtype = torch.device("cuda"), torch.bfloat16
+        world_size = 1
+
+        def __init__(self, gigabytes):
+            self.bytes = gigabytes * 1e9
+
+        def gather(self, values):
+            return [[self.bytes]]
+
+    chosen = []
+    for gigabytes in (24, 40, 80):
+        card = Card(gigabytes)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.cuda, "get_device_properties", lambda device: type("P", (), {"total_memory": card.bytes}))
+            cfg = train.TrainConfig()
+            tokens = train.choose_micro_batch_tokens(cfg, card, 137_400_384, 30_522)
+        assert train.memory_bytes(cfg, 137_400_384, 30_522, tokens, 2) < 0.9 * card.bytes
+        chosen.append(tokens)
+    assert 8192 <= chosen[0] < chosen[1] < chosen[2]
+
+
+def test_every_option_is_used():
+    source = "".join(Path(train.__file__).with_name(name).read_text() for name in ("train.py", "model.py"))
+    for name in TOY_OPTIONS.keys() | {field.name for field in train.dataclasses.fields(train.TrainConfig)}:
+        assert f"cfg.{name}" in source or f"self.{name}" in source or f'"{name}"' in source, name
+
+
+def test_every_shipped_config_loads(capsys):
+    configs = sorted((Path(train.__file__).parent / "configs").glob("*.py"))
+    assert {path.stem for path in configs} >= {"smoke", "base", "large", "bert_base", "bert_large"}
+    for path in configs:
+        train.load_config(train.TrainConfig, [str(path)]).check(world_size=8)
+
+
+def test_help_lists_every_option(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--help"])
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    for field in train.dataclasses.fields(train.TrainConfig):
+        assert f"--{field.name}=" in printed, field.name

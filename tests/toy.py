@@ -1,0 +1,92 @@
+"""Toy shards and a toy run for the tests: small, with something to learn, made without any file from elsewhere."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from data import write_shard
+
+ROOT = Path(__file__).resolve().parent.parent
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+VOCAB_SIZE = 100
+
+
+def make_tokenizer(path, vocab_size=VOCAB_SIZE, special=SPECIAL):
+    vocab = {word: i for i, word in enumerate([*special, *(f"w{i}" for i in range(vocab_size - len(special)))])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(special)
+    tokenizer.save(str(path))
+
+
+def make_documents(count, longest=60, seed=0):
+    """Counting sequences, w5 w6 w7 ..., from random places: masked tokens can be told from their neighbours."""
+    rng = np.random.default_rng(seed)
+    lengths, starts = rng.integers(1, longest, count), rng.integers(0, VOCAB_SIZE - 5, count)
+    return [5 + (start + np.arange(n)) % (VOCAB_SIZE - 5) for start, n in zip(starts, lengths)]
+
+
+def make_shards(path, documents=None, val_documents=None, shards=2, vocab_size=VOCAB_SIZE):
+    """A finished shard directory, as prepare_c4.py leaves it."""
+    path = Path(path)
+    path.mkdir(parents=True)
+    make_tokenizer(path / "tokenizer.json", vocab_size)
+    digest = hashlib.sha256((path / "tokenizer.json").read_bytes())
+    documents = make_documents(300) if documents is None else documents
+    val_documents = make_documents(40, seed=1) if val_documents is None else val_documents
+    entries = []
+    for split, docs, count in (("train", documents, shards), ("val", val_documents, 1)):
+        for i in range(count):
+            name = path / f"{split}_{i:05d}.bin"
+            entries.append({"split": split, **write_shard(name, docs[i::count], 2, digest.digest())})
+    manifest = {"format": 1, "tokenizer_sha256": digest.hexdigest(), "vocab_size": vocab_size, "shards": entries}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    (path / "report.json").write_text("{}")
+    return str(path)
+
+
+TOY_OPTIONS = {
+    "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48, "seq_length": 32,
+    "global_batch_size": 16, "max_steps": 10, "lr": 3e-3, "eval_interval": 5, "checkpoint_interval": 4,
+    "log_interval": 1, "device": "cpu", "kernels": "torch",
+}  # fmt: skip
+
+
+def toy_argv(data_dir, out_dir, **options):
+    """Command-line arguments of a toy run."""
+    options = {**TOY_OPTIONS, "data_dir": data_dir, "out_dir": out_dir, **options}
+    return [f"--{name}={value}" for name, value in options.items()]
+
+
+def run_train(argv, processes=1, **environment):
+    """train.py as a user starts it. Returns the finished subprocess; a non-zero status is the caller's to judge."""
+    return subprocess.run(train_command(argv, processes), env=train_environment(**environment), capture_output=True, text=True)
+
+
+def train_command(argv, processes=1):
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [*launcher, str(ROOT / "train.py"), *argv]
+
+
+def train_environment(**environment):
+    threads = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return {**os.environ, **threads, **environment}
+
+
+def read_log(out_dir, event="train"):
+    lines = (Path(out_dir) / "log.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["event"] == event]
+
+
+def files_of(directory):
+    """{name: bytes} of a checkpoint, without what holds wall-clock times."""
+    timed = ("state.json", "digests.json")
+    return {path.name: path.read_bytes() for path in Path(directory).iterdir() if path.name not in timed}
