@@ -97,14 +97,17 @@ def read_config_file(path, types):
     for statement in tree.body:
         where = f"{path}:{statement.lineno}"
         docstring = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
-        if not docstring and not isinstance(statement, (ast.Assign, ast.AnnAssign, ast.Import, ast.ImportFrom)):
+        if not docstring and not isinstance(statement, (ast.Assign, ast.Import, ast.ImportFrom)):
             raise UserError(f"{where}: not a plain assignment (a config holds name = value lines and imports)")
         try:
             exec(compile(ast.Module([statement], []), path, "exec"), namespace)
         except Exception as error:
             raise UserError(f"{where}: {type(error).__name__}: {error}") from None
-        targets = getattr(statement, "targets", None) or [getattr(statement, "target", None)]
-        for name in [target.id for target in targets if isinstance(target, ast.Name) and target.id[0] != "_"]:
+        if not isinstance(statement, ast.Assign):
+            continue
+        if not all(isinstance(target, ast.Name) for target in statement.targets):
+            raise UserError(f"{where}: not a plain assignment (one name = value a line)")
+        for name in [target.id for target in statement.targets if target.id[0] != "_"]:
             known_option(name, types, f"{where}: {name}")
             values[name] = convert(namespace[name], types[name], f"{where}: {name}")
     return values
@@ -112,7 +115,7 @@ def read_config_file(path, types):
 
 def known_option(name, types, where):
     if name not in types:
-        nearest = difflib.get_close_matches(name, types, n=1)
+        nearest = difflib.get_close_matches(name, types, n=1, cutoff=0.5)
         hint = f"did you mean {nearest[0]}?" if nearest else "--help lists the options"
         raise UserError(f"{where}: unknown option ({hint})")
 

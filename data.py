@@ -48,6 +48,7 @@ SEQUENCE_MULTIPLE = 32
 
 IGNORED = -100  # the label that F.cross_entropy skips
 EVAL_SEED = 0  # evaluation masks are the same in every run, whatever its seed
+SMALL_SHARD = 2**26  # tokens of a shard that are all checked when it is opened; of a larger one, when they are used
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -110,8 +111,7 @@ def open_shard(path, tokenizer_digest, vocab_size):
         tokens = np.asarray(np.memmap(path, f"<u{bytes_per_token}", "r", start, (num_tokens,)))
     if offsets[0] != 0 or offsets[-1] != num_tokens:
         raise UserError(f"{path}: offsets do not cover the tokens (damaged; prepare again)")
-    # All tokens of a small shard are read here (at 5 GB/s or so); of a large one, when they are used, or by --verify.
-    if 0 < num_tokens < 2**26 and tokens.max() >= vocab_size:
+    if 0 < num_tokens < SMALL_SHARD and tokens.max() >= vocab_size:
         raise UserError(f"{path}: token id {tokens.max()} outside the vocabulary of {vocab_size} (damaged shard)")
     return offsets, tokens
 

@@ -1,0 +1,114 @@
+"""Options from defaults, files and flags: what is accepted, and the line that refuses the rest."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+
+from config import UserError, command, load_config
+
+
+@dataclass
+class Options:
+    # First heading
+    lr: float = 0.1  # peak rate
+    steps: int = 5  # how many
+    fast: bool = False  # whether
+    name: str = "x"  # what to call it
+    kind: Literal["red", "green"] = "red"  # colour
+
+
+def load(*argv):
+    return load_config(Options, argv)
+
+
+def refused(*argv):
+    with pytest.raises(UserError) as error:
+        load(*argv)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_precedence_is_default_file_flag_in_any_order(tmp_path):
+    file = tmp_path / "a.py"
+    file.write_text('"""Doc."""\nimport math\n_two = 2\nlr = _two / 4  # a comment\nsteps = 7\n')
+    assert load() == Options()
+    assert load(str(file)) == Options(lr=0.5, steps=7)
+    assert load("--steps=9", str(file)) == load(str(file), "--steps=9") == Options(lr=0.5, steps=9)
+    assert load("--steps=9", "--steps=8").steps == 8
+
+
+@pytest.mark.parametrize(
+    "argument, field, value",
+    [
+        ("--lr=1", "lr", 1.0), ("--lr=5e-4", "lr", 5e-4), ("--steps=1e4", "steps", 10000), ("--fast=true", "fast", True),
+        ("--fast", "fast", True), ("--fast=False", "fast", False), ("--name=a=b", "name", "a=b"), ("--name=123", "name", "123"),
+        ("--name=", "name", ""), ("--kind=green", "kind", "green"), ("--steps=12345678901234567", "steps", 12345678901234567),
+    ],
+)  # fmt: skip
+def test_accepted(argument, field, value):
+    assert getattr(load(argument), field) == value
+    assert type(getattr(load(argument), field)) is type(value)
+
+
+@pytest.mark.parametrize(
+    "argument, says",
+    [
+        ("--lr=high", "--lr: 'high' is not a number"), ("--lr=inf", "not a number"), ("--lr=", "not a number"),
+        ("--lr", "no value given"), ("--steps=2.5", "'2.5' is not a whole number"), ("--fast=maybe", "true or false"),
+        ("--kind=blue", "one of red, green"), ("--kind=gren", "did you mean green?"), ("--stpes=3", "did you mean steps?"),
+        ("--zzz=3", "--help lists"), ("-", "unknown option"), ("--", "unknown option"),
+    ],
+)  # fmt: skip
+def test_refused_flags(argument, says):
+    assert says in refused(argument)
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("lr = 'a'", ":1: lr: 'a' is not a number"), ("\nlrate = 1", ":2: lrate: unknown option (did you mean lr?)"),
+        ("steps = True", ":1: steps: True is not a whole number"), ("fast = 1", "1 is not a bool"), ("name = 3", "not a string"),
+        ("lr = 0.1\nlr =", ":2: invalid syntax"), ("lr = 1 / 0", ":1: ZeroDivisionError"), ("print(1)", "not a plain assignment"),
+        ("import nothing_of_this_name", ":1: ModuleNotFoundError"), ("for i in []:\n  pass", "not a plain assignment"),
+        ("lr = \0", ":1: "), ("lr, steps = 1, 2", "one name = value a line"), ("lr: float = 1", "not a plain assignment"),
+        ("lr = 1\nlr += 1", ":2: not a plain"), ("steps = None", "None is not a whole number"),
+    ],
+)  # fmt: skip
+def test_refused_files(tmp_path, text, says):
+    file = tmp_path / "bad.py"
+    file.write_text(text)
+    line = refused(str(file))
+    assert line.startswith(str(file)) and says in line
+
+
+def test_refused_paths(tmp_path):
+    assert "No such file" in refused(str(tmp_path / "none.py"))
+    assert "expected a config file" in refused(str(tmp_path))
+    (tmp_path / "binary.py").write_bytes(b"\xff\xfe")
+    assert "binary.py" in refused(str(tmp_path / "binary.py"))
+    (tmp_path / "a.py").write_text("")
+    assert "second config file" in refused(str(tmp_path / "a.py"), str(tmp_path / "a.py"))
+
+
+def test_help_is_made_of_the_comments(capsys):
+    with pytest.raises(SystemExit):
+        load("--help")
+    printed = capsys.readouterr().out
+    assert "First heading" in printed and "--lr=float  peak rate  [0.1]" in printed and "--kind=red|green  colour" in printed
+
+
+def test_command_prints_one_line_and_exits_with_2(capsys, monkeypatch):
+    @command
+    def main(argv):
+        raise UserError("file:3: two\nlines (hint)")
+
+    with pytest.raises(SystemExit) as stopped:
+        main([])
+    assert stopped.value.code == 2 and capsys.readouterr().err == "error: file:3: two lines (hint)\n"
+    with pytest.raises(UserError):
+        main(["--debug"])
+    monkeypatch.setenv("RANK", "1")  # rank 0 has said it
+    with pytest.raises(SystemExit):
+        main([])
+    assert capsys.readouterr().err == ""
