@@ -4,7 +4,7 @@
 
 Data   python prepare_c4.py --source=c4 --out=data/c4 --max_doc_tokens=126
 Size   435,221,312 parameters
-Work   70,000 steps x 4,096 samples of at most 128 tokens: at most 36.7e9 tokens, 3.4 times base.py's operations
+Work   70,000 steps x 4,096 samples of at most 128 tokens: at most 36.7e9 tokens, 3.5 times base.py's operations
 Cost   the original's blog has 83.2 on GLUE after 15.85 h and 85.5 after about 60 h on eight A100-80GB; the number of
        steps behind 85.5 is not published
 Score  not measured here

@@ -12,10 +12,10 @@ import torch
 try:
     import triton
     import triton.language as tl
-except ImportError:  # as on macOS: the kernels can be read by Python, but not run
+except ImportError:  # as on macOS
 
     class Missing:
-        """Stands for triton and its language in decorators and annotations."""
+        """Stands for triton and its language, so that Python can read the kernels. They cannot run."""
 
         def __getattr__(self, name):
             return self
@@ -24,6 +24,8 @@ except ImportError:  # as on macOS: the kernels can be read by Python, but not r
             return self
 
     triton = tl = Missing()
+
+HAS_TRITON = type(triton).__name__ == "module"
 
 from kernels.attention import attention_reference, attention_triton, check_attention
 from kernels.layernorm import check_layernorm, dropout_add_layernorm_reference, dropout_add_layernorm_triton
@@ -39,7 +41,7 @@ __all__ = [
 ]
 
 BACKENDS = ("auto", "triton", "torch")
-MIN_CAPABILITY = 8  # Ampere, compute capability 8.0: the first with bf16 matrix units
+MIN_CAPABILITY = 8  # major number: Ampere, the first with bf16 matrix units
 
 _backend = "auto"
 
@@ -47,12 +49,66 @@ _backend = "auto"
 def set_backend(name):
     """Choose what the functions below run on: "auto", "triton" or "torch".
 
-    Raises: ValueError for another name, or for "triton" where it cannot run.
+    Raises: ValueError for another name, and for "triton" where it cannot run.
     """
     global _backend
     if name not in BACKENDS:
-        raise ValueError(f"kernels={name!r}: must be one of {', '.join(BACKENDS)}")
-    if name == "triton":
-        if isinstance(triton, Missing_type):
-            raise ValueError("kernels='triton': the triton package is not installed (pip install triton, or set 'auto')")
+        raise ValueError(f"kernels={name!r} is none of {', '.join(BACKENDS)}")
+    if name == "triton" and not HAS_TRITON:
+        raise ValueError("kernels='triton' needs the triton package (pip install triton, or set kernels='auto')")
+    if name == "triton" and not can_run("cuda") and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"kernels='triton' needs a GPU of compute capability {MIN_CAPABILITY}.0 or more"
+            " (set kernels='auto', or TRITON_INTERPRET=1 to try the kernels slowly on a CPU)"
+        )
     _backend = name
+
+
+def uses_triton(device):
+    """Whether tensors on this device go to the Triton kernels."""
+    if _backend == "auto":
+        return can_run(device)
+    return _backend == "triton"
+
+
+def can_run(device):
+    """Whether the device is a GPU that the kernels are made for."""
+    device = torch.device(device)
+    if not HAS_TRITON or device.type != "cuda" or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_properties(device).major >= MIN_CAPABILITY
+
+
+def attention(q, k, v, cu_seqlens, max_seqlen, slopes):
+    """softmax(q k^T / sqrt(D) - slope * |i - j|) v in each sequence on its own; differentiable in q, k, v.
+
+    q, k, v, result: (total_tokens, H, D). cu_seqlens: (B + 1,) int32, sequence b is rows cu_seqlens[b] to
+    cu_seqlens[b + 1]; empty ones are allowed, none may be longer than max_seqlen. slopes: (H,) fp32, or None for no
+    bias. Rows past the last sequence are 0. For the kernels q, k, v are copied into one tensor; attention_qkvpacked
+    saves that.
+    """
+    check_attention(q, k, v, cu_seqlens, slopes)
+    if uses_triton(q.device):
+        return attention_triton(torch.stack((q, k, v), dim=1), cu_seqlens, max_seqlen, slopes)
+    return attention_reference(q, k, v, cu_seqlens, max_seqlen, slopes)
+
+
+def attention_qkvpacked(qkv, cu_seqlens, max_seqlen, slopes):
+    """attention of qkv (total_tokens, 3, H, D), contiguous; its gradient is one tensor of the same shape."""
+    if qkv.dim() != 4 or qkv.shape[1] != 3:
+        raise ValueError(f"attention: qkv has shape {tuple(qkv.shape)}; expected (total_tokens, 3, H, D)")
+    q, k, v = qkv.unbind(1)
+    check_attention(q, k, v, cu_seqlens, slopes)
+    if uses_triton(qkv.device):
+        return attention_triton(qkv, cu_seqlens, max_seqlen, slopes)
+    return attention_reference(q, k, v, cu_seqlens, max_seqlen, slopes)
+
+
+def dropout_add_layernorm(x, residual, weight, bias, dropout_prob=0.0, eps=1e-12):
+    """LayerNorm(dropout(x) + residual) * weight + bias by rows, with fp32 statistics, in x's dtype; differentiable.
+
+    x: (num_rows, C). residual: like x, or None. weight, bias: (C,) fp32. torch.manual_seed decides the dropout mask.
+    """
+    check_layernorm(x, residual, weight, bias, dropout_prob)
+    run = dropout_add_layernorm_triton if uses_triton(x.device) else dropout_add_layernorm_reference
+    return run(x, residual, weight, bias, dropout_prob, eps)

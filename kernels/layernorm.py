@@ -101,7 +101,7 @@ def forward_kernel(
     rstd = 1 / tl.sqrt(tl.sum(centred * centred, 1) / C + eps)  # (BLOCK_R,)
     weight = tl.load(weight_ptr + offs_c, mask=columns, other=0.0)  # (BLOCK_C,)
     bias = tl.load(bias_ptr + offs_c, mask=columns, other=0.0)  # (BLOCK_C,)
-    y = centred * rstd[:, None] * weight[None, :] + bias[None, :]
+    y = (z - mean[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :]
     tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
     tl.store(mean_ptr + offs_r, mean, mask=rows)
     tl.store(rstd_ptr + offs_r, rstd, mask=rows)
@@ -157,12 +157,12 @@ def backward_kernel(
     tl.store(partial_ptr + (programs + pid) * C + offs_c, tl.sum(dbias, 0), mask=columns)
 
 
-# A tile has 4096 elements, 32 in each of 128 threads, and a row of up to 1024 lies in one warp, so that its sums need
-# no barrier. Chosen by these counts and by tests/test_compile_kernels.py (no spilled registers), not yet by timing.
+# 16 elements a thread, in blocks of at least 128 threads: twice as many spill registers for some C and GPU, by
+# tests/test_compile_kernels.py. Not yet chosen by timing.
 MAX_C = 8192
-TILE_ELEMENTS = 4096
-PROGRAMS_PER_SM = 2  # in backward; more would only enlarge the second stage
-PROGRAMS_ON_CPU = 4  # the interpreter's "device"
+TILE_ELEMENTS = 2048
+PROGRAMS_PER_SM = 4  # of backward: as many as fit at its up to 128 registers a thread
+PROGRAMS_ON_CPU = 4  # of backward, under the interpreter
 
 
 def launch_config(C):
@@ -171,7 +171,7 @@ def launch_config(C):
         "C": C,
         "BLOCK_R": max(1, TILE_ELEMENTS // BLOCK_C),
         "BLOCK_C": BLOCK_C,
-        "num_warps": max(4, BLOCK_C // 1024),
+        "num_warps": max(4, BLOCK_C // 512),
     }
 
 
@@ -181,29 +181,116 @@ def dropout_args(dropout_prob):
     return threshold, DROPOUT_LEVELS / (DROPOUT_LEVELS - threshold)
 
 
-# The kernels as two PyTorch operators, opaque to torch.compile. An operator may not return its inputs, nor one tensor
-# twice: what need not exist is an empty tensor, for which the autograd formula puts the tensor it equals.
+# The kernels as two PyTorch operators, opaque to torch.compile. An operator may return neither its inputs nor one tensor
+# twice: what would equal another tensor comes back empty, and the autograd formula puts that other tensor in its place.
 
 
 @torch.library.custom_op("mosaicbert::dropout_add_layernorm", mutates_args=())
 def layernorm_op(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    seed: Tensor | None,
-    dropout_prob: float,
-    eps: float,
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, seed: Tensor | None, dropout_prob: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y, z, mean, rstd); z is empty when it would equal x."""
-    num_rows, C = x.shape
-    cfg = launch_config(C)
-    y = torch.empty_like(x)
-    z = torch.empty_like(x) if z_differs(residual, seed) else torch.empty(0, dtype=x.dtype, device=x.device)
-    mean = torch.empty(num_rows, dtype=torch.float32, device=x.device)
-    rstd = torch.empty_like(mean)
-    forward_kernel[(triton.cdiv(num_rows, cfg["BLOCK_R"]),)](
-        x, residual, weight, bias, seed, y, z if z_differs(residual, seed) else None, mean, rstd,
-        num_rows, *dropout_args(dropout_prob), eps, **cfg,
-    )  # fmt: skip
+    """(y, z, mean, rstd); z is empty where it would equal x."""
+    y, z, mean, rstd = empty_outputs(x, residual, seed)
+    cfg = launch_config(x.shape[1])
+    forward_kernel[(triton.cdiv(len(x), cfg["BLOCK_R"]),)](
+        *(x, residual, weight, bias, seed, y, z if len(z) else None, mean, rstd),
+        *(len(x), *dropout_args(dropout_prob), eps),
+        **cfg,
+    )
     return y, z, mean, rstd
+
+
+@layernorm_op.register_fake
+def _(x, residual, weight, bias, seed, dropout_prob, eps):
+    return empty_outputs(x, residual, seed)
+
+
+def empty_outputs(x, residual, seed):
+    z_is_x = residual is None and seed is None
+    y, z = torch.empty_like(x), torch.empty_like(x[:0] if z_is_x else x)
+    mean = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    return y, z, mean, torch.empty_like(mean)
+
+
+@torch.library.custom_op("mosaicbert::dropout_add_layernorm_backward", mutates_args=())
+def layernorm_backward_op(
+    dy: Tensor, z: Tensor, weight: Tensor, seed: Tensor | None, mean: Tensor, rstd: Tensor, dropout_prob: float, add: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dz, dx, (2, C) dweight and dbias); dx is empty where it would equal dz, and dz where nobody wants it."""
+    dy = dy.contiguous()  # autograd may hand over any layout: sum() gives an expanded scalar
+    dz, dx = empty_gradients(z, seed, add)
+    programs = PROGRAMS_ON_CPU
+    if dy.is_cuda:
+        programs = PROGRAMS_PER_SM * torch.cuda.get_device_properties(dy.device).multi_processor_count
+    partial = torch.empty((2, programs, dy.shape[1]), dtype=torch.float32, device=dy.device)
+    backward_kernel[(programs,)](
+        *(dy, z, weight, seed, mean, rstd, dz if len(dz) else None, dx if len(dx) else None, partial),
+        *(len(dy), *dropout_args(dropout_prob)),
+        **launch_config(dy.shape[1]),
+    )
+    return dz, dx, partial.sum(1)
+
+
+@layernorm_backward_op.register_fake
+def _(dy, z, weight, seed, mean, rstd, dropout_prob, add):
+    return *empty_gradients(z, seed, add), weight.new_empty(2, z.shape[1])
+
+
+def empty_gradients(z, seed, add):
+    dz = torch.empty_like(z if add or seed is None else z[:0])
+    dx = torch.empty_like(z[:0] if seed is None else z)
+    return dz, dx
+
+
+def setup_context(ctx, inputs, output):
+    x, residual, weight, bias, seed, ctx.dropout_prob, _ = inputs
+    _, z, mean, rstd = output
+    ctx.add = residual is not None
+    ctx.save_for_backward(z if ctx.add or seed is not None else x, weight, seed, mean, rstd)
+    ctx.set_materialize_grads(False)  # only y has a gradient: do not fill the others with zeros
+
+
+def backward(ctx, dy, *_):
+    has_dropout = ctx.saved_tensors[2] is not None
+    dz, dx, dparams = layernorm_backward_op(dy, *ctx.saved_tensors, ctx.dropout_prob, ctx.add)
+    return dx if has_dropout else dz, dz if ctx.add else None, *dparams, None, None, None
+
+
+layernorm_op.register_autograd(backward, setup_context=setup_context)
+
+
+def check_layernorm(x, residual, weight, bias, dropout_prob):
+    """Raises: ValueError for what neither the kernels nor the reference would understand."""
+    name = "dropout_add_layernorm"
+    if x.dim() != 2:
+        raise ValueError(f"{name}: x has shape {tuple(x.shape)}; expected (num_rows, C)")
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        got = f"{residual.dtype} of shape {tuple(residual.shape)}"
+        raise ValueError(f"{name}: residual is {got}; expected x's {x.dtype} of shape {tuple(x.shape)}")
+    if not weight.shape == bias.shape == x.shape[1:]:
+        shapes = f"{tuple(weight.shape)} and {tuple(bias.shape)}"
+        raise ValueError(f"{name}: weight and bias have shapes {shapes}; expected ({x.shape[1]},) for each")
+    if any(t is not None and t.device != x.device for t in (residual, weight, bias)):
+        raise ValueError(f"{name}: residual, weight and bias must be where x is, on {x.device}")
+    if not 0 <= dropout_prob < 1:
+        raise ValueError(f"{name}: dropout_prob={dropout_prob}; expected 0 <= dropout_prob < 1")
+
+
+def dropout_add_layernorm_triton(x, residual, weight, bias, dropout_prob=0.0, eps=1e-12):
+    """The function by the kernels; differentiable in x, residual, weight and bias.
+
+    Raises: ValueError for inputs that only the reference takes.
+    """
+    name = "dropout_add_layernorm"
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"{name}: x is {x.dtype}; the Triton kernels take float32, float16 and bfloat16")
+    if weight.dtype != torch.float32 or bias.dtype != torch.float32:
+        raise ValueError(f"{name}: weight and bias are {weight.dtype} and {bias.dtype}; the Triton kernels take float32")
+    if not 1 <= x.shape[1] <= MAX_C:
+        raise ValueError(f"{name}: rows of {x.shape[1]}; the Triton kernels take 1 to {MAX_C}")
+    if any(t is not None and not t.is_contiguous() for t in (x, residual, weight, bias)):
+        raise ValueError(f"{name}: x, residual, weight and bias must be contiguous; call .contiguous() on them")
+    seed = None
+    if dropout_prob > 0:
+        seed = torch.randint(2**62, (1,), device=x.device)
+    return layernorm_op(x, residual, weight, bias, seed, dropout_prob, eps)[0]

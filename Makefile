@@ -1,0 +1,32 @@
+# make smoke        pretrain a small MosaicBERT on this machine, and watch it fill in a mask
+# make test         the test suite for a CPU
+# make test-slow    what takes longer
+# Each makes .venv first. VENV= uses the current environment as it is:  make test VENV=
+
+VENV = .venv
+PYTHON = $(if $(VENV),$(VENV)/bin/python,python3)
+INSTALLED = $(if $(VENV),$(VENV)/.installed)
+INSTALLED_DEV = $(if $(VENV),$(VENV)/.installed-dev)
+
+.PHONY: smoke test test-slow
+
+smoke: $(INSTALLED)
+	$(PYTHON) prepare_c4.py --source=stdlib --train_tokenizer=4096 --val_fraction=0.05 --out=data/smoke
+	$(PYTHON) train.py configs/smoke.py
+	$(PYTHON) fill_mask.py --checkpoint=out/smoke --text="Return the [MASK] of the object."
+	@echo "data in data/smoke, log and checkpoints in out/smoke"
+
+test: $(INSTALLED_DEV)
+	$(PYTHON) -m pytest -q tests
+
+test-slow: $(INSTALLED_DEV)
+	$(PYTHON) -m pytest -q tests -m slow
+
+$(VENV)/.installed: requirements.txt constraints.txt
+	python3 -m venv $(VENV)
+	$(PYTHON) -m pip install -q -r requirements.txt -c constraints.txt
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
+	$(PYTHON) -m pip install -q -r requirements-dev.txt -c constraints.txt
+	touch $@
