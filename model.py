@@ -127,8 +127,7 @@ class MosaicLayer(nn.Module):
             attended, x = attended[rows], x[rows]  # (num_rows, C)
         output = self.attention.output
         x = output.LayerNorm(output.dense(attended), x, self.dropout)
-        gate, value = self.mlp.gated_layers(x).chunk(2, dim=-1)  # each (total_tokens, F)
-        gated = F.dropout(F.gelu(gate) * value, self.dropout, self.training)
+        gated = kernels.geglu(self.mlp.gated_layers(x), self.dropout if self.training else 0.0)  # (total_tokens, F)
         return self.mlp.layernorm(self.mlp.wo(gated), x)  # no dropout here
 
 

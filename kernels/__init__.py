@@ -12,7 +12,10 @@ import torch
 try:
     import triton
     import triton.language as tl
+
+    HAS_TRITON = True
 except ImportError:  # as on macOS
+    HAS_TRITON = False
 
     class Missing:
         """Stands for triton and its language, so that Python can read the kernels. They cannot run."""
@@ -25,10 +28,14 @@ except ImportError:  # as on macOS
 
     triton = tl = Missing()
 
-HAS_TRITON = type(triton).__name__ == "module"
-
-from kernels.attention import attention_reference, attention_triton, check_attention
-from kernels.layernorm import check_layernorm, dropout_add_layernorm_reference, dropout_add_layernorm_triton
+# After triton and tl, which these two take from here.
+from kernels.attention import attention_reference, attention_triton, check_attention  # noqa: E402
+from kernels.geglu import check_geglu, geglu_reference, geglu_triton
+from kernels.layernorm import (  # noqa: E402
+    check_layernorm,
+    dropout_add_layernorm_reference,
+    dropout_add_layernorm_triton,
+)
 
 __all__ = [
     "attention",
@@ -36,6 +43,8 @@ __all__ = [
     "attention_reference",
     "dropout_add_layernorm",
     "dropout_add_layernorm_reference",
+    "geglu",
+    "geglu_reference",
     "set_backend",
     "uses_triton",
 ]
@@ -112,3 +121,12 @@ def dropout_add_layernorm(x, residual, weight, bias, dropout_prob=0.0, eps=1e-12
     check_layernorm(x, residual, weight, bias, dropout_prob)
     run = dropout_add_layernorm_triton if uses_triton(x.device) else dropout_add_layernorm_reference
     return run(x, residual, weight, bias, dropout_prob, eps)
+
+
+def geglu(x, dropout_prob=0.0):
+    """dropout(gelu(gate) * value) for the halves of x: (num_rows, 2F) to (num_rows, F); exact gelu; differentiable.
+
+    torch.manual_seed decides the dropout mask.
+    """
+    check_geglu(x, dropout_prob)
+    return geglu_triton(x, dropout_prob) if uses_triton(x.device) else geglu_reference(x, dropout_prob)

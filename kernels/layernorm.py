@@ -44,7 +44,7 @@ DROPOUT_LEVELS = 65536  # 2^16: 16 random bits decide one element
 
 
 def dropout_add_layernorm_reference(x, residual, weight, bias, dropout_prob=0.0, eps=1e-12):
-    """The same function in plain PyTorch, for any device and dtype. Its mask is another one, from PyTorch's generator."""
+    """The same function in plain PyTorch, for any device and dtype. Its dropout mask is another one, PyTorch's own."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     z = F.dropout(x.to(dtype), dropout_prob)
     if residual is not None:
@@ -157,8 +157,8 @@ def backward_kernel(
     tl.store(partial_ptr + (programs + pid) * C + offs_c, tl.sum(dbias, 0), mask=columns)
 
 
-# 16 elements a thread, in blocks of at least 128 threads: twice as many spill registers for some C and GPU, by
-# tests/test_compile_kernels.py. Not yet chosen by timing.
+# 16 elements a thread, in blocks of at least 128 threads. With 32 a thread registers spill for some C and GPUs, as
+# tests/test_compile_kernels.py shows. Not yet chosen by timing.
 MAX_C = 8192
 TILE_ELEMENTS = 2048
 PROGRAMS_PER_SM = 4  # of backward: as many as fit at its up to 128 registers a thread
@@ -181,13 +181,19 @@ def dropout_args(dropout_prob):
     return threshold, DROPOUT_LEVELS / (DROPOUT_LEVELS - threshold)
 
 
-# The kernels as two PyTorch operators, opaque to torch.compile. An operator may return neither its inputs nor one tensor
-# twice: what would equal another tensor comes back empty, and the autograd formula puts that other tensor in its place.
+# The kernels as two PyTorch operators, opaque to torch.compile. An operator may return neither its inputs nor one
+# tensor twice: what would equal another tensor comes back empty, and the autograd formula uses that other tensor.
 
 
 @torch.library.custom_op("mosaicbert::dropout_add_layernorm", mutates_args=())
 def layernorm_op(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, seed: Tensor | None, dropout_prob: float, eps: float
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    seed: Tensor | None,
+    dropout_prob: float,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y, z, mean, rstd); z is empty where it would equal x."""
     y, z, mean, rstd = empty_outputs(x, residual, seed)
@@ -206,19 +212,25 @@ def _(x, residual, weight, bias, seed, dropout_prob, eps):
 
 
 def empty_outputs(x, residual, seed):
-    z_is_x = residual is None and seed is None
-    y, z = torch.empty_like(x), torch.empty_like(x[:0] if z_is_x else x)
-    mean = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    y, z = torch.empty_like(x), torch.empty_like(x[:0] if residual is None and seed is None else x)
+    mean = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     return y, z, mean, torch.empty_like(mean)
 
 
 @torch.library.custom_op("mosaicbert::dropout_add_layernorm_backward", mutates_args=())
 def layernorm_backward_op(
-    dy: Tensor, z: Tensor, weight: Tensor, seed: Tensor | None, mean: Tensor, rstd: Tensor, dropout_prob: float, add: bool
+    dy: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    seed: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    dropout_prob: float,
+    has_residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dz, dx, (2, C) dweight and dbias); dx is empty where it would equal dz, and dz where nobody wants it."""
     dy = dy.contiguous()  # autograd may hand over any layout: sum() gives an expanded scalar
-    dz, dx = empty_gradients(z, seed, add)
+    dz, dx = empty_gradients(z, seed, has_residual)
     programs = PROGRAMS_ON_CPU
     if dy.is_cuda:
         programs = PROGRAMS_PER_SM * torch.cuda.get_device_properties(dy.device).multi_processor_count
@@ -232,12 +244,12 @@ def layernorm_backward_op(
 
 
 @layernorm_backward_op.register_fake
-def _(dy, z, weight, seed, mean, rstd, dropout_prob, add):
-    return *empty_gradients(z, seed, add), weight.new_empty(2, z.shape[1])
+def _(dy, z, weight, seed, mean, rstd, dropout_prob, has_residual):
+    return *empty_gradients(z, seed, has_residual), weight.new_empty(2, z.shape[1])
 
 
-def empty_gradients(z, seed, add):
-    dz = torch.empty_like(z if add or seed is None else z[:0])
+def empty_gradients(z, seed, has_residual):
+    dz = torch.empty_like(z if has_residual or seed is None else z[:0])
     dx = torch.empty_like(z[:0] if seed is None else z)
     return dz, dx
 
@@ -245,15 +257,15 @@ def empty_gradients(z, seed, add):
 def setup_context(ctx, inputs, output):
     x, residual, weight, bias, seed, ctx.dropout_prob, _ = inputs
     _, z, mean, rstd = output
-    ctx.add = residual is not None
-    ctx.save_for_backward(z if ctx.add or seed is not None else x, weight, seed, mean, rstd)
+    ctx.has_residual = residual is not None
+    ctx.save_for_backward(z if ctx.has_residual or seed is not None else x, weight, seed, mean, rstd)
     ctx.set_materialize_grads(False)  # only y has a gradient: do not fill the others with zeros
 
 
 def backward(ctx, dy, *_):
-    has_dropout = ctx.saved_tensors[2] is not None
-    dz, dx, dparams = layernorm_backward_op(dy, *ctx.saved_tensors, ctx.dropout_prob, ctx.add)
-    return dx if has_dropout else dz, dz if ctx.add else None, *dparams, None, None, None
+    _, _, seed, _, _ = ctx.saved_tensors
+    dz, dx, dparams = layernorm_backward_op(dy, *ctx.saved_tensors, ctx.dropout_prob, ctx.has_residual)
+    return dz if seed is None else dx, dz if ctx.has_residual else None, *dparams, None, None, None
 
 
 layernorm_op.register_autograd(backward, setup_context=setup_context)
@@ -261,19 +273,18 @@ layernorm_op.register_autograd(backward, setup_context=setup_context)
 
 def check_layernorm(x, residual, weight, bias, dropout_prob):
     """Raises: ValueError for what neither the kernels nor the reference would understand."""
-    name = "dropout_add_layernorm"
     if x.dim() != 2:
-        raise ValueError(f"{name}: x has shape {tuple(x.shape)}; expected (num_rows, C)")
+        raise ValueError(f"dropout_add_layernorm: x has shape {tuple(x.shape)}; expected (num_rows, C)")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        got = f"{residual.dtype} of shape {tuple(residual.shape)}"
-        raise ValueError(f"{name}: residual is {got}; expected x's {x.dtype} of shape {tuple(x.shape)}")
+        got, want = (f"{t.dtype} of shape {tuple(t.shape)}" for t in (residual, x))
+        raise ValueError(f"dropout_add_layernorm: residual is {got}; expected {want}, like x")
     if not weight.shape == bias.shape == x.shape[1:]:
-        shapes = f"{tuple(weight.shape)} and {tuple(bias.shape)}"
-        raise ValueError(f"{name}: weight and bias have shapes {shapes}; expected ({x.shape[1]},) for each")
+        got = f"{tuple(weight.shape)} and {tuple(bias.shape)}"
+        raise ValueError(f"dropout_add_layernorm: weight and bias have shapes {got}; expected ({x.shape[1]},) for each")
     if any(t is not None and t.device != x.device for t in (residual, weight, bias)):
-        raise ValueError(f"{name}: residual, weight and bias must be where x is, on {x.device}")
+        raise ValueError(f"dropout_add_layernorm: residual, weight and bias must be where x is, on {x.device}")
     if not 0 <= dropout_prob < 1:
-        raise ValueError(f"{name}: dropout_prob={dropout_prob}; expected 0 <= dropout_prob < 1")
+        raise ValueError(f"dropout_add_layernorm: dropout_prob={dropout_prob}; expected 0 <= dropout_prob < 1")
 
 
 def dropout_add_layernorm_triton(x, residual, weight, bias, dropout_prob=0.0, eps=1e-12):
@@ -281,16 +292,14 @@ def dropout_add_layernorm_triton(x, residual, weight, bias, dropout_prob=0.0, ep
 
     Raises: ValueError for inputs that only the reference takes.
     """
-    name = "dropout_add_layernorm"
+    limit = "dropout_add_layernorm: the Triton kernels take"
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"{name}: x is {x.dtype}; the Triton kernels take float32, float16 and bfloat16")
+        raise ValueError(f"{limit} x in float32, float16 or bfloat16, not {x.dtype}")
     if weight.dtype != torch.float32 or bias.dtype != torch.float32:
-        raise ValueError(f"{name}: weight and bias are {weight.dtype} and {bias.dtype}; the Triton kernels take float32")
+        raise ValueError(f"{limit} weight and bias in float32, not {weight.dtype} and {bias.dtype}")
     if not 1 <= x.shape[1] <= MAX_C:
-        raise ValueError(f"{name}: rows of {x.shape[1]}; the Triton kernels take 1 to {MAX_C}")
+        raise ValueError(f"{limit} rows of 1 to {MAX_C}, not {x.shape[1]}")
     if any(t is not None and not t.is_contiguous() for t in (x, residual, weight, bias)):
-        raise ValueError(f"{name}: x, residual, weight and bias must be contiguous; call .contiguous() on them")
-    seed = None
-    if dropout_prob > 0:
-        seed = torch.randint(2**62, (1,), device=x.device)
+        raise ValueError(f"{limit} contiguous tensors only; call .contiguous() on x, residual, weight and bias")
+    seed = torch.randint(2**62, (1,), device=x.device) if dropout_prob > 0 else None
     return layernorm_op(x, residual, weight, bias, seed, dropout_prob, eps)[0]

@@ -71,3 +71,25 @@ def poison_empty(monkeypatch):
 
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+
+
+def assert_close(got, own, exact):
+    """Each tensor is about as near to the exact one as PyTorch's own, by its largest error and by its rms error.
+
+    got, own, exact: {name: tensor} of the kernel, of PyTorch in the same dtype, and of PyTorch in fp64 from the same
+    inputs. All fp32: the error may be 1e-5 of the tensor's scale. Otherwise it may be twice PyTorch's, plus one unit in
+    the last place at that scale.
+    """
+    single = all(tensor.dtype == torch.float32 for tensor in own.values())
+    failed = []
+    for name, want in exact.items():
+        eps = torch.finfo(got[name].dtype).eps
+        for kind, measure in (("max", lambda x: x.abs().max()), ("rms", lambda x: x.square().mean().sqrt())):
+            error = measure(got[name].double() - want).item()
+            own_error = measure(own[name].double() - want).item()
+            scale = measure(want).item()
+            bound = 1e-5 * scale if single else 2 * own_error + eps * scale
+            print(f"{name:10s} {kind} error {error:.3e}  PyTorch's {own_error:.3e}  bound {bound:.3e}")
+            if not error <= bound:  # also for NaN
+                failed.append(f"{name}: {kind} error {error:.3e} is over {bound:.3e}")
+    assert not failed, "; ".join(failed)

@@ -1,11 +1,13 @@
 """The machine code of every shipped kernel configuration, made ahead of time: no GPU is needed.
 
 A configuration is right when no register is spilled to memory, the tile fits the shared memory of the GPU, and
-attention multiplies on the matrix units. `python tests/test_compile_kernels.py [all]` prints the table.
+attention multiplies on the matrix units. `python tests/test_compile_kernels.py [all]` prints what was found.
 """
 
 import importlib
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
@@ -19,29 +21,31 @@ ROOT = Path(__file__).parent.parent
 SHARED_KB = {80: 163, 90: 227}  # per block: CUDA C++ Programming Guide, table of compute capabilities
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA"}  # mma.sync; wgmma, a warp group at a time
 
-POINTERS_32 = ("cu_seqlens_ptr", "slopes_ptr", "lse_ptr", "delta_ptr", "weight_ptr", "bias_ptr")
-POINTERS_32 += ("mean_ptr", "rstd_ptr", "partial_ptr")
-SCALARS = {"keep_scale": "fp32", "eps": "fp32"}  # all others are i32
+TYPES = {  # of arguments; pointers not named here point to the tensors' dtype, and other scalars are i32
+    **dict.fromkeys(("slopes_ptr", "lse_ptr", "delta_ptr"), "*fp32"),
+    **dict.fromkeys(("weight_ptr", "bias_ptr", "mean_ptr", "rstd_ptr", "partial_ptr"), "*fp32"),
+    **dict.fromkeys(("keep_scale", "eps"), "fp32"),
+    "cu_seqlens_ptr": "*i32",
+    "seed_ptr": "*i64",
+}
 
 
 def configurations(everything):
     """(file, kernel, arch, dtype, size, None arguments): size is the head size D, or the row length C."""
     found = []
     for arch in (80, 90):
-        for dtype in ("bf16", "fp16"):
+        for dtype in ("bf16", "fp16", "fp32") if everything else ("bf16",):
             for kernel in ("forward", "dq", "dkv"):
                 for D in (16, 32, 64, 128) if everything else (64,):
                     found.append(("attention", kernel, arch, dtype, D, ()))
                     if everything:
                         found.append(("attention", kernel, arch, dtype, D, ("slopes_ptr",)))
-            if dtype == "fp16" and not everything:
-                continue
             for C in (64, 200, 768, 1024, 4096, 8192) if everything else (768,):
                 # Dropout and residual; residual alone; neither.
-                for none in ((), ("seed_ptr",), ("seed_ptr", "residual_ptr", "z_ptr")):
+                for none in ((), ("seed_ptr",), ("seed_ptr", "residual_ptr", "z_ptr"))[: None if everything else 2]:
                     found.append(("layernorm", "forward", arch, dtype, C, none))
-                # Both gradients; dx alone, without a residual; dz alone, without dropout.
-                for none in ((), ("dz_ptr",), ("seed_ptr", "dx_ptr")):
+                # Both gradients; dz alone, without dropout; dx alone, without a residual.
+                for none in ((), ("seed_ptr", "dx_ptr"), ("dz_ptr",))[: None if everything else 2]:
                     found.append(("layernorm", "backward", arch, dtype, C, none))
     return found
 
@@ -56,7 +60,7 @@ def compile_one(configuration):
     module = importlib.import_module(f"kernels.{file}")
     kernel = getattr(module, f"{name}_kernel")
     if file == "attention":
-        values = module.LAUNCH[name][size, 2]
+        values = module.LAUNCH[name][size, 4 if dtype == "fp32" else 2]
         launch = {"D": size, **dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), values))}
     else:
         launch = module.launch_config(size)
@@ -67,11 +71,10 @@ def compile_one(configuration):
         if argument in constants:
             signature[argument] = "constexpr"
         elif argument.endswith("_ptr"):
-            wide = {"seed_ptr": "*i64", "cu_seqlens_ptr": "*i32"}.get(argument, "*fp32")
-            signature[argument] = wide if argument in POINTERS_32 or argument == "seed_ptr" else f"*{dtype}"
+            signature[argument] = TYPES.get(argument, f"*{dtype}")
             aligned[(i,)] = [["tt.divisibility", 16]]  # as PyTorch's allocator gives them
         else:
-            signature[argument] = SCALARS.get(argument, "i32")
+            signature[argument] = TYPES.get(argument, "i32")
     source = ASTSource(kernel, signature, constants, aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
@@ -83,7 +86,8 @@ def compile_one(configuration):
             for command in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
         )
     return {
-        "kernel": f"{file}.{name}",
+        "file": file,
+        "kernel": name,
         "arch": arch,
         "dtype": dtype,
         "size": size,
@@ -98,14 +102,61 @@ def compile_one(configuration):
     }
 
 
-def main(everything):
+def compile_in_subprocess(*arguments):
+    """Rows of the table. Another process, since triton has compiled functions only where TRITON_INTERPRET is unset."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, __file__, *arguments]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def faults(row):
+    found = []
+    if row["stack"] or row["local"]:
+        found.append("spills registers")
+    if row["shared"] > SHARED_KB[row["arch"]] * 1024:
+        found.append("takes too much shared memory")
+    if row["file"] == "attention" and row["dtype"] != "fp32" and not row["matrix"]:
+        found.append("does not use the matrix units")
+    if not row["wide_loads"]:
+        found.append("has no 16-byte load")
+    return found
+
+
+def check_table(rows):
+    for row in rows:
+        print(row)
+    assert not [(faults(row), row) for row in rows if faults(row)]
+
+
+def test_configurations_in_common_use():
+    check_table(compile_in_subprocess())
+
+
+@pytest.mark.slow
+def test_all_configurations():
+    check_table(compile_in_subprocess("all"))
+
+
+def test_a_spill_would_be_noticed():
+    """dq with whole rows of 128 elements in half the threads: more than 255 registers hold."""
+    (row,) = compile_in_subprocess("spill")
+    assert "spills registers" in faults(row)
+
+
+def main(which):
     """Compile on all cores; one JSON object a line."""
     sys.path.insert(0, str(ROOT))
-    importlib.import_module("kernels")  # once, before the pool forks
-    with ProcessPoolExecutor() as pool:
-        for row in pool.map(compile_one, configurations(everything)):
+    module = importlib.import_module("kernels.attention")  # once, before the pool forks
+    chosen = configurations(which == "all")
+    if which == "spill":
+        module.LAUNCH["dq"][128, 2] = (128, 64, 4, 1)
+        chosen = [("attention", "dq", 80, "bf16", 128, ())]
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
+        for row in pool.map(compile_one, chosen):
             print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":
-    main("all" in sys.argv[1:])
+    main(*sys.argv[1:] or ["common"])

@@ -1,0 +1,169 @@
+"""GeGLU with dropout as one operator: a plain PyTorch reference, and Triton kernels.
+
+For each row of 2F elements, gate the first half and value the second, with keep the dropout mask and p the probability
+of dropping:
+
+    gelu(g)  = g * Phi(g),   Phi(g) = (1 + erf(g / sqrt(2))) / 2       exact, not the tanh approximation
+    out      = gelu(gate) * value * keep / (1 - p)
+
+and with dout the gradient that comes in:
+
+    dvalue   = dout * keep / (1 - p) * gelu(gate)
+    dgate    = dout * keep / (1 - p) * value * (Phi(gate) + gate * phi(gate)),   phi the normal density
+
+Shapes: x (num_rows, 2F), out (num_rows, F), fp32, fp16 or bf16; arithmetic is fp32. x alone is saved for backward, and
+the mask is drawn again from its seed, as in layernorm.py: PyTorch's own operators would save four tensors of this size.
+
+Limits: no second derivative. Tested: tests/test_geglu.py, by Triton's interpreter on a CPU and compiled on a GPU.
+
+Source: Shazeer 2020, GLU Variants Improve Transformer, arXiv 2002.05202.
+
+Read next: tests/test_geglu.py
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import tl, triton
+from kernels.layernorm import dropout_args, keep_mask
+
+SQRT_HALF = tl.constexpr(math.sqrt(0.5))
+PHI_0 = tl.constexpr(1 / math.sqrt(2 * math.pi))  # the normal density at 0
+
+
+def geglu_reference(x, dropout_prob=0.0):
+    """The same function in plain PyTorch, for any device and dtype. Its mask is another one, from PyTorch's generator."""
+    gate, value = x.chunk(2, dim=-1)  # each (num_rows, F)
+    return F.dropout(F.gelu(gate) * value, dropout_prob)
+
+
+@triton.jit
+def erf(x):
+    return tl.erf(x)
+
+
+@triton.jit
+def tile(num_rows, F_, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr):
+    """This program's part of a (num_rows, F) matrix: (rows, columns, which of them exist, rows of random bits)."""
+    offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    mask = (offs_r < num_rows)[:, None] & (offs_f < F_)[None, :]
+    return offs_r.to(tl.int64)[:, None], offs_f[None, :], mask, offs_r * tl.num_programs(1) + tl.program_id(1)
+
+
+@triton.jit(do_not_specialize=["num_rows", "threshold"])
+def forward_kernel(
+    x_ptr,  # (num_rows, 2F)
+    out_ptr,  # (num_rows, F): written
+    seed_ptr,  # (1,) int64, or None for no dropout
+    num_rows,
+    threshold,  # elements whose 16 random bits are below this are dropped
+    keep_scale,  # 1 / (1 - p)
+    F_: tl.constexpr,
+    BLOCK_R: tl.constexpr,  # rows of one program
+    BLOCK_F: tl.constexpr,  # columns of one program
+):
+    r, f, mask, offs_bits = tile(num_rows, F_, BLOCK_R, BLOCK_F)
+    gate = tl.load(x_ptr + r * (2 * F_) + f, mask=mask, other=0.0).to(tl.float32)  # (BLOCK_R, BLOCK_F)
+    value = tl.load(x_ptr + r * (2 * F_) + F_ + f, mask=mask, other=0.0).to(tl.float32)  # (BLOCK_R, BLOCK_F)
+    out = gate * 0.5 * (1 + erf(gate * SQRT_HALF)) * value
+    if seed_ptr is not None:
+        out = tl.where(keep_mask(seed_ptr, offs_bits, threshold, BLOCK_R, BLOCK_F), out * keep_scale, 0.0)
+    tl.store(out_ptr + r * F_ + f, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_rows", "threshold"])
+def backward_kernel(
+    dout_ptr,  # (num_rows, F)
+    x_ptr,  # (num_rows, 2F)
+    dx_ptr,  # (num_rows, 2F): written
+    seed_ptr,  # (1,) int64, or None for no dropout
+    num_rows,
+    threshold,
+    keep_scale,
+    F_: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    r, f, mask, offs_bits = tile(num_rows, F_, BLOCK_R, BLOCK_F)
+    gate = tl.load(x_ptr + r * (2 * F_) + f, mask=mask, other=0.0).to(tl.float32)  # (BLOCK_R, BLOCK_F)
+    value = tl.load(x_ptr + r * (2 * F_) + F_ + f, mask=mask, other=0.0).to(tl.float32)  # (BLOCK_R, BLOCK_F)
+    dout = tl.load(dout_ptr + r * F_ + f, mask=mask, other=0.0).to(tl.float32)  # (BLOCK_R, BLOCK_F)
+    if seed_ptr is not None:
+        dout = tl.where(keep_mask(seed_ptr, offs_bits, threshold, BLOCK_R, BLOCK_F), dout * keep_scale, 0.0)
+    cdf = 0.5 * (1 + erf(gate * SQRT_HALF))
+    dgate = dout * value * (cdf + gate * PHI_0 * tl.exp(-0.5 * gate * gate))
+    tl.store(dx_ptr + r * (2 * F_) + f, dgate.to(dx_ptr.dtype.element_ty), mask=mask)
+    tl.store(dx_ptr + r * (2 * F_) + F_ + f, (dout * gate * cdf).to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+# 16 elements a thread; 1,024 columns divide both the base and the large model's F. Not yet chosen by timing.
+def launch_config(F_):
+    return {"F_": F_, "BLOCK_R": 2, "BLOCK_F": 1024, "num_warps": 4}
+
+
+def grid(num_rows, cfg):
+    return triton.cdiv(num_rows, cfg["BLOCK_R"]), triton.cdiv(cfg["F_"], cfg["BLOCK_F"])
+
+
+@torch.library.custom_op("mosaicbert::geglu", mutates_args=())
+def geglu_op(x: Tensor, seed: Tensor | None, dropout_prob: float) -> Tensor:
+    num_rows, width = x.shape
+    out = torch.empty((num_rows, width // 2), dtype=x.dtype, device=x.device)
+    cfg = launch_config(width // 2)
+    if num_rows:
+        forward_kernel[grid(num_rows, cfg)](x, out, seed, num_rows, *dropout_args(dropout_prob), **cfg)
+    return out
+
+
+@geglu_op.register_fake
+def _(x, seed, dropout_prob):
+    return x.new_empty(x.shape[0], x.shape[1] // 2)
+
+
+@torch.library.custom_op("mosaicbert::geglu_backward", mutates_args=())
+def geglu_backward_op(dout: Tensor, x: Tensor, seed: Tensor | None, dropout_prob: float) -> Tensor:
+    dx = torch.empty_like(x)
+    dout = dout.contiguous()  # autograd may hand over any layout
+    cfg = launch_config(x.shape[1] // 2)
+    if len(x):
+        backward_kernel[grid(len(x), cfg)](dout, x, dx, seed, len(x), *dropout_args(dropout_prob), **cfg)
+    return dx
+
+
+@geglu_backward_op.register_fake
+def _(dout, x, seed, dropout_prob):
+    return torch.empty_like(x)
+
+
+def setup_context(ctx, inputs, output):
+    x, seed, ctx.dropout_prob = inputs
+    ctx.save_for_backward(x, seed)
+
+
+def backward(ctx, dout):
+    return geglu_backward_op(dout, *ctx.saved_tensors, ctx.dropout_prob), None, None
+
+
+geglu_op.register_autograd(backward, setup_context=setup_context)
+
+
+def check_geglu(x, dropout_prob):
+    """Raises: ValueError for what neither the kernels nor the reference would understand."""
+    if x.dim() != 2 or x.shape[1] % 2:
+        raise ValueError(f"geglu: x has shape {tuple(x.shape)}; expected (num_rows, 2 * F)")
+    if not 0 <= dropout_prob < 1:
+        raise ValueError(f"geglu: dropout_prob={dropout_prob}; expected 0 <= dropout_prob < 1")
+
+
+def geglu_triton(x, dropout_prob=0.0):
+    """The function by the kernels; differentiable. Raises: ValueError for inputs that only the reference takes."""
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"geglu: x is {x.dtype}; the Triton kernels take float32, float16 and bfloat16")
+    if not x.is_contiguous():
+        raise ValueError("geglu: x must be contiguous; call .contiguous() on it")
+    seed = torch.randint(2**62, (1,), device=x.device) if dropout_prob > 0 else None
+    return geglu_op(x, seed, dropout_prob)

@@ -1,0 +1,78 @@
+"""fill_mask.py on a toy checkpoint: guesses, vectors, and what it refuses."""
+
+import numpy as np
+import pytest
+import torch
+
+import fill_mask
+import train
+from data import load_tokenizer
+from model import load_model
+from toy import make_shards, toy_argv
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("fill")
+    train.main(toy_argv(make_shards(path / "shards"), path / "run", max_steps=120, lr=0.02))
+    return str(path / "run")
+
+
+def test_guesses_are_the_models_and_learnt(run_dir, capsys):
+    """The toy counts: between w20 and w22 comes w21."""
+    fill_mask.main([f"--checkpoint={run_dir}", "--text=w18 w19 w20 [MASK] w22 [MASK] w24"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("([MASK] 1 of 2)") and lines[6].endswith("([MASK] 2 of 2)") and len(lines) == 12
+    probabilities = [float(line.split()[0].rstrip("%")) for line in lines[1:6]]
+    assert probabilities == sorted(probabilities, reverse=True) and 0 < sum(probabilities) <= 100.1
+    model, (tokenizer, special) = load_model(run_dir), load_tokenizer(f"{run_dir}/tokenizer.json")
+    ids = torch.tensor([[special["[CLS]"], *tokenizer.encode("w18 w19 w20 [MASK] w22 [MASK] w24").ids, special["[SEP]"]]])
+    best = model.logits(ids, torch.ones_like(ids))[0, 4].argmax().item()
+    assert lines[1].split()[1] == tokenizer.id_to_token(best)
+
+
+def test_vectors_are_means_of_hidden_states(run_dir, tmp_path, capsys, monkeypatch):
+    texts = ["w1 w2 w3", "", "w50 " * 70, "w9"]
+    (tmp_path / "texts.txt").write_text("\n".join(texts) + "\n")
+    arguments = [f"--checkpoint={run_dir}", f"--embed={tmp_path}/texts.txt", f"--out={tmp_path}/v.npy"]
+    fill_mask.main(arguments)
+    vectors = np.load(tmp_path / "v.npy")
+    assert vectors.shape == (4, 32) and vectors.dtype == np.float32
+    model, (tokenizer, special) = load_model(run_dir), load_tokenizer(f"{run_dir}/tokenizer.json")
+    for text, vector in zip(texts, vectors):
+        ids = torch.tensor([special["[CLS]"], *tokenizer.encode(text).ids, special["[SEP]"]])
+        with torch.no_grad():
+            hidden = model.bert(ids, torch.tensor([0, len(ids)], dtype=torch.int32), len(ids))
+        np.testing.assert_allclose(vector, hidden.mean(0).numpy(), rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(fill_mask, "TOKENS_AT_ONCE", 4)  # batches do not matter
+    fill_mask.main(arguments)
+    np.testing.assert_allclose(np.load(tmp_path / "v.npy"), vectors, rtol=1e-4, atol=1e-5)
+    fill_mask.main([*arguments, "--normalize=true"])
+    unit = np.load(tmp_path / "v.npy")
+    np.testing.assert_allclose(unit, vectors / np.linalg.norm(vectors, axis=1, keepdims=True), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--text=a [MASK]"], "--checkpoint"),
+        (["--checkpoint=nowhere", "--text=a [MASK]"], "nowhere: no undamaged checkpoint"),
+        (["--checkpoint=RUN"], "either --text or --embed"),
+        (["--checkpoint=RUN", "--text=no mask"], "no [MASK]"),
+        (["--checkpoint=RUN", "--embed=nowhere.txt", "--out=x.npy"], "nowhere.txt: No such file"),
+        (["--checkpoint=RUN", "--embed=BINARY", "--out=x.npy"], "not UTF-8"),
+        (["--checkpoint=RUN", "--embed=EMPTY", "--out=x.npy"], "empty"),
+        (["--checkpoint=RUN", "--embed=TEXT"], "--out"),
+        (["--checkpoint=RUN", "--embed=TEXT", "--out=/nowhere/x.npy"], "/nowhere/x.npy: No such"),
+    ],
+)
+def test_mistakes(run_dir, tmp_path, capsys, arguments, says):
+    for name, contents in (("BINARY", b"\xff\xfe\n"), ("EMPTY", b""), ("TEXT", b"w1\n")):
+        (tmp_path / name).write_bytes(contents)
+        arguments = [argument.replace(name, str(tmp_path / name)) for argument in arguments]
+    arguments = [argument.replace("RUN", run_dir) for argument in arguments]
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        fill_mask.main(arguments)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and says in error
