@@ -128,7 +128,7 @@ def mask_keys(scores, offs_n, length):
 
 @triton.jit
 def load_slope(slopes_ptr, h):
-    """The head's slope for scores that are kept in units of log2: softmax by exp2 is softmax by exp of s / LOG2E."""
+    """The head's slope times LOG2E, like all scores here, since the kernels take exp2 where the formulas take exp."""
     if slopes_ptr is None:
         return 0.0
     else:
@@ -308,7 +308,7 @@ LAUNCH = {  # (head size, bytes an element): (BLOCK_M, BLOCK_N, num_warps, num_s
     "forward": {
         (16, 2): (128, 64, 8, 2),
         (32, 2): (128, 64, 8, 2),
-        (64, 2): (128, 64, 8, 2),
+        (64, 2): (128, 32, 4, 3),
         (128, 2): (128, 64, 8, 2),
         (16, 4): (32, 32, 4, 1),
         (32, 4): (32, 32, 4, 1),
@@ -318,20 +318,20 @@ LAUNCH = {  # (head size, bytes an element): (BLOCK_M, BLOCK_N, num_warps, num_s
     "dq": {
         (16, 2): (128, 64, 8, 2),
         (32, 2): (128, 64, 8, 2),
-        (64, 2): (128, 64, 8, 2),
+        (64, 2): (128, 64, 8, 1),
         (128, 2): (64, 64, 8, 1),
         (16, 4): (32, 32, 4, 1),
-        (32, 4): (32, 32, 4, 1),
+        (32, 4): (32, 32, 8, 1),
         (64, 4): (32, 32, 8, 1),
         (128, 4): (16, 16, 8, 1),
     },
     "dkv": {
         (16, 2): (64, 128, 8, 2),
         (32, 2): (64, 128, 8, 2),
-        (64, 2): (64, 128, 8, 2),
+        (64, 2): (32, 128, 4, 3),
         (128, 2): (64, 64, 8, 1),
         (16, 4): (32, 32, 4, 1),
-        (32, 4): (32, 32, 4, 1),
+        (32, 4): (32, 32, 8, 1),
         (64, 4): (32, 32, 4, 1),
         (128, 4): (32, 32, 8, 1),
     },
