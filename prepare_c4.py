@@ -99,9 +99,9 @@ def list_pieces(source):
         elif part == "c4":
             pieces += [[f"c4 {split}", name % i, UNIT_BYTES] for split, (name, n) in C4_FILES.items() for i in range(n)]
         else:
-            inside = os.path.join(part, "**", "*")
+            inside = os.path.join(glob.escape(part), "**", "*")
             paths = sorted(glob.glob(inside if os.path.isdir(part) else part, recursive=True))
-            paths = [path for path in paths if os.path.isfile(path)]
+            paths = [part] if os.path.isfile(part) else [path for path in paths if os.path.isfile(path)]
             if os.path.isdir(part):  # of a directory take what can be read; of files and globs, everything
                 paths = [path for path in paths if split_suffixes(path)[0] in SUFFIXES]
             if not paths:
@@ -194,18 +194,11 @@ def file_documents(path, cfg, bad_lines):
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
+                text = json_text(line, cfg.text_key)
             except ValueError as error:
-                skip_or_fail(cfg, bad_lines, f"{path}:{number}: not valid JSON: {error} (expected one object a line)")
-                continue
-            if not isinstance(record, dict) or cfg.text_key not in record:
-                keys = ", ".join(list(record)[:5]) if isinstance(record, dict) else "none"
-                skip_or_fail(cfg, bad_lines, f"{path}:{number}: no {cfg.text_key!r} (keys: {keys}; see --text_key)")
-            elif not isinstance(record[cfg.text_key], str):
-                kind_found = type(record[cfg.text_key]).__name__
-                skip_or_fail(cfg, bad_lines, f"{path}:{number}: {cfg.text_key!r} is {kind_found} (expected a string)")
+                skip_or_fail(cfg, bad_lines, f"{path}:{number}: {error}")
             else:
-                yield record[cfg.text_key]
+                yield text
         elif cfg.doc_sep == "line":
             yield line
         elif cfg.doc_sep == "blank" and not line.strip():
@@ -215,6 +208,25 @@ def file_documents(path, cfg, bad_lines):
             paragraph.append(line)
     if paragraph:
         yield "\n".join(paragraph)
+
+
+def json_text(line, text_key):
+    """The text in a line of JSON. Raises: ValueError saying what is wrong with the line."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not valid JSON: {error} (expected one object a line)") from None
+    if not isinstance(record, dict) or text_key not in record:
+        keys = ", ".join(list(record)[:5]) if isinstance(record, dict) else "none"
+        raise ValueError(f"no {text_key!r} (keys: {keys}; see --text_key)")
+    text = record[text_key]
+    if not isinstance(text, str):
+        raise ValueError(f"{text_key!r} is {type(text).__name__} (expected a string)")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{text_key!r} holds half a surrogate pair (no text can be made of it)") from None
+    return text
 
 
 def numbered_lines(path, cfg, bad_lines):
@@ -309,9 +321,13 @@ def make_tokenizer(units, cfg, threshold, path):
     elif cfg.tokenizer.endswith(".txt"):
         try:
             with open(cfg.tokenizer, encoding="utf-8", newline="\n") as file:
-                vocab = {line.rstrip("\r\n"): i for i, line in enumerate(file)}
+                entries = [line.rstrip("\r\n") for line in file]
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{cfg.tokenizer}: {error} (expected a vocabulary, one entry a line)") from None
+        vocab = {entry: i for i, entry in enumerate(entries)}
+        if len(vocab) < len(entries):
+            line = next(i for i, entry in enumerate(entries) if vocab[entry] != i) + 1
+            raise UserError(f"{cfg.tokenizer}:{line}: {entries[line - 1]!r} is there twice (an entry has one id)")
         for name in SPECIAL_TOKENS:
             if name not in vocab:
                 raise UserError(f"{cfg.tokenizer}: has no {name} token (a BERT-style vocabulary is needed)")
@@ -359,8 +375,8 @@ def encode(tokenizer, texts, max_doc_tokens):
 
 
 def beginning(text, chars):
-    """The text up to white space at or after `chars` characters."""
-    while chars < len(text) and not text[chars].isspace():
+    """The text up to white space at or after `chars` characters: such as BERT's normalizer keeps, unlike \\f or \\x85."""
+    while chars < len(text) and text[chars] not in " \t\n\r":
         chars += 1
     return text[:chars]
 
@@ -531,6 +547,8 @@ def adopt_directory(out, plan):
         for path in (finished, started):
             if os.path.exists(path):
                 earlier = read_json(path, "not a shard directory of prepare_c4.py; choose another --out")
+                if not (isinstance(earlier, dict) and isinstance(earlier.get("options"), dict) and "sources" in earlier):
+                    raise UserError(f"{path}: not written by prepare_c4.py (choose another --out)")
                 differing = [name for name in plan["options"] if earlier["options"].get(name) != plan["options"][name]]
                 if earlier["sources"] != plan["sources"]:
                     differing.append("the source files")
