@@ -13,7 +13,7 @@ INSTALLED_DEV = $(if $(VENV),$(VENV)/.installed-dev)
 smoke: $(INSTALLED)
 	$(PYTHON) prepare_c4.py --source=stdlib --train_tokenizer=2048 --val_fraction=0.05 --out=data/smoke
 	$(PYTHON) train.py configs/smoke.py
-	$(PYTHON) fill_mask.py --checkpoint=out/smoke --text="Return the [MASK] of the object."
+	$(PYTHON) fill_mask.py --checkpoint=out/smoke --text="Raises ValueError [MASK] the argument is negative."
 	@echo "data in data/smoke, log and checkpoints in out/smoke"
 
 test: $(INSTALLED_DEV)

@@ -594,7 +594,8 @@ def differing_schedule(cfg):
 
     def differs(earlier, step):
         before = dataclasses.replace(cfg, max_steps=earlier)
-        return earlier != cfg.max_steps and (bool(cfg.final_mask_prob) or step > min(decay_start(cfg), decay_start(before)))
+        decayed = bool(cfg.final_mask_prob) or step > min(decay_start(cfg), decay_start(before))
+        return earlier != cfg.max_steps and decayed
 
     return differs
 

@@ -28,9 +28,9 @@ except ImportError:  # as on macOS
 
     triton = tl = Missing()
 
-# After triton and tl, which these two take from here.
+# After triton and tl, which these take from here.
 from kernels.attention import attention_reference, attention_triton, check_attention  # noqa: E402
-from kernels.geglu import check_geglu, geglu_reference, geglu_triton
+from kernels.geglu import check_geglu, geglu_reference, geglu_triton  # noqa: E402
 from kernels.layernorm import (  # noqa: E402
     check_layernorm,
     dropout_add_layernorm_reference,

@@ -158,7 +158,7 @@ def backward_kernel(
 
 
 # 16 elements a thread, in blocks of at least 128 threads. With 32 a thread registers spill for some C and GPUs, as
-# tests/test_compile_kernels.py shows. Not yet chosen by timing.
+# tests/test_compile_kernels.py shows. Other tiles have not been timed.
 MAX_C = 8192
 TILE_ELEMENTS = 2048
 PROGRAMS_PER_SM = 4  # of backward: as many as fit at its up to 128 registers a thread

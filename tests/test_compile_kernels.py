@@ -31,10 +31,10 @@ TYPES = {  # of arguments; pointers not named here point to the tensors' dtype, 
 
 
 def configurations(everything):
-    """(file, kernel, arch, dtype, size, None arguments): size is the head size D, or the row length C."""
+    """(file, kernel, arch, dtype, size, None arguments): size is the head size D, the row length C, or the width F."""
     found = []
     for arch in (80, 90):
-        for dtype in ("bf16", "fp16", "fp32") if everything else ("bf16",):
+        for dtype in ("bf16", "fp16", "fp32") if everything else ("bf16", "fp16"):
             for kernel in ("forward", "dq", "dkv"):
                 for D in (16, 32, 64, 128) if everything else (64,):
                     found.append(("attention", kernel, arch, dtype, D, ()))
@@ -47,6 +47,9 @@ def configurations(everything):
                 # Both gradients; dz alone, without dropout; dx alone, without a residual.
                 for none in ((), ("seed_ptr", "dx_ptr"), ("dz_ptr",))[: None if everything else 2]:
                     found.append(("layernorm", "backward", arch, dtype, C, none))
+            for F in (48, 3072, 4096) if everything else (3072,):
+                for none in ((), ("seed_ptr",))[: None if everything else 1]:
+                    found += [("geglu", kernel, arch, dtype, F, none) for kernel in ("forward", "backward")]
     return found
 
 
