@@ -1,0 +1,77 @@
+"""The README's links, commands and figures: what it names exists, and what it claims stands in a log."""
+
+import dataclasses
+import importlib
+import json
+import re
+import shlex
+from pathlib import Path
+from statistics import median
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = ["README.md", "results/README.md"]
+OPTIONS = {"train": "TrainConfig", "prepare_c4": "PrepareConfig", "fill_mask": "FillMaskConfig", "data": "DataConfig"}
+
+
+def commands(page):
+    """The indented command lines of a page, each as a list of words; a backslash at the end goes on."""
+    text = (ROOT / page).read_text().replace("\\\n", " ")
+    return [shlex.split(line) for line in text.splitlines() if re.match(r"    (python|torchrun|make) ", line)]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text())
+    assert not [link for link in links if not (ROOT / page).parent.joinpath(link).exists()]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_name_what_exists(page):
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert commands(page)
+    for words in commands(page):
+        if words[0] == "make":
+            assert words[1] in targets
+            continue
+        if words[1] == "-m":
+            continue
+        script = next(word for word in words if word.endswith(".py"))
+        module = importlib.import_module(script.removesuffix(".py"))
+        names = {field.name for field in dataclasses.fields(getattr(module, OPTIONS[module.__name__]))}
+        for word in words[words.index(script) + 1 :]:
+            if word.startswith("--"):
+                assert word[2:].partition("=")[0] in names, word
+            else:
+                assert (ROOT / word).exists(), word
+
+
+def test_every_file_is_in_the_table():
+    """A reader finds each script at the README's table."""
+    text = (ROOT / "README.md").read_text()
+    assert not [path.name for path in ROOT.glob("*.py") if f"({path.name})" not in text]
+
+
+def test_every_log_is_explained():
+    text = (ROOT / "results" / "README.md").read_text()
+    assert not [path.name for path in (ROOT / "results").glob("*.jsonl") if f"## {path.name}" not in text]
+
+
+def test_figures_are_those_of_the_log():
+    records = [json.loads(line) for line in (ROOT / "results" / "base_wikipedia_h100.jsonl").read_text().splitlines()]
+    steps = [record for record in records if record["event"] == "train"][1:]  # the first one compiles kernels
+    held_out, end = [record for record in records if record["event"] == "eval"][-1], records[-1]
+    figures = [
+        f"{held_out['loss']:.3f}",
+        f"{100 * held_out['accuracy']:.1f} %",
+        f"{100 * held_out['majority_accuracy']:.1f} %",
+        f"{median(record['tokens_per_second'] for record in steps):,.0f} tokens/s",
+        f"{round(median(record['samples_per_second'] for record in steps), -1):,.0f} samples/s",
+        f"{100 * median(record['mfu'] for record in steps):.1f} %",
+        f"{100 * median(record['mfu_6n'] for record in steps):.1f} %",
+        f"{end['seconds']:.0f} s",
+        f"${end['dollars']:.2f}",
+    ]
+    text = (ROOT / "README.md").read_text()
+    assert end["event"] == "end" and not [figure for figure in figures if figure not in text]
