@@ -353,25 +353,22 @@ def first_chars(texts, limit):
 
 
 def encode(tokenizer, texts, max_doc_tokens):
-    """(token arrays, tokens of the text that was read, words in it). With max_doc_tokens, arrays of at most that many.
+    """(what of each text was read, its Encoding). With max_doc_tokens, encodings of at least that many if there are.
 
     Then only a beginning of each text is tokenized: cut at white space, where BERT's tokenizers split in any case, and
     longer if it did not give tokens enough. A token is one character at least, and 4 on average in English.
     """
-    cut_texts, chars = texts, 6 * max_doc_tokens + 64
-    if max_doc_tokens:
-        cut_texts = [beginning(text, chars) for text in texts]
-    encodings = tokenizer.encode_batch_fast(cut_texts, add_special_tokens=False)
-    arrays = [np.array(encoding.ids, np.int32) for encoding in encodings]
+    chars = 6 * max_doc_tokens + 64
+    read = [beginning(text, chars) for text in texts] if max_doc_tokens else texts
+    encodings = tokenizer.encode_batch_fast(read, add_special_tokens=False)
     if max_doc_tokens:
         for i, text in enumerate(texts):
             longer = chars
-            while len(arrays[i]) < max_doc_tokens and len(cut_texts[i]) < len(text):
+            while len(encodings[i]) < max_doc_tokens and len(read[i]) < len(text):
                 longer *= 4
-                cut_texts[i] = beginning(text, longer)
-                arrays[i] = np.array(tokenizer.encode(cut_texts[i], add_special_tokens=False).ids, np.int32)
-    num_tokens, num_words = sum(map(len, arrays)), sum(len(text.split()) for text in cut_texts)
-    return [array[: max_doc_tokens or None] for array in arrays], num_tokens, num_words
+                read[i] = beginning(text, longer)
+                encodings[i] = tokenizer.encode(read[i], add_special_tokens=False)
+    return read, encodings
 
 
 def beginning(text, chars):
@@ -404,18 +401,20 @@ def process_unit(number, unit, cfg, threshold):
         shards.append({"split": split, **write_shard(path, pending[split], bytes_per_token, digest)})
         pending[split], pending_tokens[split] = [], 0
 
-    batches = batched_documents(unit, cfg, threshold, stats)
+    def tokenize(batch):
+        splits, texts = zip(*batch)
+        return splits, *encode(tokenizer, list(texts), cfg.max_doc_tokens)
+
+    # One thread reads and unpacks, one waits for the tokenizer, which is not Python, and this one stores.
+    reader = batched_documents(unit, cfg, threshold, stats)
+    batches = iter(prefetch(lambda _: next(reader, None), itertools.repeat(None)).__next__, None)
     try:
-        # Reading and unpacking go on in a thread while the tokenizer, which is not Python, works.
-        for batch in prefetch(lambda _: next(batches, None), itertools.repeat(None)):
-            if batch is None:
-                break
-            splits, texts = zip(*batch)
-            arrays, num_tokens, num_words = encode(tokenizer, list(texts), cfg.max_doc_tokens)
-            stats["tokens read"] += num_tokens
-            stats["words read"] += num_words
-            stats["characters"] += sum(map(len, texts))
-            for split, tokens in zip(splits, arrays):
+        for splits, texts, encodings in prefetch(tokenize, batches):
+            for split, text, encoding in zip(splits, texts, encodings):
+                tokens = np.array(encoding.ids, np.uint16 if bytes_per_token == 2 else np.uint32)
+                stats["tokens read"] += len(tokens)
+                stats["words read"] += len(text.split())
+                tokens = tokens[: cfg.max_doc_tokens or None]
                 if len(tokens) == 0:
                     stats["empty documents"] += 1
                     continue
@@ -425,7 +424,7 @@ def process_unit(number, unit, cfg, threshold):
                 stats[f"length 2^{len(tokens).bit_length()}"] += 1
                 for length in FILL_LENGTHS:
                     stats[f"fill {length}"] += min(len(tokens) + 2, length)
-                pending[split].append(tokens.astype(np.uint16 if bytes_per_token == 2 else np.uint32))
+                pending[split].append(tokens)
                 pending_tokens[split] += len(tokens)
                 if pending_tokens[split] >= cfg.shard_tokens:
                     flush(split)
@@ -448,6 +447,7 @@ def batched_documents(unit, cfg, threshold, stats):
     for kind, name, _ in unit:
         for text in documents(kind, name, cfg, stats):
             batch.append(("val" if is_held_out(kind, text, threshold) else "train", text))
+            stats["characters"] += len(text)
             chars += len(text)
             count += 1
             if count == cfg.max_docs:
