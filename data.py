@@ -31,7 +31,6 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from tokenizers import Tokenizer
 
 from config import UserError, command, load_config
@@ -202,11 +201,11 @@ def permute(index, n, key):
 class MicroBatch:
     """One flat token stream of whole sequences. The rows after the last sequence are [PAD]: filling, not data."""
 
-    input_ids: torch.Tensor  # (total_tokens,) int32, with [MASK] where a token is to be predicted
-    cu_seqlens: torch.Tensor  # (B + 1,) int32: where each sequence starts; the last ones may be empty
+    input_ids: "torch.Tensor"  # (total_tokens,) int32, with [MASK] where a token is to be predicted
+    cu_seqlens: "torch.Tensor"  # (B + 1,) int32: where each sequence starts; the last ones may be empty
     max_seqlen: int  # no sequence is longer
-    masked_positions: torch.Tensor  # (num_rows,) int64: the rows to predict, then filling
-    labels: torch.Tensor  # (num_rows,) int64: the original tokens, IGNORED for the filling
+    masked_positions: "torch.Tensor"  # (num_rows,) int64: the rows to predict, then filling
+    labels: "torch.Tensor"  # (num_rows,) int64: the original tokens, IGNORED for the filling
     num_samples: int
     num_tokens: int  # tokens in sequences, [CLS] and [SEP] included
     num_masked: int  # rows to predict
@@ -216,7 +215,8 @@ class MicroBatch:
         """The same micro-batch on a device; from the CPU's pinned memory the copy is asynchronous."""
         if device.type == "cpu":
             return self
-        moved = {k: v.pin_memory().to(device, non_blocking=True) for k, v in vars(self).items() if torch.is_tensor(v)}
+        tensors = {name: value for name, value in vars(self).items() if hasattr(value, "pin_memory")}
+        moved = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}
         return MicroBatch(**{**vars(self), **moved})
 
 
@@ -301,6 +301,8 @@ class Samples:
 
     def micro_batch(self, samples, epochs, seed, mask_prob):
         """The masked, unpadded MicroBatch of `samples` (int64 array, with their epochs)."""
+        import torch  # here, since prepare_c4.py's processes, which need it not, start a second earlier without
+
         shard, start, length = self.locate(samples)
         lengths = length + 2
         cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])

@@ -475,8 +475,8 @@ def process_all(units, cfg, threshold):
     if results:
         print(f"{len(results)} of {len(units)} units were done before")
     processes = max(1, min(cfg.workers, len(left)))
-    # With fewer units than cores, the tokenizer's own threads use the others.
-    threads = max(1, cfg.workers // processes)
+    # With few units, the tokenizer's own threads use the cores of processes that are not there, or done.
+    threads = cfg.workers if len(left) < 2 * cfg.workers else 1
     os.environ["RAYON_NUM_THREADS"] = str(threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
     if processes == 1:
