@@ -132,15 +132,16 @@ def read_json(path, hint):
         raise UserError(f"{path}: not JSON: {error} ({hint})") from None
 
 
-def load_tokenizer(path):
+def load_tokenizer(path, text=None):
     """A tokenizers.Tokenizer without truncation or padding, and the ids this project needs: {"[MASK]": 103, ...}.
 
-    Raises: UserError when the file is no tokenizer or lacks one of BERT's special tokens.
+    text: the contents of the file, where they are known. Raises: UserError when they are no tokenizer or lack one of
+    BERT's special tokens.
     """
-    if not os.path.isfile(path):
+    if text is None and not os.path.isfile(path):
         raise UserError(f"{path}: no such tokenizer (expected a tokenizer.json)")
     try:
-        tokenizer = Tokenizer.from_file(path)
+        tokenizer = Tokenizer.from_file(path) if text is None else Tokenizer.from_str(text)
     except Exception as error:  # the library raises plain Exception
         raise UserError(f"{path}: not a tokenizer: {error}") from None
     tokenizer.no_truncation()

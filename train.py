@@ -176,7 +176,7 @@ class Process:
         return torch.stack(everyone).tolist()
 
 
-def setup_device(cfg):
+def setup_device(cfg, model_cfg):
     """(device, dtype) of this process. Raises: UserError when the machine cannot do what the options ask."""
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda: PyTorch sees no GPU here (use --device=cpu, or install PyTorch's CUDA build)")
@@ -197,8 +197,8 @@ def setup_device(cfg):
         kernels.set_backend(cfg.kernels)
     except ValueError as error:
         raise UserError(error) from None
-    head_size = cfg.hidden_size // cfg.num_heads
-    if cfg.model == "mosaicbert" and kernels.uses_triton(device) and head_size not in (16, 32, 64, 128):
+    head_size = model_cfg.hidden_size // model_cfg.num_heads
+    if model_cfg.model == "mosaicbert" and kernels.uses_triton(device) and head_size not in (16, 32, 64, 128):
         raise UserError(f"head size {head_size}: the Triton kernels take 16, 32, 64, 128 (use --kernels=torch)")
     return device, dtype
 
@@ -207,7 +207,7 @@ def setup_processes(cfg):
     """Join the processes that torchrun started, if it did."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     cfg.check(world_size)
-    device, dtype = setup_device(cfg)
+    device, dtype = setup_device(cfg, cfg)
     if world_size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
