@@ -8,13 +8,19 @@ PYTHON = $(if $(VENV),$(VENV)/bin/python,python3)
 INSTALLED = $(if $(VENV),$(VENV)/.installed)
 INSTALLED_DEV = $(if $(VENV),$(VENV)/.installed-dev)
 
+SMOKE_TASK = --train_file=data/smoke_task/train.tsv --val_file=data/smoke_task/val.tsv --epochs=2 --lr=1e-3
+
 .PHONY: smoke test test-slow
 
 smoke: $(INSTALLED)
 	$(PYTHON) prepare_c4.py --source=stdlib --train_tokenizer=2048 --val_fraction=0.05 --out=data/smoke
 	$(PYTHON) train.py configs/smoke.py
 	$(PYTHON) fill_mask.py --checkpoint=out/smoke --text="Raises ValueError [MASK] the argument is negative."
-	@echo "data in data/smoke, log and checkpoints in out/smoke"
+	$(PYTHON) smoke_task.py --data_dir=data/smoke --out=data/smoke_task
+	@echo "fine-tuning: which texts had words replaced? First from the pretrained weights, then from random ones"
+	$(PYTHON) finetune_glue.py --checkpoint=out/smoke $(SMOKE_TASK) --out=out/smoke_task
+	$(PYTHON) finetune_glue.py --checkpoint=out/smoke $(SMOKE_TASK) --random_weights --out=out/smoke_task_random
+	@echo "data in data/smoke and data/smoke_task; logs and checkpoints in out/"
 
 test: $(INSTALLED_DEV)
 	$(PYTHON) -m pytest -q tests

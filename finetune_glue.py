@@ -20,6 +20,7 @@ import json
 import math
 import multiprocessing
 import os
+import threading
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -427,7 +428,9 @@ class Worker:
             self.write_test_predictions(run.task, model)
         if run.first_seed and run.task.name in ("mnli", "own"):
             self.save(run, model)
-        write("end", metrics=metrics, seconds=round(time.perf_counter() - start, 3))
+        labels = data[glue.dev_splits(run.task)[0]].labels
+        majority = float(np.unique(labels, return_counts=True)[1].max() / len(labels)) if run.task.labels else None
+        write("end", metrics=metrics, majority_accuracy=majority, seconds=round(time.perf_counter() - start, 3))
 
     def write_predictions(self, file, task, predictions, labels):
         lines = ["index\tlabel\tprediction\n"]
@@ -517,6 +520,8 @@ def guarded_work(cfg, plan):
         except torch.OutOfMemoryError:
             raise UserError(f"out of GPU memory with jobs={cfg.jobs} (lower --jobs or --batch_size)", True) from None
 
+    if parent := multiprocessing.parent_process():  # do not live on when it is killed
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     main([])
 
 
@@ -537,9 +542,20 @@ def work_in_processes(cfg, plan):
         time.sleep(0.2)
 
 
+def earlier_tasks(cfg, pretrained):
+    """The tasks of an earlier command in the same directory, from the same weights and recipe: {name: result}."""
+    try:
+        with open(os.path.join(cfg.out, "glue.json"), encoding="utf-8") as file:
+            earlier = json.load(file)
+        same = (earlier["checkpoint_sha256"], earlier["recipe"]) == (pretrained.digest, cfg.recipe)
+        return earlier["tasks"] if same else {}
+    except (OSError, ValueError, KeyError):
+        return {}
+
+
 def summary(cfg, plan, pretrained):
     """What glue.json holds."""
-    tasks = {}
+    tasks = earlier_tasks(cfg, pretrained)
     for name in [*glue.GLUE_TASKS, "own"]:
         runs = sorted((run for run in plan if run.task.name == name), key=lambda run: not run.first_seed)
         if not runs:
@@ -555,18 +571,21 @@ def summary(cfg, plan, pretrained):
             "metrics": metrics,
             "score": float(np.mean(per_seed)),
             "score_ci95": glue.ci95(per_seed),
+            "majority_accuracy": ends[0]["majority_accuracy"],
             "seeds": [run.seed for run in runs],
             "seconds": round(sum(end["seconds"] for end in ends), 1),
             "train_examples": runs[0].num_examples,
             "init": runs[0].init,
             "settings": dataclasses.asdict(runs[0].settings),
         }
+    tasks = {name: tasks[name] for name in [*glue.GLUE_TASKS, "own"] if name in tasks}
     return {
         "tasks": tasks,
         "average": float(np.mean([task["score"] for task in tasks.values()])),
         "complete": set(tasks) == set(glue.GLUE_TASKS),
         "recipe": cfg.recipe,
         "checkpoint": cfg.checkpoint,
+        "checkpoint_sha256": pretrained.digest,
         "model": pretrained.model_cfg.model,
         "pretraining": pretraining_cost(cfg.checkpoint),
     }
@@ -593,6 +612,8 @@ def print_table(results):
     for name, task in results["tasks"].items():
         interval = f"{task['score_ci95']:.2f}" if task["score_ci95"] is not None else "-"
         metrics = ", ".join(f"{metric} {100 * value['mean']:.2f}" for metric, value in task["metrics"].items())
+        if task["majority_accuracy"]:
+            metrics += f" (always the most frequent label: accuracy {100 * task['majority_accuracy']:.2f})"
         print(f"{name:6} {task['score']:6.2f} {interval:>6}  {len(task['seeds']):5}  {task['init']:10}  {metrics}")
     print(f"average of {len(results['tasks'])} tasks: {results['average']:.2f}")
 

@@ -1,0 +1,61 @@
+"""A labelled task out of token shards: is this text as it was written, or were some of its words replaced?
+
+    python smoke_task.py --data_dir=data/smoke --out=data/smoke_task
+
+writes train.tsv and val.tsv with the columns text and label: windows of 40 tokens, half of them "genuine", in the
+other half 6 of the 40 "replaced" by random tokens of the vocabulary. `make smoke` fine-tunes on it.
+
+Read next: finetune_glue.py
+"""
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+
+from config import UserError, command, load_config
+from data import Samples, load_tokenizer
+
+WINDOW, REPLACED = 40, 6  # tokens
+
+
+@dataclass
+class SmokeTaskConfig:
+    data_dir: str = "data/smoke"  # directory of token shards
+    out: str = "data/smoke_task"  # directory for train.tsv and val.tsv
+    examples: int = 8000  # for training, at most
+    seed: int = 17  # of the choice of words
+
+
+def windows(data_dir, split):
+    """(n, WINDOW) int64 array: every whole window of the documents of a split."""
+    samples = Samples(data_dir, split, WINDOW + 2, chunk=True)  # + [CLS] and [SEP]
+    shard, start, length = samples.locate(np.arange(len(samples)))
+    whole = length == WINDOW
+    return np.stack([samples.shards[s][1][a : a + WINDOW] for s, a in zip(shard[whole], start[whole])]).astype(np.int64)
+
+
+@command
+def main(argv):
+    cfg = load_config(SmokeTaskConfig, argv)
+    tokenizer, special = load_tokenizer(os.path.join(cfg.data_dir, "tokenizer.json"))
+    rng = np.random.default_rng(cfg.seed)
+    os.makedirs(cfg.out, exist_ok=True)
+    for split in ("train", "val"):
+        tokens = rng.permutation(windows(cfg.data_dir, split))[: cfg.examples]
+        if len(tokens) < 2:
+            raise UserError(f"{cfg.data_dir}: no documents of {WINDOW} tokens in its {split} shards (prepare more text)")
+        replaced = np.arange(len(tokens)) % 2 == 1
+        for i in np.flatnonzero(replaced):
+            places = rng.choice(WINDOW, REPLACED, replace=False)
+            tokens[i, places] = rng.integers(len(special), tokenizer.get_vocab_size(), REPLACED)
+        texts = tokenizer.decode_batch(tokens.tolist())
+        with open(os.path.join(cfg.out, f"{split}.tsv"), "w", encoding="utf-8") as file:
+            file.write("text\tlabel\n")
+            for text, changed in zip(texts, replaced):
+                file.write(f"{' '.join(text.split())}\t{'replaced' if changed else 'genuine'}\n")
+        print(f"{cfg.out}/{split}.tsv: {len(texts):,} texts, half of them with {REPLACED} of {WINDOW} tokens replaced")
+
+
+if __name__ == "__main__":
+    main()
