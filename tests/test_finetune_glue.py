@@ -1,0 +1,266 @@
+"""Fine-tuning: tokens as the tokenizers library cuts them, one suite over small files, resume, staging, own labels."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from tokenizers.processors import TemplateProcessing
+
+import checkpoint
+import finetune_glue
+import glue
+from config import UserError
+from finetune_glue import GlueConfig, encode, load_pretrained, lr_at, main, make_classifier, make_plan, predict, result
+from model import MaskedLM, ModelConfig
+from toy import ROOT, VOCAB_SIZE, make_tokenizer, train_environment
+from train import Process
+
+PROCESS = Process(0, 1, torch.device("cpu"), torch.float32)
+CPU = ["--device=cpu", "--kernels=torch"]
+
+
+@pytest.fixture(scope="module", params=["mosaicbert"])
+def pretrained(tmp_path_factory, request):
+    return make_run(tmp_path_factory.mktemp("run"), request.param)
+
+
+def make_run(path, model="mosaicbert"):
+    """A run directory with one checkpoint of random weights."""
+    torch.manual_seed(0)
+    cfg = ModelConfig(model, hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48, hidden_dropout=0.0)
+    make_tokenizer(path / "tokenizer.json")
+    text = (path / "tokenizer.json").read_text()
+    config = json.dumps({**vars(cfg), "vocab_size": VOCAB_SIZE, "tokenizer_sha256": "", "price_per_gpu_hour": 2.0})
+    weights = checkpoint.weights_of(MaskedLM(cfg, VOCAB_SIZE))
+    texts = {"config.json": config, "tokenizer.json": text, "state.json": json.dumps({"step": 1, "seconds": 7200.0})}
+    checkpoint.save(str(path), 1, {"model.safetensors": weights}, texts)
+    start = {"event": "start", "world_size": 2, "device": "toy", "config": {"price_per_gpu_hour": 2.0}}
+    (path / "log.jsonl").write_text(json.dumps(start) + "\n")
+    return str(path)
+
+
+def sentences(n, seed):
+    rng = np.random.default_rng(seed)
+    return [" ".join(f"w{word}" for word in rng.integers(0, 90, rng.integers(3, 12))) for _ in range(n)]
+
+
+def write_glue(path, tasks=glue.GLUE_TASKS, n=20):
+    """Small files in GLUE's layout, with no more columns than are read."""
+    for name in tasks:
+        task = glue.GLUE_TASKS[name]
+        folder = path / task.folder
+        folder.mkdir(parents=True)
+        for split in ("train", *glue.dev_splits(task)):
+            rows = ["\t".join([*task.text_columns, task.label_column])]
+            for i, texts in enumerate(zip(*(sentences(n, seed) for seed in range(len(task.text_columns))))):
+                label = task.labels[i % len(task.labels)] if task.labels else str(i % 6)
+                rows.append("\t".join([*texts, label]))
+            (folder / f"{split.replace('validation', 'dev')}.tsv").write_text("\n".join(rows) + "\n")
+    return str(path)
+
+
+def suite(checkpoint_path, data, out, *options):
+    argv = [f"--checkpoint={checkpoint_path}", f"--data_dir={data}", f"--out={out}", "--epochs=1", "--seeds=2"]
+    main([*argv, *CPU, *options])
+    return json.loads((out / "glue.json").read_text())
+
+
+def metrics_of(results):
+    return {name: task["metrics"] for name, task in results["tasks"].items()}
+
+
+@pytest.mark.parametrize("limit", [8, 9, 15, 64])
+def test_pairs_are_cut_as_by_the_tokenizers_library(pretrained, limit):
+    start = load_pretrained(pretrained)
+    pairs = list(zip(sentences(60, 3), sentences(60, 4)))
+    ours = encode(glue.Examples(pairs), start, limit)
+    library = type(start.tokenizer).from_str(start.tokenizer_text)
+    ids = [(name, start.special[name]) for name in ("[CLS]", "[SEP]")]
+    library.post_processor = TemplateProcessing("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", ids)
+    library.enable_truncation(limit, strategy="longest_first")
+    for i, theirs in enumerate(library.encode_batch(pairs)):
+        here = slice(ours.starts[i], ours.starts[i] + ours.lengths[i])
+        assert ours.ids[here].tolist() == theirs.ids
+        assert ours.types[here].tolist() == theirs.type_ids
+
+
+def test_suite_of_all_tasks(pretrained, tmp_path):
+    results = suite(pretrained, write_glue(tmp_path / "data"), tmp_path / "out")
+    assert list(results["tasks"]) == list(glue.GLUE_TASKS) and results["complete"]
+    for name, task in results["tasks"].items():
+        assert task["init"] == ("mnli" if name in ("rte", "mrpc", "stsb") else "pretrained")
+        assert task["seeds"] == [19, 8364] and task["train_examples"] == 20 and task["seconds"] > 0
+        scored = [metric for metric in task["metrics"] if not (name == "stsb" and metric == "pearson")]
+        for metric in task["metrics"].values():
+            assert metric["mean"] == pytest.approx(np.mean(metric["values"])) and len(metric["values"]) == 2
+            assert metric["ci95"] == pytest.approx(12.7062 * abs(np.subtract(*metric["values"])) / 2)
+        assert task["score"] == pytest.approx(100 * np.mean([task["metrics"][metric]["mean"] for metric in scored]))
+    assert set(results["tasks"]["mnli"]["metrics"]) == {"accuracy_matched", "accuracy_mismatched"}
+    assert results["average"] == pytest.approx(np.mean([task["score"] for task in results["tasks"].values()]))
+    assert results["pretraining"]["gpu_hours"] == 4.0 and results["pretraining"]["dollars"] == 8.0
+    lines = (tmp_path / "out/predictions/rte.seed19.tsv").read_text().splitlines()
+    assert lines[0] == "index\tlabel\tprediction" and len(lines) == 21
+    assert lines[1].split("\t")[:2] == ["0", "entailment"]
+    assert (tmp_path / "out/predictions/mnli_mismatched.seed19.tsv").exists()
+
+
+def test_tasks_start_from_the_mnli_weights(pretrained, tmp_path, monkeypatch):
+    starts = {}
+    original = finetune_glue.Worker.classifier
+
+    def recording(worker, run):
+        model = original(worker, run)
+        starts[run.name] = {name: weight.clone() for name, weight in checkpoint.weights_of(model).items()}
+        return model
+
+    monkeypatch.setattr(finetune_glue.Worker, "classifier", recording)
+    data = write_glue(tmp_path / "data", ("mnli", "rte"))
+    suite(pretrained, data, tmp_path / "out", "--tasks=rte,mnli")
+    tuned = checkpoint.read_tensors(checkpoint.find(str(tmp_path / "out/mnli")), "model.safetensors")
+    for name, weight in starts["rte.seed8364"].items():
+        assert torch.equal(weight, tuned[name]) == (not name.startswith("classifier")), name
+    assert not torch.equal(tuned["bert.pooler.dense.weight"], starts["mnli.seed19"]["bert.pooler.dense.weight"])
+    assert suite(pretrained, data, tmp_path / "alone", "--tasks=rte")["tasks"]["rte"]["init"] == "pretrained"
+
+
+def test_goes_on_where_it_was_and_jobs_do_not_matter(pretrained, tmp_path, monkeypatch, capsys):
+    data = write_glue(tmp_path / "data", ("cola", "stsb"))
+    out = tmp_path / "out"
+    first = suite(pretrained, data, out, "--tasks=cola,stsb", "--jobs=2")
+    assert metrics_of(suite(pretrained, data, tmp_path / "other", "--tasks=cola,stsb")) == metrics_of(first)
+
+    log = out / "runs/cola.seed19.jsonl"  # as a kill leaves it
+    log.write_text("\n".join(log.read_text().splitlines()[:-1]) + '\n{"event": "en')
+    trained = []
+    original = finetune_glue.Worker.run
+    monkeypatch.setattr(finetune_glue.Worker, "run", lambda w, run, *a: (trained.append(run.name), original(w, run, *a)))
+    assert metrics_of(suite(pretrained, data, out, "--tasks=cola,stsb")) == metrics_of(first)
+    assert trained == ["cola.seed19"]
+    assert metrics_of(suite(pretrained, data, out, "--tasks=cola")) == metrics_of(first)  # stsb's result is kept
+    assert trained == ["cola.seed19"]
+    with pytest.raises(SystemExit) as status:
+        suite(pretrained, data, out, "--tasks=cola,stsb", "--lr=1e-3")
+    assert status.value.code == 2 and "another lr" in capsys.readouterr().err
+
+
+def test_ranks_share_the_runs(pretrained, tmp_path):
+    data = write_glue(tmp_path / "data", ("cola", "rte"))
+    argv = [f"--checkpoint={pretrained}", f"--data_dir={data}", "--tasks=cola,rte", "--epochs=1", "--seeds=2"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launcher, str(ROOT / "finetune_glue.py"), *argv, f"--out={tmp_path / 'two'}", *CPU]
+    done = subprocess.run(command, env=train_environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    alone = metrics_of(suite(pretrained, data, tmp_path / "one", "--tasks=cola,rte"))
+    assert metrics_of(json.loads((tmp_path / "two/glue.json").read_text())) == alone
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl"])
+def test_own_labels_are_learned_and_predicted(pretrained, tmp_path, suffix, capsys):
+    def write(path, n, seed):
+        texts = sentences(n, seed)
+        labels = ["yes" if i % 2 else "no" for i in range(n)]
+        rows = [(f"w91 {t}" if label == "yes" else f"w92 {t}", label) for t, label in zip(texts, labels)]
+        separator = {"csv": ",", "tsv": "\t"}.get(suffix)
+        if suffix == "jsonl":
+            lines = [json.dumps({"text": text, "kind": label}) for text, label in rows]
+        else:
+            lines = [f"text{separator}kind", *(separator.join(row) for row in rows)]
+        path.write_text("\n".join(lines) + "\n")
+        return path
+
+    train, val = write(tmp_path / f"train.{suffix}", 400, 0), write(tmp_path / f"val.{suffix}", 100, 1)
+    out = tmp_path / "out"
+    options = [f"--train_file={train}", f"--val_file={val}", "--label_column=kind", "--lr=3e-3", "--epochs=4"]
+    main([f"--checkpoint={pretrained}", f"--out={out}", *options, *CPU])
+    own = json.loads((out / "glue.json").read_text())["tasks"]["own"]
+    assert own["metrics"]["accuracy"]["mean"] > 0.95 and own["metrics"]["macro_f1"]["mean"] > 0.95
+    assert own["majority_accuracy"] == 0.5
+    assert "classification into no, yes" in capsys.readouterr().out
+    main([f"--checkpoint={out}/model", f"--predict_file={val}", f"--out={tmp_path / 'p'}", *CPU])
+    predicted = [line.split("\t")[1] for line in (tmp_path / "p/predictions.tsv").read_text().splitlines()[1:]]
+    scored = [line.split("\t")[2] for line in (out / "predictions/own.seed19.tsv").read_text().splitlines()[1:]]
+    assert predicted == scored
+
+
+def test_own_numbers_are_regression(pretrained, tmp_path, capsys):
+    rows = ["text\tlabel", *(f"{text}\t{len(text) / 7}" for text in sentences(60, 0))]
+    (tmp_path / "a.tsv").write_text("\n".join(rows) + "\n")
+    options = [f"--train_file={tmp_path}/a.tsv", f"--val_file={tmp_path}/a.tsv", "--random_weights"]
+    main([f"--checkpoint={pretrained}", f"--out={tmp_path}/out", *options, *CPU])
+    own = json.loads((tmp_path / "out/glue.json").read_text())["tasks"]["own"]
+    assert set(own["metrics"]) == {"pearson", "spearman"} and own["init"] == "random"
+    assert "regression" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model", ["mosaicbert", "bert"])
+def test_examples_do_not_see_each_other(tmp_path, model):
+    start = load_pretrained(make_run(tmp_path, model))
+    classifier = make_classifier(start, 3, seed=1)
+    pairs = list(zip(sentences(30, 5), sentences(30, 6)))
+    together = predict(classifier, encode(glue.Examples(pairs), start, 256), PROCESS)
+    alone = [predict(classifier, encode(glue.Examples([pair]), start, 256), PROCESS)[0] for pair in pairs]
+    np.testing.assert_allclose(together, np.stack(alone), rtol=0, atol=1e-5)
+
+
+def test_schedule_and_order(pretrained, tmp_path):
+    data = write_glue(tmp_path / "data", ("cola",))
+    cfg = GlueConfig(checkpoint=pretrained, data_dir=data, tasks="cola", out=str(tmp_path), epochs=3, batch_size=8)
+    run = make_plan(cfg, load_pretrained(pretrained))[0]
+    assert run.num_steps == 9 and result(cfg, run) is None
+    settings = glue.Settings(1e-3, 0.1, 8, 1, 1)
+    rates = [lr_at(settings, 100, step) for step in range(1, 101)]
+    assert rates[0] == 0 and rates[6] == 1e-3 == max(rates) and rates[-1] == pytest.approx(1e-3 / 94)
+    encoded = encode(glue.Examples([(text,) for text in sentences(20, 0)], np.arange(20)), load_pretrained(pretrained), 256)
+    labels = [batch[-1].tolist() for batch in finetune_glue.batches(run, encoded, PROCESS.device)]
+    epochs = [sum(labels[i : i + 3], []) for i in (0, 3, 6)]
+    assert all(sorted(epoch) == list(range(20)) for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
+
+
+def test_dry_run_writes_nothing(pretrained, tmp_path, capsys):
+    data = write_glue(tmp_path / "data", ("cola",))
+    out = tmp_path / "out"
+    main([f"--checkpoint={pretrained}", f"--data_dir={data}", "--tasks=cola", f"--out={out}", "--dry_run", *CPU])
+    printed = capsys.readouterr().out
+    assert "cola" in printed and "ms/step" in printed and "min on one" in printed and not out.exists()
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ([], "--checkpoint: not given"),
+        (["--checkpoint=RUN"], "--out: not given"),
+        (["--checkpoint=RUN", "--out=OUT", "--tasks=colla"], "no task 'colla'"),
+        (["--checkpoint=RUN", "--out=OUT", "--tasks=cola", "--submission"], "all eight tasks"),
+        (["--checkpoint=RUN", "--out=OUT", "--tasks=cola", "--data_dir=nowhere"], "no dev|no train"),
+        (["--checkpoint=RUN", "--out=OUT", "--train_file=a.csv"], "together"),
+        (["--checkpoint=RUN", "--out=OUT", "--predict_file=a.csv"], "not fine-tuned here"),
+        (["--checkpoint=RUN", "--out=OUT", "--jobs=0"], "jobs=0"),
+        (["--checkpoint=OUT", "--out=OUT"], "no checkpoint here"),
+    ],
+)
+def test_mistakes_are_one_line(pretrained, tmp_path, capsys, options, reason):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(SystemExit) as status:
+        main([o.replace("RUN", pretrained).replace("OUT", str(tmp_path / "out")) for o in options])
+    error = capsys.readouterr().err
+    import re
+
+    assert status.value.code == 2 and error.count("\n") == 1 and re.search(reason, error), error
+
+
+def test_nan_stops_the_suite_with_the_run_named(pretrained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(finetune_glue, "train_step", lambda *args: torch.tensor(float("nan")))
+    with pytest.raises(SystemExit):
+        suite(pretrained, write_glue(tmp_path / "data", ("cola",)), tmp_path / "out", "--tasks=cola")
+    assert "cola.seed19: loss is nan at step 1" in capsys.readouterr().err
+
+
+def test_weights_that_do_not_fit_are_refused(pretrained):
+    start = load_pretrained(pretrained)
+    tensors = dict(start.tensors)
+    tensors.pop("bert.encoder.layer.0.mlp.wo.weight")
+    with pytest.raises(UserError, match="missing bert.encoder.layer.0.mlp.wo.weight"):
+        make_classifier(finetune_glue.dataclasses.replace(start, tensors=tensors), 2, seed=0)
