@@ -573,7 +573,7 @@ def summary(cfg, plan, pretrained):
             "score_ci95": glue.ci95(per_seed),
             "majority_accuracy": ends[0]["majority_accuracy"],
             "seeds": [run.seed for run in runs],
-            "seconds": round(sum(end["seconds"] for end in ends), 1),
+            "seconds": round(sum(end["seconds"] for end in ends), 3),
             "train_examples": runs[0].num_examples,
             "init": runs[0].init,
             "settings": dataclasses.asdict(runs[0].settings),
