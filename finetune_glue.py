@@ -569,6 +569,7 @@ def summary(cfg, plan, pretrained):
         per_seed = [100 * float(np.mean(column)) for column in zip(*(metrics[metric]["values"] for metric in scored))]
         tasks[name] = {
             "metrics": metrics,
+            "scores": per_seed,
             "score": float(np.mean(per_seed)),
             "score_ci95": glue.ci95(per_seed),
             "majority_accuracy": ends[0]["majority_accuracy"],
@@ -587,6 +588,7 @@ def summary(cfg, plan, pretrained):
         "checkpoint": cfg.checkpoint,
         "checkpoint_sha256": pretrained.digest,
         "model": pretrained.model_cfg.model,
+        "num_layers": pretrained.model_cfg.num_layers,
         "pretraining": pretraining_cost(cfg.checkpoint),
     }
 

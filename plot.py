@@ -1,0 +1,303 @@
+"""Figures from the logs: loss curves, GLUE task by task, and GLUE against hours or dollars.
+
+    python plot.py --loss=out/base --x=gpu_hours --out=loss.svg
+    python plot.py --glue=results/mosaic/glue.json,results/fast/glue.json --labels=mosaic,fast --out=glue.svg
+    python plot.py --pareto='results/race/*/glue.json' --x=dollars --tasks=true --out=pareto.svg,pareto.png
+
+Needs matplotlib. Curves differ in marker and line style as well as colour, bars in hatching, so that all can be read in
+grey. Equal inputs give equal bytes.
+
+Read next: results/README.md, for what has been drawn
+"""
+
+import glob
+import json
+import math
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from config import UserError, command, load_config
+from glue import GLUE_TASKS
+
+# What MosaicML published (README of mosaicml/examples, benchmarks/bert, and the blog's figure): means over eight tasks
+# on eight A100-80GB at $2.50 a GPU-hour. The steps are read off the points' spacing, 70,000 being the last.
+PUBLISHED_GPUS, PUBLISHED_PRICE = 8, 2.50
+PUBLISHED = {  # model: [(step, hours, GLUE)]
+    "MosaicBERT-Base": [
+        (3500, 0.49, 76.09), (10500, 1.45, 80.65), (17500, 2.41, 81.80), (24500, 3.37, 82.52), (31500, 4.35, 82.95),
+        (42000, 5.79, 83.52), (49000, 6.75, 83.85), (56000, 7.71, 83.99), (63000, 8.69, 83.97), (70000, 9.65, 84.26),
+    ],
+    "BERT-Base": [
+        (3500, 0.55, 72.58), (10500, 1.65, 79.88), (17500, 2.75, 80.97), (24500, 3.85, 81.60), (31500, 4.97, 82.14),
+        (42000, 6.62, 82.84), (49000, 7.71, 83.02), (56000, 8.82, 83.11), (63000, 9.93, 83.09), (70000, 11.03, 83.51),
+    ],
+}  # fmt: skip
+PUBLISHED_TASKS = {  # MosaicBERT-Base's last point, five pretraining seeds, task by task (its model card)
+    "mnli": 84.95, "qnli": 90.74, "qqp": 90.29, "rte": 81.36, "sst2": 92.46, "mrpc": 90.03, "cola": 55.11,
+    "stsb": 89.27,
+}  # fmt: skip
+
+X_LABELS = {"step": "steps", "tokens": "tokens", "gpu_hours": "GPU-hours", "dollars": "US dollars"}
+TASK_NAMES = {name: task.folder for name, task in GLUE_TASKS.items()}
+MODEL_NAMES = {"mosaicbert": "MosaicBERT", "bert": "BERT"}
+STYLES = (  # colour, marker, line, hatch; the colours' greys are 30, 60, 45 and 75 % bright
+    ("#1f4e79", "o", "-", ""), ("#d98c2b", "s", "--", "///"), ("#8e3b63", "^", "-.", "..."), ("#6fc2a8", "D", ":", "xxx"),
+)  # fmt: skip
+
+
+@dataclass
+class PlotConfig:
+    # One of these: files, directories that hold them, or patterns, comma-separated
+    loss: str = ""  # log.jsonl of train.py: training and held-out loss
+    glue: str = ""  # glue.json of finetune_glue.py: a bar for each task, with 95 % intervals
+    pareto: str = ""  # glue.json: the mean score against the cost of pretraining, with MosaicML's published points
+    # How
+    x: Literal["auto", "step", "tokens", "gpu_hours", "dollars"] = "auto"  # auto: step for losses, gpu_hours for GLUE
+    tasks: bool = False  # with --pareto: a panel for each task, too
+    labels: str = ""  # one for each file, comma-separated; files with the same label make one curve
+    title: str = ""  # of the figure
+    out: str = "figure.svg"  # .svg, .png or .pdf files, comma-separated
+
+
+def find(patterns, name):
+    """Paths of the files that comma-separated files, directories or patterns mean. Raises: UserError."""
+    paths = []
+    for pattern in patterns.split(","):
+        found = sorted(glob.glob(pattern))
+        if not found:
+            raise UserError(f"{pattern}: no such file (expected {name}, or a directory with it)")
+        paths += [os.path.join(path, name) if os.path.isdir(path) else path for path in found]
+    return paths
+
+
+def read_glue(path):
+    """A glue.json as a dictionary. Raises: UserError."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            results = json.load(file)
+        results["tasks"], results["model"]
+        return results
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror} (expected a glue.json of finetune_glue.py)") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: not a glue.json of finetune_glue.py") from None
+
+
+def read_log(path):
+    """The records of a log.jsonl. Raises: UserError."""
+    records = []
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                records.append(json.loads(line))
+                records[-1]["event"]
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror} (expected a log.jsonl of train.py)") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}:{number}: not a log.jsonl of train.py") from None
+    if not any(record["event"] == "train" for record in records):
+        raise UserError(f"{path}: no training steps in this log")
+    return records
+
+
+def labels_for(cfg, paths, default):
+    """A label for each path."""
+    if not cfg.labels:
+        return [default(path) for path in paths]
+    labels = cfg.labels.split(",")
+    if len(labels) != len(paths):
+        raise UserError(f"--labels: {len(labels)} labels for {len(paths)} files ({', '.join(paths)[:200]})")
+    return labels
+
+
+def number_of(record, x, path):
+    """What a record holds for the x axis. Raises: UserError where it is not known."""
+    if record.get(x) is None:
+        raise UserError(f"{path}: holds no {x} (dollars need train.py --price_per_gpu_hour; try another --x)")
+    return record[x]
+
+
+def seed_scores(results, tasks):
+    """Mean score over `tasks` for each fine-tuning seed; a task with fewer seeds gives them again from its first."""
+    scores = [results["tasks"][task]["scores"] for task in tasks]
+    return [sum(of_task[i % len(of_task)] for of_task in scores) / len(scores) for i in range(max(map(len, scores)))]
+
+
+def curves(paths, labels, x, tasks):
+    """{label: [(x, mean, lowest, highest)]}, one point for each pretraining length; pretraining seeds are averaged.
+
+    The mean is that of all results; lowest and highest are those of single seeds, of pretraining and fine-tuning.
+    """
+    scores = {}
+    for path, label in zip(paths, labels):
+        results = read_glue(path)
+        if not results["pretraining"]:
+            raise UserError(f"{path}: says nothing of what pretraining cost (its checkpoint is not of train.py)")
+        place = number_of(results["pretraining"], x, path)
+        steps = results["pretraining"]["step"]  # seeds of one length differ by seconds, not by steps
+        scores.setdefault(label, {}).setdefault(steps, []).append((place, seed_scores(results, tasks)))
+    points = {}
+    for label, of_length in scores.items():
+        points[label] = []
+        for _, found in sorted(of_length.items()):
+            means = [sum(seeds) / len(seeds) for _, seeds in found]
+            singles = [score for _, seeds in found for score in seeds]
+            place = sum(place for place, _ in found) / len(found)
+            points[label].append((place, sum(means) / len(means), min(singles), max(singles)))
+    return points
+
+
+def draw_curves(axes, points):
+    for (label, rows), (colour, marker, line, _) in zip(points.items(), STYLES):
+        x, mean, low, high = zip(*rows)
+        axes.plot(x, mean, color=colour, marker=marker, linestyle=line, label=label, zorder=3)
+        axes.fill_between(x, low, high, color=colour, alpha=0.25, linewidth=0)
+        axes.vlines(x, low, high, color=colour, linewidth=1)
+
+
+def published_x(x, step, hours):
+    return {"step": step, "gpu_hours": hours * PUBLISHED_GPUS, "dollars": hours * PUBLISHED_GPUS * PUBLISHED_PRICE}[x]
+
+
+def plot_pareto(cfg, pyplot):
+    x = "gpu_hours" if cfg.x == "auto" else cfg.x
+    if x == "tokens":
+        raise UserError("--x=tokens: not for --pareto (MosaicML published no tokens)")
+    paths = find(cfg.pareto, "glue.json")
+    labels = labels_for(cfg, paths, lambda path: model_label(read_glue(path)))
+    too_many(labels)
+    common = [task for task in GLUE_TASKS if all(task in read_glue(path)["tasks"] for path in paths)]
+    if not common:
+        raise UserError("--pareto: no task that all results have")
+    panels = [common, *([task] for task in common if cfg.tasks)]
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    size = (4.0 * columns, 3.3 * rows) if len(panels) > 1 else (6.4, 4.4)
+    figure, grid = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for axes, tasks in zip(grid.flat, panels):
+        draw_curves(axes, curves(paths, labels, x, tasks))
+        if tasks is common:
+            for (model, points), face in zip(PUBLISHED.items(), ("#555555", "none")):
+                places, scores = [published_x(x, step, hours) for step, hours, _ in points], [row[2] for row in points]
+                label = f"{model}, published: 8 tasks, A100"
+                axes.plot(places, scores, "*", color="#555555", markerfacecolor=face, markersize=7, label=label)
+            axes.set_title(f"mean of {len(common)} tasks" if len(panels) > 1 else cfg.title)
+            if len(panels) == 1:
+                axes.legend(fontsize="small", loc="lower right")
+        else:
+            step, hours, _ = PUBLISHED["MosaicBERT-Base"][-1]
+            axes.plot(published_x(x, step, hours), PUBLISHED_TASKS[tasks[0]], "*", color="#555555", markersize=7)
+            axes.set_title(TASK_NAMES[tasks[0]])
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.set_xlabel(f"{X_LABELS[x]} of pretraining")
+        axes.set_ylabel("score" if len(panels) > 1 else f"mean of {', '.join(TASK_NAMES[task] for task in common)}")
+        axes.grid(alpha=0.3)
+    for axes in grid.flat[len(panels) :]:
+        axes.axis("off")
+    if len(panels) > 1:
+        figure.suptitle(cfg.title)
+        figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small")
+    return figure
+
+
+def plot_glue(cfg, pyplot):
+    paths = find(cfg.glue, "glue.json")
+    labels = labels_for(cfg, paths, lambda path: os.path.basename(os.path.dirname(os.path.abspath(path))))
+    too_many(labels)
+    results = [read_glue(path)["tasks"] for path in paths]
+    names = [task for task in [*GLUE_TASKS, "own"] if any(task in tasks for tasks in results)]
+    figure, axes = pyplot.subplots(figsize=(1.5 + 1.0 * len(names), 4.0), layout="constrained")
+    width = 0.8 / len(paths)
+    for i, (label, tasks, (colour, *_, hatch)) in enumerate(zip(labels, results, STYLES)):
+        for place, name in enumerate(names):
+            if name not in tasks:
+                continue
+            score, spread = tasks[name]["score"], tasks[name]["score_ci95"]
+            left = place + (i - (len(paths) - 1) / 2) * width
+            axes.bar(left, score, width * 0.92, color=colour, hatch=hatch, edgecolor="white", label=label)
+            axes.errorbar(left, score, spread or 0, color="black", capsize=3, linewidth=1)
+            axes.annotate(f"{score:.1f}", (left, score + (spread or 0) + 1), ha="center", fontsize="small")
+            label = None  # in the legend once
+    axes.set_xticks(range(len(names)), [TASK_NAMES.get(name, name) for name in names])
+    axes.set_ylim(min(0, *axes.get_ylim()), 107)
+    axes.set_ylabel("score (bars: 95 % interval over seeds)")
+    axes.set_title(cfg.title)
+    figure.legend(loc="outside lower center", ncols=len(paths))
+    return figure
+
+
+def plot_loss(cfg, pyplot):
+    x = "step" if cfg.x == "auto" else cfg.x
+    paths = find(cfg.loss, "log.jsonl")
+    labels = labels_for(cfg, paths, log_label)
+    too_many(labels)
+    figure, axes = pyplot.subplots(figsize=(6.4, 4.4), layout="constrained")
+    styles = {}
+    for path, label in zip(paths, labels):
+        records = read_log(path)
+        new = label not in styles
+        colour, marker, line, _ = styles.setdefault(label, STYLES[len(styles) % len(STYLES)])
+        train = [record for record in records if record["event"] == "train"]
+        places = [number_of(record, x, path) for record in train]
+        losses = [record["loss"] for record in train]
+        axes.plot(places, losses, color=colour, linestyle=line, linewidth=1.2, label=label if new else None)
+        held_out = [record for record in records if record["event"] == "eval"]
+        at = np.interp([record["step"] for record in held_out], [record["step"] for record in train], places)
+        losses, name = [record["loss"] for record in held_out], f"{label}, held out (15 % masked)" if new else None
+        axes.plot(at, losses, marker, color=colour, markeredgecolor="black", markersize=6, label=name)
+    axes.set_xlabel(X_LABELS[x])
+    axes.set_ylabel("masked-language-model loss (nats)")
+    axes.set_title(cfg.title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def log_label(path):
+    name = os.path.splitext(os.path.basename(path))[0]
+    return os.path.basename(os.path.dirname(os.path.abspath(path))) if name == "log" else name
+
+
+def model_label(results):
+    return f"{MODEL_NAMES[results['model']]}, {results['num_layers']} layers"
+
+
+def too_many(labels):
+    if len(set(labels)) > len(STYLES):
+        raise UserError(f"{len(set(labels))} labels, at most {len(STYLES)} can be told apart (give --labels)")
+
+
+@command
+def main(argv):
+    cfg = load_config(PlotConfig, argv)
+    if sum(map(bool, (cfg.loss, cfg.glue, cfg.pareto))) != 1:
+        raise UserError("give one of --loss, --glue and --pareto")
+    for path in cfg.out.split(","):
+        if not path.endswith((".svg", ".png", ".pdf")):
+            raise UserError(f"{path}: unknown suffix (expected .svg, .png or .pdf)")
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("plot.py needs matplotlib (pip install matplotlib)") from None
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update({"svg.hashsalt": "plot.py", "svg.fonttype": "none", "hatch.linewidth": 0.6})
+    from matplotlib import pyplot
+
+    figure = (plot_loss if cfg.loss else plot_glue if cfg.glue else plot_pareto)(cfg, pyplot)
+    for path in cfg.out.split(","):
+        try:
+            os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+            undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path[-4:])
+            figure.savefig(path, dpi=150, metadata=undated)
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}") from None
+        print(path)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()

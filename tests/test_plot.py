@@ -1,0 +1,111 @@
+"""Figures: what the points are, that every kind is drawn, and what wrong files end in."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import plot
+
+ROOT = Path(__file__).parent.parent
+LOG = ROOT / "results" / "base_wikipedia_h100.jsonl"
+
+
+def write_results(path, step=100, cola=(50.0,), rte=(60.0,), model="mosaicbert", **pretraining):
+    pretraining = {"step": step, "gpu_hours": step / 1000, "dollars": step / 400, **pretraining}
+    tasks = {
+        name: {
+            "scores": list(scores),
+            "score": sum(scores) / len(scores),
+            "score_ci95": 1.0 if len(scores) > 1 else None,
+        }
+        for name, scores in (("cola", cola), ("rte", rte))
+    }
+    path.mkdir(parents=True)
+    (path / "glue.json").write_text(
+        json.dumps({"tasks": tasks, "model": model, "num_layers": 12, "pretraining": pretraining})
+    )
+    return str(path / "glue.json")
+
+
+def fails(capsys, *argv):
+    with pytest.raises(SystemExit) as stop:
+        plot.main(argv)
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ")
+    return lines[0]
+
+
+def test_curves(tmp_path):
+    """Two pretraining seeds of one length make one point; the band reaches from the lowest seed to the highest."""
+    paths = [
+        write_results(tmp_path / "a", 100, cola=(40.0, 44.0), rte=(60.0, 62.0), gpu_hours=0.1),
+        write_results(tmp_path / "b", 100, cola=(46.0, 50.0), rte=(64.0,), gpu_hours=0.3),
+        write_results(tmp_path / "c", 200, cola=(52.0,), rte=(70.0,)),
+    ]
+    # a: 50 and 53; b: 55 and 57, its one RTE seed counted with both
+    points = plot.curves(paths, ["x"] * 3, "gpu_hours", ["cola", "rte"])
+    assert points["x"][0] == pytest.approx((0.2, (51.5 + 56.0) / 2, 50.0, 57.0))
+    assert points["x"][1] == pytest.approx((0.2, 61.0, 61.0, 61.0))
+    assert plot.curves(paths, ["x", "x", "y"], "dollars", ["cola"])["y"] == [(0.5, 52.0, 52.0, 52.0)]
+
+
+def test_published_points():
+    """Hours are those of eight GPUs at $2.50 each: the original's own 9.65 h and 84.3."""
+    step, hours, score = plot.PUBLISHED["MosaicBERT-Base"][-1]
+    assert plot.published_x("gpu_hours", step, hours) == pytest.approx(77.2)
+    assert plot.published_x("dollars", step, hours) == pytest.approx(193.0)
+    assert plot.published_x("step", step, hours) == 70000
+    assert sum(plot.PUBLISHED_TASKS.values()) / 8 == pytest.approx(84.28, abs=0.005) and score == pytest.approx(84.26)
+
+
+def test_figures_are_drawn_and_equal_inputs_give_equal_bytes(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    a = write_results(tmp_path / "a", cola=(50.0, 52.0))
+    b = write_results(tmp_path / "b", 300, cola=(-5.0,))
+    c = write_results(tmp_path / "c", 300, model="bert")
+    kinds = {
+        "loss": ([f"--loss={LOG}", "--x=gpu_hours"], ["base_wikipedia_h100, held out", "GPU-hours"]),
+        "glue": ([f"--glue={a},{tmp_path / 'b'}", "--labels=one,two"], ["CoLA", "RTE", "one", "two", "51.0"]),
+        "pareto": (
+            [f"--pareto={tmp_path}/*/glue.json"],
+            ["MosaicBERT, 12 layers", "BERT-Base, published", "RTE, CoLA"],
+        ),
+        "tasks": ([f"--pareto={a},{b},{c}", "--tasks=true", "--x=dollars"], ["mean of 2 tasks", "CoLA", "US dollars"]),
+    }
+    for name, (argv, words) in kinds.items():
+        files = [tmp_path / f"{name}{suffix}" for suffix in ("1.svg", ".png", ".pdf")]
+        plot.main([*argv, f"--out={','.join(map(str, files))}"])
+        again = tmp_path / f"{name}2.svg"
+        plot.main([*argv, f"--out={again}"])
+        text = files[0].read_text()
+        assert not [word for word in words if word not in text]
+        assert files[0].read_bytes() == again.read_bytes()
+        assert files[1].stat().st_size > 5000 and files[2].stat().st_size > 5000
+    capsys.readouterr()
+
+
+def test_errors(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    good = write_results(tmp_path / "a")
+    bad = tmp_path / "bad.json"
+    bad.write_text('{"tasks": 3')
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text('{"event": "start"}\n')
+    assert "give one of" in fails(capsys)
+    assert "give one of" in fails(capsys, f"--glue={good}", f"--loss={LOG}")
+    assert "no such file" in fails(capsys, "--glue=nowhere/*.json")
+    assert "glue.json: No such file" in fails(capsys, f"--glue={ROOT / 'tests'}")
+    assert f"{bad}: not a glue.json" in fails(capsys, f"--glue={bad}")
+    assert f"{good}:1: not a log.jsonl" in fails(capsys, f"--loss={good}")
+    assert "no training steps" in fails(capsys, f"--loss={empty}")
+    assert "2 labels for 1 files" in fails(capsys, f"--glue={good}", "--labels=a,b")
+    assert "unknown suffix" in fails(capsys, f"--glue={good}", "--out=a.gif")
+    assert "not for --pareto" in fails(capsys, f"--pareto={good}", "--x=tokens")
+    no_price = write_results(tmp_path / "b", dollars=None)
+    assert f"{no_price}: holds no dollars" in fails(capsys, f"--pareto={no_price}", "--x=dollars")
+    foreign = tmp_path / "foreign.json"
+    foreign.write_text(json.dumps({**json.loads(Path(good).read_text()), "pretraining": None}))
+    assert "what pretraining cost" in fails(capsys, f"--pareto={foreign}")
+    many = [write_results(tmp_path / f"m{i}") for i in range(5)]
+    assert "5 labels, at most 4" in fails(capsys, f"--glue={','.join(many)}")
