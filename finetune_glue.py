@@ -383,7 +383,9 @@ class Worker:
     def classifier(self, run):
         start = load_pretrained(os.path.join(self.cfg.out, "mnli")) if run.init == "mnli" else self.pretrained
         model = make_classifier(start, max(1, len(run.task.labels)), run.seed, run.init == "random")
-        self.process.dtype = torch.float32 if run.task.name == "stsb" else self.dtype  # as the original
+        # As the original, STS-B in float32; and its products in TF32, which Composer allows (mosaicml/composer#1275).
+        self.process.dtype = torch.float32 if run.task.name == "stsb" else self.dtype
+        torch.set_float32_matmul_precision("high" if run.task.name == "stsb" else "highest")
         return model.to(self.process.device)
 
     def run(self, run, log, say):

@@ -1,0 +1,141 @@
+"""Is fine-tuning right? The same BERT, tuned by finetune_glue.py and by a plain loop with transformers.
+
+    python tests/compare_finetuning.py --checkpoint=minilm --data_dir=data/glue --out=out/compare --jobs=4
+
+The loop below is what a user would write: AutoModelForSequenceClassification, batches padded to their longest text, a
+DataLoader that shuffles, AdamW, scores by scikit-learn and scipy. Settings, seeds and precision are those of the recipe
+`mosaic`. It prints both means, and the 95 % interval (Welch) of their difference, and writes them to OUT/compare.json.
+"""
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import glue  # noqa: E402
+from config import command, load_config  # noqa: E402
+
+
+@dataclass
+class CompareConfig:
+    checkpoint: str = ""  # directory in Hugging Face form: config.json, model.safetensors, tokenizer.json
+    data_dir: str = ""  # GLUE's TSV files
+    tasks: str = "mrpc,stsb"
+    seeds: int = 5
+    epochs: int = 0  # 0: the recipe's
+    out: str = "out/compare"
+    jobs: int = 1  # runs that share the device at once
+    skip_bad_lines: int = 0  # of the TSV files
+
+
+def plain_run(cfg, name, seed):
+    """Scores of one task and seed: {metric: value}."""
+    import torch
+    from scipy.stats import pearsonr, spearmanr
+    from sklearn.metrics import accuracy_score, f1_score
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    task, settings = glue.GLUE_TASKS[name], glue.RECIPES["mosaic"][name]
+    train, dev = (glue.read_split(task, split, cfg) for split in ("train", "validation"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(seed)
+    if task.name == "stsb":
+        torch.set_float32_matmul_precision("high")
+    tokenizer = AutoTokenizer.from_pretrained(cfg.checkpoint)
+    num_labels = max(1, len(task.labels))
+    model = AutoModelForSequenceClassification.from_pretrained(cfg.checkpoint, num_labels=num_labels)
+    model = model.float().to(device)
+
+    def collate(examples):
+        texts, labels = zip(*examples)
+        columns = [list(column) for column in zip(*texts)]
+        batch = tokenizer(*columns, padding="longest", truncation=True, max_length=256, return_tensors="pt")
+        return batch, torch.tensor(labels)
+
+    def scores(batch):
+        bf16 = device.type == "cuda" and task.name != "stsb"
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            return model(**batch.to(device)).logits.float()
+
+    examples = list(zip(train.texts, train.labels.tolist()))
+    loader = torch.utils.data.DataLoader(examples, settings.batch_size, shuffle=True, collate_fn=collate)
+    steps = (cfg.epochs or settings.epochs) * len(loader)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.lr, betas=(0.9, 0.98), eps=1e-6, weight_decay=settings.weight_decay
+    )
+    warmup = round(0.06 * steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda done: done / warmup if done < warmup else (steps - done) / (steps - warmup)
+    )
+    model.train()
+    for _ in range(cfg.epochs or settings.epochs):
+        for batch, labels in loader:
+            output = scores(batch)
+            if task.labels:
+                loss = torch.nn.functional.cross_entropy(output, labels.to(device))
+            else:
+                loss = torch.nn.functional.mse_loss(output[:, 0], labels.float().to(device))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+    model.eval()
+    examples = list(zip(dev.texts, dev.labels.tolist()))
+    with torch.no_grad():
+        loader = torch.utils.data.DataLoader(examples, 64, collate_fn=collate)
+        output = torch.cat([scores(batch) for batch, _ in loader]).cpu().numpy()
+    if task.labels:
+        found = output.argmax(1)
+        metrics = {"accuracy": accuracy_score(dev.labels, found), "f1": f1_score(dev.labels, found)}
+    else:
+        metrics = {"spearman": spearmanr(output[:, 0], dev.labels)[0], "pearson": pearsonr(output[:, 0], dev.labels)[0]}
+    print(f"transformers {name}.seed{seed}: {metrics}", flush=True)
+    return {metric: float(value) for metric, value in metrics.items()}
+
+
+def difference(ours, theirs):
+    """(ours - theirs, half its 95 % interval by Welch's t), in points."""
+    from scipy.stats import t
+
+    a, b = np.var(ours, ddof=1) / len(ours), np.var(theirs, ddof=1) / len(theirs)
+    freedom = (a + b) ** 2 / (a**2 / (len(ours) - 1) + b**2 / (len(theirs) - 1)) if a + b else 1
+    return 100 * (np.mean(ours) - np.mean(theirs)), 100 * t.ppf(0.975, freedom) * (a + b) ** 0.5
+
+
+@command
+def main(argv):
+    cfg = load_config(CompareConfig, argv)
+    names, seeds = cfg.tasks.split(","), glue.seeds(cfg.seeds)
+    options = {name: getattr(cfg, name) for name in ("checkpoint", "data_dir", "tasks", "seeds", "jobs", "skip_bad_lines")}
+    options |= {"epochs": cfg.epochs, "out": os.path.join(cfg.out, "ours")}
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    if code := subprocess.run([sys.executable, str(ROOT / "finetune_glue.py"), *flags]).returncode:
+        raise SystemExit(code)
+    ours = json.loads(Path(cfg.out, "ours", "glue.json").read_text())["tasks"]
+    pairs = [(cfg, name, seed) for name in names for seed in seeds]
+    with multiprocessing.get_context("spawn").Pool(cfg.jobs) as pool:
+        theirs = dict(zip([pair[1:] for pair in pairs], pool.starmap(plain_run, pairs, chunksize=1)))
+    results = {}
+    for name in names:
+        for metric in theirs[name, seeds[0]]:
+            here = ours[name]["metrics"][metric]["values"]
+            there = [theirs[name, seed][metric] for seed in seeds]
+            gap, interval = difference(here, there)
+            results[f"{name} {metric}"] = {
+                "ours": here, "transformers": there, "difference_points": gap, "ci95_points": interval,
+            }  # fmt: skip
+            means = f"ours {100 * np.mean(here):.2f}, transformers {100 * np.mean(there):.2f}"
+            print(f"{name} {metric}: {means}, difference {gap:+.2f} +- {interval:.2f} points ({cfg.seeds} seeds)")
+    Path(cfg.out, "compare.json").write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
