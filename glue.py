@@ -62,7 +62,7 @@ class Settings:
 
 # "mosaic": the original's (mosaicml/examples, benchmarks/bert, glue/finetuning_jobs.py). Its decoupled weight decay is
 # given as AdamW's, divided by lr: 5e-6 / 5e-5 = 0.1; RTE's, 1e-5 / 1e-5 = 1, is ten times the others' there too.
-# "fast": larger batches and fewer epochs, for a look within minutes; results/README.md compares the two.
+# "fast": larger batches and fewer epochs, for a look within minutes.
 RECIPES = {
     "mosaic": {
         "mnli": Settings(5e-5, 0.1, 48, 3, 1),

@@ -12,7 +12,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "results/README.md"]
-OPTIONS = {"train": "TrainConfig", "prepare_c4": "PrepareConfig", "fill_mask": "FillMaskConfig", "data": "DataConfig"}
+OPTIONS = {
+    "train": "TrainConfig", "prepare_c4": "PrepareConfig", "fill_mask": "FillMaskConfig", "data": "DataConfig",
+    "finetune_glue": "GlueConfig", "plot": "PlotConfig",
+}  # fmt: skip
 
 
 def commands(page):

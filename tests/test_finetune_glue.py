@@ -1,8 +1,10 @@
 """Fine-tuning: tokens as the tokenizers library cuts them, one suite over small files, resume, staging, own labels."""
 
 import json
+import re
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -22,9 +24,9 @@ PROCESS = Process(0, 1, torch.device("cpu"), torch.float32)
 CPU = ["--device=cpu", "--kernels=torch"]
 
 
-@pytest.fixture(scope="module", params=["mosaicbert"])
-def pretrained(tmp_path_factory, request):
-    return make_run(tmp_path_factory.mktemp("run"), request.param)
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("run"))
 
 
 def make_run(path, model="mosaicbert"):
@@ -105,6 +107,77 @@ def test_suite_of_all_tasks(pretrained, tmp_path):
     assert lines[0] == "index\tlabel\tprediction" and len(lines) == 21
     assert lines[1].split("\t")[:2] == ["0", "entailment"]
     assert (tmp_path / "out/predictions/mnli_mismatched.seed19.tsv").exists()
+
+
+def write_tests(path, rows):
+    """Small test sets in GLUE's layout, of the given numbers of rows."""
+    for file, count in rows.items():
+        name, split, _ = glue.SUBMISSION[file]
+        if name == "wnli":
+            continue
+        task = glue.AX if name == "ax" else glue.GLUE_TASKS[name]
+        columns = ("sentence1", "sentence2") if name == "ax" else task.text_columns
+        lines = ["\t".join(["id" if name == "qqp" else "index", *columns])]
+        for i, texts in enumerate(zip(*(sentences(count, seed) for seed in range(len(columns))))):
+            lines.append("\t".join([str(i), *texts]))
+        (path / task.folder).mkdir(exist_ok=True)
+        (path / task.folder / ("diagnostic.tsv" if name == "ax" else f"{split}.tsv")).write_text("\n".join(lines) + "\n")
+
+
+def test_submission_from_training_to_zip(pretrained, tmp_path, monkeypatch):
+    rows = {file: 3 + i for i, file in enumerate(glue.SUBMISSION)}  # GLUE's own are up to 390,965
+    small = {file: (name, split, rows[file]) for file, (name, split, _) in glue.SUBMISSION.items()}
+    monkeypatch.setattr(glue, "SUBMISSION", small)
+    data = write_glue(tmp_path / "data")
+    write_tests(tmp_path / "data", rows)
+    suite(pretrained, data, tmp_path / "out", "--submission", "--seeds=1")
+    with zipfile.ZipFile(tmp_path / "out/glue_submission.zip") as archive:
+        files = {name: archive.read(name).decode().splitlines() for name in archive.namelist()}
+    assert set(files) == {f"{file}.tsv" for file in rows}
+    words = {"ax": glue.AX.labels, "wnli": ("0",), **{name: task.labels for name, task in glue.GLUE_TASKS.items()}}
+    for file, (name, _, count) in small.items():
+        header, *lines = files[f"{file}.tsv"]
+        assert header == "index\tprediction" and len(lines) == count
+        assert [line.split("\t")[0] for line in lines] == [str(i) for i in range(count)]
+        found = {line.split("\t")[1] for line in lines}
+        assert all(0 <= float(word) <= 5 for word in found) if name == "stsb" else found <= set(words[name])
+
+
+def test_training_is_that_of_a_plain_transformers_loop(tmp_path):
+    """Eight steps on pairs, dropout off, the same batches: equal losses, and equal weights at the end."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    hf = transformers.BertConfig(vocab_size=VOCAB_SIZE, num_labels=3, attn_implementation="eager", **sizes, **off)
+    theirs = transformers.BertForSequenceClassification(hf)
+    theirs.save_pretrained(tmp_path)
+    make_tokenizer(tmp_path / "tokenizer.json")
+    start = load_pretrained(str(tmp_path))
+    ours = make_classifier(start, 3, seed=0)
+    ours.classifier.load_state_dict(theirs.classifier.state_dict())
+    pairs = list(zip(sentences(60, 3), sentences(60, 4)))
+    encoded = encode(glue.Examples(pairs, np.arange(60) % 3), start, 64)
+    settings = glue.Settings(1e-3, 0.1, 16, 2, 1)
+    run = finetune_glue.Run(glue.GLUE_TASKS["mnli"], 5, True, "pretrained", settings, 60, 8, 0.0, ())
+    optimizer = finetune_glue.make_optimizer(ours, settings)
+    their_optimizer = torch.optim.AdamW(theirs.parameters(), betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
+    for step, batch in enumerate(finetune_glue.batches(run, encoded, PROCESS.device), 1):
+        loss = finetune_glue.train_step(ours, optimizer, lr_at(settings, 8, step), batch, PROCESS)
+        flat, cu_seqlens, _, types, labels = batch
+        lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
+        ids, kinds = (
+            torch.nn.utils.rnn.pad_sequence(x[: sum(lengths)].long().split(lengths), batch_first=True)
+            for x in (flat, types)
+        )
+        mask = torch.arange(ids.shape[1])[None] < torch.tensor(lengths)[:, None]
+        their_optimizer.param_groups[0]["lr"] = lr_at(settings, 8, step)
+        their_loss = theirs(ids, attention_mask=mask.long(), token_type_ids=kinds, labels=labels).loss
+        their_loss.backward()
+        their_optimizer.step()
+        their_optimizer.zero_grad()
+        torch.testing.assert_close(loss, their_loss.detach(), rtol=0, atol=1e-5)
+    for name, weight in checkpoint.weights_of(ours).items():
+        torch.testing.assert_close(weight, theirs.state_dict()[name], rtol=0, atol=2e-5)
 
 
 def test_tasks_start_from_the_mnli_weights(pretrained, tmp_path, monkeypatch):
@@ -246,8 +319,6 @@ def test_mistakes_are_one_line(pretrained, tmp_path, capsys, options, reason):
     with pytest.raises(SystemExit) as status:
         main([o.replace("RUN", pretrained).replace("OUT", str(tmp_path / "out")) for o in options])
     error = capsys.readouterr().err
-    import re
-
     assert status.value.code == 2 and error.count("\n") == 1 and re.search(reason, error), error
 
 
