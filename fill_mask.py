@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-import checkpoint
+import convert_hf
 from config import UserError, command, load_config
 from data import load_tokenizer
-from model import MAX_POSITIONS, load_model
+from model import MAX_POSITIONS
 
 NUM_GUESSES = 5
 TOKENS_AT_ONCE = 16384  # of a batch of sentences
@@ -22,7 +22,7 @@ TOKENS_AT_ONCE = 16384  # of a batch of sentences
 
 @dataclass
 class FillMaskConfig:
-    checkpoint: str = ""  # run directory, or one of its step_* directories
+    checkpoint: str = ""  # run or step_* directory, or a directory or hub id in Hugging Face form
     text: str = ""  # text with one or more [MASK]: prints the best tokens for each, with probabilities
     embed: str = ""  # UTF-8 file, one text a line: writes a vector for each, the mean over its tokens
     out: str = ""  # .npy file for the vectors, (lines, hidden_size) float32
@@ -38,10 +38,10 @@ def main(argv):
         raise UserError("give either --text or --embed")
     if cfg.embed and not cfg.out:
         raise UserError("--out: not given (a .npy file for the vectors)")
-    path = checkpoint.find(cfg.checkpoint)
-    tokenizer, special = load_tokenizer(f"{path}/tokenizer.json")
+    config, tensors, tokenizer_text = convert_hf.read_model(cfg.checkpoint)
+    tokenizer, special = load_tokenizer(cfg.checkpoint, tokenizer_text)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(path, device)
+    model = convert_hf.make_masked_lm(config, tensors, cfg.checkpoint, encoder_only=bool(cfg.embed)).to(device)
     if cfg.text:
         fill_mask(model, tokenizer, special, cfg.text, device)
     else:

@@ -119,17 +119,8 @@ class Pretrained:
 @functools.cache
 def load_pretrained(path):
     """The Pretrained of a run or checkpoint directory, or of a directory or hub id in Hugging Face form."""
-    if os.path.exists(os.path.join(path, checkpoint.DIGESTS)) or checkpoint.steps(path):
-        path = checkpoint.find(path)
-        config = checkpoint.read_config(path)
-        tensors = checkpoint.read_tensors(path, "model.safetensors")
-        with open(os.path.join(path, "tokenizer.json"), encoding="utf-8") as file:
-            tokenizer_text = file.read()
-    elif os.path.isdir(path) and not os.path.exists(os.path.join(path, "model.safetensors")):
-        raise UserError(f"{path}: no checkpoint here (expected a run, a step_* directory, or Hugging Face's files)")
-    else:
-        config, tensors, tokenizer_text = convert_hf.read_hf(path)
-    model_cfg = ModelConfig(**{field.name: config[field.name] for field in dataclasses.fields(ModelConfig)})
+    config, tensors, tokenizer_text = convert_hf.read_model(path)
+    model_cfg = convert_hf.model_config(config)
     encoder = {name: tensor for name, tensor in tensors.items() if name.startswith("bert.")}
     digest = hashlib.sha256(tokenizer_text.encode())
     for name, tensor in sorted(encoder.items()):

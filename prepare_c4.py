@@ -286,10 +286,10 @@ def is_held_out(kind, text, threshold):
 # Tokenizers
 
 
-def wordpiece(cfg, vocab=None):
+def wordpiece(cased, vocab=None):
     """BERT's tokenizer with a vocabulary {entry: id}, or one yet to be trained."""
     tokenizer = Tokenizer(models.WordPiece(vocab or {}, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=not cfg.cased)
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=not cased)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece("##")
     return tokenizer
@@ -304,43 +304,46 @@ def finish(tokenizer):
 
 def make_tokenizer(units, cfg, threshold, path):
     """Write the tokenizer to `path`. It is made once: training is not deterministic, so a resumed run keeps the file."""
-    if cfg.train_tokenizer:
-        tokenizer = wordpiece(cfg)
-        texts = (text for kind, text in all_documents(units, cfg) if not is_held_out(kind, text, threshold))
-        trainer = trainers.WordPieceTrainer(
-            vocab_size=cfg.train_tokenizer, min_frequency=2, limit_alphabet=1000, special_tokens=SPECIAL_TOKENS,
-            show_progress=False,
-        )  # fmt: skip
-        tokenizer.train_from_iterator(first_chars(texts, TOKENIZER_TRAIN_CHARS), trainer)
-        finish(tokenizer)
-        contents = tokenizer.to_str(pretty=True)
-    elif cfg.tokenizer.endswith(".json"):
-        load_tokenizer(cfg.tokenizer)
-        with open(cfg.tokenizer, encoding="utf-8") as file:
-            contents = file.read()
-    elif cfg.tokenizer.endswith(".txt"):
+    if not cfg.train_tokenizer:
+        return write_atomically(path, read_tokenizer(cfg.tokenizer, cfg.cased))
+    tokenizer = wordpiece(cfg.cased)
+    texts = (text for kind, text in all_documents(units, cfg) if not is_held_out(kind, text, threshold))
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=cfg.train_tokenizer, min_frequency=2, limit_alphabet=1000, special_tokens=SPECIAL_TOKENS,
+        show_progress=False,
+    )  # fmt: skip
+    tokenizer.train_from_iterator(first_chars(texts, TOKENIZER_TRAIN_CHARS), trainer)
+    finish(tokenizer)
+    write_atomically(path, tokenizer.to_str(pretty=True))
+
+
+def read_tokenizer(name, cased=False):
+    """The contents of a tokenizer.json: of that file, or made from a BERT vocab.txt, or from the hub. Raises: UserError."""
+    if name.endswith(".json"):
+        load_tokenizer(name)
+        with open(name, encoding="utf-8") as file:
+            return file.read()
+    if not name.endswith(".txt"):
         try:
-            with open(cfg.tokenizer, encoding="utf-8", newline="\n") as file:
-                entries = [line.rstrip("\r\n") for line in file]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{cfg.tokenizer}: {error} (expected a vocabulary, one entry a line)") from None
-        vocab = {entry: i for i, entry in enumerate(entries)}
-        if len(vocab) < len(entries):
-            line = next(i for i, entry in enumerate(entries) if vocab[entry] != i) + 1
-            raise UserError(f"{cfg.tokenizer}:{line}: {entries[line - 1]!r} is there twice (an entry has one id)")
-        for name in SPECIAL_TOKENS:
-            if name not in vocab:
-                raise UserError(f"{cfg.tokenizer}: has no {name} token (a BERT-style vocabulary is needed)")
-        tokenizer = wordpiece(cfg, vocab)
-        finish(tokenizer)
-        contents = tokenizer.to_str(pretty=True)
-    else:
-        try:
-            contents = Tokenizer.from_pretrained(cfg.tokenizer).to_str(pretty=True)
+            return Tokenizer.from_pretrained(name).to_str(pretty=True)
         except Exception as error:  # the library raises plain Exception
             reason = f"{error}".partition("\n")[0][:200]
-            raise UserError(f"{cfg.tokenizer}: no such tokenizer: {reason} (a tokenizer.json, vocab.txt or hub id)") from None
-    write_atomically(path, contents)
+            raise UserError(f"{name}: no such tokenizer: {reason} (a tokenizer.json, vocab.txt or hub id)") from None
+    try:
+        with open(name, encoding="utf-8", newline="\n") as file:
+            entries = [line.rstrip("\r\n") for line in file]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{name}: {error} (expected a vocabulary, one entry a line)") from None
+    vocab = {entry: i for i, entry in enumerate(entries)}
+    if len(vocab) < len(entries):
+        line = next(i for i, entry in enumerate(entries) if vocab[entry] != i) + 1
+        raise UserError(f"{name}:{line}: {entries[line - 1]!r} is there twice (an entry has one id)")
+    for token in SPECIAL_TOKENS:
+        if token not in vocab:
+            raise UserError(f"{name}: has no {token} token (a BERT-style vocabulary is needed)")
+    tokenizer = wordpiece(cased, vocab)
+    finish(tokenizer)
+    return tokenizer.to_str(pretty=True)
 
 
 def first_chars(texts, limit):

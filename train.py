@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
+import convert_hf
 import kernels
 from config import UserError, command, load_config
 from data import EVAL_SEED, Samples, hash64, prefetch
@@ -61,7 +62,7 @@ class TrainConfig(ModelConfig):
     final_mask_prob: float = 0.0  # mask_prob falls linearly to this by the last step; 0: it stays
     # Training
     out_dir: str = "out"  # log and checkpoints; the same command again resumes from it
-    init_from: str = ""  # run or checkpoint directory to take the first weights from, with the same tokenizer
+    init_from: str = ""  # run, or directory or hub id in Hugging Face form, to take the first weights from
     seed: int = 17  # of weights, data order, masks and dropout
     max_steps: int = 70000  # optimizer steps
     global_batch_size: int = 4096  # samples in a step, over all processes; a multiple of their number
@@ -384,11 +385,10 @@ def train(cfg, process, run, train_samples, val_samples):
     torch.manual_seed(cfg.seed)
     raw_model = MaskedLM(cfg, vocab_size)
     num_params = sum(parameter.numel() for parameter in raw_model.parameters())
+    started = None
     if cfg.init_from:
-        source = checkpoint.find(cfg.init_from)
-        if checkpoint.read_config(source)["tokenizer_sha256"] != train_samples.tokenizer_sha256:
-            raise UserError(f"{source}: trained with another tokenizer than {cfg.data_dir} was made with")
-        checkpoint.load_weights(raw_model, checkpoint.read_tensors(source, "model.safetensors"), source)
+        started = convert_hf.start_from(raw_model, cfg.init_from, os.path.join(cfg.data_dir, "tokenizer.json"))
+        say(started)
     raw_model.to(device)
     micro_batch_tokens = choose_micro_batch_tokens(cfg, process, num_params, vocab_size)
     if cfg.dry_run:
@@ -446,6 +446,7 @@ def train(cfg, process, run, train_samples, val_samples):
             dtype=dtype,
             micro_batch_tokens=micro_batch_tokens,
             resumed_from=resumed_from[0],
+            init=started,
         )
 
     def step_batches(step):

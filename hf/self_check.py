@@ -1,0 +1,59 @@
+"""Open an export as a stranger would, with transformers alone, and compare it with the trainer's own outputs.
+
+    python -I hf/self_check.py EXPORT EXPECTED     (convert_hf.py runs it)
+
+Writes EXPECTED/verdict.json: versions, the largest absolute difference, and how many rows have the same likeliest entry.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+BATCH = 8  # texts
+
+
+def main(export, expected):
+    about = json.loads(Path(expected, "about.json").read_text(encoding="utf-8"))
+    outputs = np.load(Path(expected, "outputs.npy"), mmap_mode="r")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(export)
+    by = f"transformers {transformers.__version__}"
+    if about["onnx"]:
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(Path(export, "model.onnx")))
+        by = f"onnxruntime {onnxruntime.__version__}"
+    else:
+        kind = about["architecture"].partition("For")[2]
+        auto = getattr(transformers, f"AutoModelFor{kind}")
+        model = auto.from_pretrained(export, trust_remote_code=True).eval()
+        assert type(model).__name__ == about["architecture"], type(model).__name__
+    start, difference, same = 0, 0.0, 0
+    for first in range(0, len(about["texts"]), BATCH):
+        ids = about["ids"][first : first + BATCH]
+        longest = max(map(len, ids))
+        texts = about["texts"][first : first + BATCH]
+        batch = tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+        mask = batch["attention_mask"].bool()
+        found = [row[keep].tolist() for row, keep in zip(batch["input_ids"], mask)]
+        assert found == ids, "the exported tokenizer gives other tokens"
+        if about["onnx"]:
+            inputs = {name.name: batch[name.name].numpy() for name in session.get_inputs()}
+            logits = torch.from_numpy(session.run(None, inputs)[0])
+        else:
+            with torch.no_grad():
+                logits = model(**batch).logits
+        logits = logits[mask] if logits.dim() == 3 else logits
+        wanted = torch.from_numpy(np.array(outputs[start : start + len(logits)]))
+        difference = max(difference, (logits - wanted).abs().max().item())
+        same += int((logits.argmax(-1) == wanted.argmax(-1)).sum())
+        start += len(logits)
+    assert start == len(outputs), f"{start} rows, {len(outputs)} were expected"
+    verdict = {"by": by, "difference": difference, "same": same}
+    Path(expected, "verdict.json").write_text(json.dumps(verdict), encoding="utf-8")
+
+
+main(*sys.argv[1:])
