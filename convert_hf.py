@@ -14,6 +14,7 @@ Read next: hf/modeling_mosaic_bert.py
 import datetime
 import hashlib
 import json
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -59,6 +60,12 @@ class ConvertConfig:
 # In
 
 
+def say(text):
+    """Print, in one process of however many read the same file."""
+    if int(os.environ.get("RANK", 0)) == 0 and multiprocessing.parent_process() is None:
+        print(text, flush=True)
+
+
 def read_model(path):
     """(config, tensors, tokenizer_text) of a run or checkpoint directory of this project, or of what read_hf reads."""
     if not os.path.exists(os.path.join(path, checkpoint.DIGESTS)) and not checkpoint.steps(path):
@@ -94,9 +101,9 @@ def read_hf(path, revision="", tokenizer="", allow_pickle=False):
     if rows < vocab_size:
         raise UserError(f"{weights}: {rows:,} word embeddings, but the tokenizer has {vocab_size:,} entries")
     if rows > vocab_size:
-        print(f"{weights}: {rows:,} word embeddings trimmed to the {vocab_size:,} of the tokenizer")
+        say(f"{weights}: {rows:,} word embeddings trimmed to the {vocab_size:,} of the tokenizer")
     if mosaic and hf["attention_probs_dropout_prob"]:  # in the published one, to switch its kernels off
-        print(f"{config_path}: attention dropout {hf['attention_probs_dropout_prob']} set to 0: MosaicBERT has none")
+        say(f"{config_path}: attention dropout {hf['attention_probs_dropout_prob']} set to 0: MosaicBERT has none")
     config = {
         "model": "mosaicbert" if mosaic else "bert",
         "hidden_size": hf["hidden_size"],
@@ -221,7 +228,7 @@ def rename_head(tensors, weights, mosaic):
         for name in names:
             del tensors[name]
         if names and what:
-            print(f"{weights}: its {what} is left out")
+            say(f"{weights}: its {what} is left out")
 
 
 def fit(tensors, config, weights, config_path):
@@ -244,7 +251,7 @@ def fit(tensors, config, weights, config_path):
         if not set(names) & tensors.keys():
             missing = [name for name in missing if name not in names]
             if what:
-                print(f"{weights}: has no {what}")
+                say(f"{weights}: has no {what}")
     unexpected = sorted(tensors.keys() - expected.keys())
     for names, what in ((missing, "missing"), (unexpected, "unexpected")):
         if names:

@@ -1,17 +1,25 @@
-"""Hugging Face's weights in: the same hidden states as transformers, and what cannot be read is refused."""
+"""Hugging Face in and out: the same outputs as transformers both ways, and what cannot be read is refused."""
 
+import datetime
+import functools
 import json
+import os
+import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 import checkpoint
+import convert_hf
+import fill_mask
 from config import UserError
-from convert_hf import read_hf
+from convert_hf import read_hf, read_model
 from finetune_glue import load_pretrained, make_classifier
-from model import MaskedLM, ModelConfig
-from toy import VOCAB_SIZE, make_tokenizer
+from model import MaskedLM, ModelConfig, load_model
+from toy import ROOT, SPECIAL, VOCAB_SIZE, make_run, make_tokenizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -99,17 +107,37 @@ def change(**fields):
     return apply
 
 
+def change_weights(edit):
+    def apply(path):
+        tensors = load_file(path / "model.safetensors")
+        edit(tensors)
+        save_file(tensors, path / "model.safetensors")
+
+    return apply
+
+
 @pytest.mark.parametrize(
     "spoil, reason",
     [
         (change(hidden_act="relu"), "hidden_act is 'relu'"),
         (change(layer_norm_eps=1e-5), "layer_norm_eps"),
         (change(max_position_embeddings=1024), "max_position_embeddings"),
-        (lambda path: (path / "model.safetensors").unlink(), "only safetensors"),
-        (lambda path: (path / "tokenizer.json").unlink(), "no such tokenizer"),
+        (change(model_type="roberta"), "a model of type 'roberta'"),
+        (change(hidden_size=48), "has shape .* but config.json says|not a multiple"),
+        (change(intermediate_size=64), "has shape .* but config.json says"),
+        (change(num_hidden_layers=3), "16 weights missing: bert.encoder.layer.2"),
+        (change(num_hidden_layers=1), "16 weights unexpected: bert.encoder.layer.1"),
+        (change(num_attention_heads=None), "num_attention_heads is None"),
+        (change_weights(lambda w: w.update({"bert.adapter.weight": torch.ones(1)})), "1 weights unexpected: bert.adapter"),
+        (change_weights(lambda w: w.pop("embeddings.LayerNorm.bias")), "1 weights missing: bert.embeddings.LayerNorm.b"),
+        (change_weights(lambda w: w.pop("embeddings.word_embeddings.weight")), "has no bert.embeddings.word_embeddings"),
+        (lambda path: (path / "model.safetensors").unlink(), "no weights here"),
+        (lambda path: (path / "tokenizer.json").unlink(), "no tokenizer here .give --tokenizer"),
         (lambda path: (path / "config.json").write_text("{"), "not JSON"),
-        (lambda path: make_tokenizer(path / "tokenizer.json", VOCAB_SIZE + 1), "word embeddings"),
-        (lambda path: (path / "model.safetensors").write_bytes(b"\0" * 100), "only safetensors"),
+        (lambda path: (path / "config.json").unlink(), "expected Hugging Face's files"),
+        (lambda path: make_tokenizer(path / "tokenizer.json", VOCAB_SIZE + 1), "the tokenizer has 101 entries"),
+        (lambda path: (path / "model.safetensors").write_bytes(b"\0" * 100), "cannot be read"),
+        (lambda path: os.truncate(path / "model.safetensors", 5000), "cannot be read"),
     ],
 )
 def test_what_cannot_be_read_is_one_line(tmp_path, spoil, reason):
@@ -117,3 +145,361 @@ def test_what_cannot_be_read_is_one_line(tmp_path, spoil, reason):
     spoil(tmp_path)
     with pytest.raises(UserError, match=reason):
         read_hf(str(tmp_path))
+
+
+class Canary:
+    """A pickle of it makes a file when it is read without care."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_pickles_are_read_with_permission_and_run_nothing(tmp_path, capsys):
+    save_bert(tmp_path, transformers.BertForPreTraining)
+    _, expected, _ = read_hf(str(tmp_path))
+    tensors = load_file(tmp_path / "model.safetensors")
+    os.remove(tmp_path / "model.safetensors")
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="a pickle.*allow_pickle=true"):
+        read_hf(str(tmp_path))
+    _, got, _ = read_hf(str(tmp_path), allow_pickle=True)
+    assert got.keys() == expected.keys() and all(torch.equal(got[name], expected[name]) for name in got)
+    assert "next-sentence head is left out" in capsys.readouterr().out
+
+    canary = tmp_path / "canary"
+    torch.save({**tensors, "x": Canary(canary)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="not weights alone"):
+        read_hf(str(tmp_path), allow_pickle=True)
+    assert not canary.exists()
+    torch.load(tmp_path / "pytorch_model.bin", weights_only=False)  # without care, it would have been made
+    assert canary.exists()
+    (tmp_path / "pytorch_model.bin").write_bytes(b"no pickle")
+    with pytest.raises(UserError, match="not weights alone, or damaged"):
+        read_hf(str(tmp_path), allow_pickle=True)
+
+
+def published(path):
+    """MosaicBERT as on the hub: a pickle, no tokenizer, attention dropout 0.1, vocabulary padded to a multiple of 8."""
+    run = make_run(path / "run")
+    _, tensors, _ = read_model(run)
+    padded = {name: tensors[name][:104].clone() for name in (convert_hf.WORDS, convert_hf.DECODER_BIAS)}
+    tensors = {**tensors, **padded, "cls.predictions.decoder.weight": padded[convert_hf.WORDS]}
+    hf = {
+        "model_type": "bert", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "intermediate_size": 48, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "hidden_act": "gelu",
+        "max_position_embeddings": 512, "alibi_starting_size": 512, "position_embedding_type": "absolute",
+        "layer_norm_eps": 1e-12, "type_vocab_size": 2,
+    }  # fmt: skip
+    path.joinpath("hub").mkdir()
+    return run, tensors, hf, path / "hub"
+
+
+@pytest.mark.parametrize("form", ["bin", "composer"])
+def test_published_mosaicbert_becomes_a_run(tmp_path, form, capsys):
+    run, tensors, hf, hub = published(tmp_path)
+    if form == "bin":
+        torch.save(tensors, hub / "pytorch_model.bin")
+        (hub / "config.json").write_text(json.dumps(hf))
+        source = hub
+    else:
+        source = hub / "ep0-ba70000-rank0.pt"
+        about = {"huggingface": {"model": {"config": {"content": hf}}}}
+        state = {"model": {f"model.{name}": tensor for name, tensor in tensors.items()}, "integrations": about}
+        state["timestamp"] = {"elapsed": datetime.timedelta(seconds=5)}
+        torch.save({"state": state, "rng": [{"numpy": np.arange(3)}]}, source)
+    argv = [f"--from_hf={source}", "--allow_pickle=true", f"--out={tmp_path / 'out'}"]
+    with pytest.raises(SystemExit):
+        convert_hf.main(argv)
+    assert "give --tokenizer; MosaicBERT's is google-bert/bert-base-uncased" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    argv.append(f"--tokenizer={run}/tokenizer.json")
+    convert_hf.main(argv)
+    printed = capsys.readouterr().out
+    assert "attention dropout 0.1 set to 0" in printed and "104 word embeddings trimmed to the 100" in printed
+    ids = torch.randint(5, VOCAB_SIZE, (2, 9))
+    ours, theirs = load_model(str(tmp_path / "out")), load_model(run)
+    assert torch.equal(ours.logits(ids, torch.ones_like(ids)), theirs.logits(ids, torch.ones_like(ids)))
+    with pytest.raises(SystemExit):
+        convert_hf.main(argv)
+    assert "holds a run already" in capsys.readouterr().err
+
+
+def test_hub_ids(tmp_path, monkeypatch, capsys):
+    hub = pytest.importorskip("huggingface_hub")
+    save_bert(tmp_path, transformers.BertModel)
+    asked = {}
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, **options: (asked.update(options, name=name), str(tmp_path))[1])
+    read_hf("someone/bert", revision="abc")
+    assert asked["name"] == "someone/bert" and asked["revision"] == "abc"
+    assert "pytorch_model.bin" not in asked["allow_patterns"] and "model.safetensors" in asked["allow_patterns"]
+
+    def fails(name, **options):
+        raise OSError("no network")
+
+    monkeypatch.setattr(hub, "snapshot_download", fails)
+    with pytest.raises(UserError, match="someone/bert: no such directory, and .* OSError: no network"):
+        read_hf("someone/bert")
+
+
+def test_vocabulary_file_instead_of_a_tokenizer(tmp_path):
+    save_bert(tmp_path, transformers.BertModel)
+    (tmp_path / "tokenizer.json").unlink()
+    words = [*SPECIAL, *(f"w{i}" for i in range(VOCAB_SIZE - 6)), "W"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    assert Tokenizer.from_str(read_hf(str(tmp_path))[2]).encode("W w3", add_special_tokens=False).tokens == ["W", "w3"]
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert Tokenizer.from_str(read_hf(str(tmp_path))[2]).encode("W3", add_special_tokens=False).tokens == ["w3"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Out
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """(run, directory for transformers) of a MosaicBERT."""
+    path = tmp_path_factory.mktemp("export")
+    run = make_run(path / "run", scale=6.0)
+    convert_hf.main([f"--to_hf={run}", f"--out={path / 'exported'}", "--license=mit"])
+    return run, path / "exported"
+
+
+def auto(kind, path):
+    return getattr(transformers, f"Auto{kind}").from_pretrained(path, trust_remote_code=True).eval()
+
+
+def batch_of(lengths, side="right"):
+    """(ids, mask) of random sequences, padded on one side."""
+    ids = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    generator = torch.Generator().manual_seed(1)
+    for row, length in enumerate(lengths):
+        here = slice(0, length) if side == "right" else slice(max(lengths) - length, None)
+        ids[row, here] = torch.randint(5, VOCAB_SIZE, (length,), generator=generator)
+        mask[row, here] = 1
+    return ids, mask
+
+
+@torch.no_grad()
+def test_export_gives_the_trainers_logits_at_any_length(exported):
+    run, path = exported
+    ids, mask = batch_of([3, 700, 41])
+    ours = load_model(run).logits(ids, mask)
+    for kind in ("ForMaskedLM",):
+        theirs = auto(f"Model{kind}", path)
+        assert not list(theirs.buffers())
+        torch.testing.assert_close(theirs(ids, mask).logits[mask.bool()], ours[mask.bool()], rtol=0, atol=1e-5)
+    assert ours.std() > 0.1  # of weights so large that a difference would show
+
+
+@torch.no_grad()
+def test_export_honours_what_transformers_asks(exported):
+    _, path = exported
+    model = auto("Model", path)
+    (ids, mask), (left_ids, left_mask) = batch_of([5, 12, 9]), batch_of([5, 12, 9], "left")
+    plain = model(ids, mask)
+    full = model(ids, mask, output_hidden_states=True, output_attentions=True)
+    assert plain.hidden_states is None and plain.attentions is None
+    assert len(full.hidden_states) == 3 and len(full.attentions) == 2
+    torch.testing.assert_close(full.last_hidden_state, plain.last_hidden_state, rtol=0, atol=1e-5)
+    assert torch.equal(full.hidden_states[-1], full.last_hidden_state)
+    for attention in full.attentions:
+        assert attention.shape == (3, 2, 12, 12)
+        torch.testing.assert_close(attention.sum(-1), torch.ones(3, 2, 12))
+        assert attention[0, :, :, 5:].max() == 0  # padding gets nothing
+    left = model(left_ids, left_mask).last_hidden_state[left_mask.bool()]
+    torch.testing.assert_close(left, plain.last_hidden_state[mask.bool()], rtol=0, atol=1e-5)
+    embedded = model(inputs_embeds=model.get_input_embeddings()(ids), attention_mask=mask)
+    torch.testing.assert_close(embedded.last_hidden_state, plain.last_hidden_state)
+    assert torch.equal(model(ids, mask, return_dict=False)[0], plain.last_hidden_state)
+    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+        model()
+
+
+@pytest.mark.parametrize("kind, labels", [("MaskedLM", (3, 12)), ("SequenceClassification", (3,)), ("TokenClassification", (3, 12))])
+def test_exported_models_train_and_round_trip(exported, tmp_path, kind, labels):
+    _, path = exported
+    model = auto(f"ModelFor{kind}", path)
+    ids, mask = batch_of([5, 12, 9])
+    model.train()
+    output = model(ids, mask, labels=torch.zeros(labels, dtype=torch.int64))
+    output.loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert model.get_input_embeddings().weight.grad.abs().sum() > 0
+    model.eval()
+    model.save_pretrained(tmp_path / "saved")
+    again = auto(f"ModelFor{kind}", tmp_path / "saved")
+    with torch.no_grad():
+        assert torch.equal(again(ids, mask).logits, model(ids, mask).logits)
+
+
+def test_decoder_stays_tied(exported):
+    model = auto("ModelForMaskedLM", exported[1])
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    model.resize_token_embeddings(VOCAB_SIZE + 4)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert model(torch.tensor([[2, VOCAB_SIZE + 3]])).logits.shape == (1, 2, VOCAB_SIZE + 4)
+
+
+def test_without_its_code_nothing_is_loaded(exported):
+    """A loader that ignores the code must not make a BERT of random weights of it."""
+    for name in ("AutoModel", "AutoModelForMaskedLM"):
+        with pytest.raises(ValueError, match="trust_remote_code"):
+            getattr(transformers, name).from_pretrained(exported[1], trust_remote_code=False)
+
+
+def test_exported_files(exported):
+    run, path = exported
+    hf = json.loads((path / "config.json").read_text())
+    assert hf["model_type"] == "mosaic_bert" and hf["vocab_size"] == VOCAB_SIZE
+    assert len(load_file(path / "model.safetensors")[convert_hf.WORDS]) == VOCAB_SIZE
+    card = (path / "README.md").read_text()
+    for text in ("license: mit", "| hardware | toy, 2 process(es) |", "| tokens seen | not known |", "| GLUE | not known |"):
+        assert text in card
+    config, tensors, _ = read_model(str(path))  # this project reads its own exports
+    _, before, _ = read_model(run)
+    assert config["model"] == "mosaicbert" and tensors.keys() == before.keys()
+    assert all(torch.equal(tensors[name][:VOCAB_SIZE], before[name][:VOCAB_SIZE]) for name in before)
+
+
+def test_the_readmes_lines_give_the_words_of_fill_mask(exported, tmp_path, monkeypatch, capsys):
+    run, path = exported
+    lines = (ROOT / "README.md").read_text().splitlines()
+    start = lines.index("    from transformers import pipeline")
+    code = "\n".join(line[4:] for line in lines[start : start + 3])
+    shutil.copytree(path, tmp_path / "exported")
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    exec(code.replace("Paris is the", "w3 w4").replace("of France.", "w6"), found)  # the toy's words
+    fill_mask.main([f"--checkpoint={run}", "--text=w3 w4 [MASK] w6"])
+    theirs = [f"  {guess['score']:6.1%}  {guess['token_str']}" for guess in found["guesses"]]
+    assert theirs == capsys.readouterr().out.splitlines()[-5:]
+
+
+@pytest.mark.parametrize("labels", [["no", "yes", "maybe"], []])
+def test_fine_tuned_models(tmp_path, labels):
+    run = make_run(tmp_path / "run", scale=6.0)
+    start = load_pretrained(run)
+    model = make_classifier(start, max(1, len(labels)), seed=1).eval()
+    task = {"labels": labels, "text_columns": ["text"], "max_length": 64}
+    config = {**vars(start.model_cfg), "vocab_size": VOCAB_SIZE, "tokenizer_sha256": "", "task": task}
+    texts = {"config.json": json.dumps(config), "tokenizer.json": start.tokenizer_text}
+    checkpoint.save(str(tmp_path), 1, {"model.safetensors": checkpoint.weights_of(model)}, texts)
+    convert_hf.main([f"--to_hf={tmp_path}", f"--out={tmp_path / 'exported'}"])
+    theirs = auto("ModelForSequenceClassification", tmp_path / "exported")
+    ids, mask = batch_of([5, 12])
+    with torch.no_grad():
+        ours = torch.cat([model(row[:n], torch.tensor([0, n]), n) for row, n in ((ids[0], 5), (ids[1], 12))])
+        torch.testing.assert_close(theirs(ids, mask).logits, ours, rtol=0, atol=1e-5)
+        if labels:
+            assert theirs.config.id2label == dict(enumerate(labels))
+        else:  # a regression
+            loss = theirs(ids, mask, labels=torch.tensor([0.5, 2.0])).loss
+            torch.testing.assert_close(loss, ((ours[:, 0] - torch.tensor([0.5, 2.0])) ** 2).mean())
+
+
+def test_bert_needs_no_code(tmp_path):
+    run = make_run(tmp_path / "run", "bert", scale=6.0)
+    convert_hf.main([f"--to_hf={run}", f"--out={tmp_path / 'exported'}"])
+    theirs = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "exported").eval()
+    assert type(theirs) is transformers.BertForMaskedLM
+    ids, mask = batch_of([5, 30, 12])
+    with torch.no_grad():
+        ours = load_model(run).logits(ids, mask)[mask.bool()]
+        torch.testing.assert_close(theirs(ids, attention_mask=mask).logits[mask.bool()], ours, rtol=0, atol=1e-5)
+
+
+def test_a_failed_check_leaves_nothing(tmp_path, monkeypatch, capsys):
+    run, out = make_run(tmp_path / "run"), tmp_path / "exported"
+    slopes = convert_hf.HERE
+    shutil.copytree(os.path.join(slopes, "hf"), tmp_path / "hf")
+    code = tmp_path / "hf" / convert_hf.CODE[1]
+    code.write_text(code.read_text().replace("-8 * k / power", "-7 * k / power"))  # other slopes
+    monkeypatch.setattr(convert_hf, "HERE", str(tmp_path))
+    with pytest.raises(SystemExit):
+        convert_hf.main([f"--to_hf={run}", f"--out={out}"])
+    assert "self-check failed" in capsys.readouterr().err
+    assert not out.exists() and not (tmp_path / "exported.tmp").exists()
+
+
+@pytest.mark.parametrize(
+    "argv, reason",
+    [
+        (["--out=OUT"], "either --from_hf or --to_hf"),
+        (["--from_hf=a", "--to_hf=b", "--out=OUT"], "either --from_hf or --to_hf"),
+        (["--to_hf=RUN"], "--out: not given"),
+        (["--to_hf=RUN", "--out=RUN"], "not empty"),
+        (["--to_hf=OUT", "--out=OTHER"], "no weights here"),
+    ],
+)
+def test_mistakes_are_one_line(exported, tmp_path, capsys, argv, reason):
+    (tmp_path / "out").mkdir()
+    places = {"RUN": exported[0], "OUT": tmp_path / "out", "OTHER": tmp_path / "other"}
+    with pytest.raises(SystemExit) as status:
+        convert_hf.main([functools.reduce(lambda arg, place: arg.replace(*map(str, place)), places.items(), arg) for arg in argv])
+    error = capsys.readouterr().err
+    assert status.value.code == 2 and error.count("\n") == 1 and reason in error and not (tmp_path / "other").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Going on from foreign weights
+
+
+def test_start_from_a_bare_bert_with_its_tokenizer(tmp_path):
+    theirs = save_bert(tmp_path, transformers.BertModel)
+    cfg = ModelConfig("bert", hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48)
+    model = MaskedLM(cfg, VOCAB_SIZE).eval()
+    head = model.cls.predictions.transform.dense.weight.clone()
+    done = convert_hf.start_from(model, str(tmp_path), str(tmp_path / "tokenizer.json"))
+    assert "new masked-language-model head" in done and torch.equal(model.cls.predictions.transform.dense.weight, head)
+    ids = torch.randint(5, VOCAB_SIZE, (1, 9))
+    with torch.no_grad():
+        ours = model.bert(ids[0], torch.tensor([0, 9], dtype=torch.int32), 9)
+        torch.testing.assert_close(ours, theirs.eval()(ids).last_hidden_state[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["mosaicbert", "bert"])
+def test_start_with_a_new_vocabulary(tmp_path, family):
+    run = make_run(tmp_path / "run", family)
+    _, old, _ = read_model(run)
+    special = ["[MASK]", "[PAD]", "[UNK]", "[SEP]", "[CLS]"]  # other ids; then w0 to w144, of which 95 are known
+    make_tokenizer(tmp_path / "new.json", 150, special)
+    cfg = ModelConfig(family, hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48)
+    model = MaskedLM(cfg, 150)
+    fresh = {name: weight.clone() for name, weight in checkpoint.weights_of(model).items()}
+    done = convert_hf.start_from(model, run, str(tmp_path / "new.json"))
+    assert "a new vocabulary: 100 of its 150 entries were in the old one" in done
+    bias = convert_hf.DECODER_BIAS if family == "mosaicbert" else "cls.predictions.bias"
+    new = checkpoint.weights_of(model)
+    for name in (convert_hf.WORDS, bias):
+        assert torch.equal(new[name][[0, 1, 2, 3, 4]], old[name][[4, 0, 1, 3, 2]])  # by word, not by id
+        assert torch.equal(new[name][5:100], old[name][5:100])
+        assert torch.equal(new[name][100:], fresh[name][100:])
+    rest = [name for name in new if name not in (convert_hf.WORDS, bias)]
+    assert all(torch.equal(new[name], old[name]) for name in rest)
+
+
+def test_start_from_another_size_is_refused(tmp_path):
+    run = make_run(tmp_path / "run")
+    model = MaskedLM(ModelConfig(hidden_size=32, num_layers=3, num_heads=2, intermediate_size=48), VOCAB_SIZE)
+    with pytest.raises(UserError, match="num_layers is 2, that of this run 3 .set --num_layers=2"):
+        convert_hf.start_from(model, run, f"{run}/tokenizer.json")
+
+
+def test_fill_mask_reads_foreign_directories(tmp_path, capsys):
+    theirs = save_bert(tmp_path, transformers.BertForMaskedLM)
+    fill_mask.main([f"--checkpoint={tmp_path}", "--text=w3 w4 [MASK] w6"])
+    ids = torch.tensor([[2, 8, 9, 4, 11, 3]])
+    best = theirs(ids).logits[0, 3].softmax(-1).max().item()
+    assert f"{best:6.1%}" in capsys.readouterr().out.splitlines()[1]
+    save_bert(tmp_path, transformers.BertModel)
+    (tmp_path / "texts.txt").write_text("w1 w2\n")
+    with pytest.raises(SystemExit):
+        fill_mask.main([f"--checkpoint={tmp_path}", "--text=w3 [MASK]"])
+    assert "has no masked-language-model head" in capsys.readouterr().err
+    fill_mask.main([f"--checkpoint={tmp_path}", f"--embed={tmp_path}/texts.txt", f"--out={tmp_path}/v.npy"])
+    assert np.load(tmp_path / "v.npy").shape == (1, 32)

@@ -15,6 +15,7 @@ PAGES = ["README.md", "results/README.md"]
 OPTIONS = {
     "train": "TrainConfig", "prepare_c4": "PrepareConfig", "fill_mask": "FillMaskConfig", "data": "DataConfig",
     "finetune_glue": "GlueConfig", "plot": "PlotConfig",
+    "convert_hf": "ConvertConfig",
 }  # fmt: skip
 
 

@@ -16,8 +16,7 @@ import finetune_glue
 import glue
 from config import UserError
 from finetune_glue import GlueConfig, encode, load_pretrained, lr_at, main, make_classifier, make_plan, predict, result
-from model import MaskedLM, ModelConfig
-from toy import ROOT, VOCAB_SIZE, make_tokenizer, train_environment
+from toy import ROOT, VOCAB_SIZE, make_run, make_tokenizer, train_environment
 from train import Process
 
 PROCESS = Process(0, 1, torch.device("cpu"), torch.float32)
@@ -27,21 +26,6 @@ CPU = ["--device=cpu", "--kernels=torch"]
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
     return make_run(tmp_path_factory.mktemp("run"))
-
-
-def make_run(path, model="mosaicbert"):
-    """A run directory with one checkpoint of random weights."""
-    torch.manual_seed(0)
-    cfg = ModelConfig(model, hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48, hidden_dropout=0.0)
-    make_tokenizer(path / "tokenizer.json")
-    text = (path / "tokenizer.json").read_text()
-    config = json.dumps({**vars(cfg), "vocab_size": VOCAB_SIZE, "tokenizer_sha256": "", "price_per_gpu_hour": 2.0})
-    weights = checkpoint.weights_of(MaskedLM(cfg, VOCAB_SIZE))
-    texts = {"config.json": config, "tokenizer.json": text, "state.json": json.dumps({"step": 1, "seconds": 7200.0})}
-    checkpoint.save(str(path), 1, {"model.safetensors": weights}, texts)
-    start = {"event": "start", "world_size": 2, "device": "toy", "config": {"price_per_gpu_hour": 2.0}}
-    (path / "log.jsonl").write_text(json.dumps(start) + "\n")
-    return str(path)
 
 
 def sentences(n, seed):

@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+import checkpoint
 from data import write_shard
+from model import MaskedLM, ModelConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -90,3 +93,20 @@ def files_of(directory):
     """{name: bytes} of a checkpoint, without what holds wall-clock times."""
     timed = ("state.json", "digests.json")
     return {path.name: path.read_bytes() for path in Path(directory).iterdir() if path.name not in timed}
+
+
+def make_run(path, model="mosaicbert", scale=1.0):
+    """A run directory with one checkpoint of random weights, their matrices `scale` times as large as at first."""
+    path.mkdir(exist_ok=True)
+    torch.manual_seed(0)
+    cfg = ModelConfig(model, hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48, hidden_dropout=0.0)
+    make_tokenizer(path / "tokenizer.json")
+    text = (path / "tokenizer.json").read_text()
+    config = json.dumps({**vars(cfg), "vocab_size": VOCAB_SIZE, "tokenizer_sha256": "", "price_per_gpu_hour": 2.0})
+    weights = checkpoint.weights_of(MaskedLM(cfg, VOCAB_SIZE))
+    weights = {name: weight * scale if weight.ndim == 2 else weight for name, weight in weights.items()}
+    texts = {"config.json": config, "tokenizer.json": text, "state.json": json.dumps({"step": 1, "seconds": 7200.0})}
+    checkpoint.save(str(path), 1, {"model.safetensors": weights}, texts)
+    start = {"event": "start", "world_size": 2, "device": "toy", "config": {"price_per_gpu_hour": 2.0}}
+    (path / "log.jsonl").write_text(json.dumps(start) + "\n")
+    return str(path)
