@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -157,12 +158,16 @@ def read_weights(path, allow_pickle):
 
 def read_pickle(file):
     """(tensors, configuration or None) of a .bin, or of a Composer checkpoint, by PyTorch's weights-only reader."""
-    harmless = [datetime.timedelta, np.ndarray, np.dtype, np._core.multiarray._reconstruct]  # in Composer's, beside weights
+    # What Composer keeps beside the weights: times, and the random state, an array (of numpy 1 or 2).
+    reconstruct = np._core.multiarray._reconstruct
+    harmless = [datetime.timedelta, np.ndarray, np.dtype, reconstruct, (reconstruct, "numpy.core.multiarray._reconstruct")]
+    harmless += [type(np.dtype(kind)) for kind in ("uint32", "int64", "float64")]
     try:
         with torch.serialization.safe_globals(harmless):
             saved = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        reason = " ".join(f"{error}".split())[:200]
+        found = re.search(r"GLOBAL (\S+)", f"{error}")
+        reason = f"it holds {found[1]}" if found else f"no file of torch.save ({type(error).__name__})"
         raise UserError(f"{file}: not weights alone, or damaged: {reason} (nothing in it was run)") from None
     hf = None
     if isinstance(saved, dict) and isinstance(saved.get("state"), dict):
