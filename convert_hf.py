@@ -122,6 +122,8 @@ def read_hf(path, revision="", tokenizer="", allow_pickle=False):
 
 def download(name, revision, allow_pickle):
     """The local copy of a hub repository's files."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise UserError(f"{name}: no such directory (expected a run, a step_* directory, Hugging Face's files, or a hub id)")
     files = ["config.json", "model.safetensors", "tokenizer.json", "vocab.txt", "tokenizer_config.json"]
     try:
         from huggingface_hub import snapshot_download  # comes with datasets

@@ -56,7 +56,7 @@ def test_vectors_are_means_of_hidden_states(run_dir, tmp_path, capsys, monkeypat
     "arguments, says",
     [
         (["--text=a [MASK]"], "--checkpoint"),
-        (["--checkpoint=nowhere", "--text=a [MASK]"], "nowhere: no undamaged checkpoint"),
+        (["--checkpoint=nowhere", "--text=a [MASK]"], "nowhere: no such directory"),
         (["--checkpoint=RUN"], "either --text or --embed"),
         (["--checkpoint=RUN", "--text=no mask"], "no [MASK]"),
         (["--checkpoint=RUN", "--embed=nowhere.txt", "--out=x.npy"], "nowhere.txt: No such file"),

@@ -295,7 +295,7 @@ def test_dry_run_writes_nothing(pretrained, tmp_path, capsys):
         (["--checkpoint=RUN", "--out=OUT", "--train_file=a.csv"], "together"),
         (["--checkpoint=RUN", "--out=OUT", "--predict_file=a.csv"], "not fine-tuned here"),
         (["--checkpoint=RUN", "--out=OUT", "--jobs=0"], "jobs=0"),
-        (["--checkpoint=OUT", "--out=OUT"], "no checkpoint here"),
+        (["--checkpoint=OUT", "--out=OUT"], "no weights here"),
     ],
 )
 def test_mistakes_are_one_line(pretrained, tmp_path, capsys, options, reason):

@@ -156,7 +156,7 @@ def fails(argv, capsys):
         ("--compile=perhaps", "true or false"), ("--beta2=1", "beta2"), ("--checkpoint_interval=0", "checkpoint_interval"),
         ("--leraning_rate=1", "unknown option"), ("--global_batch=1", "did you mean global_batch_size"),
         ("--data_dir=nowhere", "prepare_c4.py"), ("--model=bert --seq_length=513", "512 positions"),
-        ("--init_from=nowhere", "no undamaged checkpoint"), ("--eval_only", "no checkpoint to evaluate"),
+        ("--init_from=nowhere", "nowhere: no such directory"), ("--eval_only", "no checkpoint to evaluate"),
         ("configs/none.py", "configs/none.py"), ("--kernels=cuda", "one of auto, triton, torch"),
     ],
 )  # fmt: skip
