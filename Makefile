@@ -26,6 +26,7 @@ test: $(INSTALLED_DEV)
 	$(PYTHON) -m pytest -q tests
 
 test-slow: $(INSTALLED_DEV)
+	$(PYTHON) -m pip install -q -r requirements-slow.txt -c constraints.txt
 	$(PYTHON) -m pytest -q tests -m slow
 
 $(VENV)/.installed: requirements.txt constraints.txt
