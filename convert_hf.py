@@ -229,7 +229,9 @@ def rename_head(tensors, weights, mosaic):
         if not torch.equal(biases[0], biases[-1]):
             raise UserError(f"{weights}: cls.predictions.bias and {DECODER_BIAS} differ")
         tensors[DECODER_BIAS if mosaic else "cls.predictions.bias"] = biases[0]
-    harmless = {"cls.seq_relationship.": "next-sentence head", "classifier.": "classifier", "bert.embeddings.position_ids": ""}
+    harmless = {
+        "cls.seq_relationship.": "next-sentence head", "classifier.": "classifier", "bert.embeddings.position_ids": "",
+    }  # fmt: skip
     for prefix, what in harmless.items():
         names = [name for name in tensors if name.startswith(prefix)]
         for name in names:
@@ -536,14 +538,12 @@ def model_card(cfg, config, labels):
     """README.md of an export, from the run's log and its shards; what is not known says so."""
     unknown = "not known"
     start, last, held_out = {}, {}, {}
-    log = next((f for f in (os.path.join(d, "log.jsonl") for d in (cfg.to_hf, os.path.dirname(cfg.to_hf))) if os.path.exists(f)), "")
-    if log:
-        with open(log, encoding="utf-8") as file:
-            records = [json.loads(line) for line in file]
-        for record in records:
-            start = record if record["event"] == "start" else start
-            last = record if record["event"] == "train" else last
-            held_out = record if record["event"] == "eval" else held_out
+    run = os.path.abspath(cfg.to_hf)
+    for log in (os.path.join(directory, "log.jsonl") for directory in (os.path.dirname(run), run)):
+        if os.path.exists(log):
+            with open(log, encoding="utf-8") as file:
+                records = {record["event"]: record for record in map(json.loads, file)}  # the last of each kind
+            start, last, held_out = (records.get(event, {}) for event in ("start", "train", "eval"))
     options = start.get("config", {})
 
     def known(value, text="{}"):
