@@ -74,6 +74,9 @@ class RunDirectory:
         if not os.path.exists(os.path.join(self.path, "config.json")):
             return
         earlier = read_config(self.path)
+        if "max_steps" not in earlier:
+            hint = f"train on from it with --init_from={self.path} and another --out_dir"
+            raise UserError(f"{self.path}: holds a converted or fine-tuned model ({hint})")
         names = [name for name in config if name not in FREE_FIELDS and earlier.get(name) != config[name]]
         if self.newest and differing_schedule(earlier.get("max_steps"), step_of(self.newest)):
             names.append("max_steps")  # and the schedule has begun to decay

@@ -17,11 +17,12 @@ from tokenizers import Tokenizer
 import checkpoint
 import convert_hf
 import fill_mask
+import train
 from config import UserError
 from convert_hf import read_hf, read_model
 from finetune_glue import load_pretrained, make_classifier
 from model import MaskedLM, ModelConfig, load_model
-from toy import ROOT, SPECIAL, VOCAB_SIZE, make_run, make_tokenizer
+from toy import ROOT, SPECIAL, VOCAB_SIZE, make_run, make_shards, make_tokenizer, read_log, toy_argv
 
 transformers = pytest.importorskip("transformers")
 
@@ -34,6 +35,13 @@ def save_bert(path, cls):
     model.save_pretrained(path)
     make_tokenizer(path / "tokenizer.json")
     return model
+
+
+def make_hub(path):
+    """The directory of a BERT in Hugging Face's form, with its head."""
+    path.joinpath("bert").mkdir()
+    save_bert(path / "bert", transformers.BertForMaskedLM)
+    return path / "bert"
 
 
 def hidden_states(pretrained, ids):
@@ -227,6 +235,18 @@ def test_published_mosaicbert_becomes_a_run(tmp_path, form, capsys):
     with pytest.raises(SystemExit):
         convert_hf.main(argv)
     assert "holds a run already" in capsys.readouterr().err
+
+
+def test_training_goes_on_from_a_converted_model_elsewhere(tmp_path, capsys):
+    data = make_shards(tmp_path / "shards")
+    convert_hf.main([f"--from_hf={make_hub(tmp_path)}", f"--out={tmp_path / 'out'}"])
+    with pytest.raises(SystemExit):
+        train.main(toy_argv(data, tmp_path / "out"))
+    assert "holds a converted or fine-tuned model (train on from it with --init_from" in capsys.readouterr().err
+    train.main(toy_argv(data, tmp_path / "new", init_from=tmp_path / "out", model="bert", max_steps=1, warmup_fraction=1))
+    before, after = (read_model(str(tmp_path / name))[1] for name in ("out", "new"))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())  # the first step's rate is 0
+    assert "started from" in read_log(tmp_path / "new", "start")[0]["init"]
 
 
 def test_hub_ids(tmp_path, monkeypatch, capsys):
