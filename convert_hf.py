@@ -22,20 +22,19 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
 
 import checkpoint
 import prepare_c4
 from config import UserError, command, load_config
 from data import load_tokenizer, read_json
-from model import LAYER_NORM_EPS, MAX_POSITIONS, MaskedLM, ModelConfig, SequenceClassifier
+from model import LAYER_NORM_EPS, MAX_POSITIONS, MaskedLM, SequenceClassifier, make_masked_lm, model_config
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 WORDS, DECODER_BIAS = "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.bias"
@@ -92,7 +91,7 @@ def read_hf(path, revision="", tokenizer="", allow_pickle=False):
         hf = read_json(config_path, "expected Hugging Face's files: config.json, model.safetensors, tokenizer.json")
     mosaic = any("attention.self.Wqkv" in name for name in tensors)
     check_config(config_path, hf, mosaic)
-    tokenizer_text = find_tokenizer(directory, tokenizer, hf)
+    tokenizer_text = find_tokenizer(directory, tokenizer)
     vocab_size = load_tokenizer(tokenizer or directory, tokenizer_text)[0].get_vocab_size()
 
     rename_head(tensors, weights, mosaic)
@@ -204,7 +203,7 @@ def check_config(path, hf, mosaic):
             raise UserError(f"{path}: {name} is {hf.get(name)!r} (expected the configuration of BERT or MosaicBERT)")
 
 
-def find_tokenizer(directory, tokenizer, hf):
+def find_tokenizer(directory, tokenizer):
     """The contents of the tokenizer.json to use."""
     if tokenizer:
         return prepare_c4.read_tokenizer(tokenizer)
@@ -269,23 +268,6 @@ def fit(tensors, config, weights, config_path):
         if tuple(tensor.shape) != expected[name]:
             shapes = f"{list(tensor.shape)}, but config.json says {list(expected[name])}"
             raise UserError(f"{weights}: {name} has shape {shapes}")
-
-
-def model_config(config):
-    """The ModelConfig in a checkpoint's configuration."""
-    return ModelConfig(**{field.name: config[field.name] for field in fields(ModelConfig)})
-
-
-def make_masked_lm(config, tensors, path, encoder_only=False):
-    """The MaskedLM of what read_model gives, in eval mode; encoder_only: its head may be missing. Raises: UserError."""
-    model = MaskedLM(model_config(config), config["vocab_size"])
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(("bert.pooler.", "classifier."))}
-    if not any(name.startswith("cls.") for name in tensors):
-        if not encoder_only:
-            raise UserError(f"{path}: has no masked-language-model head (train.py --init_from gives it one)")
-        tensors |= {name: weight for name, weight in checkpoint.weights_of(model).items() if name.startswith("cls.")}
-    checkpoint.load_weights(model, tensors, path)
-    return model.eval()
 
 
 def start_from(model, path, tokenizer_path):
@@ -396,7 +378,7 @@ def hf_tokenizer(text):
 
 
 def write_transformers(path, config, tensors, tokenizer_text, labels, card):
-    """Fill the directory `path` with what transformers and sentence-transformers read."""
+    """Fill the directory `path` with what transformers and sentence-transformers read; returns the model's class."""
     _, special = load_tokenizer("tokenizer.json", tokenizer_text)
     tensors = dict(tensors)
     for name in {WORDS, DECODER_BIAS, "cls.predictions.bias"} & tensors.keys():
@@ -427,6 +409,7 @@ def write_transformers(path, config, tensors, tokenizer_text, labels, card):
     if config["model"] == "mosaicbert":
         for name in CODE:
             shutil.copyfile(os.path.join(HERE, "hf", name), os.path.join(path, name))
+    return files["config.json"]["architectures"][0]
 
 
 def expectation(config, tensors, tokenizer_text, labels, source):
@@ -490,9 +473,7 @@ def to_hf(cfg):
     try:
         os.makedirs(partial)
         card = model_card(cfg, config, labels)
-        write_transformers(partial, config, tensors, tokenizer_text, labels, card)
-        with open(os.path.join(partial, "config.json"), encoding="utf-8") as file:
-            architecture = json.load(file)["architectures"][0]
+        architecture = write_transformers(partial, config, tensors, tokenizer_text, labels, card)
         self_check(partial, *expected, architecture)
         if cfg.format == "onnx":
             export_onnx(partial, architecture)

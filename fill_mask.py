@@ -14,7 +14,7 @@ import torch
 import convert_hf
 from config import UserError, command, load_config
 from data import load_tokenizer
-from model import MAX_POSITIONS
+from model import MAX_POSITIONS, make_masked_lm
 
 NUM_GUESSES = 5
 TOKENS_AT_ONCE = 16384  # of a batch of sentences
@@ -41,7 +41,7 @@ def main(argv):
     config, tensors, tokenizer_text = convert_hf.read_model(cfg.checkpoint)
     tokenizer, special = load_tokenizer(cfg.checkpoint, tokenizer_text)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = convert_hf.make_masked_lm(config, tensors, cfg.checkpoint, encoder_only=bool(cfg.embed)).to(device)
+    model = make_masked_lm(config, tensors, cfg.checkpoint, encoder_only=bool(cfg.embed)).to(device)
     if cfg.text:
         fill_mask(model, tokenizer, special, cfg.text, device)
     else:

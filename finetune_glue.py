@@ -34,7 +34,7 @@ import convert_hf
 import glue
 from config import UserError, command, load_config
 from data import hash_of, load_tokenizer, round_up
-from model import MAX_POSITIONS, ModelConfig, SequenceClassifier
+from model import MAX_POSITIONS, ModelConfig, SequenceClassifier, model_config
 from train import Process, autocast, device_name, setup_device
 
 WARMUP_FRACTION = 0.06
@@ -120,7 +120,7 @@ class Pretrained:
 def load_pretrained(path):
     """The Pretrained of a run or checkpoint directory, or of a directory or hub id in Hugging Face form."""
     config, tensors, tokenizer_text = convert_hf.read_model(path)
-    model_cfg = convert_hf.model_config(config)
+    model_cfg = model_config(config)
     encoder = {name: tensor for name, tensor in tensors.items() if name.startswith("bert.")}
     digest = hashlib.sha256(tokenizer_text.encode())
     for name, tensor in sorted(encoder.items()):

@@ -328,17 +328,34 @@ def init_weights(module):
 # A saved model, and the work a model does
 
 
+def model_config(config):
+    """The ModelConfig in a checkpoint's config.json, a dictionary."""
+    return ModelConfig(**{field.name: config[field.name] for field in fields(ModelConfig)})
+
+
+def make_masked_lm(config, tensors, path, encoder_only=False):
+    """The MaskedLM of a checkpoint's config.json and {name: tensor}, in eval mode; a pooler or classifier is left out.
+
+    encoder_only: the masked-language-model head may be missing, and is random then. Raises: UserError.
+    """
+    model = MaskedLM(model_config(config), config["vocab_size"])
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(("bert.pooler.", "classifier."))}
+    if not any(name.startswith("cls.") for name in tensors):
+        if not encoder_only:
+            raise UserError(f"{path}: has no masked-language-model head (train.py --init_from gives it one)")
+        tensors |= {name: weight for name, weight in checkpoint.weights_of(model).items() if name.startswith("cls.")}
+    checkpoint.load_weights(model, tensors, path)
+    return model.eval()
+
+
 def load_model(path, device="cpu"):
     """The MaskedLM of a run directory or a step_* checkpoint directory, in eval mode.
 
     Raises: UserError when there is no undamaged checkpoint.
     """
     path = checkpoint.find(path)
-    saved = checkpoint.read_config(path)
-    cfg = ModelConfig(**{field.name: saved[field.name] for field in fields(ModelConfig)})
-    model = MaskedLM(cfg, saved["vocab_size"])
-    checkpoint.load_weights(model, checkpoint.read_tensors(path, "model.safetensors"), path)
-    return model.to(device).eval()
+    tensors = checkpoint.read_tensors(path, "model.safetensors")
+    return make_masked_lm(checkpoint.read_config(path), tensors, path).to(device)
 
 
 def matrix_flops(cfg, vocab_size, num_tokens, sum_squared_lengths, num_masked):

@@ -205,15 +205,23 @@ class MosaicBertForMaskedLM(MosaicBertPreTrainedModel):
         return finish(MaskedLMOutput(loss=loss, logits=logits, **states), return_dict, self.config)
 
 
-class MosaicBertForSequenceClassification(MosaicBertPreTrainedModel):
+class MosaicBertClassifier(MosaicBertPreTrainedModel):
+    """What the two classifiers share: encoder, dropout, and a linear layer."""
+
+    add_pooling_layer = False
+
     def __init__(self, config):
         super().__init__(config)
         self.num_labels = config.num_labels
-        self.bert = MosaicBertModel(config, add_pooling_layer=True)
+        self.bert = MosaicBertModel(config, self.add_pooling_layer)
         dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
+
+
+class MosaicBertForSequenceClassification(MosaicBertClassifier):
+    add_pooling_layer = True
 
     def forward(
         self, input_ids=None, attention_mask=None, token_type_ids=None, labels=None, return_dict=None, **kwargs
@@ -238,16 +246,7 @@ class MosaicBertForSequenceClassification(MosaicBertPreTrainedModel):
         return finish(SequenceClassifierOutput(loss=loss, logits=logits, **states), return_dict, self.config)
 
 
-class MosaicBertForTokenClassification(MosaicBertPreTrainedModel):
-    def __init__(self, config):
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.bert = MosaicBertModel(config)
-        dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
-        self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
-
+class MosaicBertForTokenClassification(MosaicBertClassifier):
     def forward(
         self, input_ids=None, attention_mask=None, token_type_ids=None, labels=None, return_dict=None, **kwargs
     ):

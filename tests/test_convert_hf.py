@@ -21,7 +21,7 @@ import train
 from config import UserError
 from convert_hf import read_hf, read_model
 from finetune_glue import load_pretrained, make_classifier
-from model import MaskedLM, ModelConfig, load_model
+from model import MaskedLM, ModelConfig, load_model, make_masked_lm
 from toy import ROOT, SPECIAL, VOCAB_SIZE, make_run, make_shards, make_tokenizer, read_log, toy_argv
 
 transformers = pytest.importorskip("transformers")
@@ -38,9 +38,9 @@ def save_bert(path, cls):
 
 
 def make_hub(path):
-    """The directory of a BERT in Hugging Face's form, with its head."""
+    """The directory of a BERT in Hugging Face's form, with both its heads and its pooler, as the published ones."""
     path.joinpath("bert").mkdir()
-    save_bert(path / "bert", transformers.BertForMaskedLM)
+    save_bert(path / "bert", transformers.BertForPreTraining)
     return path / "bert"
 
 
@@ -240,6 +240,8 @@ def test_published_mosaicbert_becomes_a_run(tmp_path, form, capsys):
 def test_training_goes_on_from_a_converted_model_elsewhere(tmp_path, capsys):
     data = make_shards(tmp_path / "shards")
     convert_hf.main([f"--from_hf={make_hub(tmp_path)}", f"--out={tmp_path / 'out'}"])
+    assert "bert.pooler.dense.weight" in read_model(str(tmp_path / "out"))[1]  # kept, for fine-tuning
+    load_model(str(tmp_path / "out"))
     with pytest.raises(SystemExit):
         train.main(toy_argv(data, tmp_path / "out"))
     assert "holds a converted or fine-tuned model (train on from it with --init_from" in capsys.readouterr().err
@@ -598,7 +600,7 @@ def test_a_real_bert(tmp_path):
     with torch.no_grad():
         hidden = theirs(**batch).last_hidden_state
     config, tensors, _ = read_model(str(path))
-    model = convert_hf.make_masked_lm(config, tensors, str(path), encoder_only=True)
+    model = make_masked_lm(config, tensors, str(path), encoder_only=True)
     mask = batch["attention_mask"].bool()
     lengths = mask.sum(1)
     cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
