@@ -32,6 +32,7 @@ import torch.nn.functional as F
 import checkpoint
 import convert_hf
 import glue
+import kernels
 from config import UserError, command, load_config
 from data import hash_of, load_tokenizer, round_up
 from model import MAX_POSITIONS, ModelConfig, SequenceClassifier, model_config
@@ -308,26 +309,62 @@ def batches(run, encoded, device):
             yield encoded.batch(order[start : start + run.settings.batch_size], device)
 
 
-def train_step(model, optimizer, lr, batch, process):
-    """One optimizer step; returns the mean loss of the batch, on the device."""
-    *inputs, labels = batch
-    with autocast(process):
-        scores = model(*inputs)
-    scores = scores[: len(labels)].float()
-    if scores.shape[1] == 1:
-        loss = F.mse_loss(scores[:, 0], labels.float())
-    else:
-        loss = F.cross_entropy(scores, labels)
-    loss.backward()
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss.detach()
+class Steps:
+    """The optimizer steps of one run. On a GPU each shape of batch becomes a CUDA graph when it comes the second time.
 
+    A step of a small batch is some 700 kernels of a few microseconds: on an H100, 6.6 ms of work for 32 pairs of MRPC,
+    but 53 ms to launch one by one from Python. A graph is launched as a whole.
+    """
 
-def make_optimizer(model, settings):
-    return torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True, **ADAM)
+    def __init__(self, model, settings, process):
+        self.model, self.process, self.lr = model, process, settings.lr
+        on_gpu, bert = process.device.type == "cuda", model.cfg.model == "bert"
+        self.use_graphs = on_gpu and (bert or kernels.uses_triton(process.device))  # plain attention reads lengths back
+        if self.use_graphs:
+            self.lr = torch.zeros((), device=process.device)  # a graph reads it anew each time
+            self.seqlen_multiple = 32 if bert else 128  # bert pads to it; for the kernels it is an upper limit
+            self.graphs, self.pool = {}, torch.cuda.graph_pool_handle()
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), self.lr, weight_decay=settings.weight_decay, fused=True, capturable=self.use_graphs, **ADAM
+        )
+
+    def __call__(self, lr, batch):
+        """One step; returns the mean loss of the batch, on the device."""
+        if not self.use_graphs:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            return self.step(batch)
+        self.lr.fill_(lr)
+        batch = [round_up(x, self.seqlen_multiple) if isinstance(x, int) else x for x in batch]
+        shape = tuple(x if isinstance(x, int) else x.shape for x in batch)
+        if shape not in self.graphs:
+            self.graphs[shape] = None  # this step warms up whatever the capture must not do
+            return self.step(batch)
+        if self.graphs[shape] is None:
+            inputs, graph = [x if isinstance(x, int) else x.clone() for x in batch], torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, self.pool, torch.cuda.current_stream()):  # recorded, not carried out
+                loss = self.step(inputs)
+            self.graphs[shape] = graph, inputs, loss
+        graph, inputs, loss = self.graphs[shape]
+        for to, x in zip(inputs, batch):
+            if torch.is_tensor(x):
+                to.copy_(x)
+        graph.replay()
+        return loss.clone()  # the next graph may write where this one did
+
+    def step(self, batch):
+        *inputs, labels = batch
+        with autocast(self.process):
+            scores = self.model(*inputs)
+        scores = scores[: len(labels)].float()
+        if scores.shape[1] == 1:
+            loss = F.mse_loss(scores[:, 0], labels.float())
+        else:
+            loss = F.cross_entropy(scores, labels)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
 
 
 @torch.no_grad()
@@ -357,6 +394,8 @@ class Worker:
         self.cfg = cfg
         self.pretrained = load_pretrained(cfg.checkpoint)
         device, self.dtype = setup_device(cfg, self.pretrained.model_cfg)
+        if device.type == "cuda":
+            torch.cuda.set_stream(torch.cuda.Stream())  # the default one cannot be captured
         self.process = Process(0, 1, device, self.dtype)
         self.task = self.data = None
 
@@ -393,12 +432,12 @@ class Worker:
             dtype=str(self.process.dtype).removeprefix("torch."), jobs=self.cfg.jobs, num_steps=run.num_steps,
         )  # fmt: skip
         start = reported = time.perf_counter()
-        optimizer = make_optimizer(model, run.settings)
+        train_step = Steps(model, run.settings, self.process)
         model.train()
         losses = []  # since the last report, on the device
         for step, batch in enumerate(batches(run, data["train"], device), 1):
             lr = lr_at(run.settings, run.num_steps, step)
-            losses.append(train_step(model, optimizer, lr, batch, self.process))
+            losses.append(train_step(lr, batch))
             if len(losses) == 100 or step == run.num_steps or time.perf_counter() - reported > LOG_SECONDS:
                 loss = torch.stack(losses).mean().item()
                 if not math.isfinite(loss):
@@ -619,12 +658,12 @@ def print_estimate(cfg, plan):
     print(f"{'task':6} {'examples':>9} {'steps':>8} {'seeds':>5} {'ms/step':>8} {'minutes':>8}  start")
     for run in [run for run in plan if run.first_seed]:
         data, model = worker.encoded(run.task)["train"], worker.classifier(dataclasses.replace(run, init="random"))
-        optimizer, times = make_optimizer(model, run.settings), []
+        train_step, times = Steps(model, run.settings, worker.process), []
         for batch in batches(run, data, worker.process.device):
             start = time.perf_counter()
-            train_step(model, optimizer, 0.0, batch, worker.process).item()
+            train_step(0.0, batch).item()
             times.append(time.perf_counter() - start)
-            if len(times) == 40 or (len(times) > 2 and sum(times) > 5):
+            if len(times) == 200 or (len(times) > 2 and sum(times) > 5):  # enough for most shapes to be captured
                 break
         count = sum(other.task == run.task for other in plan)
         ms = 1000 * float(np.median(times[1:] or times))

@@ -143,10 +143,10 @@ def test_training_is_that_of_a_plain_transformers_loop(tmp_path):
     encoded = encode(glue.Examples(pairs, np.arange(60) % 3), start, 64)
     settings = glue.Settings(1e-3, 0.1, 16, 2, 1)
     run = finetune_glue.Run(glue.GLUE_TASKS["mnli"], 5, True, "pretrained", settings, 60, 8, 0.0, ())
-    optimizer = finetune_glue.make_optimizer(ours, settings)
+    train_step = finetune_glue.Steps(ours, settings, PROCESS)
     their_optimizer = torch.optim.AdamW(theirs.parameters(), betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
     for step, batch in enumerate(finetune_glue.batches(run, encoded, PROCESS.device), 1):
-        loss = finetune_glue.train_step(ours, optimizer, lr_at(settings, 8, step), batch, PROCESS)
+        loss = train_step(lr_at(settings, 8, step), batch)
         flat, cu_seqlens, _, types, labels = batch
         lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
         ids, kinds = (
@@ -306,8 +306,42 @@ def test_mistakes_are_one_line(pretrained, tmp_path, capsys, options, reason):
     assert status.value.code == 2 and error.count("\n") == 1 and re.search(reason, error), error
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("model", ["mosaicbert", "bert"])
+def test_captured_steps_are_those_launched_one_by_one(tmp_path, model):
+    """Batches of many shapes, dropout off: equal losses and weights. With dropout, every replay draws anew."""
+    process = Process(0, 1, torch.device("cuda"), torch.float32)
+    settings = glue.Settings(1e-3, 0.1, 16, 6, 1)
+    run = finetune_glue.Run(glue.GLUE_TASKS["mnli"], 5, True, "pretrained", settings, 250, 96, 0.0, ())
+    start = load_pretrained(make_run(tmp_path / "run", model))
+    encoded = encode(glue.Examples(list(zip(sentences(250, 3), sentences(250, 4))), np.arange(250) % 3), start, 64)
+    ends = []
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for use_graphs in (True, False):
+            classifier = make_classifier(start, 3, seed=0).cuda().train()
+            steps = finetune_glue.Steps(classifier, settings, process)
+            train_step = steps if use_graphs else lambda lr, batch: steps.lr.fill_(lr) * 0 + steps.step(batch)
+            losses = [
+                train_step(lr_at(settings, 96, step), batch)
+                for step, batch in enumerate(finetune_glue.batches(run, encoded, process.device), 1)
+            ]
+            assert (sum(graph is not None for graph in steps.graphs.values()) > 1) == use_graphs
+            ends.append((torch.stack(losses), checkpoint.weights_of(classifier)))
+        torch.testing.assert_close(*(losses for losses, _ in ends), rtol=1e-4, atol=1e-5)
+        for name, weight in ends[0][1].items():
+            torch.testing.assert_close(weight, ends[1][1][name], rtol=1e-3, atol=1e-4)
+
+        for module in classifier.modules():
+            if hasattr(module, "dropout"):
+                module.dropout = 0.5
+        steps = finetune_glue.Steps(classifier, settings, process)
+        batch = encoded.batch(np.arange(16), process.device)
+        losses = torch.stack([steps(0.0, batch) for _ in range(6)])
+        assert len(losses.unique()) == 6 and steps.graphs
+
+
 def test_nan_stops_the_suite_with_the_run_named(pretrained, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(finetune_glue, "train_step", lambda *args: torch.tensor(float("nan")))
+    monkeypatch.setattr(finetune_glue.Steps, "step", lambda *args: torch.tensor(float("nan")))
     with pytest.raises(SystemExit):
         suite(pretrained, write_glue(tmp_path / "data", ("cola",)), tmp_path / "out", "--tasks=cola")
     assert "cola.seed19: loss is nan at step 1" in capsys.readouterr().err
