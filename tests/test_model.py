@@ -180,6 +180,24 @@ def test_rows_are_those_of_the_whole(model):
             assert parameter.grad.isfinite().all(), name
 
 
+def test_kernels_give_the_loss_and_gradients_of_pytorch(device, triton_backend):
+    """The whole model by the kernels and by plain PyTorch, in fp32: the loss and every parameter's gradient."""
+    network = tiny(hidden_size=64, num_heads=4, intermediate_size=72).to(device)
+    ids, cu_seqlens, longest = flat(some_sequences(20, 3, 31))
+    positions, labels = torch.tensor([3, 22, 21, 50, 0]), torch.tensor([8, 66, 5, 9, -100])
+    inputs = [t.to(device) for t in (ids, cu_seqlens, positions, labels)]
+    results = []
+    for backend in ("triton", "torch"):
+        kernels.set_backend(backend)
+        loss = network(inputs[0], inputs[1], longest, *inputs[2:])
+        results.append([loss, *torch.autograd.grad(loss, list(network.parameters()), allow_unused=True)])
+    for (name, _), got, expected in zip([("loss", None), *network.named_parameters()], *results):
+        if expected is not None:
+            error, scale = (got - expected).abs().max().item(), expected.abs().max().item()
+            print(f"{name:60s} error {error:.1e} at {scale:.1e}")
+            assert error <= 1e-4 * scale, name
+
+
 @pytest.mark.parametrize("model", ["mosaicbert", "bert"])
 def test_loss_is_a_sum_over_masked_tokens(model):
     network = tiny(model).eval()
