@@ -44,7 +44,7 @@ from kernels import tl, triton
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
-LOWEST = tl.constexpr(-1e30)  # of scores that do not exist: minus infinity would give inf - inf
+LOWEST = tl.constexpr(-1e30)  # below any score, and finite: a lane may have minus infinities alone
 
 
 def linear_cross_entropy_reference(hidden, weight, bias, labels):
@@ -81,7 +81,7 @@ def cross_entropy_kernel(
         for start in tl.range(0, V, BLOCK_V, num_stages=STAGES):
             offs_v = start + tl.arange(0, BLOCK_V)
             mask = rows[:, None] & (offs_v < V)[None, :]
-            x = tl.load(row_ptrs[:, None] + offs_v[None, :], mask=mask, other=LOWEST).to(tl.float32) * LOG2E
+            x = tl.load(row_ptrs[:, None] + offs_v[None, :], mask=mask, other=float("-inf")).to(tl.float32) * LOG2E
             x = tl.reshape(x, (BLOCK_R, BLOCK_V // 8, 8))
             m_new = tl.maximum(m, tl.max(x, 2))
             s = s * tl.exp2(m - m_new) + tl.sum(tl.exp2(x - m_new[:, :, None]), 2)
@@ -95,7 +95,7 @@ def cross_entropy_kernel(
             offs_v = start + tl.arange(0, BLOCK_V)
             mask = rows[:, None] & (offs_v < V)[None, :]
             ptrs = row_ptrs[:, None] + offs_v[None, :]
-            x = tl.load(ptrs, mask=mask, other=LOWEST).to(tl.float32) * LOG2E
+            x = tl.load(ptrs, mask=mask, other=float("-inf")).to(tl.float32) * LOG2E
             dx = tl.exp2(x - log_sum[:, None]) - tl.where(offs_v[None, :] == label[:, None], 1.0, 0.0)
             dx = tl.where(counts[:, None], dx, 0.0)
             tl.store(ptrs, dx.to(logits_ptr.dtype.element_ty), mask=mask)
