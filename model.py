@@ -89,6 +89,12 @@ def alibi_slopes(num_heads):
     return torch.tensor(slopes + between[: num_heads - power])
 
 
+def activation_dtype(x):
+    """What autocast makes of x's dtype, where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 class LayerNorm(nn.Module):
     """LayerNorm, fused with what comes before it. Under autocast it works in and returns bf16, with fp32 statistics.
 
@@ -105,8 +111,7 @@ class LayerNorm(nn.Module):
 
     def after(self, x, residual=None, dropout_prob=0.0, x_bias=None):
         """LayerNorm(dropout(x + x_bias) + residual) twice, for the next matrix and the next residual."""
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = x.to(activation_dtype(x))
         dropout_prob = dropout_prob if self.training else 0.0
         return kernels.dropout_add_layernorm(x, residual, self.weight, self.bias, dropout_prob, LAYER_NORM_EPS, x_bias)
 
@@ -156,10 +161,12 @@ class MosaicEncoder(nn.Module):
     def forward(self, input_ids, cu_seqlens, max_seqlen, rows=None, token_type_ids=None):
         """(total_tokens,) ids to (num_rows, C) hidden states. token_type_ids: like input_ids; None means all 0."""
         embeddings = self.embeddings
-        types = embeddings.token_type_embeddings
-        x = embeddings.word_embeddings(input_ids)  # (total_tokens, C)
-        x = x + (types.weight[0] if token_type_ids is None else types(token_type_ids))
-        x = residual = F.dropout(embeddings.LayerNorm(x), self.dropout, self.training)
+        words, types, norm = embeddings.word_embeddings.weight, embeddings.token_type_embeddings.weight, embeddings.LayerNorm
+        dropout_prob = self.dropout if self.training else 0.0
+        x, residual = kernels.embedding_layernorm(
+            *(input_ids, token_type_ids, words, types, norm.weight, norm.bias),
+            *(dropout_prob, LAYER_NORM_EPS, activation_dtype(words)),
+        )  # each (total_tokens, C)
         for layer in self.encoder.layer[:-1]:
             x, residual = layer(x, residual, cu_seqlens, max_seqlen, self.slopes)
         # Differs from MosaicBERT: its last layer also keeps each [CLS] row, which no loss of pretraining reads.

@@ -35,6 +35,11 @@ from kernels.cross_entropy import (  # noqa: E402
     linear_cross_entropy_reference,
     linear_cross_entropy_triton,
 )
+from kernels.embedding import (  # noqa: E402
+    check_embedding_layernorm,
+    embedding_layernorm_reference,
+    embedding_layernorm_triton,
+)
 from kernels.geglu import check_geglu, geglu_reference, geglu_triton  # noqa: E402
 from kernels.layernorm import (  # noqa: E402
     check_layernorm,
@@ -48,6 +53,8 @@ __all__ = [
     "attention_reference",
     "dropout_add_layernorm",
     "dropout_add_layernorm_reference",
+    "embedding_layernorm",
+    "embedding_layernorm_reference",
     "geglu",
     "geglu_reference",
     "linear_cross_entropy",
@@ -130,6 +137,18 @@ def dropout_add_layernorm(x, residual, weight, bias, dropout_prob=0.0, eps=1e-12
     check_layernorm(x, residual, weight, bias, dropout_prob, x_bias)
     run = dropout_add_layernorm_triton if uses_triton(x.device) else dropout_add_layernorm_reference
     return run(x, residual, weight, bias, dropout_prob, eps, x_bias)
+
+
+def embedding_layernorm(ids, type_ids, words, types, weight, bias, dropout_prob=0.0, eps=1e-12, dtype=None):
+    """dropout(LayerNorm(words[ids] + types[type_ids])), (num_rows, C), twice as above; differentiable.
+
+    ids: (num_rows,) integers; 0 is [PAD], whose row of words gets no gradient. type_ids: likewise, or None for all 0.
+    words: (V, C), types: (2, C), weight, bias: (C,), fp32. dtype: of the result; None for that of words.
+    torch.manual_seed decides the dropout mask.
+    """
+    check_embedding_layernorm(ids, type_ids, words, types, weight, bias, dropout_prob)
+    run = embedding_layernorm_triton if uses_triton(words.device) else embedding_layernorm_reference
+    return run(ids, type_ids, words, types, weight, bias, dropout_prob, eps, dtype)
 
 
 def geglu(x, dropout_prob=0.0):

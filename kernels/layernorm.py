@@ -78,17 +78,59 @@ def keep_mask(seed_ptr, first, threshold, BLOCK_R: tl.constexpr, BLOCK_C: tl.con
 
 
 @triton.jit
-def part_of_rows(offs_r, num_rows, i, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Part i of some rows: (offsets, which exist, columns, which exist, first number for keep_mask).
+def columns_of(i, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The columns of part i, and which exist, in the shape of a part: what is loaded with them needs no new layout."""
+    offs_c = tl.broadcast_to(i * BLOCK_C + tl.arange(0, BLOCK_C)[None, :], (BLOCK_R, BLOCK_C))
+    return offs_c, offs_c < C
 
-    The columns have the offsets' shape, so that a vector loaded with them is laid out over the threads as the rows are.
-    """
-    offs_c = i * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+
+@triton.jit
+def part_of_rows(offs_r, num_rows, i, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Part i of some rows, (BLOCK_R, BLOCK_C): (offsets, which exist, columns, which exist, numbers for keep_mask)."""
+    offs_c, columns = columns_of(i, C, BLOCK_R, BLOCK_C)
     r = offs_r.to(tl.int64)
-    offs = r[:, None] * C + offs_c  # (BLOCK_R, BLOCK_C)
-    mask = (offs_r < num_rows)[:, None] & (offs_c < C)
-    offs_c = tl.broadcast_to(offs_c, (BLOCK_R, BLOCK_C))
-    return offs, mask, offs_c, offs_c < C, (r * ((C + BLOCK_C - 1) // BLOCK_C) + i) * (BLOCK_C // 8)
+    first = (r * ((C + BLOCK_C - 1) // BLOCK_C) + i) * (BLOCK_C // 8)  # (BLOCK_R,)
+    return r[:, None] * C + offs_c, (offs_r < num_rows)[:, None] & columns, offs_c, columns, first
+
+
+@triton.jit
+def statistics(parts, eps, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """(mean, rstd), each (BLOCK_R,), of rows in parts; columns that do not exist are 0."""
+    total, squares = parts[0], tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for i in tl.static_range(1, len(parts)):
+        total += parts[i]
+    mean = tl.sum(total, 1) / C
+    for i in tl.static_range(len(parts)):
+        centred = tl.where(columns_of(i, C, BLOCK_R, BLOCK_C)[1], parts[i] - mean[:, None], 0.0)
+        squares += centred * centred
+    return mean, 1 / tl.sqrt(tl.sum(squares, 1) / C + eps)
+
+
+@triton.jit
+def through_layernorm(dys, xhats, rstd, weight_ptr, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The parts of dz from those of dy and xhat. dy is 0 where nothing exists, so that sums count only what does."""
+    sum_g, sum_gx = tl.zeros((BLOCK_R, BLOCK_C), tl.float32), tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    gs, dzs = (), ()
+    for i in tl.static_range(len(dys)):
+        offs_c, columns = columns_of(i, C, BLOCK_R, BLOCK_C)
+        g = dys[i] * tl.load(weight_ptr + offs_c, mask=columns, other=0.0)
+        sum_g += g
+        sum_gx += g * xhats[i]
+        gs = gs + (g,)
+    mean_g, mean_gx = tl.sum(sum_g, 1) / C, tl.sum(sum_gx, 1) / C  # (BLOCK_R,)
+    for i in tl.static_range(len(dys)):
+        dzs = dzs + (rstd[:, None] * (gs[i] - mean_g[:, None] - xhats[i] * mean_gx[:, None]),)
+    return dzs
+
+
+@triton.jit
+def store_sums(sums, partial_ptr, KINDS: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """This program's part of KINDS sums over rows, of which each part of the columns has as many tiles."""
+    pid, programs = tl.program_id(0), tl.num_programs(0)
+    for i in tl.static_range(len(sums)):
+        offs_c = i // KINDS * BLOCK_C + tl.arange(0, BLOCK_C)
+        row_ptr = partial_ptr + (i % KINDS * programs + pid) * C
+        tl.store(row_ptr + offs_c, tl.sum(sums[i], 0), mask=offs_c < C)
 
 
 @triton.jit(do_not_specialize=["num_rows", "threshold"])
@@ -113,7 +155,7 @@ def forward_kernel(
 ):
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     PARTS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    parts, total = (), tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    parts = ()
     for i in tl.static_range(PARTS):
         offs, mask, offs_c, columns, first = part_of_rows(offs_r, num_rows, i, C, BLOCK_R, BLOCK_C)
         z = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
@@ -125,15 +167,9 @@ def forward_kernel(
             z += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         if z_ptr is not None:
             tl.store(z_ptr + offs, z.to(z_ptr.dtype.element_ty), mask=mask)
-        total += z  # columns that do not exist are 0
         parts = parts + (z,)
 
-    mean, total = tl.sum(total, 1) / C, tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    for i in tl.static_range(PARTS):
-        columns = i * BLOCK_C + tl.arange(0, BLOCK_C)[None, :] < C
-        centred = tl.where(columns, parts[i] - mean[:, None], 0.0)
-        total += centred * centred
-    rstd = 1 / tl.sqrt(tl.sum(total, 1) / C + eps)  # (BLOCK_R,)
+    mean, rstd = statistics(parts, eps, C, BLOCK_R, BLOCK_C)
     for i in tl.static_range(PARTS):
         offs, mask, offs_c, columns, first = part_of_rows(offs_r, num_rows, i, C, BLOCK_R, BLOCK_C)
         weight = tl.load(weight_ptr + offs_c, mask=columns, other=0.0)
@@ -168,51 +204,39 @@ def backward_kernel(
     """Each program takes every num_programs-th block of rows, so its sums depend on nothing but the row count."""
     pid, programs = tl.program_id(0), tl.num_programs(0)
     PARTS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    sums = ()  # of each part, dweight, dbias and dx_bias
-    for _ in tl.static_range(3 * PARTS):
+    KINDS: tl.constexpr = 3 if SUM_DX else 2
+    sums = ()  # of each part of the columns: dweight, dbias and, if wanted, dx_bias
+    for _ in tl.static_range(KINDS * PARTS):
         sums = sums + (tl.zeros((BLOCK_R, BLOCK_C), tl.float32),)
     for block in tl.range(pid * BLOCK_R, num_rows, programs * BLOCK_R, num_stages=STAGES):
         offs_r = block + tl.arange(0, BLOCK_R)
         mean = tl.load(mean_ptr + offs_r, mask=offs_r < num_rows, other=0.0)  # (BLOCK_R,)
         rstd = tl.load(rstd_ptr + offs_r, mask=offs_r < num_rows, other=0.0)  # (BLOCK_R,)
         dys, xhats = (), ()
-        sum_g, sum_gx = tl.zeros((BLOCK_R, BLOCK_C), tl.float32), tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
         for i in tl.static_range(PARTS):
             offs, mask, offs_c, columns, first = part_of_rows(offs_r, num_rows, i, C, BLOCK_R, BLOCK_C)
             dy = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)
             if dnext_ptr is not None:
                 dy += tl.load(dnext_ptr + offs, mask=mask, other=0.0).to(tl.float32)
             z = tl.load(z_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-            xhat = (z - mean[:, None]) * rstd[:, None]
-            g = dy * tl.load(weight_ptr + offs_c, mask=columns, other=0.0)  # 0 outside the mask, as dy is
-            sum_g += g
-            sum_gx += g * xhat
-            dys, xhats = dys + (dy,), xhats + (xhat,)
+            dys, xhats = dys + (dy,), xhats + ((z - mean[:, None]) * rstd[:, None],)
+        dzs = through_layernorm(dys, xhats, rstd, weight_ptr, C, BLOCK_R, BLOCK_C)
 
-        mean_g, mean_gx = tl.sum(sum_g, 1) / C, tl.sum(sum_gx, 1) / C  # (BLOCK_R,)
         new = ()
         for i in tl.static_range(PARTS):
             offs, mask, offs_c, columns, first = part_of_rows(offs_r, num_rows, i, C, BLOCK_R, BLOCK_C)
-            dy, xhat = dys[i], xhats[i]
-            g = dy * tl.load(weight_ptr + offs_c, mask=columns, other=0.0)
-            dz = rstd[:, None] * (g - mean_g[:, None] - xhat * mean_gx[:, None])
+            dx = dzs[i]
             if dz_ptr is not None:
-                tl.store(dz_ptr + offs, dz.to(dz_ptr.dtype.element_ty), mask=mask)
-            dx = dz
+                tl.store(dz_ptr + offs, dx.to(dz_ptr.dtype.element_ty), mask=mask)
             if seed_ptr is not None:
-                dx = tl.where(keep_mask(seed_ptr, first, threshold, BLOCK_R, BLOCK_C), dz * keep_scale, 0.0)
+                dx = tl.where(keep_mask(seed_ptr, first, threshold, BLOCK_R, BLOCK_C), dx * keep_scale, 0.0)
             if dx_ptr is not None:
                 tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-            new = new + (sums[3 * i] + dy * xhat, sums[3 * i + 1] + dy)
+            new = new + (sums[KINDS * i] + dys[i] * xhats[i], sums[KINDS * i + 1] + dys[i])
             if SUM_DX:
-                new = new + (sums[3 * i + 2] + dx,)
-            else:
-                new = new + (sums[3 * i + 2],)
+                new = new + (sums[KINDS * i + 2] + dx,)  # 0 in rows that do not exist, as rstd is
         sums = new
-    for i in tl.static_range(PARTS):
-        offs_c = i * BLOCK_C + tl.arange(0, BLOCK_C)
-        for j in tl.static_range(3 if SUM_DX else 2):
-            tl.store(partial_ptr + (j * programs + pid) * C + offs_c, tl.sum(sums[3 * i + j], 0), mask=offs_c < C)
+    store_sums(sums, partial_ptr, KINDS, C, BLOCK_C)
 
 
 # One row a warp for C up to 1,024. tests/test_compile_kernels.py shows what spills.
@@ -229,6 +253,13 @@ def launch_config(C, name):
     num_warps = max(FORWARD_WARPS if name == "forward" else BACKWARD_WARPS, BLOCK_C // 256)
     cfg = {"C": C, "BLOCK_R": max(1, 256 * num_warps // BLOCK_C), "BLOCK_C": BLOCK_C, "num_warps": num_warps}
     return cfg if name == "forward" else {**cfg, "STAGES": 1}
+
+
+def backward_programs(device):
+    """How many programs share the rows in backward: always as many on one kind of GPU, for the sake of equal sums."""
+    if device.type != "cuda":
+        return PROGRAMS_ON_CPU
+    return PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def dropout_args(dropout_prob):
@@ -292,9 +323,7 @@ def layernorm_backward_op(
     # Autograd may hand over any layout: sum() gives an expanded scalar.
     dy, dnext = dy.contiguous(), None if dnext is None else dnext.contiguous()
     dz, dx = empty_gradients(z, seed, has_residual)
-    programs = PROGRAMS_ON_CPU
-    if dy.is_cuda:
-        programs = PROGRAMS_PER_SM * torch.cuda.get_device_properties(dy.device).multi_processor_count
+    programs = backward_programs(dy.device)
     partial = torch.empty((2 + has_x_bias, programs, dy.shape[1]), dtype=torch.float32, device=dy.device)
     backward_kernel[(programs,)](
         *(dy, dnext, z, weight, seed, mean, rstd, dz if len(dz) else None, dx if len(dx) else None, partial),
