@@ -41,7 +41,7 @@ DIGESTS = "digests.json"
 # its shards, max_steps by what the schedule says.
 FREE_FIELDS = {
     "data_dir", "out_dir", "max_steps", "micro_batch_tokens", "eval_interval", "log_interval", "checkpoint_interval",
-    "keep_checkpoints", "price_per_gpu_hour", "device", "kernels", "compile", "eval_only", "dry_run",
+    "keep_checkpoints", "price_per_gpu_hour", "device", "kernels", "compile", "profile", "eval_only", "dry_run",
 }  # fmt: skip
 
 

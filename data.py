@@ -212,13 +212,16 @@ class MicroBatch:
     num_masked: int  # rows to predict
     sum_squared_lengths: int  # attention's work is proportional to it
 
+    def pinned_for(self, device):
+        """The same micro-batch, for a GPU in pinned memory: its copy waits for nothing, and nothing waits for it."""
+        return self if device.type == "cpu" else self._each(lambda tensor: tensor.pin_memory())
+
     def to(self, device):
-        """The same micro-batch on a device; from the CPU's pinned memory the copy is asynchronous."""
-        if device.type == "cpu":
-            return self
-        tensors = {name: value for name, value in vars(self).items() if hasattr(value, "pin_memory")}
-        moved = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}
-        return MicroBatch(**{**vars(self), **moved})
+        """The same micro-batch on a device; from pinned memory the copy is asynchronous."""
+        return self if device.type == "cpu" else self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _each(self, function):
+        return MicroBatch(**{k: function(v) if hasattr(v, "pin_memory") else v for k, v in vars(self).items()})
 
 
 class Samples:

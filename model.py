@@ -89,8 +89,14 @@ def alibi_slopes(num_heads):
     return torch.tensor(slopes + between[: num_heads - power])
 
 
+def activation_dtype(x):
+    """What autocast makes of x's dtype, where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 class LayerNorm(nn.Module):
-    """LayerNorm(dropout(x) + residual), fused. Under autocast it works in and returns bf16, with fp32 statistics.
+    """LayerNorm, fused with what comes before it. Under autocast it works in and returns bf16, with fp32 statistics.
 
     MosaicBERT calls that low precision LayerNorm: the residual stream stays bf16.
     """
@@ -100,11 +106,14 @@ class LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.bias = nn.Parameter(torch.zeros(hidden_size))
 
-    def forward(self, x, residual=None, dropout_prob=0.0):
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+    def forward(self, x):
+        return self.after(x)[0]
+
+    def after(self, x, residual=None, dropout_prob=0.0, x_bias=None):
+        """LayerNorm(dropout(x + x_bias) + residual) twice, for the next matrix and the next residual."""
+        x = x.to(activation_dtype(x))
         dropout_prob = dropout_prob if self.training else 0.0
-        return kernels.dropout_add_layernorm(x, residual, self.weight, self.bias, dropout_prob, LAYER_NORM_EPS)
+        return kernels.dropout_add_layernorm(x, residual, self.weight, self.bias, dropout_prob, LAYER_NORM_EPS, x_bias)
 
 
 class MosaicLayer(nn.Module):
@@ -120,15 +129,18 @@ class MosaicLayer(nn.Module):
         )
         self.mlp = named(gated_layers=nn.Linear(C, 2 * F_, bias=False), wo=nn.Linear(F_, C), layernorm=LayerNorm(C))
 
-    def forward(self, x, cu_seqlens, max_seqlen, slopes, rows=None):
+    def forward(self, x, residual, cu_seqlens, max_seqlen, slopes, rows=None):
+        """x and residual are one tensor, (total_tokens, C). Returns two of its kind."""
         qkv = self.attention.self.Wqkv(x).unflatten(-1, (3, self.num_heads, -1))  # (total_tokens, 3, H, D)
         attended = kernels.attention_qkvpacked(qkv, cu_seqlens, max_seqlen, slopes).flatten(-2)  # (total_tokens, C)
         if rows is not None:  # in the last layer, what nobody reads need not be computed
-            attended, x = attended[rows], x[rows]  # (num_rows, C)
-        output = self.attention.output
-        x = output.LayerNorm(output.dense(attended), x, self.dropout)
+            attended, residual = attended[rows], residual[rows]  # (num_rows, C)
+        # LayerNorm adds the biases of both output matrices: their gradients then take no pass of their own.
+        output, wo = self.attention.output, self.mlp.wo
+        x = F.linear(attended, output.dense.weight)
+        x, residual = output.LayerNorm.after(x, residual, self.dropout, output.dense.bias)
         gated = kernels.geglu(self.mlp.gated_layers(x), self.dropout if self.training else 0.0)  # (total_tokens, F)
-        return self.mlp.layernorm(self.mlp.wo(gated), x)  # no dropout here
+        return self.mlp.layernorm.after(F.linear(gated, wo.weight), residual, 0.0, wo.bias)  # no dropout here
 
 
 class MosaicEncoder(nn.Module):
@@ -149,14 +161,16 @@ class MosaicEncoder(nn.Module):
     def forward(self, input_ids, cu_seqlens, max_seqlen, rows=None, token_type_ids=None):
         """(total_tokens,) ids to (num_rows, C) hidden states. token_type_ids: like input_ids; None means all 0."""
         embeddings = self.embeddings
-        types = embeddings.token_type_embeddings
-        x = embeddings.word_embeddings(input_ids)  # (total_tokens, C)
-        x = x + (types.weight[0] if token_type_ids is None else types(token_type_ids))
-        x = F.dropout(embeddings.LayerNorm(x), self.dropout, self.training)
+        words, types, norm = embeddings.word_embeddings.weight, embeddings.token_type_embeddings.weight, embeddings.LayerNorm
+        dropout_prob = self.dropout if self.training else 0.0
+        x, residual = kernels.embedding_layernorm(
+            *(input_ids, token_type_ids, words, types, norm.weight, norm.bias),
+            *(dropout_prob, LAYER_NORM_EPS, activation_dtype(words)),
+        )  # each (total_tokens, C)
         for layer in self.encoder.layer[:-1]:
-            x = layer(x, cu_seqlens, max_seqlen, self.slopes)
+            x, residual = layer(x, residual, cu_seqlens, max_seqlen, self.slopes)
         # Differs from MosaicBERT: its last layer also keeps each [CLS] row, which no loss of pretraining reads.
-        return self.encoder.layer[-1](x, cu_seqlens, max_seqlen, self.slopes, rows)
+        return self.encoder.layer[-1](x, residual, cu_seqlens, max_seqlen, self.slopes, rows)[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -249,11 +263,21 @@ class Predictions(nn.Module):
         self.decoder = nn.Linear(C, V)
         self.apply(init_weights)
         self.decoder.weight = word_embeddings.weight
+        self.cross_entropy = kernels.linear_cross_entropy
         if cfg.model == "bert":
+            self.cross_entropy = kernels.linear_cross_entropy_reference  # PyTorch's own operators, here too
             self.bias = self.decoder.bias  # transformers knows it by both names
 
+    def transformed(self, hidden):
+        """(num_rows, C): what the decoder multiplies."""
+        return self.transform.LayerNorm(F.gelu(self.transform.dense(hidden)))
+
     def forward(self, hidden):
-        return self.decoder(self.transform.LayerNorm(F.gelu(self.transform.dense(hidden))))  # (num_rows, V)
+        return self.decoder(self.transformed(hidden))  # (num_rows, V)
+
+    def loss(self, hidden, labels):
+        """Sum of the cross-entropies of the rows whose label is not -100: () fp32."""
+        return self.cross_entropy(self.transformed(hidden), self.decoder.weight, self.decoder.bias, labels)
 
 
 class MaskedLM(nn.Module):
@@ -271,8 +295,8 @@ class MaskedLM(nn.Module):
 
     def forward(self, input_ids, cu_seqlens, max_seqlen, masked_positions, labels):
         """Sum (not mean) of the cross-entropies of the masked tokens in nats, fp32; labels of -100 do not count."""
-        logits = self.masked_logits(input_ids, cu_seqlens, max_seqlen, masked_positions)
-        return F.cross_entropy(logits.float(), labels, reduction="sum")
+        hidden = self.bert(input_ids, cu_seqlens, max_seqlen, rows=masked_positions)  # (num_rows, C)
+        return self.cls.predictions.loss(hidden, labels)
 
     @torch.no_grad()
     def logits(self, input_ids, attention_mask):

@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import convert_hf
+import gpu_trace
 import kernels
 from config import UserError, command, load_config
 from data import EVAL_SEED, Samples, hash64, prefetch
@@ -88,6 +89,7 @@ class TrainConfig(ModelConfig):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products and activations; weights are float32
     kernels: Literal["auto", "triton", "torch"] = "auto"  # auto: this project's Triton kernels on GPUs, else PyTorch
     compile: bool = False  # torch.compile the model
+    profile: str = ""  # steps "a:b" to trace into out_dir, and to say how busy the GPU is in
     eval_only: bool = False  # evaluate the newest checkpoint, and stop
     dry_run: bool = False  # check everything, print an estimate of memory, hours and price, and stop
 
@@ -113,6 +115,7 @@ class TrainConfig(ModelConfig):
                 raise UserError(f"{name}={getattr(self, name)}: must be at least 0 and below 1")
         if self.schedule == "wsd" and self.warmup_fraction + self.decay_fraction > 1:
             raise UserError("warmup_fraction + decay_fraction is above 1 (they are shares of max_steps)")
+        gpu_trace.first_and_last(self.profile)
         if self.global_batch_size % world_size:
             raise UserError(f"global_batch_size={self.global_batch_size} is not a multiple of {world_size} processes")
         if 0 < self.micro_batch_tokens < self.seq_length:
@@ -306,7 +309,7 @@ def evaluate(model, samples, cfg, process, micro_batch_tokens):
     label_counts = torch.zeros(samples.vocab_size, dtype=torch.float64, device=process.device)
 
     def make(part):
-        return samples.micro_batch(order[part], epochs[part], EVAL_SEED, EVAL_MASK_PROB)
+        return samples.micro_batch(order[part], epochs[part], EVAL_SEED, EVAL_MASK_PROB).pinned_for(process.device)
 
     parts = samples.parts(order, micro_batch_tokens, process.rank, process.world_size, equal=False)
     for batch in prefetch(make, parts):
@@ -317,7 +320,7 @@ def evaluate(model, samples, cfg, process, micro_batch_tokens):
         totals[0] += torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
         totals[1] += (logits.argmax(-1) == labels).sum()
         totals[2] += batch.num_masked
-        label_counts += torch.bincount(labels, minlength=samples.vocab_size)
+        label_counts.scatter_add_(0, labels, torch.ones_like(labels, dtype=torch.float64))  # bincount would wait
     if process.world_size > 1:
         dist.all_reduce(totals)
         dist.all_reduce(label_counts)
@@ -450,9 +453,10 @@ def train(cfg, process, run, train_samples, val_samples):
         )
 
     def step_batches(step):
-        return train_samples.train_step(
+        batches = train_samples.train_step(
             step - 1, cfg.global_batch_size, cfg.seed, mask_prob_at(cfg, step), micro_batch_tokens, rank, world_size
         )
+        return [batch.pinned_for(device) for batch in batches]
 
     model = torch.compile(raw_model) if cfg.compile else raw_model
     model.train()
@@ -473,9 +477,11 @@ def train(cfg, process, run, train_samples, val_samples):
     seconds_before = state["seconds"]
 
     steps = range(state["step"] + 1, cfg.max_steps + 1)
-    for step, batches in zip(steps, prefetch(step_batches, steps)):
+    profiled = gpu_trace.profiled(steps, cfg.profile, cfg.out_dir, rank, say)
+    for step, batches in zip(profiled, prefetch(step_batches, steps)):
         # The loss is exact: a sum over all masked tokens of the global batch, divided by their number.
-        num_masked = torch.tensor(float(sum(batch.num_masked for batch in batches)), device=device)
+        # full, not tensor: copying a number from ordinary memory would wait for the GPU to finish the last step.
+        num_masked = torch.full((), float(sum(batch.num_masked for batch in batches)), device=device)
         if world_size > 1:
             dist.all_reduce(num_masked)
         loss = forward_backward(model, batches, num_masked.clamp(min=1), cfg, process, step)

@@ -30,6 +30,16 @@ except ImportError:  # as on macOS
 
 # After triton and tl, which these take from here.
 from kernels.attention import attention_reference, attention_triton, check_attention  # noqa: E402
+from kernels.cross_entropy import (  # noqa: E402
+    check_linear_cross_entropy,
+    linear_cross_entropy_reference,
+    linear_cross_entropy_triton,
+)
+from kernels.embedding import (  # noqa: E402
+    check_embedding_layernorm,
+    embedding_layernorm_reference,
+    embedding_layernorm_triton,
+)
 from kernels.geglu import check_geglu, geglu_reference, geglu_triton  # noqa: E402
 from kernels.layernorm import (  # noqa: E402
     check_layernorm,
@@ -43,8 +53,12 @@ __all__ = [
     "attention_reference",
     "dropout_add_layernorm",
     "dropout_add_layernorm_reference",
+    "embedding_layernorm",
+    "embedding_layernorm_reference",
     "geglu",
     "geglu_reference",
+    "linear_cross_entropy",
+    "linear_cross_entropy_reference",
     "set_backend",
     "uses_triton",
 ]
@@ -113,14 +127,28 @@ def attention_qkvpacked(qkv, cu_seqlens, max_seqlen, slopes):
     return attention_reference(q, k, v, cu_seqlens, max_seqlen, slopes)
 
 
-def dropout_add_layernorm(x, residual, weight, bias, dropout_prob=0.0, eps=1e-12):
-    """LayerNorm(dropout(x) + residual) * weight + bias by rows, with fp32 statistics, in x's dtype; differentiable.
+def dropout_add_layernorm(x, residual, weight, bias, dropout_prob=0.0, eps=1e-12, x_bias=None):
+    """LayerNorm(dropout(x + x_bias) + residual) * weight + bias by rows, with fp32 statistics, in x's dtype.
 
-    x: (num_rows, C). residual: like x, or None. weight, bias: (C,) fp32. torch.manual_seed decides the dropout mask.
+    Returns it twice: with the second for the next residual, backward gets both gradients and adds them itself.
+    Differentiable. x: (num_rows, C). residual: like x, or None. weight, bias: (C,) fp32. x_bias: likewise, or None.
+    torch.manual_seed decides the dropout mask.
     """
-    check_layernorm(x, residual, weight, bias, dropout_prob)
+    check_layernorm(x, residual, weight, bias, dropout_prob, x_bias)
     run = dropout_add_layernorm_triton if uses_triton(x.device) else dropout_add_layernorm_reference
-    return run(x, residual, weight, bias, dropout_prob, eps)
+    return run(x, residual, weight, bias, dropout_prob, eps, x_bias)
+
+
+def embedding_layernorm(ids, type_ids, words, types, weight, bias, dropout_prob=0.0, eps=1e-12, dtype=None):
+    """dropout(LayerNorm(words[ids] + types[type_ids])), (num_rows, C), twice as above; differentiable.
+
+    ids: (num_rows,) integers; 0 is [PAD], whose row of words gets no gradient. type_ids: likewise, or None for all 0.
+    words: (V, C), types: (2, C), weight, bias: (C,), fp32. dtype: of the result; None for that of words.
+    torch.manual_seed decides the dropout mask.
+    """
+    check_embedding_layernorm(ids, type_ids, words, types, weight, bias, dropout_prob)
+    run = embedding_layernorm_triton if uses_triton(words.device) else embedding_layernorm_reference
+    return run(ids, type_ids, words, types, weight, bias, dropout_prob, eps, dtype)
 
 
 def geglu(x, dropout_prob=0.0):
@@ -130,3 +158,14 @@ def geglu(x, dropout_prob=0.0):
     """
     check_geglu(x, dropout_prob)
     return geglu_triton(x, dropout_prob) if uses_triton(x.device) else geglu_reference(x, dropout_prob)
+
+
+def linear_cross_entropy(hidden, weight, bias, labels):
+    """Sum over rows of the cross-entropy in nats, fp32, of hidden weight^T + bias and labels; -100 does not count.
+
+    Differentiable. hidden: (num_rows, C). weight: (V, C) and bias: (V,), fp32. labels: (num_rows,) int64. The products
+    are of hidden's dtype.
+    """
+    check_linear_cross_entropy(hidden, weight, bias, labels)
+    run = linear_cross_entropy_triton if uses_triton(hidden.device) else linear_cross_entropy_reference
+    return run(hidden, weight, bias, labels)

@@ -2,22 +2,32 @@
 
 For each row of C elements, with keep the dropout mask and p the probability of dropping:
 
-    z    = x * keep / (1 - p) + residual
+    z    = (x + x_bias) * keep / (1 - p) + residual
     mean = sum(z) / C,   rstd = 1 / sqrt(sum((z - mean)^2) / C + eps)
     xhat = (z - mean) * rstd
     y    = xhat * weight + bias
 
-and with dy the gradient that comes in, g = dy * weight:
+The result comes twice, as y and as next_residual: one tensor, but two gradients. In a post-LN Transformer a matrix
+product reads it, and the next residual addition. Autograd would add their gradients in a kernel of its own, 3
+activations of traffic; here the backward kernel reads both. With dy their sum and g = dy * weight:
 
     dz        = rstd * (g - mean(g) - xhat * mean(g * xhat))
     dresidual = dz
     dx        = dz * keep / (1 - p)
-    dweight   = sum over rows of dy * xhat,   dbias = sum over rows of dy
+    dweight   = sum over rows of dy * xhat,   dbias = sum over rows of dy,   dx_bias = sum over rows of dx
 
-Shapes: x, residual, y (num_rows, C) of one dtype, fp32, fp16 or bf16; weight, bias (C,) fp32. All arithmetic and all
-statistics are fp32, also for half-precision x. Saved for backward: z in x's dtype (x itself when z is x), mean and
-rstd in fp32. The mask is not saved but drawn again from its seed. dweight and dbias take two stages without atomic
-additions: a fixed number of programs sum their rows in fp32, then PyTorch sums those partial sums in a fixed order.
+x_bias is the bias of the Linear that made x. Added here it costs nothing, and its gradient needs no pass over dx.
+
+Shapes: x, residual, y (num_rows, C) of one dtype, fp32, fp16 or bf16; weight, bias, x_bias (C,) fp32. All arithmetic
+and all statistics are fp32, also for half-precision x. Saved for backward: z in x's dtype (x itself when z is x), mean
+and rstd in fp32. The mask is not saved but drawn again from its seed. The sums over rows take two stages without
+atomic additions: a fixed number of programs sum their rows in fp32, then PyTorch sums those partial sums in a fixed
+order.
+
+A row is worked on in parts of 256 columns, 3 for C = 768: no lane is idle, as a quarter would be in one block of
+1,024. A part of a row is then 8 elements (one 16-byte load) for each lane of one warp, so a row's sums need no barrier.
+
+Traffic in activations of C elements: forward reads 2 and writes 2; backward reads 3 and writes 2, or 1 without dropout.
 
 Dropout: the mask is a function of (seed, row, column) alone. One call of the Philox generator gives 128 bits, which
 decide 8 elements with 16 bits each, so p is rounded to a multiple of 1 / 65536, and 1 - p above is the rounded one:
@@ -43,29 +53,90 @@ PHILOX_ROUNDS = tl.constexpr(7)
 DROPOUT_LEVELS = 65536  # 2^16: 16 random bits decide one element
 
 
-def dropout_add_layernorm_reference(x, residual, weight, bias, dropout_prob=0.0, eps=1e-12):
+def dropout_add_layernorm_reference(x, residual, weight, bias, dropout_prob=0.0, eps=1e-12, x_bias=None):
     """The same function in plain PyTorch, for any device and dtype. Its dropout mask is another one, PyTorch's own."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    z = F.dropout(x.to(dtype), dropout_prob)
+    z = x.to(dtype) if x_bias is None else x.to(dtype) + x_bias
+    z = F.dropout(z, dropout_prob)
     if residual is not None:
         z = z + residual
-    return F.layer_norm(z, weight.shape, weight.to(dtype), bias.to(dtype), eps).to(x.dtype)
+    y = F.layer_norm(z, weight.shape, weight.to(dtype), bias.to(dtype), eps).to(x.dtype)
+    return y, y
 
 
 @triton.jit
-def keep_mask(seed_ptr, offs_r, threshold, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """(BLOCK_R, BLOCK_C), True for elements that stay. Forward and backward draw the same."""
-    groups = tl.arange(0, BLOCK_C // 8)  # of 8 columns, one generator call each
-    counter = offs_r.to(tl.int64)[:, None] * (BLOCK_C // 8) + groups[None, :]  # (BLOCK_R, BLOCK_C // 8)
+def keep_mask(seed_ptr, first, threshold, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """(BLOCK_R, BLOCK_C), True for elements that stay. Forward and backward draw the same.
+
+    first: (BLOCK_R,) int64, numbers of which no two rows anywhere share the next BLOCK_C / 8.
+    """
+    counter = first[:, None] + tl.arange(0, BLOCK_C // 8)[None, :]  # (BLOCK_R, BLOCK_C // 8): one call, 8 columns
     a, b, c, d = tl.randint4x(tl.load(seed_ptr), counter, PHILOX_ROUNDS)  # 32 bits each
-    bits = tl.join(tl.join(a, b), tl.join(c, d))  # (BLOCK_R, BLOCK_C // 8, 2, 2)
-    bits = tl.join(bits & 0xFFFF, (bits >> 16) & 0xFFFF)  # (BLOCK_R, BLOCK_C // 8, 2, 2, 2)
-    return tl.reshape(bits.to(tl.int32), (BLOCK_R, BLOCK_C)) >= threshold
+    bits = tl.join(tl.join(a, b), tl.join(c, d)).to(tl.uint32)  # (BLOCK_R, BLOCK_C // 8, 2, 2)
+    bits = tl.join(bits << 16, bits)  # (BLOCK_R, BLOCK_C // 8, 2, 2, 2): the upper 16 bits decide, the rest is no matter
+    return tl.reshape(bits, (BLOCK_R, BLOCK_C)) >= (threshold.to(tl.uint32) << 16)
+
+
+@triton.jit
+def columns_of(i, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The columns of part i, and which exist, in the shape of a part: what is loaded with them needs no new layout."""
+    offs_c = tl.broadcast_to(i * BLOCK_C + tl.arange(0, BLOCK_C)[None, :], (BLOCK_R, BLOCK_C))
+    return offs_c, offs_c < C
+
+
+@triton.jit
+def part_of_rows(offs_r, num_rows, i, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Part i of some rows, (BLOCK_R, BLOCK_C): (offsets, which exist, columns, which exist, numbers for keep_mask)."""
+    offs_c, columns = columns_of(i, C, BLOCK_R, BLOCK_C)
+    r = offs_r.to(tl.int64)
+    first = (r * ((C + BLOCK_C - 1) // BLOCK_C) + i) * (BLOCK_C // 8)  # (BLOCK_R,)
+    return r[:, None] * C + offs_c, (offs_r < num_rows)[:, None] & columns, offs_c, columns, first
+
+
+@triton.jit
+def statistics(parts, eps, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """(mean, rstd), each (BLOCK_R,), of rows in parts; columns that do not exist are 0."""
+    total, squares = parts[0], tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for i in tl.static_range(1, len(parts)):
+        total += parts[i]
+    mean = tl.sum(total, 1) / C
+    for i in tl.static_range(len(parts)):
+        centred = tl.where(columns_of(i, C, BLOCK_R, BLOCK_C)[1], parts[i] - mean[:, None], 0.0)
+        squares += centred * centred
+    return mean, 1 / tl.sqrt(tl.sum(squares, 1) / C + eps)
+
+
+@triton.jit
+def through_layernorm(dys, xhats, rstd, weight_ptr, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The parts of dz from those of dy and xhat. dy is 0 where nothing exists, so that sums count only what does."""
+    sum_g, sum_gx = tl.zeros((BLOCK_R, BLOCK_C), tl.float32), tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    gs, dzs = (), ()
+    for i in tl.static_range(len(dys)):
+        offs_c, columns = columns_of(i, C, BLOCK_R, BLOCK_C)
+        g = dys[i] * tl.load(weight_ptr + offs_c, mask=columns, other=0.0)
+        sum_g += g
+        sum_gx += g * xhats[i]
+        gs = gs + (g,)
+    mean_g, mean_gx = tl.sum(sum_g, 1) / C, tl.sum(sum_gx, 1) / C  # (BLOCK_R,)
+    for i in tl.static_range(len(dys)):
+        dzs = dzs + (rstd[:, None] * (gs[i] - mean_g[:, None] - xhats[i] * mean_gx[:, None]),)
+    return dzs
+
+
+@triton.jit
+def store_sums(sums, partial_ptr, KINDS: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """This program's part of KINDS sums over rows, of which each part of the columns has as many tiles."""
+    pid, programs = tl.program_id(0), tl.num_programs(0)
+    for i in tl.static_range(len(sums)):
+        offs_c = i // KINDS * BLOCK_C + tl.arange(0, BLOCK_C)
+        row_ptr = partial_ptr + (i % KINDS * programs + pid) * C
+        tl.store(row_ptr + offs_c, tl.sum(sums[i], 0), mask=offs_c < C)
 
 
 @triton.jit(do_not_specialize=["num_rows", "threshold"])
 def forward_kernel(
     x_ptr,  # (num_rows, C)
+    x_bias_ptr,  # (C,) fp32, or None
     residual_ptr,  # (num_rows, C), or None
     weight_ptr,  # (C,) fp32
     bias_ptr,  # (C,) fp32
@@ -80,36 +151,39 @@ def forward_kernel(
     eps,
     C: tl.constexpr,
     BLOCK_R: tl.constexpr,  # rows of one program
-    BLOCK_C: tl.constexpr,  # C rounded up to a power of two
+    BLOCK_C: tl.constexpr,  # columns of one part
 ):
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    offs_c = tl.arange(0, BLOCK_C)
-    offs = offs_r.to(tl.int64)[:, None] * C + offs_c[None, :]  # (BLOCK_R, BLOCK_C)
-    rows, columns = offs_r < num_rows, offs_c < C
-    mask = rows[:, None] & columns[None, :]
+    PARTS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    parts = ()
+    for i in tl.static_range(PARTS):
+        offs, mask, offs_c, columns, first = part_of_rows(offs_r, num_rows, i, C, BLOCK_R, BLOCK_C)
+        z = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        if x_bias_ptr is not None:
+            z += tl.load(x_bias_ptr + offs_c, mask=columns, other=0.0)
+        if seed_ptr is not None:
+            z = tl.where(keep_mask(seed_ptr, first, threshold, BLOCK_R, BLOCK_C), z * keep_scale, 0.0)
+        if residual_ptr is not None:
+            z += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        if z_ptr is not None:
+            tl.store(z_ptr + offs, z.to(z_ptr.dtype.element_ty), mask=mask)
+        parts = parts + (z,)
 
-    z = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    if seed_ptr is not None:
-        z = tl.where(keep_mask(seed_ptr, offs_r, threshold, BLOCK_R, BLOCK_C), z * keep_scale, 0.0)
-    if residual_ptr is not None:
-        z += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    if z_ptr is not None:
-        tl.store(z_ptr + offs, z.to(z_ptr.dtype.element_ty), mask=mask)
-
-    mean = tl.sum(z, 1) / C  # (BLOCK_R,)
-    centred = tl.where(columns[None, :], z - mean[:, None], 0.0)
-    rstd = 1 / tl.sqrt(tl.sum(centred * centred, 1) / C + eps)  # (BLOCK_R,)
-    weight = tl.load(weight_ptr + offs_c, mask=columns, other=0.0)  # (BLOCK_C,)
-    bias = tl.load(bias_ptr + offs_c, mask=columns, other=0.0)  # (BLOCK_C,)
-    y = (z - mean[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :]
-    tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
-    tl.store(mean_ptr + offs_r, mean, mask=rows)
-    tl.store(rstd_ptr + offs_r, rstd, mask=rows)
+    mean, rstd = statistics(parts, eps, C, BLOCK_R, BLOCK_C)
+    for i in tl.static_range(PARTS):
+        offs, mask, offs_c, columns, first = part_of_rows(offs_r, num_rows, i, C, BLOCK_R, BLOCK_C)
+        weight = tl.load(weight_ptr + offs_c, mask=columns, other=0.0)
+        bias = tl.load(bias_ptr + offs_c, mask=columns, other=0.0)
+        y = (parts[i] - mean[:, None]) * rstd[:, None] * weight + bias
+        tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(mean_ptr + offs_r, mean, mask=offs_r < num_rows)
+    tl.store(rstd_ptr + offs_r, rstd, mask=offs_r < num_rows)
 
 
 @triton.jit(do_not_specialize=["num_rows", "threshold"])
 def backward_kernel(
     dy_ptr,  # (num_rows, C)
+    dnext_ptr,  # (num_rows, C): the gradient of next_residual, or None
     z_ptr,  # (num_rows, C)
     weight_ptr,  # (C,) fp32
     seed_ptr,  # (1,) int64, or None for no dropout
@@ -117,62 +191,75 @@ def backward_kernel(
     rstd_ptr,  # (num_rows,) fp32
     dz_ptr,  # (num_rows, C): written, or None when only dx is wanted
     dx_ptr,  # (num_rows, C): written, or None when it equals dz
-    partial_ptr,  # (2, programs, C) fp32: written, each program's part of dweight and of dbias
+    partial_ptr,  # (3, programs, C) fp32: written, each program's part of dweight, dbias and dx_bias
     num_rows,
     threshold,
     keep_scale,
     C: tl.constexpr,
     BLOCK_R: tl.constexpr,  # rows of one step
     BLOCK_C: tl.constexpr,
+    SUM_DX: tl.constexpr,  # whether dx_bias is wanted
+    STAGES: tl.constexpr,  # steps whose loads are under way at once
 ):
     """Each program takes every num_programs-th block of rows, so its sums depend on nothing but the row count."""
     pid, programs = tl.program_id(0), tl.num_programs(0)
-    offs_c = tl.arange(0, BLOCK_C)
-    columns = offs_c < C
-    weight = tl.load(weight_ptr + offs_c, mask=columns, other=0.0)  # (BLOCK_C,)
-    dweight = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    dbias = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    for first in range(pid * BLOCK_R, num_rows, programs * BLOCK_R):
-        offs_r = first + tl.arange(0, BLOCK_R)
-        offs = offs_r.to(tl.int64)[:, None] * C + offs_c[None, :]  # (BLOCK_R, BLOCK_C)
-        rows = offs_r < num_rows
-        mask = rows[:, None] & columns[None, :]
-        dy = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        z = tl.load(z_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        mean = tl.load(mean_ptr + offs_r, mask=rows, other=0.0)  # (BLOCK_R,)
-        rstd = tl.load(rstd_ptr + offs_r, mask=rows, other=0.0)  # (BLOCK_R,)
+    PARTS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    KINDS: tl.constexpr = 3 if SUM_DX else 2
+    sums = ()  # of each part of the columns: dweight, dbias and, if wanted, dx_bias
+    for _ in tl.static_range(KINDS * PARTS):
+        sums = sums + (tl.zeros((BLOCK_R, BLOCK_C), tl.float32),)
+    for block in tl.range(pid * BLOCK_R, num_rows, programs * BLOCK_R, num_stages=STAGES):
+        offs_r = block + tl.arange(0, BLOCK_R)
+        mean = tl.load(mean_ptr + offs_r, mask=offs_r < num_rows, other=0.0)  # (BLOCK_R,)
+        rstd = tl.load(rstd_ptr + offs_r, mask=offs_r < num_rows, other=0.0)  # (BLOCK_R,)
+        dys, xhats = (), ()
+        for i in tl.static_range(PARTS):
+            offs, mask, offs_c, columns, first = part_of_rows(offs_r, num_rows, i, C, BLOCK_R, BLOCK_C)
+            dy = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+            if dnext_ptr is not None:
+                dy += tl.load(dnext_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+            z = tl.load(z_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+            dys, xhats = dys + (dy,), xhats + ((z - mean[:, None]) * rstd[:, None],)
+        dzs = through_layernorm(dys, xhats, rstd, weight_ptr, C, BLOCK_R, BLOCK_C)
 
-        xhat = (z - mean[:, None]) * rstd[:, None]
-        g = dy * weight[None, :]  # 0 outside the mask, so that every sum below counts only what is inside
-        mean_g, mean_gx = tl.sum(g, 1) / C, tl.sum(g * xhat, 1) / C  # (BLOCK_R,)
-        dz = rstd[:, None] * (g - mean_g[:, None] - xhat * mean_gx[:, None])
-        dweight += dy * xhat
-        dbias += dy
-        if dz_ptr is not None:
-            tl.store(dz_ptr + offs, dz.to(dz_ptr.dtype.element_ty), mask=mask)
-        if dx_ptr is not None:
-            dx = tl.where(keep_mask(seed_ptr, offs_r, threshold, BLOCK_R, BLOCK_C), dz * keep_scale, 0.0)
-            tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-    tl.store(partial_ptr + pid * C + offs_c, tl.sum(dweight, 0), mask=columns)
-    tl.store(partial_ptr + (programs + pid) * C + offs_c, tl.sum(dbias, 0), mask=columns)
+        new = ()
+        for i in tl.static_range(PARTS):
+            offs, mask, offs_c, columns, first = part_of_rows(offs_r, num_rows, i, C, BLOCK_R, BLOCK_C)
+            dx = dzs[i]
+            if dz_ptr is not None:
+                tl.store(dz_ptr + offs, dx.to(dz_ptr.dtype.element_ty), mask=mask)
+            if seed_ptr is not None:
+                dx = tl.where(keep_mask(seed_ptr, first, threshold, BLOCK_R, BLOCK_C), dx * keep_scale, 0.0)
+            if dx_ptr is not None:
+                tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+            new = new + (sums[KINDS * i] + dys[i] * xhats[i], sums[KINDS * i + 1] + dys[i])
+            if SUM_DX:
+                new = new + (sums[KINDS * i + 2] + dx,)  # 0 in rows that do not exist, as rstd is
+        sums = new
+    store_sums(sums, partial_ptr, KINDS, C, BLOCK_C)
 
 
-# 16 elements a thread, in blocks of at least 128 threads. With 32 a thread registers spill for some C and GPUs, as
-# tests/test_compile_kernels.py shows. Other tiles have not been timed.
+# One row a warp for C up to 1,024. tests/test_compile_kernels.py shows what spills.
 MAX_C = 8192
-TILE_ELEMENTS = 2048
-PROGRAMS_PER_SM = 4  # of backward: as many as fit at its up to 128 registers a thread
+FORWARD_WARPS, BACKWARD_WARPS = 4, 4  # of a program; BLOCK_R is as many rows as they take at once
+PROGRAMS_PER_SM = 3  # of backward: as many as fit at its up to 255 registers a thread
 PROGRAMS_ON_CPU = 4  # of backward, under the interpreter
 
 
-def launch_config(C):
-    BLOCK_C = max(8, triton.next_power_of_2(C))  # 8: the elements of one generator call
-    return {
-        "C": C,
-        "BLOCK_R": max(1, TILE_ELEMENTS // BLOCK_C),
-        "BLOCK_C": BLOCK_C,
-        "num_warps": max(4, BLOCK_C // 512),
-    }
+def launch_config(C, name):
+    """The constants of the "forward" or "backward" kernel."""
+    BLOCK_C = triton.next_power_of_2(C) if C <= 256 else max(256, triton.next_power_of_2(triton.cdiv(C, 4)))
+    BLOCK_C = max(8, BLOCK_C)  # the elements of one generator call
+    num_warps = max(FORWARD_WARPS if name == "forward" else BACKWARD_WARPS, BLOCK_C // 256)
+    cfg = {"C": C, "BLOCK_R": max(1, 256 * num_warps // BLOCK_C), "BLOCK_C": BLOCK_C, "num_warps": num_warps}
+    return cfg if name == "forward" else {**cfg, "STAGES": 1}
+
+
+def backward_programs(device):
+    """How many programs share the rows in backward: always as many on one kind of GPU, for the sake of equal sums."""
+    if device.type != "cuda":
+        return PROGRAMS_ON_CPU
+    return PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def dropout_args(dropout_prob):
@@ -188,6 +275,7 @@ def dropout_args(dropout_prob):
 @torch.library.custom_op("mosaicbert::dropout_add_layernorm", mutates_args=())
 def layernorm_op(
     x: Tensor,
+    x_bias: Tensor | None,
     residual: Tensor | None,
     weight: Tensor,
     bias: Tensor,
@@ -196,10 +284,10 @@ def layernorm_op(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y, z, mean, rstd); z is empty where it would equal x."""
-    y, z, mean, rstd = empty_outputs(x, residual, seed)
-    cfg = launch_config(x.shape[1])
+    y, z, mean, rstd = empty_outputs(x, x_bias, residual, seed)
+    cfg = launch_config(x.shape[1], "forward")
     forward_kernel[(triton.cdiv(len(x), cfg["BLOCK_R"]),)](
-        *(x, residual, weight, bias, seed, y, z if len(z) else None, mean, rstd),
+        *(x, x_bias, residual, weight, bias, seed, y, z if len(z) else None, mean, rstd),
         *(len(x), *dropout_args(dropout_prob), eps),
         **cfg,
     )
@@ -207,12 +295,13 @@ def layernorm_op(
 
 
 @layernorm_op.register_fake
-def _(x, residual, weight, bias, seed, dropout_prob, eps):
-    return empty_outputs(x, residual, seed)
+def _(x, x_bias, residual, weight, bias, seed, dropout_prob, eps):
+    return empty_outputs(x, x_bias, residual, seed)
 
 
-def empty_outputs(x, residual, seed):
-    y, z = torch.empty_like(x), torch.empty_like(x[:0] if residual is None and seed is None else x)
+def empty_outputs(x, x_bias, residual, seed):
+    z_is_x = x_bias is None and residual is None and seed is None
+    y, z = torch.empty_like(x), torch.empty_like(x[:0] if z_is_x else x)
     mean = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     return y, z, mean, torch.empty_like(mean)
 
@@ -220,6 +309,7 @@ def empty_outputs(x, residual, seed):
 @torch.library.custom_op("mosaicbert::dropout_add_layernorm_backward", mutates_args=())
 def layernorm_backward_op(
     dy: Tensor,
+    dnext: Tensor | None,
     z: Tensor,
     weight: Tensor,
     seed: Tensor | None,
@@ -227,25 +317,26 @@ def layernorm_backward_op(
     rstd: Tensor,
     dropout_prob: float,
     has_residual: bool,
+    has_x_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dz, dx, (2, C) dweight and dbias); dx is empty where it would equal dz, and dz where nobody wants it."""
-    dy = dy.contiguous()  # autograd may hand over any layout: sum() gives an expanded scalar
+    """(dz, dx, (3, C) dweight, dbias and dx_bias); dx is empty where it would equal dz, dz where nobody wants it."""
+    # Autograd may hand over any layout: sum() gives an expanded scalar.
+    dy, dnext = dy.contiguous(), None if dnext is None else dnext.contiguous()
     dz, dx = empty_gradients(z, seed, has_residual)
-    programs = PROGRAMS_ON_CPU
-    if dy.is_cuda:
-        programs = PROGRAMS_PER_SM * torch.cuda.get_device_properties(dy.device).multi_processor_count
-    partial = torch.empty((2, programs, dy.shape[1]), dtype=torch.float32, device=dy.device)
+    programs = backward_programs(dy.device)
+    partial = torch.empty((2 + has_x_bias, programs, dy.shape[1]), dtype=torch.float32, device=dy.device)
     backward_kernel[(programs,)](
-        *(dy, z, weight, seed, mean, rstd, dz if len(dz) else None, dx if len(dx) else None, partial),
+        *(dy, dnext, z, weight, seed, mean, rstd, dz if len(dz) else None, dx if len(dx) else None, partial),
         *(len(dy), *dropout_args(dropout_prob)),
-        **launch_config(dy.shape[1]),
+        SUM_DX=has_x_bias,
+        **launch_config(dy.shape[1], "backward"),
     )
     return dz, dx, partial.sum(1)
 
 
 @layernorm_backward_op.register_fake
-def _(dy, z, weight, seed, mean, rstd, dropout_prob, has_residual):
-    return *empty_gradients(z, seed, has_residual), weight.new_empty(2, z.shape[1])
+def _(dy, dnext, z, weight, seed, mean, rstd, dropout_prob, has_residual, has_x_bias):
+    return *empty_gradients(z, seed, has_residual), weight.new_empty(2 + has_x_bias, z.shape[1])
 
 
 def empty_gradients(z, seed, has_residual):
@@ -254,52 +345,59 @@ def empty_gradients(z, seed, has_residual):
     return dz, dx
 
 
-def setup_context(ctx, inputs, output):
-    x, residual, weight, bias, seed, ctx.dropout_prob, _ = inputs
-    _, z, mean, rstd = output
-    ctx.has_residual = residual is not None
-    ctx.save_for_backward(z if ctx.has_residual or seed is not None else x, weight, seed, mean, rstd)
-    ctx.set_materialize_grads(False)  # only y has a gradient: do not fill the others with zeros
+class DropoutAddLayerNorm(torch.autograd.Function):
+    """A Function, not an operator with a registered gradient, because only a Function may return one tensor twice."""
+
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, seed, dropout_prob, eps, x_bias):
+        y, z, mean, rstd = layernorm_op(x, x_bias, residual, weight, bias, seed, dropout_prob, eps)
+        ctx.dropout_prob, ctx.has_residual, ctx.has_x_bias = dropout_prob, residual is not None, x_bias is not None
+        ctx.save_for_backward(z if len(z) else x, weight, seed, mean, rstd)
+        ctx.set_materialize_grads(False)  # of two outputs one may be unused: no zeros for it
+        return y, y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, dy, dnext):
+        if dy is None:
+            dy, dnext = dnext, None
+        has = ctx.has_residual, ctx.has_x_bias
+        dz, dx, dparams = layernorm_backward_op(dy, dnext, *ctx.saved_tensors, ctx.dropout_prob, *has)
+        dx = dx if len(dx) else dz
+        dx_bias = dparams[2] if ctx.has_x_bias else None
+        return dx, dz if ctx.has_residual else None, dparams[0], dparams[1], None, None, None, dx_bias
 
 
-def backward(ctx, dy, *_):
-    _, _, seed, _, _ = ctx.saved_tensors
-    dz, dx, dparams = layernorm_backward_op(dy, *ctx.saved_tensors, ctx.dropout_prob, ctx.has_residual)
-    return dz if seed is None else dx, dz if ctx.has_residual else None, *dparams, None, None, None
-
-
-layernorm_op.register_autograd(backward, setup_context=setup_context)
-
-
-def check_layernorm(x, residual, weight, bias, dropout_prob):
+def check_layernorm(x, residual, weight, bias, dropout_prob, x_bias=None):
     """Raises: ValueError for what neither the kernels nor the reference would understand."""
     if x.dim() != 2:
         raise ValueError(f"dropout_add_layernorm: x has shape {tuple(x.shape)}; expected (num_rows, C)")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         got, want = (f"{t.dtype} of shape {tuple(t.shape)}" for t in (residual, x))
         raise ValueError(f"dropout_add_layernorm: residual is {got}; expected {want}, like x")
-    if not weight.shape == bias.shape == x.shape[1:]:
-        got = f"{tuple(weight.shape)} and {tuple(bias.shape)}"
-        raise ValueError(f"dropout_add_layernorm: weight and bias have shapes {got}; expected ({x.shape[1]},) for each")
-    if any(t is not None and t.device != x.device for t in (residual, weight, bias)):
-        raise ValueError(f"dropout_add_layernorm: residual, weight and bias must be where x is, on {x.device}")
+    vectors = [t for t in (weight, bias, x_bias) if t is not None]
+    if any(t.shape != x.shape[1:] for t in vectors):
+        got = " and ".join(str(tuple(t.shape)) for t in vectors)
+        raise ValueError(f"dropout_add_layernorm: weight and biases have shapes {got}; expected ({x.shape[1]},) for each")
+    if any(t is not None and t.device != x.device for t in (residual, *vectors)):
+        raise ValueError(f"dropout_add_layernorm: residual, weight and biases must be where x is, on {x.device}")
     if not 0 <= dropout_prob < 1:
         raise ValueError(f"dropout_add_layernorm: dropout_prob={dropout_prob}; expected 0 <= dropout_prob < 1")
 
 
-def dropout_add_layernorm_triton(x, residual, weight, bias, dropout_prob=0.0, eps=1e-12):
-    """The function by the kernels; differentiable in x, residual, weight and bias.
+def dropout_add_layernorm_triton(x, residual, weight, bias, dropout_prob=0.0, eps=1e-12, x_bias=None):
+    """The function by the kernels; differentiable in x, residual, weight, bias and x_bias.
 
     Raises: ValueError for inputs that only the reference takes.
     """
     limit = "dropout_add_layernorm: the Triton kernels take"
+    vectors = [t for t in (weight, bias, x_bias) if t is not None]
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"{limit} x in float32, float16 or bfloat16, not {x.dtype}")
-    if weight.dtype != torch.float32 or bias.dtype != torch.float32:
-        raise ValueError(f"{limit} weight and bias in float32, not {weight.dtype} and {bias.dtype}")
+    if any(t.dtype != torch.float32 for t in vectors):
+        raise ValueError(f"{limit} weight and biases in float32, not {', '.join(str(t.dtype) for t in vectors)}")
     if not 1 <= x.shape[1] <= MAX_C:
         raise ValueError(f"{limit} rows of 1 to {MAX_C}, not {x.shape[1]}")
-    if any(t is not None and not t.is_contiguous() for t in (x, residual, weight, bias)):
-        raise ValueError(f"{limit} contiguous tensors only; call .contiguous() on x, residual, weight and bias")
+    if any(t is not None and not t.is_contiguous() for t in (x, residual, *vectors)):
+        raise ValueError(f"{limit} contiguous tensors only; call .contiguous() on x, residual, weight and biases")
     seed = torch.randint(2**62, (1,), device=x.device) if dropout_prob > 0 else None
-    return layernorm_op(x, residual, weight, bias, seed, dropout_prob, eps)[0]
+    return DropoutAddLayerNorm.apply(x, residual, weight, bias, seed, dropout_prob, eps, x_bias)

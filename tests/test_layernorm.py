@@ -17,27 +17,38 @@ module = sys.modules["kernels.layernorm"]
 pytestmark = pytest.mark.usefixtures("poison_empty")
 
 
+NAMES = ("x", "residual", "weight", "bias", "x_bias")
+
+
 def make_inputs(num_rows, C, dtype, device="cpu", residual=True, mean=10.0):
-    """(dy, x, residual, weight, bias), with a mean of z that is large beside its deviation of 1."""
-    dy, x, other = (torch.randn(num_rows, C, device=device) for _ in range(3))
-    weight, bias = torch.randn(2, C, device=device)
-    other = (other + mean).to(dtype) if residual else None
-    return dy.to(dtype), (x if residual else x + mean).to(dtype), other, weight, bias
+    """(dy, dnext, x, residual, weight, bias, x_bias), with a mean of z that is large beside its deviation of 1.
+
+    Without a residual dnext, residual and x_bias are None.
+    """
+    dy, dnext, x, other = (torch.randn(num_rows, C, device=device) for _ in range(4))
+    weight, bias, x_bias = torch.randn(3, C, device=device)
+    if not residual:
+        return dy.to(dtype), None, (x + mean).to(dtype), None, weight, bias, None
+    return dy.to(dtype), dnext.to(dtype), x.to(dtype), (other + mean).to(dtype), weight, bias, x_bias
 
 
-def run(function, dy, x, residual, weight, bias, *args):
-    """{"y", "dx", "dresidual", "dweight", "dbias"} of one forward and backward pass; dresidual only if there is one."""
-    inputs = {"x": x, "residual": residual, "weight": weight, "bias": bias}
+def run(function, dy, dnext, x, residual, weight, bias, x_bias, dropout_prob=0.0):
+    """{"y", "dx", "dresidual", "dweight", "dbias", "dx_bias"} of one forward and backward pass, what there is of them."""
+    inputs = dict(zip(NAMES, (x, residual, weight, bias, x_bias)))
     inputs = {name: t.detach().requires_grad_() for name, t in inputs.items() if t is not None}
-    y = function(inputs["x"], inputs.get("residual"), inputs["weight"], inputs["bias"], *args)
-    gradients = torch.autograd.grad(y, list(inputs.values()), dy)
+    y, following = function(*(inputs.get(name) for name in NAMES[:4]), dropout_prob, 1e-12, inputs.get("x_bias"))
+    assert torch.equal(y, following)
+    outputs, gradients = ((y,), (dy,)) if dnext is None else ((y, following), (dy, dnext))
+    gradients = torch.autograd.grad(outputs, list(inputs.values()), gradients)
     return {"y": y.detach(), **{f"d{name}": gradient for name, gradient in zip(inputs, gradients)}}
 
 
-def unfused(x, residual, weight, bias):
+def unfused(x, residual, weight, bias, dropout_prob=0.0, eps=1e-12, x_bias=None):
     """What PyTorch does in x's dtype without this operator: the yardstick for half precision."""
-    z = x if residual is None else x + residual
-    return F.layer_norm(z, weight.shape, weight.to(x.dtype), bias.to(x.dtype), 1e-12)
+    z = x if x_bias is None else x + x_bias.to(x.dtype)
+    z = z if residual is None else z + residual
+    y = F.layer_norm(z, weight.shape, weight.to(x.dtype), bias.to(x.dtype), eps)
+    return y, y
 
 
 def double(tensors):
@@ -56,16 +67,18 @@ def check(*inputs):
 
 @pytest.mark.parametrize("residual", [True, False])
 def test_reference_is_the_definition(residual):
-    _, x, other, weight, bias = make_inputs(3, 6, torch.float64, residual=residual)
-    weight, bias = weight.double(), bias.double()
-    z = x + other if residual else x
+    x, other, weight, bias, x_bias = double(make_inputs(3, 6, torch.float64, residual=residual)[2:])
+    z = x + x_bias + other if residual else x
     variance, mean = torch.var_mean(z, -1, correction=0, keepdim=True)
     expected = (z - mean) / (variance + 1e-12).sqrt() * weight + bias
-    got = dropout_add_layernorm_reference(x, other, weight, bias)
+    got, following = dropout_add_layernorm_reference(x, other, weight, bias, x_bias=x_bias)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    assert got is following
     torch.autograd.gradcheck(
-        lambda *args: dropout_add_layernorm_reference(args[0], args[1] if residual else None, *args[-2:]),
-        [t.requires_grad_() for t in (x, other, weight, bias) if t is not None],
+        lambda x, weight, bias, *more: dropout_add_layernorm_reference(
+            x, more[0] if more else None, weight, bias, x_bias=more[1] if more else None
+        )[0],
+        [t.requires_grad_() for t in (x, weight, bias, other, x_bias) if t is not None],
     )
 
 
@@ -74,12 +87,12 @@ def test_reference_is_the_definition(residual):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("residual", [True, False])
-@pytest.mark.parametrize("num_rows, C", [(1, 768), (3, 1024), (50, 64), (41, 200), (1000, 128), (2, 8192), (5, 1)])
+@pytest.mark.parametrize("num_rows, C", [(1, 768), (3, 1024), (50, 64), (41, 200), (300, 128), (3, 1100), (2, 8192), (5, 1)])
 def test_matches_reference(num_rows, C, residual, dtype, device, triton_backend):
     if C == 1:
         # A row of one element has xhat 0 and rstd 1e6, which only fp64 shows; y is the bias.
-        _, x, other, weight, bias = make_inputs(num_rows, C, dtype, device, residual)
-        y = dropout_add_layernorm(x, other, weight, bias)
+        _, _, x, other, weight, bias, _ = make_inputs(num_rows, C, dtype, device, residual)
+        y, _ = dropout_add_layernorm(x, other, weight, bias)
         assert torch.equal(y, bias.to(dtype).expand(num_rows, 1))
     else:
         check(*make_inputs(num_rows, C, dtype, device, residual))
@@ -89,7 +102,7 @@ def test_matches_reference(num_rows, C, residual, dtype, device, triton_backend)
 def test_no_rows(dropout_prob, device, triton_backend):
     got = run(dropout_add_layernorm, *make_inputs(0, 768, torch.float16, device), dropout_prob)
     assert got["y"].shape == got["dx"].shape == got["dresidual"].shape == (0, 768)
-    assert (got["dweight"] == 0).all() and (got["dbias"] == 0).all()
+    assert all((got[name] == 0).all() for name in ("dweight", "dbias", "dx_bias"))
 
 
 def recover_mask(num_rows, C, dropout_prob, device):
@@ -99,11 +112,11 @@ def recover_mask(num_rows, C, dropout_prob, device):
     ones (or zeros, in a row where all are alike).
     """
     ones = torch.ones(num_rows, C, device=device)
-    y = dropout_add_layernorm(ones, None, ones[0], torch.zeros_like(ones[0]), dropout_prob)
+    y, _ = dropout_add_layernorm(ones, None, ones[0], torch.zeros_like(ones[0]), dropout_prob)
     return y > 0
 
 
-@pytest.mark.parametrize("C, dropout_prob", [(768, 0.1), (200, 0.1), (200, 0.5), (200, 0.9)])
+@pytest.mark.parametrize("C, dropout_prob", [(768, 0.1), (200, 0.1), (200, 0.5), (200, 0.9), (1100, 0.1)])
 def test_dropout_keeps_the_right_share(C, dropout_prob, device, triton_backend):
     keep = recover_mask(400, C, dropout_prob, device).double()
     # Five standard deviations of the mean of independent draws, over all elements, in each column and in each row.
@@ -138,7 +151,11 @@ def test_dropout_matches_formula(residual, dtype, device, triton_backend):
     factor = keep * 65536 / (65536 - threshold)
 
     def formula(function):
-        return lambda x, *rest: function(x * factor.to(x.dtype), *rest)
+        def call(x, residual, weight, bias, dropout_prob, eps, x_bias):
+            x = x if x_bias is None else x + x_bias.to(x.dtype)
+            return function(x * factor.to(x.dtype), residual, weight, bias, dropout_prob, eps)
+
+        return call
 
     own = run(formula(unfused), *inputs)
     exact = run(formula(dropout_add_layernorm_reference), *double(inputs))
@@ -167,10 +184,26 @@ def test_deterministic(device, triton_backend):
 
 
 def test_any_layout_of_the_gradient(device, triton_backend):
-    _, x, residual, weight, bias = make_inputs(6, 64, torch.float32, device)
-    got = run(dropout_add_layernorm, torch.ones((), device=device).expand(6, 64), x, residual, weight, bias)
-    expected = run(dropout_add_layernorm, torch.ones(6, 64, device=device), x, residual, weight, bias)
+    inputs = make_inputs(6, 64, torch.float32, device)[2:]
+    ones = torch.ones(6, 64, device=device)
+    expanded = torch.ones((), device=device).expand(6, 64)
+    got, expected = (run(dropout_add_layernorm, dy, dy, *inputs) for dy in (expanded, ones))
     assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_either_result_may_be_unused(backend, device, triton_backend):
+    """One gradient through the first result, through the second, or in two halves: the same sums."""
+    kernels.set_backend(backend)
+    dy, _, *inputs = make_inputs(6, 64, torch.float32, device)
+
+    def swapped(*args):
+        return dropout_add_layernorm(*args)[::-1]
+
+    first = run(dropout_add_layernorm, dy, None, *inputs)
+    second = run(swapped, dy, None, *inputs)
+    halves = run(dropout_add_layernorm, dy / 2, dy / 2, *inputs)
+    assert all(torch.equal(first[name], second[name]) and torch.equal(first[name], halves[name]) for name in first)
 
 
 class Faulty:
@@ -189,18 +222,26 @@ class Faulty:
 
 
 def sums_in_half_precision(args):
-    partial = args[8]
-    args[8] = partial.half()
-    return lambda: partial.copy_(args[8])
+    partial = args[9]
+    args[9] = partial.half()
+    return lambda: partial.copy_(args[9])
 
 
 def last_row_dropped(args):
-    dz = args[6]
-    args[9] -= 1
+    dz = args[7]
+    args[10] -= 1
     return lambda: dz[-1].zero_()
 
 
-@pytest.mark.parametrize("fault, noticed", [(sums_in_half_precision, "dweight"), (last_row_dropped, "dbias")])
+def second_gradient_dropped(args):
+    args[1] = None
+    return lambda: None
+
+
+@pytest.mark.parametrize(
+    "fault, noticed",
+    [(sums_in_half_precision, "dweight"), (last_row_dropped, "dbias"), (second_gradient_dropped, "dresidual")],
+)
 def test_faults_are_noticed(fault, noticed, device, monkeypatch, triton_backend):
     inputs = make_inputs(60, 64, torch.float32, device)
     check(*inputs)
@@ -210,10 +251,14 @@ def test_faults_are_noticed(fault, noticed, device, monkeypatch, triton_backend)
 
 
 def test_operator_contract(device, triton_backend):
-    _, x, residual, weight, bias = (t.requires_grad_() for t in make_inputs(5, 64, torch.float32, device))
-    seed = torch.tensor([3], device=device)
-    for args in ((x, residual, weight, bias, seed, 0.1, 1e-12), (x, None, weight, bias, None, 0.0, 1e-12)):
-        torch.library.opcheck(module.layernorm_op, args)
+    dy, dnext, x, residual, weight, bias, x_bias = make_inputs(5, 64, torch.float32, device)
+    for seed, other, following in ((torch.tensor([3], device=device), x_bias, dnext), (None, None, None)):
+        p, has = 0.1 if seed is not None else 0.0, other is not None
+        torch.library.opcheck(module.layernorm_op, (x, other, residual if has else None, weight, bias, seed, p, 1e-12))
+        statistics = torch.randn(2, 5, device=device)
+        torch.library.opcheck(
+            module.layernorm_backward_op, (dy, following, x, weight, seed, *statistics, p, has, has)
+        )
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
@@ -221,7 +266,8 @@ def test_compiled_equals_eager(backend, device, triton_backend):
     kernels.set_backend(backend)
 
     def function(*args):
-        return dropout_add_layernorm(*args) * 2
+        y, following = dropout_add_layernorm(*args)
+        return y * 2, following + following
 
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
     for num_rows, stance in ((10, "default"), (12, "default"), (15, "fail_on_recompile")):
@@ -235,16 +281,17 @@ def test_compiled_equals_eager(backend, device, triton_backend):
 
 
 def test_errors_name_the_cause(device, triton_backend):
-    _, x, residual, weight, bias = make_inputs(4, 16, torch.float32, device)
+    _, _, x, residual, weight, bias, _ = make_inputs(4, 16, torch.float32, device)
     cases = [
         ("expected .num_rows, C", (x[None], None, weight, bias)),
         ("residual is", (x, residual.half(), weight, bias)),
         ("residual is", (x, residual[:3], weight, bias)),
-        ("weight and bias have shapes", (x, residual, weight[:8], bias)),
+        ("weight and biases have shapes", (x, residual, weight[:8], bias)),
+        ("weight and biases have shapes", (x, residual, weight, bias, 0.0, 1e-12, bias[:8])),
         ("must be where x is", (x, residual, weight.to("meta"), bias)),
         ("dropout_prob=1.0", (x, residual, weight, bias, 1.0)),
         ("float64", (x.double(), None, weight, bias)),
-        ("weight and bias in float32", (x, residual, weight.half(), bias)),
+        ("weight and biases in float32", (x, residual, weight.half(), bias)),
         ("rows of 1 to 8192", (x.new_ones(1, 8193), None, x.new_ones(8193), x.new_ones(8193))),
         ("contiguous", (x.T.contiguous().T, residual, weight, bias)),
     ]
@@ -280,7 +327,8 @@ def test_repeats_are_bitwise_equal():
 @pytest.mark.gpu
 def test_compiled_by_inductor():
     def function(*args):
-        return dropout_add_layernorm(*args) * 2
+        y, following = dropout_add_layernorm(*args)
+        return y * 2, following + following
 
     compiled = torch.compile(function, fullgraph=True)
     for num_rows in (1000, 77):

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import checkpoint
+import kernels
 import train
 from config import UserError
 from model import LAYER_NORM_EPS, MaskedLM, ModelConfig, SequenceClassifier, alibi_slopes, load_model, matrix_flops
@@ -179,6 +180,24 @@ def test_rows_are_those_of_the_whole(model):
             assert parameter.grad.isfinite().all(), name
 
 
+def test_kernels_give_the_loss_and_gradients_of_pytorch(device, triton_backend):
+    """The whole model by the kernels and by plain PyTorch, in fp32: the loss and every parameter's gradient."""
+    network = tiny(hidden_size=64, num_heads=4, intermediate_size=72).to(device)
+    ids, cu_seqlens, longest = flat(some_sequences(20, 3, 31))
+    positions, labels = torch.tensor([3, 22, 21, 50, 0]), torch.tensor([8, 66, 5, 9, -100])
+    inputs = [t.to(device) for t in (ids, cu_seqlens, positions, labels)]
+    results = []
+    for backend in ("triton", "torch"):
+        kernels.set_backend(backend)
+        loss = network(inputs[0], inputs[1], longest, *inputs[2:])
+        results.append([loss, *torch.autograd.grad(loss, list(network.parameters()), allow_unused=True)])
+    for (name, _), got, expected in zip([("loss", None), *network.named_parameters()], *results):
+        if expected is not None:
+            error, scale = (got - expected).abs().max().item(), expected.abs().max().item()
+            print(f"{name:60s} error {error:.1e} at {scale:.1e}")
+            assert error <= 1e-4 * scale, name
+
+
 @pytest.mark.parametrize("model", ["mosaicbert", "bert"])
 def test_loss_is_a_sum_over_masked_tokens(model):
     network = tiny(model).eval()
@@ -231,15 +250,28 @@ def test_initial_weights():
             assert parameter.std().item() == pytest.approx(0.02, rel=0.1), name
 
 
-def test_dropout_is_where_it_should_be():
-    """With every other path silenced, the share of zeros tells where dropout acts: none after the feed-forward layer."""
+def test_dropout_is_where_it_should_be(monkeypatch):
+    """In the feed-forward layer and after attention; none after the feed-forward layer, and none in evaluation."""
+    norm, geglu = kernels.dropout_add_layernorm, kernels.geglu
+    seen = []
+
+    def watch_norm(x, residual, weight, bias, dropout_prob, *rest):
+        seen.append(("norm", dropout_prob))
+        return norm(x, residual, weight, bias, dropout_prob, *rest)
+
+    def watch_geglu(x, dropout_prob):
+        out = geglu(x, dropout_prob)
+        seen.append(("geglu", round((out == 0).float().mean().item(), 1)))
+        return out
+
+    monkeypatch.setattr(kernels, "dropout_add_layernorm", watch_norm)
+    monkeypatch.setattr(kernels, "geglu", watch_geglu)
     cfg = ModelConfig(hidden_size=64, num_layers=1, num_heads=2, intermediate_size=4000, hidden_dropout=0.5)
-    layer = MaskedLM(cfg, 70).bert.encoder.layer[0].train()
-    recorded = {}
-    layer.mlp.wo.register_forward_hook(lambda module, inputs, output: recorded.update(inner=inputs[0], outer=output))
-    layer(torch.randn(4, 64), torch.tensor([0, 4], dtype=torch.int32), 4, alibi_slopes(2))
-    assert (recorded["inner"] == 0).float().mean().item() == pytest.approx(0.5, abs=0.02)
-    assert (recorded["outer"] == 0).float().mean() < 0.01
+    layer = MaskedLM(cfg, 70).bert.encoder.layer[0]
+    x = torch.randn(4, 64)
+    for training in (True, False):
+        layer.train(training)(x, x, torch.tensor([0, 4], dtype=torch.int32), 4, alibi_slopes(2))
+    assert seen == [("norm", 0.5), ("geglu", 0.5), ("norm", 0.0), ("norm", 0.0), ("geglu", 0.0), ("norm", 0.0)]
 
 
 @pytest.mark.parametrize("model", ["mosaicbert", "bert"])
