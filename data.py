@@ -205,6 +205,7 @@ class MicroBatch:
     input_ids: "torch.Tensor"  # (total_tokens,) int32, with [MASK] where a token is to be predicted
     cu_seqlens: "torch.Tensor"  # (B + 1,) int32: where each sequence starts; the last ones may be empty
     max_seqlen: int  # no sequence is longer
+    windows: "torch.Tensor | None"  # (W + 1,) int32: neighbours that attention takes together; None if they are long
     masked_positions: "torch.Tensor"  # (num_rows,) int64: the rows to predict, then filling
     labels: "torch.Tensor"  # (num_rows,) int64: the original tokens, IGNORED for the filling
     num_samples: int
@@ -307,6 +308,8 @@ class Samples:
         """The masked, unpadded MicroBatch of `samples` (int64 array, with their epochs)."""
         import torch  # here, since prepare_c4.py's processes, which need it not, start a second earlier without
 
+        from kernels import make_windows
+
         shard, start, length = self.locate(samples)
         lengths = length + 2
         cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
@@ -328,6 +331,7 @@ class Samples:
             input_ids=torch.from_numpy(tokens),
             cu_seqlens=torch.from_numpy(fill(cu_seqlens.astype(np.int32), num_sequences + 1, num_tokens)),
             max_seqlen=self.seq_length,
+            windows=make_windows(lengths.tolist(), self.seq_length),
             masked_positions=torch.from_numpy(fill(positions, num_rows, 0)),
             labels=torch.from_numpy(fill(labels, num_rows, IGNORED)),
             num_samples=len(samples),

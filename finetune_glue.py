@@ -35,6 +35,7 @@ import glue
 import kernels
 from config import UserError, command, load_config
 from data import hash_of, load_tokenizer, round_up
+from kernels import make_windows
 from model import MAX_POSITIONS, ModelConfig, SequenceClassifier, model_config
 from train import Process, autocast, device_name, setup_device
 
@@ -158,20 +159,20 @@ class Encoded:
     labels: np.ndarray | None
 
     def batch(self, which, device):
-        """(ids, cu_seqlens, max_seqlen, types, labels) of examples `which` (int64 array), as one flat stream."""
+        """(ids, cu_seqlens, max_seqlen, types, windows, labels) of examples `which` (int64 array), as one flat stream."""
         lengths = self.lengths[which]
         cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
         index = np.repeat(self.starts[which] - cu_seqlens[:-1], lengths) + np.arange(cu_seqlens[-1])
         filling = np.zeros(round_up(len(index), 64) - len(index), np.int32)  # [PAD] after the last: whole tiles
-        arrays = [np.concatenate([self.ids[index], filling]), cu_seqlens.astype(np.int32)]
-        arrays.append(np.concatenate([self.types[index], filling]))
-        if self.labels is not None:
-            arrays.append(self.labels[which])
-        tensors = [torch.from_numpy(array) for array in arrays]
+        ids, types = (torch.from_numpy(np.concatenate([x[index], filling])) for x in (self.ids, self.types))
+        cu_seqlens = torch.from_numpy(cu_seqlens.astype(np.int32))
+        labels = None if self.labels is None else torch.from_numpy(self.labels[which])
+        max_seqlen = int(lengths.max())
+        tensors = [ids, cu_seqlens, types, make_windows(lengths.tolist(), max_seqlen), labels]
         if device.type == "cuda":
-            tensors = [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
-        ids, cu_seqlens, types, labels = (*tensors, None)[:4]
-        return ids, cu_seqlens, int(lengths.max()), types, labels
+            tensors = [None if x is None else x.pin_memory().to(device, non_blocking=True) for x in tensors]
+        ids, cu_seqlens, types, windows, labels = tensors
+        return ids, cu_seqlens, max_seqlen, types, windows, labels
 
 
 def encode(examples, pretrained, max_length):
@@ -375,9 +376,9 @@ def predict(model, encoded, process):
     scores = []
     at_once = max(1, EVAL_TOKENS // int(encoded.lengths.max()))
     for start in range(0, len(order), at_once):
-        ids, cu_seqlens, max_seqlen, types, _ = encoded.batch(order[start : start + at_once], process.device)
+        *inputs, _ = encoded.batch(order[start : start + at_once], process.device)
         with autocast(process):
-            scores.append(model(ids, cu_seqlens, max_seqlen, types).float())
+            scores.append(model(*inputs).float())
     result = torch.cat(scores).cpu().numpy()
     return result[np.argsort(order)]
 

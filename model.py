@@ -14,6 +14,7 @@ Shapes
     total_tokens    tokens in the micro-batch, filling included
     cu_seqlens      (B + 1,) int32: start of each sequence; the last entry is where the last one ends
     max_seqlen      int: no sequence is longer
+    windows         (W + 1,) int32 or None: short neighbours that attention may take together (kernels.make_windows)
     rows            (num_rows,) int64: the tokens whose output is wanted; None for all
 
 Names and shapes in the state dicts are those of the published weights: of mosaicml/mosaic-bert-base for MosaicBERT,
@@ -129,10 +130,11 @@ class MosaicLayer(nn.Module):
         )
         self.mlp = named(gated_layers=nn.Linear(C, 2 * F_, bias=False), wo=nn.Linear(F_, C), layernorm=LayerNorm(C))
 
-    def forward(self, x, residual, cu_seqlens, max_seqlen, slopes, rows=None):
+    def forward(self, x, residual, cu_seqlens, max_seqlen, slopes, windows=None, rows=None):
         """x and residual are one tensor, (total_tokens, C). Returns two of its kind."""
         qkv = self.attention.self.Wqkv(x).unflatten(-1, (3, self.num_heads, -1))  # (total_tokens, 3, H, D)
-        attended = kernels.attention_qkvpacked(qkv, cu_seqlens, max_seqlen, slopes).flatten(-2)  # (total_tokens, C)
+        attended = kernels.attention_qkvpacked(qkv, cu_seqlens, max_seqlen, slopes, windows)  # (total_tokens, H, D)
+        attended = attended.flatten(-2)  # (total_tokens, C)
         if rows is not None:  # in the last layer, what nobody reads need not be computed
             attended, residual = attended[rows], residual[rows]  # (num_rows, C)
         # LayerNorm adds the biases of both output matrices: their gradients then take no pass of their own.
@@ -158,7 +160,7 @@ class MosaicEncoder(nn.Module):
         self.encoder = named(layer=nn.ModuleList(MosaicLayer(cfg) for _ in range(cfg.num_layers)))
         self.register_buffer("slopes", alibi_slopes(cfg.num_heads), persistent=False)
 
-    def forward(self, input_ids, cu_seqlens, max_seqlen, rows=None, token_type_ids=None):
+    def forward(self, input_ids, cu_seqlens, max_seqlen, rows=None, token_type_ids=None, windows=None):
         """(total_tokens,) ids to (num_rows, C) hidden states. token_type_ids: like input_ids; None means all 0."""
         embeddings = self.embeddings
         words, types, norm = embeddings.word_embeddings.weight, embeddings.token_type_embeddings.weight, embeddings.LayerNorm
@@ -168,9 +170,9 @@ class MosaicEncoder(nn.Module):
             *(dropout_prob, LAYER_NORM_EPS, activation_dtype(words)),
         )  # each (total_tokens, C)
         for layer in self.encoder.layer[:-1]:
-            x, residual = layer(x, residual, cu_seqlens, max_seqlen, self.slopes)
+            x, residual = layer(x, residual, cu_seqlens, max_seqlen, self.slopes, windows)
         # Differs from MosaicBERT: its last layer also keeps each [CLS] row, which no loss of pretraining reads.
-        return self.encoder.layer[-1](x, residual, cu_seqlens, max_seqlen, self.slopes, rows)[0]
+        return self.encoder.layer[-1](x, residual, cu_seqlens, max_seqlen, self.slopes, windows, rows)[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -222,7 +224,7 @@ class BertEncoder(nn.Module):
         )
         self.encoder = named(layer=nn.ModuleList(BertLayer(cfg) for _ in range(cfg.num_layers)))
 
-    def forward(self, input_ids, cu_seqlens, max_seqlen, rows=None, token_type_ids=None):
+    def forward(self, input_ids, cu_seqlens, max_seqlen, rows=None, token_type_ids=None, windows=None):
         """As MosaicEncoder.forward; rows after the last sequence come back as some other row's values."""
         if max_seqlen > MAX_POSITIONS:
             raise ValueError(f"sequences of up to {max_seqlen} tokens, but BERT has {MAX_POSITIONS} positions")
@@ -289,13 +291,13 @@ class MaskedLM(nn.Module):
         self.bert = make_encoder(cfg, vocab_size)
         self.cls = named(predictions=Predictions(cfg, self.bert.embeddings.word_embeddings))
 
-    def masked_logits(self, input_ids, cu_seqlens, max_seqlen, masked_positions):
+    def masked_logits(self, input_ids, cu_seqlens, max_seqlen, masked_positions, windows=None):
         """Scores (num_rows, V) over the vocabulary, padding included, for the rows in masked_positions."""
-        return self.cls.predictions(self.bert(input_ids, cu_seqlens, max_seqlen, rows=masked_positions))
+        return self.cls.predictions(self.bert(input_ids, cu_seqlens, max_seqlen, masked_positions, windows=windows))
 
-    def forward(self, input_ids, cu_seqlens, max_seqlen, masked_positions, labels):
+    def forward(self, input_ids, cu_seqlens, max_seqlen, masked_positions, labels, windows=None):
         """Sum (not mean) of the cross-entropies of the masked tokens in nats, fp32; labels of -100 do not count."""
-        hidden = self.bert(input_ids, cu_seqlens, max_seqlen, rows=masked_positions)  # (num_rows, C)
+        hidden = self.bert(input_ids, cu_seqlens, max_seqlen, masked_positions, windows=windows)  # (num_rows, C)
         return self.cls.predictions.loss(hidden, labels)
 
     @torch.no_grad()
@@ -324,10 +326,11 @@ class SequenceClassifier(nn.Module):
         self.bert.pooler = named(dense=nn.Linear(cfg.hidden_size, cfg.hidden_size)).apply(init_weights)
         self.classifier = nn.Linear(cfg.hidden_size, num_labels).apply(init_weights)
 
-    def forward(self, input_ids, cu_seqlens, max_seqlen, token_type_ids=None):
+    def forward(self, input_ids, cu_seqlens, max_seqlen, token_type_ids=None, windows=None):
         """(B, num_labels) scores, one row a sequence; those of empty sequences mean nothing."""
         first = cu_seqlens[:-1].long().clamp(max=len(input_ids) - 1)  # [CLS] of each sequence
-        pooled = torch.tanh(self.bert.pooler.dense(self.bert(input_ids, cu_seqlens, max_seqlen, first, token_type_ids)))
+        hidden = self.bert(input_ids, cu_seqlens, max_seqlen, first, token_type_ids, windows)  # (B, C)
+        pooled = torch.tanh(self.bert.pooler.dense(hidden))
         return self.classifier(F.dropout(pooled, self.dropout, self.training))
 
 

@@ -315,7 +315,9 @@ def evaluate(model, samples, cfg, process, micro_batch_tokens):
     for batch in prefetch(make, parts):
         batch = batch.to(process.device)
         with autocast(process):
-            logits = model.masked_logits(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, batch.masked_positions)
+            logits = model.masked_logits(
+                batch.input_ids, batch.cu_seqlens, batch.max_seqlen, batch.masked_positions, batch.windows
+            )
         logits, labels = logits[: batch.num_masked].float(), batch.labels[: batch.num_masked]
         totals[0] += torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
         totals[1] += (logits.argmax(-1) == labels).sum()
@@ -562,7 +564,14 @@ def forward_backward(model, batches, num_masked, cfg, process, step):
             # Gradients are reduced with the last micro-step. DDP reads this in forward already.
             model.require_backward_grad_sync = micro_step == len(batches) - 1
         with autocast(process):
-            loss_sum = model(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, batch.masked_positions, batch.labels)
+            loss_sum = model(
+                batch.input_ids,
+                batch.cu_seqlens,
+                batch.max_seqlen,
+                batch.masked_positions,
+                batch.labels,
+                batch.windows,
+            )
         share = loss_sum / num_masked
         (share * process.world_size).backward()  # DDP divides by world_size again
         loss += share.detach()

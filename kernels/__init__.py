@@ -29,7 +29,13 @@ except ImportError:  # as on macOS
     triton = tl = Missing()
 
 # After triton and tl, which these take from here.
-from kernels.attention import attention_reference, attention_triton, check_attention  # noqa: E402
+from kernels.attention import (  # noqa: E402
+    attention_op,
+    attention_reference,
+    check_attention,
+    check_attention_triton,
+)
+from kernels.attention_window import fits_window, make_windows, window_attention_op  # noqa: E402
 from kernels.cross_entropy import (  # noqa: E402
     check_linear_cross_entropy,
     linear_cross_entropy_reference,
@@ -59,6 +65,7 @@ __all__ = [
     "geglu_reference",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
+    "make_windows",
     "set_backend",
     "uses_triton",
 ]
@@ -102,29 +109,38 @@ def can_run(device):
     return torch.cuda.get_device_properties(device).major >= MIN_CAPABILITY
 
 
-def attention(q, k, v, cu_seqlens, max_seqlen, slopes):
+def attention(q, k, v, cu_seqlens, max_seqlen, slopes, windows=None):
     """softmax(q k^T / sqrt(D) - slope * |i - j|) v in each sequence on its own; differentiable in q, k, v.
 
     q, k, v, result: (total_tokens, H, D). cu_seqlens: (B + 1,) int32, sequence b is rows cu_seqlens[b] to
     cu_seqlens[b + 1]; empty ones are allowed, none may be longer than max_seqlen. slopes: (H,) fp32, or None for no
-    bias. Rows past the last sequence are 0. For the kernels q, k, v are copied into one tensor; attention_qkvpacked
-    saves that.
+    bias. windows: what make_windows says of these sequences, on the same device: short ones are faster with it, and
+    the result is the same. Rows past the last sequence are 0. For the kernels q, k, v are copied into one tensor;
+    attention_qkvpacked saves that.
     """
-    check_attention(q, k, v, cu_seqlens, slopes)
+    check_attention(q, k, v, cu_seqlens, slopes, windows)
     if uses_triton(q.device):
-        return attention_triton(torch.stack((q, k, v), dim=1), cu_seqlens, max_seqlen, slopes)
+        return run_attention(torch.stack((q, k, v), dim=1), cu_seqlens, max_seqlen, slopes, windows)
     return attention_reference(q, k, v, cu_seqlens, max_seqlen, slopes)
 
 
-def attention_qkvpacked(qkv, cu_seqlens, max_seqlen, slopes):
+def attention_qkvpacked(qkv, cu_seqlens, max_seqlen, slopes, windows=None):
     """attention of qkv (total_tokens, 3, H, D), contiguous; its gradient is one tensor of the same shape."""
     if qkv.dim() != 4 or qkv.shape[1] != 3:
         raise ValueError(f"attention: qkv has shape {tuple(qkv.shape)}; expected (total_tokens, 3, H, D)")
     q, k, v = qkv.unbind(1)
-    check_attention(q, k, v, cu_seqlens, slopes)
+    check_attention(q, k, v, cu_seqlens, slopes, windows)
     if uses_triton(qkv.device):
-        return attention_triton(qkv, cu_seqlens, max_seqlen, slopes)
+        return run_attention(qkv, cu_seqlens, max_seqlen, slopes, windows)
     return attention_reference(q, k, v, cu_seqlens, max_seqlen, slopes)
+
+
+def run_attention(qkv, cu_seqlens, max_seqlen, slopes, windows):
+    """By the kernels: of windows where these fit, else of any length. Raises: ValueError for what neither takes."""
+    check_attention_triton(qkv, slopes)
+    if fits_window(qkv, max_seqlen):
+        return window_attention_op(qkv, cu_seqlens, windows, slopes)
+    return attention_op(qkv, cu_seqlens, slopes, max_seqlen)[0]
 
 
 def dropout_add_layernorm(x, residual, weight, bias, dropout_prob=0.0, eps=1e-12, x_bias=None):

@@ -28,14 +28,16 @@ full fp32, not TF32. Sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1]. It m
 max_seqlen: the grid is made for that length without asking the device, and what exceeds it would stay unwritten. Rows
 past the last sequence come back as 0, and so do their gradients.
 
+Sequences of up to 128 tokens have faster kernels of their own where these run: kernels/attention_window.py.
+
 Limits: D a power of two from 16 to 128; no dropout on P, no gradient for the slopes, no second derivative.
 Tested: tests/test_attention.py, by Triton's interpreter on a CPU and compiled on a GPU; tests/test_compile_kernels.py
-inspects the machine code for sm_80 and sm_90. Not proven: any other architecture.
+inspects the machine code for sm_80 to sm_120.
 
 Source: Dao 2023, FlashAttention-2, arXiv 2307.08691; Press et al. 2022, ALiBi, arXiv 2108.12409, here with |i - j|
 since both sides are visible.
 
-Read next: tests/test_attention.py
+Read next: kernels/attention_window.py
 """
 
 import math
@@ -116,8 +118,11 @@ def zero_rows(ptr, length, row_stride, D: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def alibi(i, j, slope):
-    """Bias of query position i towards key position j; i and j broadcast to a tile. slope: 0 for no bias."""
-    return -slope * tl.abs(i - j).to(tl.float32)
+    """Bias of query position i towards key position j; i and j broadcast to a tile. slope: 0 for no bias.
+
+    In fp32, exact below 2^24: as integers, every element of the tile would have to be converted.
+    """
+    return -slope * tl.abs(i.to(tl.float32) - j.to(tl.float32))
 
 
 @triton.jit
@@ -414,7 +419,7 @@ def backward(ctx, dout, dlse):
 attention_op.register_autograd(backward, setup_context=setup_context)
 
 
-def check_attention(q, k, v, cu_seqlens, slopes):
+def check_attention(q, k, v, cu_seqlens, slopes, windows=None):
     """Raises: ValueError for what neither the kernels nor the reference would understand."""
     if q.dim() != 3 or not q.shape == k.shape == v.shape:
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
@@ -424,18 +429,18 @@ def check_attention(q, k, v, cu_seqlens, slopes):
         raise ValueError(f"attention: cu_seqlens is {got}; expected int32 of shape (B + 1,), B at least 1")
     if slopes is not None and slopes.shape != q.shape[1:2]:
         raise ValueError(f"attention: slopes have shape {tuple(slopes.shape)}; expected ({q.shape[1]},), one a head")
-    for name, x in (("k", k), ("v", v), ("cu_seqlens", cu_seqlens), ("slopes", slopes)):
+    if windows is not None and (windows.dim() != 1 or windows.shape[0] < 2 or windows.dtype != torch.int32):
+        got = f"{windows.dtype} of shape {tuple(windows.shape)}"
+        raise ValueError(f"attention: windows is {got}; expected what make_windows gives, int32 of shape (W + 1,)")
+    for name, x in (("k", k), ("v", v), ("cu_seqlens", cu_seqlens), ("slopes", slopes), ("windows", windows)):
         if x is not None and x.device != q.device:
             raise ValueError(f"attention: {name} is on {x.device} but q on {q.device}")
         if name in "kv" and x.dtype != q.dtype:
             raise ValueError(f"attention: {name} is {x.dtype} but q {q.dtype}")
 
 
-def attention_triton(qkv, cu_seqlens, max_seqlen, slopes):
-    """(total_tokens, 3, H, D) to (total_tokens, H, D) by the kernels; differentiable in qkv.
-
-    Raises: ValueError for inputs that only the reference takes.
-    """
+def check_attention_triton(qkv, slopes):
+    """Raises: ValueError for inputs that only the reference takes."""
     limit = "attention: the Triton kernels take"
     if qkv.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"{limit} float32, float16 or bfloat16, not {qkv.dtype}")
@@ -445,4 +450,3 @@ def attention_triton(qkv, cu_seqlens, max_seqlen, slopes):
         raise ValueError(f"{limit} contiguous qkv only; call .contiguous() on it")
     if slopes is not None and slopes.dtype != torch.float32:
         raise ValueError(f"{limit} slopes in float32, not {slopes.dtype}")
-    return attention_op(qkv, cu_seqlens, slopes, max_seqlen)[0]

@@ -1,7 +1,9 @@
-"""kernels/attention.py: what the operator must do, and proof that these tests notice when it does not.
+"""kernels/attention.py and attention_window.py: what the operator must do, and proof that these tests notice when it does not.
 
 Without a GPU the kernels run in Triton's interpreter, where bf16 products are wrong: fp32 and fp16 there, bf16 on a
 GPU. conftest.assert_close says how near is near enough.
+
+Sequences of up to 128 tokens go to the kernels of windows, unless max_seqlen says that some may be longer.
 """
 
 import subprocess
@@ -13,9 +15,9 @@ import torch
 
 import kernels
 from conftest import ROOT, assert_close
-from kernels import attention, attention_qkvpacked, attention_reference, tl, triton
+from kernels import attention, attention_qkvpacked, attention_reference, attention_window, make_windows, tl, triton
 
-module = sys.modules["kernels.attention"]  # `kernels.attention` is the function
+looped = sys.modules["kernels.attention"]  # `kernels.attention` is the function
 pytestmark = [
     pytest.mark.usefixtures("poison_empty"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),  # numpy's, on the NaN and the faults put in on purpose
@@ -23,35 +25,39 @@ pytestmark = [
 
 SLOPES_12 = [2.0**-k for k in range(1, 9)] + [2.0 ** -(k + 0.5) for k in range(4)]  # 1/2..1/256, 0.7071..0.0884
 EDGE_LENGTHS = [0, 1, 2, 63, 64, 65, 127, 128, 129, 300, 0]  # around the kernels' blocks of 64 and 128
+SHORT_LENGTHS = [0, 1, 2, 63, 0, 64, 65, 127, 128, 5, 33, 100, 0]  # as windows: 66, 64, 65, 127, 128, 38, 100
 TAIL = 70  # rows past the last sequence
+KINDS = ["looped", "alone", "windows"]  # the kernels for any length; of windows, without and with neighbours in them
 
 
-def make_inputs(lengths, H, D, dtype, device="cpu", slopes=True, tail=TAIL):
-    """(qkv, dout, cu_seqlens, max_seqlen, slopes)"""
+def make_inputs(lengths, H, D, dtype, device="cpu", slopes=True, tail=TAIL, kind=None):
+    """(qkv, dout, cu_seqlens, max_seqlen, slopes, windows); kind: one of KINDS, or None for what the lengths ask for."""
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     total_tokens = sum(lengths) + tail
     qkv = torch.randn(total_tokens, 3, H, D).to(device, dtype)
     dout = torch.randn(total_tokens, H, D).to(device, dtype)
     slopes = torch.tensor((SLOPES_12 * 2)[:H], device=device) if slopes else None
-    return qkv, dout, cu_seqlens.to(device), max(lengths) + 3, slopes
+    max_seqlen = {None: max(lengths) + 3, "looped": max(*lengths, 129)}.get(kind, max(lengths))
+    windows = make_windows(lengths, max_seqlen).to(device) if kind == "windows" else None
+    return qkv, dout, cu_seqlens.to(device), max_seqlen, slopes, windows
 
 
-def run(function, qkv, dout, cu_seqlens, max_seqlen, slopes):
+def run(function, qkv, dout, *args):
     """{"out", "dq", "dk", "dv"} of one forward and backward pass; function as attention_qkvpacked."""
     qkv = qkv.detach().requires_grad_()
-    out = function(qkv, cu_seqlens, max_seqlen, slopes)
+    out = function(qkv, *args)
     (dqkv,) = torch.autograd.grad(out, qkv, dout)
     dq, dk, dv = dqkv.unbind(1)
     return {"out": out.detach(), "dq": dq, "dk": dk, "dv": dv}
 
 
-def reference_packed(qkv, *args):
-    return attention_reference(*qkv.unbind(1), *args)
+def reference_packed(qkv, cu_seqlens, max_seqlen, slopes, windows=None):
+    return attention_reference(*qkv.unbind(1), cu_seqlens, max_seqlen, slopes)
 
 
-def check(qkv, dout, cu_seqlens, max_seqlen, slopes):
+def check(qkv, dout, cu_seqlens, *args):
     """The kernels against the reference, and zeros in the tail."""
-    args = cu_seqlens, max_seqlen, slopes
+    args = cu_seqlens, *args
     got = run(attention_qkvpacked, qkv, dout, *args)
     own = run(reference_packed, qkv, dout, *args)
     exact = run(reference_packed, qkv.double(), dout.double(), *args)
@@ -75,7 +81,7 @@ def naive(q, k, v, cu_seqlens, slopes):
 
 
 def test_reference_is_the_definition():
-    qkv, _, cu_seqlens, max_seqlen, slopes = make_inputs([3, 0, 7, 3, 1, 12], H=12, D=24, dtype=torch.float64)
+    qkv, _, cu_seqlens, max_seqlen, slopes, _ = make_inputs([3, 0, 7, 3, 1, 12], H=12, D=24, dtype=torch.float64)
     expected = naive(*qkv.unbind(1), cu_seqlens, slopes)
     got = reference_packed(qkv, cu_seqlens, max_seqlen, slopes)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
@@ -112,17 +118,44 @@ def test_matches_reference(lengths, H, D, slopes, dtype, device, triton_backend)
     check(*make_inputs(lengths, H, D, dtype, device, slopes))
 
 
-def test_without_a_token(device, triton_backend):
-    qkv, dout, *args = make_inputs([0, 0], H=2, D=32, dtype=torch.float32, device=device)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("H, D, slopes", [(1, 64, True), (2, 32, False), (2, 16, True)])
+@pytest.mark.parametrize("kind", ["alone", "windows"])
+def test_windows_match_reference(kind, H, D, slopes, dtype, device, triton_backend):
+    check(*make_inputs(SHORT_LENGTHS, H, D, dtype, device, slopes, kind=kind))
+
+
+def test_windows_are_greedy():
+    """Written out: neighbours share a window while they fit, and empty windows fill the number up."""
+    windows = make_windows([100, 28, 1, 0, 127, 128, 5], 128).tolist()
+    assert windows == [0, 2, 5, 6, 7] + [7] * (attention_window.WINDOW_MULTIPLE - 4)
+    assert make_windows([], 128).tolist() == [0] * (attention_window.WINDOW_MULTIPLE + 1)
+    assert make_windows([1] * 128 * 40, 128).tolist()[:41] == list(range(0, 128 * 41, 128))
+    assert make_windows([5], 129) is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_a_token(kind, device, triton_backend):
+    qkv, dout, *args = make_inputs([0, 0], H=2, D=32, dtype=torch.float32, device=device, kind=kind)
     assert all((tensor == 0).all() for tensor in run(attention_qkvpacked, qkv, dout, *args).values())
     assert len(attention_qkvpacked(qkv[:0], *args)) == 0
 
 
-def test_neighbours_do_not_leak(device, triton_backend):
-    """Whatever stands in the other sequences and in the tail, NaN included, a sequence's results keep their bits."""
-    qkv, dout, *args = make_inputs([40, 70, 33], H=2, D=32, dtype=torch.float16, device=device)
+@pytest.mark.parametrize("kind", KINDS)
+def test_neighbours_do_not_leak(kind, device, triton_backend):
+    """Whatever stands in the other sequences and in the tail, a sequence's results keep their bits.
+
+    So with NaN too, if they are in other windows: here 40 and 70 share one.
+    """
+    qkv, dout, *args = make_inputs([40, 70, 33], H=2, D=32, dtype=torch.float16, device=device, kind=kind)
     expected = run(attention_qkvpacked, qkv, dout, *args)
-    for value in (float("nan"), 6e4):
+    if kind == "windows":
+        assert args[-1].tolist()[:3] == [0, 2, 3]
+        poisoned = qkv.clone()
+        poisoned[110:] = float("nan")
+        got = run(attention_qkvpacked, poisoned, dout, *args)
+        assert all(torch.equal(got[name][:110], tensor[:110]) for name, tensor in expected.items())
+    for value in (6e4, -6e4) if kind == "windows" else (float("nan"), 6e4):
         changed, changed_dout = qkv.clone(), dout.clone()
         for x in (changed, changed_dout):
             x[:40] = value
@@ -133,8 +166,9 @@ def test_neighbours_do_not_leak(device, triton_backend):
             assert (got[name][143:] == 0).all(), name
 
 
-def test_deterministic(device, triton_backend):
-    inputs = make_inputs([70, 65], H=2, D=32, dtype=torch.float16, device=device)
+@pytest.mark.parametrize("kind", KINDS)
+def test_deterministic(kind, device, triton_backend):
+    inputs = make_inputs([70, 50], H=2, D=32, dtype=torch.float16, device=device, kind=kind)
     first, second = run(attention_qkvpacked, *inputs), run(attention_qkvpacked, *inputs)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -176,13 +210,28 @@ def no_mask(scores, offs_n, length):
     return scores
 
 
+@triton.jit
+def mask_from_the_start(scores, offs, first, end):  # each token also sees the sequences before its own
+    return tl.where(offs[None, :] < end[:, None], scores, float("-inf"))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter alone lets a kernel's helper be replaced")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("helper, fault", [("alibi", wrong_sign), ("alibi", causal_slope), ("mask_keys", no_mask)])
-def test_faults_are_noticed(helper, fault, dtype, monkeypatch, triton_backend):
-    inputs = make_inputs([40, 21], H=2, D=32, dtype=dtype)
+@pytest.mark.parametrize(
+    "kind, helper, fault",
+    [
+        ("looped", "alibi", wrong_sign),
+        ("looped", "alibi", causal_slope),
+        ("looped", "mask_keys", no_mask),
+        ("windows", "alibi", wrong_sign),
+        ("windows", "alibi", causal_slope),
+        ("windows", "mask_others", mask_from_the_start),
+    ],
+)
+def test_faults_are_noticed(kind, helper, fault, dtype, monkeypatch, triton_backend):
+    inputs = make_inputs([40, 21], H=2, D=32, dtype=dtype, kind=kind)
     check(*inputs)
-    monkeypatch.setattr(module, helper, fault)
+    monkeypatch.setattr(looped if kind == "looped" else attention_window, helper, fault)
     with pytest.raises(AssertionError, match="error"):
         check(*inputs)
 
@@ -190,12 +239,17 @@ def test_faults_are_noticed(helper, fault, dtype, monkeypatch, triton_backend):
 def test_operator_contract(device, triton_backend):
     """torch.library's own test: schema, fake outputs, autograd registration, dynamic shapes under AOTAutograd."""
     # No tail: lse, which nobody reads there, is not written there, and NaN equals nothing.
-    qkv, _, cu_seqlens, max_seqlen, slopes = make_inputs([10, 5], 2, 16, torch.float32, device, tail=0)
-    torch.library.opcheck(module.attention_op, (qkv.requires_grad_(), cu_seqlens, slopes, max_seqlen))
-    torch.library.opcheck(module.attention_op, (qkv, cu_seqlens, None, max_seqlen))
+    inputs = make_inputs([10, 5], 2, 16, torch.float32, device, tail=0, kind="windows")
+    qkv, _, cu_seqlens, max_seqlen, slopes, windows = inputs
+    torch.library.opcheck(looped.attention_op, (qkv.requires_grad_(), cu_seqlens, slopes, max_seqlen))
+    torch.library.opcheck(looped.attention_op, (qkv, cu_seqlens, None, max_seqlen))
+    if attention_window.fits_window(qkv, max_seqlen):  # not on a GPU, in fp32
+        torch.library.opcheck(attention_window.window_attention_op, (qkv, cu_seqlens, windows, slopes))
+        torch.library.opcheck(attention_window.window_attention_op, (qkv, cu_seqlens, None, None))
 
 
-def test_compiled_equals_eager(device, triton_backend):
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_equals_eager(kind, device, triton_backend):
     """In one graph, backward included; after two token counts no other needs compiling."""
 
     def function(qkv, *args):
@@ -203,7 +257,8 @@ def test_compiled_equals_eager(device, triton_backend):
 
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
     for lengths, stance in (([20, 9], "default"), ([30, 4, 5], "default"), ([3, 25, 7, 1], "fail_on_recompile")):
-        inputs = make_inputs(lengths, H=2, D=32, dtype=torch.float32, device=device)
+        inputs = make_inputs(lengths, H=2, D=32, dtype=torch.float16, device=device, kind=kind)
+        inputs = *inputs[:3], max(inputs[3], 64), *inputs[4:]  # the same in every call, as in training
         with torch.compiler.set_stance(stance):
             got = run(compiled, *inputs)
         expected = run(function, *inputs)
@@ -239,7 +294,8 @@ def test_without_the_triton_package():
 
 
 def test_errors_name_the_cause(device, triton_backend):
-    qkv, _, cu_seqlens, max_seqlen, slopes = make_inputs([4], H=2, D=16, dtype=torch.float32, device=device)
+    qkv, _, cu_seqlens, max_seqlen, slopes, _ = make_inputs([4], H=2, D=16, dtype=torch.float32, device=device)
+    args, windows = (qkv, cu_seqlens, max_seqlen, slopes), make_windows([4], 4)
     q, k, v = qkv.unbind(1)
     cases = [
         ("shapes", lambda: attention(q, k[:3], v, cu_seqlens, max_seqlen, slopes)),
@@ -253,6 +309,8 @@ def test_errors_name_the_cause(device, triton_backend):
         ("not 12", lambda: attention_qkvpacked(qkv[..., :12], cu_seqlens, max_seqlen, slopes)),
         ("contiguous", lambda: attention_qkvpacked(qkv.mT.contiguous().mT, cu_seqlens, max_seqlen, slopes)),
         ("slopes in float32", lambda: attention_qkvpacked(qkv, cu_seqlens, max_seqlen, slopes.double())),
+        ("what make_windows gives", lambda: attention_qkvpacked(*args, windows.long().to(device))),
+        ("windows is on meta", lambda: attention_qkvpacked(*args, windows.to("meta"))),
     ]
     for words, call in cases:
         with pytest.raises(ValueError, match=words):
@@ -273,6 +331,7 @@ def test_backends(device, monkeypatch):
 # On a GPU alone.
 
 GPU_LENGTHS = [*EDGE_LENGTHS, 511, 512, 1000, 128, 100, 77, 5, 1000, 511, 30] * 2  # about 9,800 tokens
+GPU_SHORT = [*SHORT_LENGTHS, 128, 100, 77, 5, 3, 2, 8, 30, 128, 90, 38, 1] * 5  # about 6,000 tokens
 
 
 @pytest.mark.gpu
@@ -284,9 +343,28 @@ def test_on_gpu(H, D, dtype, slopes):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("H, D", [(12, 64), (16, 64), (12, 32), (2, 16), (2, 128)])
+@pytest.mark.parametrize("slopes", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_short_on_gpu(kind, H, D, dtype, slopes):
+    check(*make_inputs(GPU_SHORT, H, D, dtype, "cuda", slopes, kind=kind))
+
+
+@pytest.mark.gpu
+def test_gpu_takes_windows():
+    """What the tests beside this one are about, on a GPU that is made for it."""
+    qkv = torch.empty(1, 3, 12, 64, dtype=torch.bfloat16, device="cuda")
+    made_for_it = torch.cuda.get_device_capability()[0] in attention_window.ARCHITECTURES
+    assert attention_window.fits_window(qkv, 128) == made_for_it
+    assert not attention_window.fits_window(qkv.float(), 128) and not attention_window.fits_window(qkv, 129)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("H, D", [(12, 64), (16, 32)])
-def test_repeats_are_bitwise_equal(H, D):
-    inputs = make_inputs(GPU_LENGTHS, H, D, torch.bfloat16, "cuda")
+@pytest.mark.parametrize("kind", KINDS)
+def test_repeats_are_bitwise_equal(kind, H, D):
+    inputs = make_inputs(GPU_LENGTHS if kind == "looped" else GPU_SHORT, H, D, torch.bfloat16, "cuda", kind=kind)
     first = run(attention_qkvpacked, *inputs)
     for _ in range(100):
         again = run(attention_qkvpacked, *inputs)
@@ -305,32 +383,34 @@ def test_neighbours_do_not_leak_on_gpu():
 
 
 @pytest.mark.gpu
-def test_compiled_by_inductor():
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_by_inductor(kind):
     """One graph, backward included; other lengths and token counts need no new kernel."""
 
     def function(qkv, *args):
         return attention_qkvpacked(qkv, *args) * 2
 
     compiled = torch.compile(function, fullgraph=True)
-    for lengths in (GPU_LENGTHS, [100, 30, 70]):
-        inputs = make_inputs(lengths, 12, 64, torch.bfloat16, "cuda")
+    for lengths in (GPU_LENGTHS if kind == "looped" else GPU_SHORT, [100, 30, 70]):
+        inputs = make_inputs(lengths, 12, 64, torch.bfloat16, "cuda", kind=kind)
         got, expected = run(compiled, *inputs), run(function, *inputs)
         assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
 @pytest.mark.gpu
-def test_row_addresses_beyond_32_bits():
+@pytest.mark.parametrize("max_seqlen", [128, 129])  # windows of one sequence; the kernels for any length
+def test_row_addresses_beyond_32_bits(max_seqlen):
     """The last of 1.1 million rows of 3 * 12 * 64 elements starts past element 2^31."""
     lengths = [128, 1_000_000 - 256, 128]
     total_tokens = sum(lengths)
     qkv = torch.zeros(total_tokens, 3, 12, 64, dtype=torch.bfloat16, device="cuda")
     ends = torch.cat([torch.arange(128), torch.arange(total_tokens - 128, total_tokens)]).cuda()
     qkv[ends] = torch.randn(256, 3, 12, 64, dtype=torch.bfloat16, device="cuda")
-    small, dout, cu_seqlens, _, slopes = make_inputs([128, 128], 12, 64, torch.bfloat16, "cuda", tail=0)
-    expected = run(attention_qkvpacked, qkv[ends], dout, cu_seqlens, 128, slopes)
+    small, dout, cu_seqlens, _, slopes, _ = make_inputs([128, 128], 12, 64, torch.bfloat16, "cuda", tail=0)
+    expected = run(attention_qkvpacked, qkv[ends], dout, cu_seqlens, max_seqlen, slopes)
     # The rows between are a million sequences of one token, so the grid is long but cheap.
     starts = [0, *range(128, total_tokens - 127), total_tokens]
     big_dout = torch.zeros(total_tokens, 12, 64, dtype=torch.bfloat16, device="cuda")
     big_dout[ends] = dout
-    got = run(attention_qkvpacked, qkv, big_dout, torch.tensor(starts, dtype=torch.int32).cuda(), 128, slopes)
+    got = run(attention_qkvpacked, qkv, big_dout, torch.tensor(starts, dtype=torch.int32).cuda(), max_seqlen, slopes)
     assert all(torch.equal(got[name][ends], tensor) for name, tensor in expected.items())

@@ -18,14 +18,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SHARED_KB = {80: 163, 90: 227}  # per block: CUDA C++ Programming Guide, table of compute capabilities
-MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA"}  # mma.sync; wgmma, a warp group at a time
+# A100; consumer Ampere; Ada; H100 and H200; B200; consumer Blackwell.
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+# A block's: CUDA C++ Programming Guide, table of compute capabilities.
+SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+# mma.sync; wgmma, a warp group at a time; tcgen05, with accumulators in tensor memory.
+MATRIX_INSTRUCTION = {**dict.fromkeys(ARCHITECTURES, "HMMA"), 90: "HGMMA", 100: "UTC[A-Z]*MMA"}
 
 TYPES = {  # of arguments; pointers not named here point to the tensors' dtype, and other scalars are i32
     **dict.fromkeys(("slopes_ptr", "lse_ptr", "delta_ptr"), "*fp32"),
     **dict.fromkeys(("weight_ptr", "bias_ptr", "mean_ptr", "rstd_ptr", "partial_ptr"), "*fp32"),
     **dict.fromkeys(("keep_scale", "eps"), "fp32"),
-    "cu_seqlens_ptr": "*i32",
+    **dict.fromkeys(("cu_seqlens_ptr", "windows_ptr"), "*i32"),
     "seed_ptr": "*i64",
 }
 
@@ -33,13 +37,21 @@ TYPES = {  # of arguments; pointers not named here point to the tensors' dtype, 
 def configurations(everything):
     """(file, kernel, arch, dtype, size, None arguments): size is the head size D, the row length C, or the width F."""
     found = []
-    for arch in (80, 90):
-        for dtype in ("bf16", "fp16", "fp32") if everything else ("bf16", "fp16"):
+    for arch in ARCHITECTURES if everything else (80, 90, 120):
+        for dtype in ("bf16", "fp16", "fp32") if everything else ("bf16",):
             for kernel in ("forward", "dq", "dkv"):
                 for D in (16, 32, 64, 128) if everything else (64,):
                     found.append(("attention", kernel, arch, dtype, D, ()))
-                    if everything:
-                        found.append(("attention", kernel, arch, dtype, D, ("slopes_ptr",)))
+                if everything:
+                    found.append(("attention", kernel, arch, dtype, 64, ("slopes_ptr",)))
+    for arch in (90, 100):
+        for dtype in ("bf16", "fp16") if everything else ("bf16",):
+            for kernel in ("forward", "backward"):
+                for D in (16, 32, 64) if everything else (64,):
+                    for none in ((), ("windows_ptr",), ("slopes_ptr",))[: None if everything else 1]:
+                        found.append(("attention_window", kernel, arch, dtype, D, none))
+    for arch in ARCHITECTURES if everything else (80, 90):
+        for dtype in ("bf16", "fp16", "fp32") if everything else ("bf16",):
             for C in (64, 200, 768, 1024, 4096, 8192) if everything else (768,):
                 # Dropout and residual; residual alone; neither.
                 for none in ((), ("seed_ptr",), ("seed_ptr", "residual_ptr", "z_ptr"))[: None if everything else 2]:
@@ -65,9 +77,11 @@ def compile_one(configuration):
     if file == "attention":
         values = module.LAUNCH[name][size, 4 if dtype == "fp32" else 2]
         launch = {"D": size, **dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), values))}
+    elif file == "attention_window":
+        launch = {"D": size, "BLOCK": module.BLOCK, **module.LAUNCH[name]}
     else:
         launch = module.launch_config(size)
-    options = {key: launch.pop(key) for key in ("num_warps", "num_stages") if key in launch}
+    options = {key: launch.pop(key) for key in ("num_warps", "num_stages", "maxnreg") if key in launch}
     constants = {**launch, **dict.fromkeys(none)}
     signature, aligned = {}, {}
     for i, argument in enumerate(kernel.arg_names):
@@ -120,7 +134,7 @@ def faults(row):
         found.append("spills registers")
     if row["shared"] > SHARED_KB[row["arch"]] * 1024:
         found.append("takes too much shared memory")
-    if row["file"] == "attention" and row["dtype"] != "fp32" and not row["matrix"]:
+    if row["file"].startswith("attention") and row["dtype"] != "fp32" and not row["matrix"]:
         found.append("does not use the matrix units")
     if not row["wide_loads"]:
         found.append("has no 16-byte load")

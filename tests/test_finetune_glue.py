@@ -147,7 +147,7 @@ def test_training_is_that_of_a_plain_transformers_loop(tmp_path):
     their_optimizer = torch.optim.AdamW(theirs.parameters(), betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
     for step, batch in enumerate(finetune_glue.batches(run, encoded, PROCESS.device), 1):
         loss = train_step(lr_at(settings, 8, step), batch)
-        flat, cu_seqlens, _, types, labels = batch
+        flat, cu_seqlens, _, types, _, labels = batch
         lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
         ids, kinds = (
             torch.nn.utils.rnn.pad_sequence(x[: sum(lengths)].long().split(lengths), batch_first=True)
