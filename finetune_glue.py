@@ -337,12 +337,12 @@ class Steps:
             return self.step(batch)
         self.lr.fill_(lr)
         batch = [round_up(x, self.seqlen_multiple) if isinstance(x, int) else x for x in batch]
-        shape = tuple(x if isinstance(x, int) else x.shape for x in batch)
+        shape = tuple(x.shape if torch.is_tensor(x) else x for x in batch)
         if shape not in self.graphs:
             self.graphs[shape] = None  # this step warms up whatever the capture must not do
             return self.step(batch)
         if self.graphs[shape] is None:
-            inputs, graph = [x if isinstance(x, int) else x.clone() for x in batch], torch.cuda.CUDAGraph()
+            inputs, graph = [x.clone() if torch.is_tensor(x) else x for x in batch], torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, self.pool, torch.cuda.current_stream()):  # recorded, not carried out
                 loss = self.step(inputs)
             self.graphs[shape] = graph, inputs, loss
