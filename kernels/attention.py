@@ -118,11 +118,8 @@ def zero_rows(ptr, length, row_stride, D: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def alibi(i, j, slope):
-    """Bias of query position i towards key position j; i and j broadcast to a tile. slope: 0 for no bias.
-
-    In fp32, exact below 2^24: as integers, every element of the tile would have to be converted.
-    """
-    return -slope * tl.abs(i.to(tl.float32) - j.to(tl.float32))
+    """Bias of query position i towards key position j; i and j broadcast to a tile. slope: 0 for no bias."""
+    return -slope * tl.abs(i - j).to(tl.float32)
 
 
 @triton.jit
@@ -307,9 +304,9 @@ def dkv_kernel(
     store_rows(dv_ptr, offs_n, length, row_stride, D, dv)
 
 
-# Tiles of up to 128 x 64 that compile without spilling registers to memory on sm_80 and sm_90: made so with
-# tests/test_compile_kernels.py, Triton 3.6 and 3.9. Those of (64, 2) are the fastest of such tiles on an H100 with
-# Triton 3.6; the others have not been timed. fp32 is for checks, not for speed.
+# Tiles of up to 128 x 64 that compile without spilling registers to memory, found with tests/test_compile_kernels.py,
+# Triton 3.6 and 3.9. Those of (64, 2) are the fastest of such tiles on an H100 with Triton 3.6; the others have not
+# been timed. fp32 is for checks, not for speed.
 LAUNCH = {  # (head size, bytes an element): (BLOCK_M, BLOCK_N, num_warps, num_stages)
     "forward": {
         (16, 2): (128, 64, 8, 2),
@@ -342,12 +339,23 @@ LAUNCH = {  # (head size, bytes an element): (BLOCK_M, BLOCK_N, num_warps, num_s
         (128, 4): (32, 32, 8, 1),
     },
 }
+# Instead of the above where a tile's product stays in registers (mma.sync), which it then overflows. Not timed.
+LAUNCH_MMA_SYNC = {("dq", 64, 2): (128, 32, 8, 2)}
+WARP_GROUP_MMA = (9, 10)  # compute capabilities, major, with wgmma or tcgen05; all others have mma.sync
 HEAD_SIZES = sorted({head_size for head_size, _ in LAUNCH["forward"]})
 
 
-def launch_config(name, qkv):
-    values = LAUNCH[name][qkv.shape[-1], qkv.element_size()]
+def launch_config(name, D, element_size, major):
+    """Launch constants of a kernel; major: of the GPU's compute capability."""
+    values = LAUNCH[name][D, element_size]
+    if major not in WARP_GROUP_MMA:
+        values = LAUNCH_MMA_SYNC.get((name, D, element_size), values)
     return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), values))
+
+
+def compute_capability(tensor):
+    """Its major number; of a GPU with warp groups for a tensor elsewhere, as in the interpreter."""
+    return torch.cuda.get_device_properties(tensor.device).major if tensor.is_cuda else WARP_GROUP_MMA[0]
 
 
 def sizes(qkv, cu_seqlens):
@@ -370,7 +378,7 @@ def attention_op(qkv: Tensor, cu_seqlens: Tensor, slopes: Tensor | None, max_seq
     total_tokens, _, H, D = qkv.shape
     out = torch.empty((total_tokens, H, D), dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty((H, total_tokens), dtype=torch.float32, device=qkv.device)
-    cfg = launch_config("forward", qkv)
+    cfg = launch_config("forward", qkv.shape[-1], qkv.element_size(), compute_capability(qkv))
     forward_kernel[grid(cfg["BLOCK_M"], qkv, cu_seqlens, max_seqlen)](
         qkv, out, lse, cu_seqlens, slopes, *sizes(qkv, cu_seqlens), **cfg
     )
@@ -384,11 +392,11 @@ def attention_backward_op(
     """dqkv"""
     dout = dout.contiguous()  # autograd may hand over any layout: sum() gives an expanded scalar
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
-    cfg = launch_config("dq", qkv)
+    cfg = launch_config("dq", qkv.shape[-1], qkv.element_size(), compute_capability(qkv))
     dq_kernel[grid(cfg["BLOCK_M"], qkv, cu_seqlens, max_seqlen)](
         dout, qkv, out, lse, delta, dqkv, cu_seqlens, slopes, *sizes(qkv, cu_seqlens), **cfg
     )
-    cfg = launch_config("dkv", qkv)
+    cfg = launch_config("dkv", qkv.shape[-1], qkv.element_size(), compute_capability(qkv))
     dkv_kernel[grid(cfg["BLOCK_N"], qkv, cu_seqlens, max_seqlen)](
         dout, qkv, lse, delta, dqkv, cu_seqlens, slopes, *sizes(qkv, cu_seqlens), **cfg
     )

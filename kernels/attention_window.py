@@ -24,7 +24,7 @@ A sequence of 20 tokens would fill a sixth of its tile. So neighbours share one:
 window w is the sequences windows[w] to windows[w + 1], at most BLOCK tokens together. make_windows chooses them on the
 CPU, where the lengths are known. Without windows, each sequence is one. Rows past the last sequence become 0.
 
-Limits: bf16 and fp16, HEAD_SIZES, ARCHITECTURES; kernels/attention.py does the rest. A NaN or infinity in
+Limits: bf16 and fp16, HEAD_SIZES, GPUs with WARP_GROUP_MMA; kernels/attention.py does the rest. A NaN or infinity in
 one sequence reaches the others of its window, as 0 * NaN is NaN.
 Tested: tests/test_attention.py, by Triton's interpreter on a CPU and compiled on a GPU; tests/test_compile_kernels.py
 inspects the machine code.
@@ -39,14 +39,20 @@ import torch
 from torch import Tensor
 
 from kernels import tl, triton
-from kernels.attention import LOG2E, alibi, load_rows, load_slope, store_rows, zero_rows
+from kernels.attention import (
+    LOG2E,
+    WARP_GROUP_MMA,
+    alibi,
+    compute_capability,
+    load_rows,
+    load_slope,
+    store_rows,
+    zero_rows,
+)
 
 BLOCK = 128  # tokens of a window, and rows and columns of its tile
 WINDOW_MULTIPLE = 32  # windows are filled up by empty ones, so that there are few shapes
 
-# With mma.sync, as on sm_80, 86, 89 and 120, backward's tile does not fit the registers; with wgmma (sm_90) and tcgen05
-# (sm_100) it does.
-ARCHITECTURES = (9, 10)  # compute capability, major number
 HEAD_SIZES = (16, 32, 64)  # of 2-byte elements
 # No spilled registers, and two programs of forward fit an SM of sm_90 at once: found with tests/test_compile_kernels.py,
 # Triton 3.6 and 3.9. Not timed yet.
@@ -76,7 +82,8 @@ def fits_window(qkv, max_seqlen):
         return False
     if not qkv.is_cuda:  # the interpreter has no registers to run out of
         return True
-    return qkv.element_size() == 2 and torch.cuda.get_device_properties(qkv.device).major in ARCHITECTURES
+    # With mma.sync, as on sm_80, 86, 89 and 120, backward's tile does not fit the registers.
+    return qkv.element_size() == 2 and compute_capability(qkv) in WARP_GROUP_MMA
 
 
 # Pieces of the kernels. A program works on one head of one window, and rows count from the window's start.
@@ -116,7 +123,8 @@ def mask_others(scores, offs, first, end):
 def exponentials(q, k, offs, first, end, slope, D: tl.constexpr):
     """(BLOCK, BLOCK) exp(S - row maximum), and (BLOCK,) its row sums: their quotient is P."""
     s = tl.dot(q, tl.trans(k), input_precision="ieee") * (LOG2E / D**0.5)
-    s = mask_others(s + alibi(offs[:, None], offs[None, :], slope), offs, first, end)
+    position = offs.to(tl.float32)  # here, so that not every element of the tile need be converted
+    s = mask_others(s + alibi(position[:, None], position[None, :], slope), offs, first, end)
     e = tl.exp2(s - tl.max(s, 1)[:, None])  # finite: every row has itself
     return e, tl.sum(e, 1)
 

@@ -75,8 +75,7 @@ def compile_one(configuration):
     module = importlib.import_module(f"kernels.{file}")
     kernel = getattr(module, f"{name}_kernel")
     if file == "attention":
-        values = module.LAUNCH[name][size, 4 if dtype == "fp32" else 2]
-        launch = {"D": size, **dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), values))}
+        launch = {"D": size, **module.launch_config(name, size, 4 if dtype == "fp32" else 2, arch // 10)}
     elif file == "attention_window":
         launch = {"D": size, "BLOCK": module.BLOCK, **module.LAUNCH[name]}
     else:

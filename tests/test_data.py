@@ -73,6 +73,13 @@ def test_batch_arrays(samples):
     lengths = batch.cu_seqlens.diff()
     assert batch.sum_squared_lengths == (lengths.long() ** 2).sum() and batch.num_samples == 24 == (lengths > 0).sum()
     assert batch.max_seqlen >= lengths.max()
+    per_window = batch.cu_seqlens[batch.windows.long()].diff()
+    assert per_window.max() <= 128 and per_window.sum() == batch.num_tokens
+
+
+def test_long_sequences_have_no_windows(tmp_path, documents):
+    (batch,) = data.Samples(make_shards(tmp_path / "shards", documents), "train", 129).train_step(0, 24, 1, 0.3, 10_000)
+    assert batch.windows is None
 
 
 def test_every_world_size_and_micro_batch_sees_the_same(samples):
