@@ -23,10 +23,13 @@ MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA"}  # mma.sync; wgmma, a warp group 
 
 TYPES = {  # of arguments; pointers not named here point to the tensors' dtype, and other scalars are i32
     **dict.fromkeys(("slopes_ptr", "lse_ptr", "delta_ptr"), "*fp32"),
-    **dict.fromkeys(("weight_ptr", "bias_ptr", "mean_ptr", "rstd_ptr", "partial_ptr"), "*fp32"),
+    **dict.fromkeys(("weight_ptr", "bias_ptr", "x_bias_ptr", "mean_ptr", "rstd_ptr", "partial_ptr"), "*fp32"),
+    **dict.fromkeys(("words_ptr", "types_ptr", "dembedding_ptr", "loss_ptr", "log_sum_ptr"), "*fp32"),
     **dict.fromkeys(("keep_scale", "eps"), "fp32"),
     "cu_seqlens_ptr": "*i32",
     "seed_ptr": "*i64",
+    "labels_ptr": "*i64",
+    **dict.fromkeys(("ids_ptr", "type_ids_ptr"), "*i32"),
 }
 
 
@@ -40,13 +43,17 @@ def configurations(everything):
                     found.append(("attention", kernel, arch, dtype, D, ()))
                     if everything:
                         found.append(("attention", kernel, arch, dtype, D, ("slopes_ptr",)))
-            for C in (64, 200, 768, 1024, 4096, 8192) if everything else (768,):
+            for C in (64, 200, 768, 1024, 4096, 8192) if everything else (768, 1024):
                 # Dropout and residual; residual alone; neither.
-                for none in ((), ("seed_ptr",), ("seed_ptr", "residual_ptr", "z_ptr"))[: None if everything else 2]:
+                for none in ((), ("seed_ptr",), ("x_bias_ptr", "seed_ptr", "residual_ptr", "z_ptr"))[: None if everything else 2]:
                     found.append(("layernorm", "forward", arch, dtype, C, none))
                 # Both gradients; dz alone, without dropout; dx alone, without a residual.
-                for none in ((), ("seed_ptr", "dx_ptr"), ("dz_ptr",))[: None if everything else 2]:
+                for none in ((), ("seed_ptr", "dx_ptr"), ("dz_ptr", "dnext_ptr"))[: None if everything else 2]:
                     found.append(("layernorm", "backward", arch, dtype, C, none))
+                for none in ((), ("type_ids_ptr",))[: None if everything else 1]:
+                    found += [("embedding", kernel, arch, dtype, C, none) for kernel in ("forward", "backward")]
+            for V in (70, 30_522, 30_528) if everything else (30_528,):
+                found += [("cross_entropy", kernel, arch, dtype, V, ()) for kernel in ("log_sum", "gradient")]
             for F in (48, 3072, 4096) if everything else (3072,):
                 for none in ((), ("seed_ptr",))[: None if everything else 1]:
                     found += [("geglu", kernel, arch, dtype, F, none) for kernel in ("forward", "backward")]
@@ -66,7 +73,9 @@ def compile_one(configuration):
         values = module.LAUNCH[name][size, 4 if dtype == "fp32" else 2]
         launch = {"D": size, **dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), values))}
     else:
-        launch = module.launch_config(size)
+        launch = module.launch_config(size, name) if file == "cross_entropy" else module.launch_config(size)
+        if (file, name) == ("layernorm", "backward"):
+            launch["SUM_DX"] = True
     options = {key: launch.pop(key) for key in ("num_warps", "num_stages") if key in launch}
     constants = {**launch, **dict.fromkeys(none)}
     signature, aligned = {}, {}
