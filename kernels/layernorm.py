@@ -40,7 +40,7 @@ compiled on a GPU. Not proven: any architecture but sm_80 and sm_90.
 Source: Ba et al. 2016, Layer Normalization, arXiv 1607.06450; Salmon et al. 2011, Parallel Random Numbers: As Easy as
 1, 2, 3 (Philox; with 7 rounds it passes the BigCrush tests).
 
-Read next: tests/test_layernorm.py
+Read next: kernels/embedding.py, kernels/geglu.py, kernels/cross_entropy.py, or tests/test_layernorm.py
 """
 
 import torch

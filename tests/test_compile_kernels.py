@@ -43,16 +43,16 @@ def configurations(everything):
                     found.append(("attention", kernel, arch, dtype, D, ()))
                     if everything:
                         found.append(("attention", kernel, arch, dtype, D, ("slopes_ptr",)))
-            for C in (64, 200, 768, 1024, 4096, 8192) if everything else (768, 1024):
+            for C in (64, 200, 768, 1024, 4096, 8192) if everything else (768,):
                 # Dropout and residual; residual alone; neither.
                 for none in ((), ("seed_ptr",), ("x_bias_ptr", "seed_ptr", "residual_ptr", "z_ptr"))[: None if everything else 2]:
                     found.append(("layernorm", "forward", arch, dtype, C, none))
                 # Both gradients; dz alone, without dropout; dx alone, without a residual.
                 for none in ((), ("seed_ptr", "dx_ptr"), ("dz_ptr", "dnext_ptr"))[: None if everything else 2]:
                     found.append(("layernorm", "backward", arch, dtype, C, none))
-                for none in ((), ("type_ids_ptr",))[: None if everything else 1]:
+                for none in ((), ("type_ids_ptr",)) if everything else ((),) if dtype == "bf16" else ():
                     found += [("embedding", kernel, arch, dtype, C, none) for kernel in ("forward", "backward")]
-            for V in (70, 30_522, 30_528) if everything else (30_528,):
+            for V in (70, 30_522, 30_528) if everything else (30_528,) if dtype == "bf16" else ():
                 found += [("cross_entropy", kernel, arch, dtype, V, ()) for kernel in ("log_sum", "gradient")]
             for F in (48, 3072, 4096) if everything else (3072,):
                 for none in ((), ("seed_ptr",))[: None if everything else 1]:
