@@ -57,11 +57,11 @@ def embedding_layernorm_reference(ids, type_ids, words, types, weight, bias, dro
 @triton.jit
 def rows_of_tables(offs_r, num_rows, ids_ptr, type_ids_ptr, words_ptr, types_ptr, C: tl.constexpr):
     """Where the tokens' rows of words and of types begin, each (BLOCK_R, 1)."""
-    id = tl.load(ids_ptr + offs_r, mask=offs_r < num_rows, other=0).to(tl.int64)
+    word_id = tl.load(ids_ptr + offs_r, mask=offs_r < num_rows, other=0).to(tl.int64)
     type_id = offs_r * 0
     if type_ids_ptr is not None:
         type_id = tl.load(type_ids_ptr + offs_r, mask=offs_r < num_rows, other=0).to(tl.int32)
-    return (words_ptr + id * C)[:, None], (types_ptr + type_id * C)[:, None]
+    return (words_ptr + word_id * C)[:, None], (types_ptr + type_id * C)[:, None]
 
 
 @triton.jit(do_not_specialize=["num_rows", "threshold"])

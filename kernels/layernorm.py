@@ -73,7 +73,7 @@ def keep_mask(seed_ptr, first, threshold, BLOCK_R: tl.constexpr, BLOCK_C: tl.con
     counter = first[:, None] + tl.arange(0, BLOCK_C // 8)[None, :]  # (BLOCK_R, BLOCK_C // 8): one call, 8 columns
     a, b, c, d = tl.randint4x(tl.load(seed_ptr), counter, PHILOX_ROUNDS)  # 32 bits each
     bits = tl.join(tl.join(a, b), tl.join(c, d)).to(tl.uint32)  # (BLOCK_R, BLOCK_C // 8, 2, 2)
-    bits = tl.join(bits << 16, bits)  # (BLOCK_R, BLOCK_C // 8, 2, 2, 2): the upper 16 bits decide, the rest is no matter
+    bits = tl.join(bits << 16, bits)  # (BLOCK_R, BLOCK_C // 8, 2, 2, 2): upper halves decide, whatever is below
     return tl.reshape(bits, (BLOCK_R, BLOCK_C)) >= (threshold.to(tl.uint32) << 16)
 
 

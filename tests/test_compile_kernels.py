@@ -45,7 +45,8 @@ def configurations(everything):
                         found.append(("attention", kernel, arch, dtype, D, ("slopes_ptr",)))
             for C in (64, 200, 768, 1024, 4096, 8192) if everything else (768,):
                 # Dropout and residual; residual alone; neither.
-                for none in ((), ("seed_ptr",), ("x_bias_ptr", "seed_ptr", "residual_ptr", "z_ptr"))[: None if everything else 2]:
+                neither = ("x_bias_ptr", "seed_ptr", "residual_ptr", "z_ptr")
+                for none in ((), ("seed_ptr",), neither)[: None if everything else 2]:
                     found.append(("layernorm", "forward", arch, dtype, C, none))
                 # Both gradients; dz alone, without dropout; dx alone, without a residual.
                 for none in ((), ("seed_ptr", "dx_ptr"), ("dz_ptr", "dnext_ptr"))[: None if everything else 2]:
