@@ -163,8 +163,8 @@ class MosaicEncoder(nn.Module):
     def forward(self, input_ids, cu_seqlens, max_seqlen, rows=None, token_type_ids=None, windows=None):
         """(total_tokens,) ids to (num_rows, C) hidden states. token_type_ids: like input_ids; None means all 0."""
         embeddings = self.embeddings
-        words, types, norm = embeddings.word_embeddings.weight, embeddings.token_type_embeddings.weight, embeddings.LayerNorm
-        dropout_prob = self.dropout if self.training else 0.0
+        words, types = embeddings.word_embeddings.weight, embeddings.token_type_embeddings.weight
+        norm, dropout_prob = embeddings.LayerNorm, self.dropout if self.training else 0.0
         x, residual = kernels.embedding_layernorm(
             *(input_ids, token_type_ids, words, types, norm.weight, norm.bias),
             *(dropout_prob, LAYER_NORM_EPS, activation_dtype(words)),

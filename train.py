@@ -239,15 +239,17 @@ def memory_bytes(cfg, num_params, vocab_size, tokens, bytes_per_value, fused):
     for the backward pass, in values a token and layer: 8C (qkv, attention output, sums and results of two LayerNorms)
     and 3F (both halves of the GeGLU and its result). Without the fused kernels C and 2.5F more, and the attention
     weights of H heads towards seq_length keys, in float32 and again in the compute dtype. The head holds its logits in
-    the compute dtype and float32, with gradients. Measured on an H100 (base, bf16): 458 kB a token and 3.1 GB where
-    this says 478 and 2.5; 793 where it says 791 without the fused kernels.
+    the compute dtype, and without the fused kernels in float32 too, both with gradients. This says 387 kB a token and
+    2.5 GB for base in bf16, 791 kB without the fused kernels. Measured on an H100: 793 without them; with them to be
+    measured again (before the head was one of them: 458 kB and 3.1 GB, where this said 478 and 2.5).
     """
     layer = (8 * cfg.hidden_size + 3 * cfg.intermediate_size) * bytes_per_value
+    logit = bytes_per_value
     if not fused:
+        logit += bytes_per_value + 8
         layer += (cfg.hidden_size + 2.5 * cfg.intermediate_size) * bytes_per_value
         layer += cfg.num_heads * cfg.seq_length * (4 + bytes_per_value)
-    head = cfg.mask_prob * vocab_size * (2 * bytes_per_value + 8)
-    return num_params * (16 + bytes_per_value) + tokens * (cfg.num_layers * layer + head)
+    return num_params * (16 + bytes_per_value) + tokens * (cfg.num_layers * layer + cfg.mask_prob * vocab_size * logit)
 
 
 def choose_micro_batch_tokens(cfg, process, num_params, vocab_size):

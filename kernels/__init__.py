@@ -12,6 +12,7 @@ import torch
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     HAS_TRITON = True
 except ImportError:  # as on macOS
@@ -26,7 +27,7 @@ except ImportError:  # as on macOS
         def __call__(self, *args, **kwargs):
             return self
 
-    triton = tl = Missing()
+    triton = tl = TensorDescriptor = Missing()
 
 # After triton and tl, which these take from here.
 from kernels.attention import (  # noqa: E402

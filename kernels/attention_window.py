@@ -24,8 +24,8 @@ A sequence of 20 tokens would fill a sixth of its tile. So neighbours share one:
 window w is the sequences windows[w] to windows[w + 1], at most BLOCK tokens together. make_windows chooses them on the
 CPU, where the lengths are known. Without windows, each sequence is one. Rows past the last sequence become 0.
 
-Limits: bf16 and fp16, HEAD_SIZES, GPUs with WARP_GROUP_MMA; kernels/attention.py does the rest. A NaN or infinity in
-one sequence reaches the others of its window, as 0 * NaN is NaN.
+Limits: bf16 and fp16, HEAD_SIZES, Hopper GPUs; kernels/attention.py does the rest. A NaN or infinity in one sequence
+reaches others less than BLOCK rows away, as 0 * NaN is NaN.
 Tested: tests/test_attention.py, by Triton's interpreter on a CPU and compiled on a GPU; tests/test_compile_kernels.py
 inspects the machine code.
 
@@ -38,25 +38,17 @@ Read next: tests/test_attention.py
 import torch
 from torch import Tensor
 
-from kernels import tl, triton
-from kernels.attention import (
-    LOG2E,
-    WARP_GROUP_MMA,
-    alibi,
-    compute_capability,
-    load_rows,
-    load_slope,
-    store_rows,
-    zero_rows,
-)
+from kernels import TensorDescriptor, tl, triton
+from kernels.attention import LOG2E, alibi, compute_capability, load_slope, store_rows, zero_rows
 
 BLOCK = 128  # tokens of a window, and rows and columns of its tile
 WINDOW_MULTIPLE = 32  # windows are filled up by empty ones, so that there are few shapes
 
 HEAD_SIZES = (16, 32, 64)  # of 2-byte elements
-# No spilled registers, and two programs of forward fit an SM of sm_90 at once: found with tests/test_compile_kernels.py,
-# Triton 3.6 and 3.9. Not timed yet.
-LAUNCH = {"forward": {"num_warps": 8}, "backward": {"num_warps": 8}}
+MANY_WINDOWS = 264  # two for each SM of an H100
+# The fastest of 26 variants on an H100 with Triton 3.6 that spill no registers: 2.3 + 5.6 ns a token for 12 heads of 64,
+# full windows, where the memory's own speed allows 5.6. A program a head, without tiles on their way: 10.7.
+LAUNCH = {"forward": {"STAGES": 3, "num_warps": 8}, "backward": {"STAGES": 2, "num_warps": 8}}
 
 
 def make_windows(lengths, max_seqlen):
@@ -82,8 +74,8 @@ def fits_window(qkv, max_seqlen):
         return False
     if not qkv.is_cuda:  # the interpreter has no registers to run out of
         return True
-    # With mma.sync, as on sm_80, 86, 89 and 120, backward's tile does not fit the registers.
-    return qkv.element_size() == 2 and compute_capability(qkv) in WARP_GROUP_MMA
+    # Elsewhere backward's tile does not fit the registers, or there is no TMA; sm_100 spills some and was not tried.
+    return qkv.element_size() == 2 and compute_capability(qkv) == 9
 
 
 # Pieces of the kernels. A program works on one head of one window, and rows count from the window's start.
@@ -121,106 +113,124 @@ def mask_others(scores, offs, first, end):
 
 @triton.jit
 def exponentials(q, k, offs, first, end, slope, D: tl.constexpr):
-    """(BLOCK, BLOCK) exp(S - row maximum), and (BLOCK,) its row sums: their quotient is P."""
-    s = tl.dot(q, tl.trans(k), input_precision="ieee") * (LOG2E / D**0.5)
+    """(BLOCK, BLOCK) exp(S - row maximum), and (BLOCK,) its row sums: their quotient is P. slope: as load_slope's."""
+    scale = LOG2E / D**0.5
     position = offs.to(tl.float32)  # here, so that not every element of the tile need be converted
-    s = mask_others(s + alibi(position[:, None], position[None, :], slope), offs, first, end)
-    e = tl.exp2(s - tl.max(s, 1)[:, None])  # finite: every row has itself
+    s = tl.dot(q, tl.trans(k), input_precision="ieee") + alibi(position[:, None], position[None, :], slope / scale)
+    s = mask_others(s, offs, first, end)
+    e = tl.exp2(s * scale - (tl.max(s, 1) * scale)[:, None])  # finite: every row has itself
     return e, tl.sum(e, 1)
 
 
-@triton.jit(do_not_specialize=["W", "B", "H", "total_tokens"])
+# Both kernels load by descriptors (TMA on the GPUs in question): whole tiles, whose rows past the window are a
+# neighbour's and masked, or past the tensor and 0. While a program works on one head, the next ones' tiles are on their
+# way: without that, the one program that an SM has registers for would wait for each of its loads.
+
+
+@triton.jit(do_not_specialize=["W", "B", "total_tokens", "heads"])
 def forward_kernel(
-    qkv_ptr,  # (total_tokens, 3, H, D)
+    qkv_desc,  # (total_tokens, 3 * H * D), in tiles of (BLOCK, D)
     out_ptr,  # (total_tokens, H, D): written
     cu_seqlens_ptr,  # (B + 1,) int32
     windows_ptr,  # (W + 1,) int32, or None for one sequence each
     slopes_ptr,  # (H,) fp32, or None for no bias
     W,
     B,
-    H,
+    H: tl.constexpr,
     total_tokens,
+    heads,  # of one program; divides H
     D: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,  # heads whose tiles are loaded or worked on at once
 ):
-    """out for one head of one window, or zeros for one head of the tail. Grid: ((W + 1) * H,)."""
-    w, h = tl.program_id(0) // H, tl.program_id(0) % H
-    row_stride = 3 * H * D
+    """out for some heads of one window, or zeros for those of the tail. Grid: ((W + 1) * H / heads,)."""
+    w, h0 = tl.program_id(0) // (H // heads), tl.program_id(0) % (H // heads) * heads
+    C = H * D
     if w == W:
         end = tl.load(cu_seqlens_ptr + B)
-        zero_rows(out_ptr + (end.to(tl.int64) * H + h) * D, total_tokens - end, H * D, D, BLOCK)
+        for h in range(h0, h0 + heads):
+            zero_rows(out_ptr + end.to(tl.int64) * C + h * D, total_tokens - end, C, D, BLOCK)
         return
     b, b_end, start, length = locate_window(windows_ptr, cu_seqlens_ptr, w)
     if length <= 0:
         return
 
-    q_ptr = qkv_ptr + start * row_stride + h * D
-    offs = tl.arange(0, BLOCK)
-    q = load_rows(q_ptr, offs, length, row_stride, D)  # (BLOCK, D)
-    k = load_rows(q_ptr + H * D, offs, length, row_stride, D)  # (BLOCK, D)
-    v = load_rows(q_ptr + 2 * H * D, offs, length, row_stride, D)  # (BLOCK, D)
+    row, offs = start.to(tl.int32), tl.arange(0, BLOCK)
     first, end = locate_sequences(cu_seqlens_ptr, b, b_end, start, offs, BLOCK)
-    e, total = exponentials(q, k, offs, first, end, load_slope(slopes_ptr, h), D)
-    out = tl.dot(e.to(v.dtype), v, input_precision="ieee") / total[:, None]
-    store_rows(out_ptr + (start * H + h) * D, offs, length, H * D, D, out)
+    for h in tl.range(h0, h0 + heads, num_stages=STAGES, disable_licm=True):
+        q = qkv_desc.load([row, h * D])  # (BLOCK, D)
+        k = qkv_desc.load([row, h * D + C])  # (BLOCK, D)
+        v = qkv_desc.load([row, h * D + 2 * C])  # (BLOCK, D)
+        e, total = exponentials(q, k, offs, first, end, load_slope(slopes_ptr, h), D)
+        out = tl.dot(e.to(v.dtype), v, input_precision="ieee") / total[:, None]
+        store_rows(out_ptr + start * C + h * D, offs, length, C, D, out)
 
 
-@triton.jit(do_not_specialize=["W", "B", "H", "total_tokens"])
+@triton.jit(do_not_specialize=["W", "B", "total_tokens", "heads"])
 def backward_kernel(
-    dout_ptr,  # (total_tokens, H, D)
-    qkv_ptr,  # (total_tokens, 3, H, D)
+    dout_desc,  # (total_tokens, H * D), in tiles of (BLOCK, D)
+    qkv_desc,  # (total_tokens, 3 * H * D), likewise
     dqkv_ptr,  # (total_tokens, 3, H, D): written
     cu_seqlens_ptr,  # (B + 1,) int32
     windows_ptr,  # (W + 1,) int32, or None
     slopes_ptr,  # (H,) fp32, or None
     W,
     B,
-    H,
+    H: tl.constexpr,
     total_tokens,
+    heads,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """dq, dk, dv for one head of one window, or zeros for one head of the tail. Grid: ((W + 1) * H,)."""
-    w, h = tl.program_id(0) // H, tl.program_id(0) % H
-    row_stride = 3 * H * D
+    """dq, dk, dv for some heads of one window, or zeros for those of the tail. Grid: ((W + 1) * H / heads,)."""
+    w, h0 = tl.program_id(0) // (H // heads), tl.program_id(0) % (H // heads) * heads
+    C = H * D
     if w == W:
         end = tl.load(cu_seqlens_ptr + B)
-        dq_ptr = dqkv_ptr + end.to(tl.int64) * row_stride + h * D
-        for part in tl.static_range(3):
-            zero_rows(dq_ptr + part * H * D, total_tokens - end, row_stride, D, BLOCK)
+        for h in range(h0, h0 + heads):
+            dq_ptr = dqkv_ptr + end.to(tl.int64) * 3 * C + h * D
+            for part in tl.static_range(3):
+                zero_rows(dq_ptr + part * C, total_tokens - end, 3 * C, D, BLOCK)
         return
     b, b_end, start, length = locate_window(windows_ptr, cu_seqlens_ptr, w)
     if length <= 0:
         return
 
-    q_ptr = qkv_ptr + start * row_stride + h * D
-    dq_ptr = dqkv_ptr + start * row_stride + h * D
-    offs = tl.arange(0, BLOCK)
-    q = load_rows(q_ptr, offs, length, row_stride, D)  # (BLOCK, D)
-    k = load_rows(q_ptr + H * D, offs, length, row_stride, D)  # (BLOCK, D)
-    dout = load_rows(dout_ptr + (start * H + h) * D, offs, length, H * D, D)  # (BLOCK, D)
-    v = load_rows(q_ptr + 2 * H * D, offs, length, row_stride, D)  # (BLOCK, D)
+    row, offs = start.to(tl.int32), tl.arange(0, BLOCK)
     first, end = locate_sequences(cu_seqlens_ptr, b, b_end, start, offs, BLOCK)
-    e, total = exponentials(q, k, offs, first, end, load_slope(slopes_ptr, h), D)
-    p = e / total[:, None]  # (BLOCK, BLOCK)
-    # Each result is stored as soon as it is there, which frees its registers.
-    dv = tl.dot(tl.trans(p.to(dout.dtype)), dout, input_precision="ieee")
-    store_rows(dq_ptr + 2 * H * D, offs, length, row_stride, D, dv)
-    dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
-    delta = tl.sum(p * dp, 1)
-    ds = (p * (dp - delta[:, None])).to(q.dtype)
-    dq = tl.dot(ds, k, input_precision="ieee")
-    store_rows(dq_ptr, offs, length, row_stride, D, dq / D**0.5)
-    dk = tl.dot(tl.trans(ds), q, input_precision="ieee")
-    store_rows(dq_ptr + H * D, offs, length, row_stride, D, dk / D**0.5)
+    for h in tl.range(h0, h0 + heads, num_stages=STAGES, disable_licm=True):
+        q = qkv_desc.load([row, h * D])  # (BLOCK, D)
+        k = qkv_desc.load([row, h * D + C])  # (BLOCK, D)
+        dout = dout_desc.load([row, h * D])  # (BLOCK, D)
+        v = qkv_desc.load([row, h * D + 2 * C])  # (BLOCK, D)
+        dq_ptr = dqkv_ptr + start * 3 * C + h * D
+        e, total = exponentials(q, k, offs, first, end, load_slope(slopes_ptr, h), D)
+        p = e / total[:, None]  # (BLOCK, BLOCK)
+        # Each result is stored as soon as it is there, which frees its registers.
+        dv = tl.dot(tl.trans(p.to(q.dtype)), dout, input_precision="ieee")
+        store_rows(dq_ptr + 2 * C, offs, length, 3 * C, D, dv)
+        dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+        ds = (p * (dp - tl.sum(p * dp, 1)[:, None])).to(q.dtype)
+        dq = tl.dot(ds, k, input_precision="ieee")
+        store_rows(dq_ptr, offs, length, 3 * C, D, dq / D**0.5)
+        dk = tl.dot(tl.trans(ds), q, input_precision="ieee")
+        store_rows(dq_ptr + C, offs, length, 3 * C, D, dk / D**0.5)
 
 
-def launch(kernel, options, tensors, qkv, cu_seqlens, windows, slopes):
-    """A program for each head of each window, and of the tail."""
+def tiles(tensor):
+    """The descriptor by which the kernels load (BLOCK, D) tiles of (total_tokens, ..., D)."""
+    return TensorDescriptor.from_tensor(tensor.view(len(tensor), -1), [BLOCK, tensor.shape[-1]])
+
+
+def launch(kernel, name, tensors, qkv, cu_seqlens, windows, slopes):
+    """A program for each window, or for each head of it where that alone would leave the GPU idle; and the tail."""
     total_tokens, _, H, D = qkv.shape
     B = len(cu_seqlens) - 1
     W = B if windows is None else len(windows) - 1
-    kernel[((W + 1) * H,)](*tensors, cu_seqlens, windows, slopes, W, B, H, total_tokens, D, BLOCK, **options)
+    heads = H if W >= MANY_WINDOWS else 1
+    sizes = W, B, H, total_tokens, heads, D, BLOCK
+    kernel[((W + 1) * (H // heads),)](*tensors, cu_seqlens, windows, slopes, *sizes, **LAUNCH[name])
 
 
 # The kernels as two PyTorch operators, opaque to torch.compile. Outputs are not initialised: kernels write every row.
@@ -231,7 +241,7 @@ def window_attention_op(qkv: Tensor, cu_seqlens: Tensor, windows: Tensor | None,
     """out"""
     total_tokens, _, H, D = qkv.shape
     out = torch.empty((total_tokens, H, D), dtype=qkv.dtype, device=qkv.device)
-    launch(forward_kernel, LAUNCH["forward"], (qkv, out), qkv, cu_seqlens, windows, slopes)
+    launch(forward_kernel, "forward", (tiles(qkv), out), qkv, cu_seqlens, windows, slopes)
     return out
 
 
@@ -242,7 +252,7 @@ def window_attention_backward_op(
     """dqkv"""
     dout = dout.contiguous()  # autograd may hand over any layout: sum() gives an expanded scalar
     dqkv = torch.empty_like(qkv)
-    launch(backward_kernel, LAUNCH["backward"], (dout, qkv, dqkv), qkv, cu_seqlens, windows, slopes)
+    launch(backward_kernel, "backward", (tiles(dout), tiles(qkv), dqkv), qkv, cu_seqlens, windows, slopes)
     return dqkv
 
 

@@ -57,11 +57,11 @@ def embedding_layernorm_reference(ids, type_ids, words, types, weight, bias, dro
 @triton.jit
 def rows_of_tables(offs_r, num_rows, ids_ptr, type_ids_ptr, words_ptr, types_ptr, C: tl.constexpr):
     """Where the tokens' rows of words and of types begin, each (BLOCK_R, 1)."""
-    id = tl.load(ids_ptr + offs_r, mask=offs_r < num_rows, other=0).to(tl.int64)
+    word_id = tl.load(ids_ptr + offs_r, mask=offs_r < num_rows, other=0).to(tl.int64)
     type_id = offs_r * 0
     if type_ids_ptr is not None:
         type_id = tl.load(type_ids_ptr + offs_r, mask=offs_r < num_rows, other=0).to(tl.int32)
-    return (words_ptr + id * C)[:, None], (types_ptr + type_id * C)[:, None]
+    return (words_ptr + word_id * C)[:, None], (types_ptr + type_id * C)[:, None]
 
 
 @triton.jit(do_not_specialize=["num_rows", "threshold"])
@@ -117,7 +117,7 @@ def backward_kernel(
     seed_ptr,  # (1,) int64, or None for no dropout
     mean_ptr,  # (num_rows,) fp32
     rstd_ptr,  # (num_rows,) fp32
-    dz_ptr,  # (num_rows, C) fp32: written
+    dembedding_ptr,  # (num_rows, C) fp32: written, dz
     partial_ptr,  # (3, programs, C) fp32: written, each program's part of dweight, dbias and the sum of dz
     num_rows,
     threshold,
@@ -151,7 +151,7 @@ def backward_kernel(
         new = ()
         for i in tl.static_range(PARTS):
             offs, mask, offs_c, columns, first = part_of_rows(offs_r, num_rows, i, C, BLOCK_R, BLOCK_C)
-            tl.store(dz_ptr + offs, dzs[i], mask=mask)
+            tl.store(dembedding_ptr + offs, dzs[i], mask=mask)
             new = new + (sums[3 * i] + dys[i] * xhats[i], sums[3 * i + 1] + dys[i], sums[3 * i + 2] + dzs[i])
         sums = new
     store_sums(sums, partial_ptr, 3, C, BLOCK_C)
@@ -172,7 +172,7 @@ def embedding_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, mean, rstd)"""
     out, mean, rstd = empty_outputs(ids, words, dtype)
-    cfg = launch_config(words.shape[1], "forward")
+    cfg = launch_config(words.shape[1])
     forward_kernel[(triton.cdiv(len(ids), cfg["BLOCK_R"]),)](
         *(ids, type_ids, words, types, weight, bias, seed, out, mean, rstd),
         *(len(ids), *dropout_args(dropout_prob), eps),
@@ -209,14 +209,12 @@ def embedding_backward_op(
     """(dz, (3, C) dweight, dbias and the sum of dz over rows), fp32."""
     dout, dnext = dout.contiguous(), None if dnext is None else dnext.contiguous()
     dz = torch.empty(dout.shape, dtype=torch.float32, device=dout.device)
-    cfg = launch_config(words.shape[1], "backward")
-    del cfg["STAGES"]
     programs = backward_programs(dout.device)
     partial = torch.empty((3, programs, words.shape[1]), dtype=torch.float32, device=dout.device)
     backward_kernel[(programs,)](
         *(dout, dnext, ids, type_ids, words, types, weight, seed, mean, rstd, dz, partial),
         *(len(ids), *dropout_args(dropout_prob)),
-        **cfg,
+        **launch_config(words.shape[1]),
     )
     return dz, partial.sum(1)
 

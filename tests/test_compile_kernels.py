@@ -27,10 +27,13 @@ MATRIX_INSTRUCTION = {**dict.fromkeys(ARCHITECTURES, "HMMA"), 90: "HGMMA", 100: 
 
 TYPES = {  # of arguments; pointers not named here point to the tensors' dtype, and other scalars are i32
     **dict.fromkeys(("slopes_ptr", "lse_ptr", "delta_ptr"), "*fp32"),
-    **dict.fromkeys(("weight_ptr", "bias_ptr", "mean_ptr", "rstd_ptr", "partial_ptr"), "*fp32"),
+    **dict.fromkeys(("weight_ptr", "bias_ptr", "x_bias_ptr", "mean_ptr", "rstd_ptr", "partial_ptr"), "*fp32"),
+    **dict.fromkeys(("words_ptr", "types_ptr", "dembedding_ptr", "loss_ptr", "log_sum_ptr"), "*fp32"),
     **dict.fromkeys(("keep_scale", "eps"), "fp32"),
     **dict.fromkeys(("cu_seqlens_ptr", "windows_ptr"), "*i32"),
     "seed_ptr": "*i64",
+    "labels_ptr": "*i64",
+    **dict.fromkeys(("ids_ptr", "type_ids_ptr"), "*i32"),
 }
 
 
@@ -44,21 +47,25 @@ def configurations(everything):
                     found.append(("attention", kernel, arch, dtype, D, ()))
                 if everything:
                     found.append(("attention", kernel, arch, dtype, 64, ("slopes_ptr",)))
-    for arch in (90, 100):
-        for dtype in ("bf16", "fp16") if everything else ("bf16",):
-            for kernel in ("forward", "backward"):
-                for D in (16, 32, 64) if everything else (64,):
-                    for none in ((), ("windows_ptr",), ("slopes_ptr",))[: None if everything else 1]:
-                        found.append(("attention_window", kernel, arch, dtype, D, none))
+    for dtype in ("bf16", "fp16") if everything else ("bf16",):
+        for kernel in ("forward", "backward"):
+            for D in (16, 32, 64) if everything else (64,):
+                for none in ((), ("windows_ptr",), ("slopes_ptr",))[: None if everything else 1]:
+                    found.append(("attention_window", kernel, 90, dtype, D, none))
     for arch in ARCHITECTURES if everything else (80, 90):
         for dtype in ("bf16", "fp16", "fp32") if everything else ("bf16",):
             for C in (64, 200, 768, 1024, 4096, 8192) if everything else (768,):
                 # Dropout and residual; residual alone; neither.
-                for none in ((), ("seed_ptr",), ("seed_ptr", "residual_ptr", "z_ptr"))[: None if everything else 2]:
+                neither = ("x_bias_ptr", "seed_ptr", "residual_ptr", "z_ptr")
+                for none in ((), ("seed_ptr",), neither)[: None if everything else 2]:
                     found.append(("layernorm", "forward", arch, dtype, C, none))
                 # Both gradients; dz alone, without dropout; dx alone, without a residual.
-                for none in ((), ("seed_ptr", "dx_ptr"), ("dz_ptr",))[: None if everything else 2]:
+                for none in ((), ("seed_ptr", "dx_ptr"), ("dz_ptr", "dnext_ptr"))[: None if everything else 2]:
                     found.append(("layernorm", "backward", arch, dtype, C, none))
+                for none in ((), ("type_ids_ptr",)) if everything else ((),) if dtype == "bf16" else ():
+                    found += [("embedding", kernel, arch, dtype, C, none) for kernel in ("forward", "backward")]
+            for V in (70, 30_522, 30_528) if everything else (30_528,) if dtype == "bf16" else ():
+                found += [("cross_entropy", kernel, arch, dtype, V, ()) for kernel in ("log_sum", "gradient")]
             for F in (48, 3072, 4096) if everything else (3072,):
                 for none in ((), ("seed_ptr",))[: None if everything else 1]:
                     found += [("geglu", kernel, arch, dtype, F, none) for kernel in ("forward", "backward")]
@@ -77,15 +84,19 @@ def compile_one(configuration):
     if file == "attention":
         launch = {"D": size, **module.launch_config(name, size, 4 if dtype == "fp32" else 2, arch // 10)}
     elif file == "attention_window":
-        launch = {"D": size, "BLOCK": module.BLOCK, **module.LAUNCH[name]}
+        launch = {"H": 12, "D": size, "BLOCK": module.BLOCK, **module.LAUNCH[name]}
     else:
-        launch = module.launch_config(size)
+        launch = module.launch_config(size, name) if file == "cross_entropy" else module.launch_config(size)
+        if (file, name) == ("layernorm", "backward"):
+            launch["SUM_DX"] = True
     options = {key: launch.pop(key) for key in ("num_warps", "num_stages", "maxnreg") if key in launch}
     constants = {**launch, **dict.fromkeys(none)}
     signature, aligned = {}, {}
     for i, argument in enumerate(kernel.arg_names):
         if argument in constants:
             signature[argument] = "constexpr"
+        elif argument.endswith("_desc"):
+            signature[argument] = f"tensordesc<{dtype}[{launch['BLOCK']},{size}]>"
         elif argument.endswith("_ptr"):
             signature[argument] = TYPES.get(argument, f"*{dtype}")
             aligned[(i,)] = [["tt.divisibility", 16]]  # as PyTorch's allocator gives them
@@ -114,7 +125,7 @@ def compile_one(configuration):
         "local": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         "shared": compiled.metadata.shared,
         "matrix": len(re.findall(rf"\b{MATRIX_INSTRUCTION[arch]}\b", sass)),
-        "wide_loads": len(re.findall(r"\b(?:LDG|LDGSTS)\.E\.(?:\w+\.)*128\b", sass)),
+        "wide_loads": len(re.findall(r"\b(?:LDG|LDGSTS)\.E\.(?:\w+\.)*128\b|\bUTMALDG\b", sass)),
     }
 
 

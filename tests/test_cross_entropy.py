@@ -116,39 +116,49 @@ def test_no_rows(device, triton_backend):
 
 
 class Faulty:
-    """The real kernel, called with arguments changed by `fault(list of arguments)`."""
+    """The real kernels, called with arguments changed by `fault(list of arguments)`."""
 
     def __init__(self, kernel, fault):
         self.kernel, self.fault = kernel, fault
 
     def __getitem__(self, grid):
         def launch(*args, **cfg):
-            self.fault(args := list(args))
+            finish = self.fault(args := list(args))
             self.kernel[grid](*args, **cfg)
+            finish()
 
         return launch
 
 
 def neighbouring_labels(args):
     args[1] = torch.where(args[1] > 0, args[1] - 1, args[1])
+    return lambda: None
 
 
-def bias_not_summed(args):
-    args[3] = None
+def sums_in_half_precision(args):
+    partial = args[3]
+    args[3] = partial.half()
+    return lambda: partial.copy_(args[3])
 
 
 def last_row_left_out(args):
-    args[2][-1] = 0
     args[4] -= 1
+    return lambda: None
 
 
 @pytest.mark.parametrize(
-    "fault, noticed", [(neighbouring_labels, "loss"), (bias_not_summed, "dbias"), (last_row_left_out, "dhidden")]
+    "kernel, fault, noticed",
+    [
+        ("log_sum_kernel", neighbouring_labels, "loss"),
+        ("gradient_kernel", neighbouring_labels, "dweight"),
+        ("gradient_kernel", sums_in_half_precision, "dbias"),
+        ("gradient_kernel", last_row_left_out, "dhidden"),
+    ],
 )
-def test_faults_are_noticed(fault, noticed, device, monkeypatch, triton_backend):
+def test_faults_are_noticed(kernel, fault, noticed, device, monkeypatch, triton_backend):
     inputs = make_inputs(20, 16, 300, torch.float32, device)
     check(*inputs)
-    monkeypatch.setattr(module, "cross_entropy_kernel", Faulty(module.cross_entropy_kernel, fault))
+    monkeypatch.setattr(module, kernel, Faulty(getattr(module, kernel), fault))
     with pytest.raises(AssertionError, match=noticed):
         check(*inputs)
 

@@ -33,7 +33,7 @@ def make_inputs(num_rows, C, dtype, device="cpu", residual=True, mean=10.0):
 
 
 def run(function, dy, dnext, x, residual, weight, bias, x_bias, dropout_prob=0.0):
-    """{"y", "dx", "dresidual", "dweight", "dbias", "dx_bias"} of one forward and backward pass, what there is of them."""
+    """{"y", "dx", "dresidual", "dweight", "dbias", "dx_bias"} of one forward and backward pass, as far as they exist."""
     inputs = dict(zip(NAMES, (x, residual, weight, bias, x_bias)))
     inputs = {name: t.detach().requires_grad_() for name, t in inputs.items() if t is not None}
     y, following = function(*(inputs.get(name) for name in NAMES[:4]), dropout_prob, 1e-12, inputs.get("x_bias"))
