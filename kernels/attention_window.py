@@ -24,8 +24,8 @@ A sequence of 20 tokens would fill a sixth of its tile. So neighbours share one:
 window w is the sequences windows[w] to windows[w + 1], at most BLOCK tokens together. make_windows chooses them on the
 CPU, where the lengths are known. Without windows, each sequence is one. Rows past the last sequence become 0.
 
-Limits: bf16 and fp16, HEAD_SIZES, Hopper GPUs; kernels/attention.py does the rest. A NaN or infinity in one sequence
-reaches others less than BLOCK rows away, as 0 * NaN is NaN.
+Limits: bf16 and fp16, HEAD_SIZES, Hopper GPUs; kernels/attention.py does the rest. A NaN or infinity in one row reaches
+sequences less than BLOCK rows before it, and those of its window, as 0 * NaN is NaN.
 Tested: tests/test_attention.py, by Triton's interpreter on a CPU and compiled on a GPU; tests/test_compile_kernels.py
 inspects the machine code.
 
