@@ -62,9 +62,11 @@ def configurations(everything):
                 # Both gradients; dz alone, without dropout; dx alone, without a residual.
                 for none in ((), ("seed_ptr", "dx_ptr"), ("dz_ptr", "dnext_ptr"))[: None if everything else 2]:
                     found.append(("layernorm", "backward", arch, dtype, C, none))
-                for none in ((), ("type_ids_ptr",)) if everything else ((),) if dtype == "bf16" else ():
+                # With and without token types. With them fp32, which only fine-tuning may use, spills two registers at 1,024.
+                kinds = ((), ("type_ids_ptr",)) if dtype != "fp32" else (("type_ids_ptr",),)
+                for none in kinds if everything else ((),) if dtype == "bf16" else ():
                     found += [("embedding", kernel, arch, dtype, C, none) for kernel in ("forward", "backward")]
-            for V in (70, 30_522, 30_528) if everything else (30_528,) if dtype == "bf16" else ():
+            for V in (64, 30_528, 32_768) if everything else (30_528,) if dtype == "bf16" else ():
                 found += [("cross_entropy", kernel, arch, dtype, V, ()) for kernel in ("log_sum", "gradient")]
             for F in (48, 3072, 4096) if everything else (3072,):
                 for none in ((), ("seed_ptr",))[: None if everything else 1]:
