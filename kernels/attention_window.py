@@ -220,7 +220,7 @@ def backward_kernel(
 
 def tiles(tensor):
     """The descriptor by which the kernels load (BLOCK, D) tiles of (total_tokens, ..., D)."""
-    return TensorDescriptor.from_tensor(tensor.view(len(tensor), -1), [BLOCK, tensor.shape[-1]])
+    return TensorDescriptor.from_tensor(tensor.flatten(1), [BLOCK, tensor.shape[-1]])
 
 
 def launch(kernel, name, tensors, qkv, cu_seqlens, windows, slopes):
@@ -241,7 +241,8 @@ def window_attention_op(qkv: Tensor, cu_seqlens: Tensor, windows: Tensor | None,
     """out"""
     total_tokens, _, H, D = qkv.shape
     out = torch.empty((total_tokens, H, D), dtype=qkv.dtype, device=qkv.device)
-    launch(forward_kernel, "forward", (tiles(qkv), out), qkv, cu_seqlens, windows, slopes)
+    if total_tokens:
+        launch(forward_kernel, "forward", (tiles(qkv), out), qkv, cu_seqlens, windows, slopes)
     return out
 
 
@@ -252,7 +253,8 @@ def window_attention_backward_op(
     """dqkv"""
     dout = dout.contiguous()  # autograd may hand over any layout: sum() gives an expanded scalar
     dqkv = torch.empty_like(qkv)
-    launch(backward_kernel, "backward", (tiles(dout), tiles(qkv), dqkv), qkv, cu_seqlens, windows, slopes)
+    if len(qkv):
+        launch(backward_kernel, "backward", (tiles(dout), tiles(qkv), dqkv), qkv, cu_seqlens, windows, slopes)
     return dqkv
 
 
