@@ -1,0 +1,586 @@
+"""Whole training steps for kernels/bench.py: this project's, its parts taken away one at a time, and its peers'.
+
+A step is train.py's own: forward and backward of each micro-batch, gradients added up in fp32, and fused AdamW, on
+4,096 samples of 128 tokens (1,024 of 512) of which 30 % are masked. Samples are random tokens that go through data.py,
+so that micro-batches are those of training. Entries take turns, one untimed and two timed steps at a time; between
+turns weights and optimizer go to the CPU and memory is given back, so that each has the GPU to itself.
+
+Before that, loss and all gradients on a few sequences, dropout off, must be those of the model in fp32: the error of
+the gradients, all as one vector, may be twice that of the PyTorch path in bf16 and 2^-8. What was compiled must then
+start with the loss and gradient norm of this project's own, up to what dropout changes.
+
+Rows
+    step_full      all sequences 128 tokens
+    step_off       the same, with one of the design's changes taken away
+    step_fill80    lengths that fill 80.5 % of 128 tokens; "padded" gives each sequence 128 rows of the stream
+    step_512       sequences of 512 tokens
+    step_large     MosaicBERT-Large, 128 tokens
+
+Read next: kernels/peers.py
+"""
+
+import contextlib
+import copy
+import dataclasses
+import gc
+import json
+import os
+import statistics
+import time
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, models
+
+import kernels
+import model as model_file
+import train
+from data import IGNORED, Samples, file_digest, write_shard
+from kernels import peers
+from kernels.peers import NotMeasured, WrongNumbers
+from model import MaskedLM, ModelConfig, alibi_slopes, matrix_flops
+
+TURNS = 3
+TIMED_STEPS = 2  # in a turn, after one that is not timed
+SHORT_SHARE = 0.415  # of the samples, with lengths of 8 to 128: 0.585 + 0.415 * 68 / 128 = 80.5 %
+MASK_PROB = 0.3
+CHECKED_SAMPLES = 8
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+CONFIGS = {
+    "base": ModelConfig(),
+    "large": ModelConfig(hidden_size=1024, num_layers=24, num_heads=16, intermediate_size=4096),
+}
+MICRO_BATCH_TOKENS = {"base": 131072, "large": 49152}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+class Data:
+    """Random tokens as shards, read back by data.Samples."""
+
+    def __init__(self, directory, sizes):
+        self.directory, self.sizes = directory, sizes
+
+    def samples(self, kind, seq_length=128):
+        """kind: "full", "fill80", or "padded": the lengths of fill80, each filled up with [PAD] to a full sequence."""
+        path = os.path.join(self.directory, f"{kind}_{seq_length}")
+        if not os.path.exists(path):
+            self.write(path, kind, seq_length)
+        return Samples(path, "train", seq_length)
+
+    def write(self, path, kind, seq_length):
+        os.makedirs(path)
+        vocab = {name: i for i, name in enumerate([*SPECIAL, *(f"w{i}" for i in range(self.sizes.vocab - len(SPECIAL)))])}
+        tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+        tokenizer.save(os.path.join(path, "tokenizer.json"))
+        rng = np.random.default_rng(0)
+        count, longest = self.sizes.samples, seq_length - 2  # without [CLS] and [SEP]
+        lengths = np.full(count, longest)
+        if kind != "full":
+            short = rng.random(count) < SHORT_SHARE
+            lengths[short] = rng.integers(8, seq_length + 1, short.sum()) - 2
+        documents = [rng.integers(len(SPECIAL), self.sizes.vocab, length) for length in lengths]
+        if kind == "padded":
+            documents = [np.pad(document, (0, longest - len(document))) for document in documents]
+        digest = file_digest(os.path.join(path, "tokenizer.json"))
+        entry = write_shard(os.path.join(path, "train.bin"), documents, 2, bytes.fromhex(digest))
+        manifest = {"tokenizer_sha256": digest, "shards": [{"split": "train", **entry}]}
+        with open(os.path.join(path, "manifest.json"), "w", encoding="utf-8") as file:
+            json.dump(manifest, file)
+
+
+def first_batch(samples, count):
+    """The first `count` samples as one MicroBatch, on the CPU."""
+    return samples.train_step(0, count, seed=1, mask_prob=MASK_PROB, micro_batch_tokens=2**40)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ways to make a step
+
+
+@dataclasses.dataclass
+class Work:
+    """What all entries of a row have to do."""
+
+    cfg: ModelConfig
+    samples: Samples
+    count: int  # samples in a step
+    micro_batch_tokens: int
+    device: torch.device
+    dtype: torch.dtype
+
+    def batches(self):
+        return self.samples.train_step(0, self.count, 1, MASK_PROB, self.micro_batch_tokens)
+
+    def vocab_size(self):
+        return self.samples.vocab_size
+
+    def process(self):
+        return train.Process(0, 1, self.device, self.dtype)
+
+    def make_model(self, dropout=True):
+        """The same weights each time."""
+        torch.manual_seed(0)
+        cfg = self.cfg if dropout else dataclasses.replace(self.cfg, hidden_dropout=0.0, attention_dropout=0.0)
+        return MaskedLM(cfg, self.vocab_size()).to(self.device).train()
+
+
+class Ours:
+    """train.py's step. change: a context manager in which everything happens, or None."""
+
+    def __init__(self, work, change=None):
+        self.work, self.change = work, change or contextlib.nullcontext
+        with self.change():
+            self.model = work.make_model()
+        self.parameters = list(self.model.parameters())
+        self.optimizer = torch.optim.AdamW(self.parameters, fused=True)
+        self.prepare()
+
+    def prepare(self):
+        self.batches = self.work.batches()
+        self.num_masked = torch.tensor(float(sum(batch.num_masked for batch in self.batches)), device=self.work.device)
+        self.cfg = train.TrainConfig(**{**vars(self.work.cfg), "seed": 1})
+
+    def step(self, number):
+        """(loss, gradient norm), on the device."""
+        with self.change():
+            loss = train.forward_backward(
+                self.model, self.batches, self.num_masked, self.cfg, self.work.process(), number
+            )
+            grad_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in self.parameters])
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return loss, grad_norm
+
+    def loss_of(self, model, batch):
+        """For the check: the loss on a MicroBatch of a model made by Work.make_model, without dropout."""
+        batch = batch.to(self.work.device)
+        with self.change(), train.autocast(self.work.process()):
+            return model(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, batch.masked_positions, batch.labels)
+
+    def check(self):
+        with self.change():
+            model = self.work.make_model(dropout=False)
+        return check_gradients(self.work, model, self.loss_of)
+
+    def move(self, device):
+        move(self.parameters, self.optimizer, device)
+        self.model.to(device)
+
+
+class Peer:
+    """PlainMosaicBert with weights in the compute dtype and fp32 masters; gradients are added up in fp32."""
+
+    has_bias = True
+
+    def __init__(self, work, attention, setting):
+        self.work, self.kind, self.setting = work, attention, setting
+        self.slopes = alibi_slopes(work.cfg.num_heads).to(work.device)
+        master = self.make_masters()
+        self.masters = list(master.parameters())
+        self.model = copy.deepcopy(master).to(work.dtype)
+        self.weights = list(self.model.parameters())
+        for parameter in self.masters:
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer = torch.optim.AdamW(self.masters, fused=True)
+        self.run = peers.compiled(self.module(self.model))
+        self.inputs, self.num_masked = [], 0
+        self.inputs = self.make_inputs(work.batches())
+        self.num_masked = sum(batch.num_masked for batch in work.batches())
+
+    def make_masters(self):
+        return self.work.make_model()
+
+    def module(self, model):
+        return peers.PlainMosaicBert(model, ATTENTIONS[self.kind], self.setting, self.slopes)
+
+    def make_inputs(self, batches):
+        """Arguments of PlainMosaicBert for each MicroBatch."""
+        device, size = self.work.device, batches[0].max_seqlen
+        flat = (peers.padded if self.kind == "padded" else peers.unpadded)(batches, device)
+        layouts = {
+            "varlen": peers.varlen_layout,
+            "flex": peers.flex_layout,
+            "padded": lambda b: peers.alibi_bias(b.cu_seqlens.diff(), size, self.slopes, self.work.dtype),
+        }
+        return [(batch.input_ids, layouts[self.kind](batch), batch.positions, batch.labels) for batch in flat]
+
+    def step(self, number):
+        torch.manual_seed(number)
+        total = torch.zeros((), device=self.work.device)
+        grads = [master.grad for master in self.masters]
+        for inputs in self.inputs:
+            loss = self.run(*inputs) / self.num_masked
+            loss.backward()
+            torch._foreach_add_(grads, [weight.grad for weight in self.weights])
+            for weight in self.weights:
+                weight.grad = None
+            total += loss.detach()
+        grad_norm = torch.nn.utils.get_total_norm(grads) if number == 0 else None  # not part of a peer's step
+        self.optimizer.step()
+        with torch.no_grad():
+            torch._foreach_zero_(grads)
+            torch._foreach_copy_(self.weights, self.masters)
+        return total, grad_norm
+
+    def check(self):
+        reference = self.work.make_model(dropout=False)
+        copied = copy.deepcopy(reference).to(self.work.dtype)
+        module = self.module(copied)
+
+        def loss_of(_, batch):
+            return module(*self.make_inputs([batch])[0])
+
+        without_bias = self.kind == "varlen"
+        return check_gradients(self.work, reference, loss_of, copied, without_bias)
+
+    def move(self, device):
+        move([*self.masters, *self.weights], self.optimizer, device)
+
+
+ATTENTIONS = {
+    "varlen": peers.varlen_attention,
+    "flex": peers.flex_attention,
+    "padded": peers.padded_attention,
+}
+
+
+class HuggingFace(Peer):
+    """transformers' BertForMaskedLM of the same sizes: padded, SDPA, the head on every token."""
+
+    def __init__(self, work, compile):
+        try:
+            import transformers
+        except ImportError:
+            raise NotMeasured("needs the package transformers") from None
+        self.transformers, self.compile = transformers, compile
+        super().__init__(work, "transformers", "default")
+        if not compile:
+            self.run = self.module(self.model)
+
+    def make_masters(self, dropout=True):
+        torch.manual_seed(0)
+        cfg = self.work.cfg
+        config = self.transformers.BertConfig(
+            vocab_size=self.work.vocab_size(),
+            hidden_size=cfg.hidden_size,
+            num_hidden_layers=cfg.num_layers,
+            num_attention_heads=cfg.num_heads,
+            intermediate_size=cfg.intermediate_size,
+            hidden_dropout_prob=cfg.hidden_dropout if dropout else 0.0,
+            attention_probs_dropout_prob=0.0,  # as ours; with it no fast backend is left
+            attn_implementation="sdpa",
+        )
+        return self.transformers.BertForMaskedLM(config).to(self.work.device).train()
+
+    def module(self, model):
+        vocab_size = self.work.vocab_size()
+
+        def loss_sum(input_ids, attention_mask, labels):
+            scores = model(input_ids=input_ids, attention_mask=attention_mask).logits
+            return F.cross_entropy(scores.view(-1, vocab_size).float(), labels, ignore_index=IGNORED, reduction="sum")
+
+        return loss_sum
+
+    def make_inputs(self, batches):
+        """(B, T) ids; a mask where a sequence is shorter; a label for each place."""
+        size, made = batches[0].max_seqlen, []
+        for batch in peers.padded(batches, self.work.device):
+            labels = torch.full_like(batch.input_ids, IGNORED, dtype=torch.int64)
+            real = batch.labels != IGNORED
+            labels[batch.positions[real]] = batch.labels[real]
+            lengths = batch.cu_seqlens.diff()
+            mask = (torch.arange(size, device=lengths.device) < lengths[:, None]).long()
+            ids = batch.input_ids.view(-1, size).long()
+            made.append((ids, None if bool(mask.all()) else mask, labels))
+        return made
+
+    def check(self):
+        """Against the BERT of model.py, which has the same weights by the same names."""
+        theirs = self.make_masters(dropout=False)
+        cfg = dataclasses.replace(self.work.cfg, model="bert", hidden_dropout=0.0)
+        reference = MaskedLM(cfg, self.work.vocab_size()).to(self.work.device).train()
+        reference.load_state_dict(theirs.state_dict())
+        copied = theirs.to(self.work.dtype)
+        module = self.module(copied)
+        return check_gradients(
+            self.work, reference, lambda _, batch: module(*self.make_inputs([batch])[0]), copied
+        )
+
+
+def move(parameters, optimizer, device):
+    """Parameters, gradients and optimizer state to a device."""
+
+    def moved(value):
+        if value is None or not value.is_cuda or torch.device(device).type == "cuda":
+            return value if value is None else value.to(device)
+        # Pinned memory goes ten times faster, and PyTorch keeps it for the next entry.
+        return torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value)
+
+    for parameter in parameters:
+        grad, parameter.grad = parameter.grad, None
+        parameter.data = moved(parameter.data)
+        parameter.grad = moved(grad)
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            state[name] = moved(value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers
+
+
+def check_gradients(work, reference, loss_of, copied=None, without_bias=False):
+    """The relative error of loss_of's gradients against `reference`, a model in fp32 without dropout.
+
+    loss_of(model, MicroBatch): the loss to be checked, of `copied` or else of `reference` itself.
+    """
+    batch = first_batch(work.samples, CHECKED_SAMPLES)
+    model = copied or reference
+    names = [name for name, _ in reference.named_parameters()]
+    by_name = dict(model.named_parameters())
+
+    def result(compute, parameters):
+        for parameter in parameters:
+            parameter.grad = None
+        loss = compute()
+        loss.backward()
+        return loss.detach().float(), [p.grad.float() for p in parameters if p.grad is not None]
+
+    def plain(dtype):
+        moved = batch.to(work.device)
+        with train.autocast(train.Process(0, 1, work.device, dtype)):
+            return reference(
+                moved.input_ids, moved.cu_seqlens, moved.max_seqlen, moved.masked_positions, moved.labels
+            )
+
+    got = result(lambda: loss_of(model, batch), [by_name[name] for name in names])
+    slopes = getattr(reference.bert, "slopes", None)
+    with torch_path(), (mock.patch.object(reference.bert, "slopes", 0 * slopes) if without_bias else contextlib.nullcontext()):
+        exact = result(lambda: plain(torch.float32), list(reference.parameters()))
+        own = result(lambda: plain(work.dtype), list(reference.parameters()))
+    eps = 1e-5 if work.dtype == torch.float32 else 2**-8
+    errors = {}
+    for kind, g, o, e in (
+        ("loss", [got[0]], [own[0]], [exact[0]]),
+        ("gradients", got[1], own[1], exact[1]),
+    ):
+        scale = torch.cat([x.flatten() for x in e]).norm()
+        error, own_error = (
+            (torch.cat([(x - y).flatten() for x, y in zip(which, e, strict=True)]).norm() / scale).item()
+            for which in (g, o)
+        )
+        bound = 2 * own_error + eps
+        if not error <= bound:
+            raise WrongNumbers(f"{kind}: relative error {error:.2e} is over {bound:.2e}")
+        errors[kind] = error
+    return errors["gradients"]
+
+
+@contextlib.contextmanager
+def torch_path():
+    """The PyTorch twins of the kernels."""
+    before = kernels._backend
+    kernels.set_backend("torch")
+    try:
+        yield
+    finally:
+        kernels.set_backend(before)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# This project with one thing off
+
+
+def fp32_layernorm():
+    """The residual stream and LayerNorm in fp32, as plain autocast has them."""
+    forward = model_file.LayerNorm.forward
+
+    def in_fp32(self, x, *others, **named):
+        def wide(value):
+            return value.float() if isinstance(value, torch.Tensor) else value
+
+        with torch.autocast(x.device.type, enabled=False):
+            named = {name: wide(value) for name, value in named.items()}
+            return forward(self, wide(x), *map(wide, others), **named)
+
+    return mock.patch.object(model_file.LayerNorm, "forward", in_fp32)
+
+
+def unpadded_vocabulary():
+    return mock.patch.object(model_file, "VOCAB_MULTIPLE", 1)
+
+
+def torch_attention():
+    """SDPA with ALiBi as a dense bias; for full sequences alone, which need no mask."""
+
+    def attend(qkv, cu_seqlens, max_seqlen, slopes, *_, **__):
+        bias = peers.alibi_bias(cu_seqlens.new_full((1,), max_seqlen), max_seqlen, slopes, qkv.dtype)
+        full = len(qkv) // max_seqlen * max_seqlen  # what follows is filling
+        out = peers.padded_attention(qkv[:full], bias, slopes)
+        return F.pad(out, (0, 0, 0, 0, 0, len(qkv) - full))
+
+    return mock.patch.object(kernels, "attention_qkvpacked", attend)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows
+
+
+@dataclasses.dataclass
+class StepEntry:
+    make: object  # Work -> Ours or Peer
+    setting: str = "default"
+    note: str = ""
+    default: bool = True
+    seconds: float = 15
+    data: str = ""  # another kind of samples than the row's
+
+
+def peer(kind, setting, note, default=False, seconds=60):
+    return StepEntry(lambda work: Peer(work, kind, setting), setting, note, default, seconds)
+
+
+def all_peers(fast=()):
+    """Every peer; those named in `fast` belong to the default rows."""
+    notes = {"varlen": "compiled, unpadded, no ALiBi", "flex": "compiled, unpadded", "padded": "compiled, dense ALiBi"}
+    entries = {
+        f"{kind}_{setting}": peer(kind, setting, notes[kind])
+        for kind in ("flex", "varlen", "padded")
+        for setting in ("t2", "t1", "default")
+    }
+    bert = {"bert_compiled": True, "bert_eager": False}
+    for name, compile in bert.items():
+        note = f"transformers' BertForMaskedLM, {'compiled' if compile else 'eager'}"
+        make = lambda work, compile=compile: HuggingFace(work, compile)  # noqa: E731
+        entries[name] = StepEntry(make, note=note, default=False, seconds=60 if compile else 20)
+    for name in fast:
+        entries[name].default = True
+    return entries
+
+
+def rows(bench, data):
+    ours = {"ours": StepEntry(Ours)}
+    full, fill80 = data.samples("full"), data.samples("fill80")
+    compare(bench, "step_full", {**ours, **all_peers(("flex_t2", "varlen_t2"))}, "base", full)
+    off = {
+        "fp32_layernorm": (fp32_layernorm, "residual stream and LayerNorm in fp32"),
+        "vocab_unpadded": (unpadded_vocabulary, "vocabulary of 30,522 instead of 30,528"),
+        "torch_attention": (torch_attention, "SDPA with dense ALiBi"),
+    }
+    off = {
+        name: StepEntry(lambda work, change=change: Ours(work, change), note=note) for name, (change, note) in off.items()
+    }
+    compare(bench, "step_off", {**ours, **off}, "base", full)
+    padded = {"ours_padded": StepEntry(Ours, note="with padding as tokens", data="padded")}
+    compare(bench, "step_fill80", {**ours, **padded, **all_peers(("varlen_t2",))}, "base", fill80, data)
+    few = {name: entry for name, entry in all_peers().items() if not name.startswith("bert")}
+    none = {name: dataclasses.replace(entry, default=False) for name, entry in {**ours, **few}.items()}
+    compare(bench, "step_512", none, "base", data.samples("full", 512))
+    large = {name: dataclasses.replace(entry, seconds=2 * entry.seconds) for name, entry in none.items()}
+    compare(bench, "step_large", large, "large", full)
+
+
+def compare(bench, row, entries, size, samples, data=None):
+    """Check, then time, the entries of one row in turn."""
+    entries = bench.choose(row, entries)
+    if not entries:
+        return
+    s = bench.sizes
+    cfg = CONFIGS[size] if not bench.cfg.toy else ModelConfig("mosaicbert", s.hidden, 2, s.heads, s.width)
+    most = bench.cfg.micro_batch_tokens or (s.tokens if bench.cfg.toy else MICRO_BATCH_TOKENS[size])
+    count = s.samples * 128 // samples.seq_length
+    work = Work(cfg, samples, count, most, bench.device, bench.dtype)
+    runners, results = {}, {}
+    for name, entry in entries.items():
+        its_work = dataclasses.replace(work, samples=data.samples(entry.data)) if entry.data else work
+
+        def begin(entry=entry, its_work=its_work):
+            return start(bench, entry, its_work, results.get("ours"))
+
+        begun = bench.attempt(row, name, entry, begin)
+        if begun:
+            runners[name], results[name] = begun
+        release(bench)
+    for turn in range(1 if bench.cfg.toy else TURNS):
+        for name, runner in runners.items():
+            take_turn(bench, runner, results[name], turn)
+        if bench.cfg.seconds and bench.elapsed() > bench.cfg.seconds:
+            break
+    batches = work.batches()
+    flops = sum(
+        matrix_flops(cfg, work.vocab_size(), b.num_tokens, b.sum_squared_lengths, b.num_masked) for b in batches
+    )
+    for name, runner in runners.items():
+        result = results[name]
+        seconds = statistics.median(result["seconds"])
+        peak = None if isinstance(runner, HuggingFace) else train.peak_flops(bench.device)  # flops are MosaicBERT's
+        values = {
+            "ms": 1e3 * seconds,
+            "samples_per_second": count / seconds,
+            "tokens_per_second": sum(batch.num_tokens for batch in batches) / seconds,
+            "mfu": flops / seconds / peak if peak else None,
+            "peak_gib": result["peak"] / 2**30,
+            "micro_batch_tokens": runner.work.micro_batch_tokens,
+            "error": result["error"],
+            "loss": result["loss"],
+            "grad_norm": result["grad_norm"],
+            "setup_seconds": round(result["setup"], 1),
+            "steps_ms": [round(1e3 * s, 2) for s in result["seconds"]],
+        }
+        bench.record(row, name, values, entries[name].note)
+    runners.clear()
+    bench.free()
+
+
+def start(bench, entry, work, ours):
+    """(runner, result so far) after check and first step. Too large a micro-batch is halved. ours: result to agree with."""
+    begun = time.perf_counter()
+    while True:
+        try:
+            runner = entry.make(work)
+            error = runner.check()
+            loss, grad_norm = (x.item() for x in runner.step(0))
+            break
+        except torch.OutOfMemoryError:
+            runner = None
+            if work.micro_batch_tokens < 2 * work.samples.seq_length:
+                raise
+            work = dataclasses.replace(work, micro_batch_tokens=work.micro_batch_tokens // 2)
+        release(bench)
+        bench.check_time(entry.seconds)
+    if ours and type(runner) is Peer:
+        for name, value, bound in (("loss", loss, 0.01), ("grad_norm", grad_norm, 0.15)):
+            if abs(value / ours[name] - 1) > bound:
+                raise WrongNumbers(f"{name} {value:.4f} where this project's own is {ours[name]:.4f}")
+    runner.move("cpu")
+    result = {"error": error, "loss": loss, "grad_norm": grad_norm, "seconds": [], "peak": 0}
+    return runner, {**result, "setup": time.perf_counter() - begun}
+
+
+def take_turn(bench, runner, result, turn):
+    release(bench)
+    runner.move(bench.device)
+    cuda = bench.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    for i in range(1 + TIMED_STEPS):
+        bench.synchronize()
+        begun = time.perf_counter()
+        runner.step(1 + turn * (1 + TIMED_STEPS) + i)
+        bench.synchronize()
+        if i > 0:
+            result["seconds"].append(time.perf_counter() - begun)
+    if cuda:
+        result["peak"] = max(result["peak"], torch.cuda.max_memory_allocated())
+    runner.move("cpu")
+
+
+def release(bench):
+    gc.collect()
+    if bench.device.type == "cuda":
+        torch.cuda.empty_cache()
