@@ -20,7 +20,6 @@ Read next: kernels/peers.py
 """
 
 import contextlib
-import copy
 import dataclasses
 import gc
 import json
@@ -37,10 +36,10 @@ from tokenizers import Tokenizer, models
 import kernels
 import model as model_file
 import train
-from data import IGNORED, Samples, file_digest, write_shard
+from data import Samples, file_digest, write_shard
 from kernels import peers
-from kernels.peers import NotMeasured, WrongNumbers
-from model import MaskedLM, ModelConfig, alibi_slopes, matrix_flops
+from kernels.peers import WrongNumbers
+from model import MaskedLM, ModelConfig, matrix_flops
 
 TURNS = 3
 TIMED_STEPS = 2  # in a turn, after one that is not timed
@@ -156,229 +155,58 @@ class Ours:
             self.optimizer.zero_grad()
         return loss, grad_norm
 
-    def loss_of(self, model, batch):
-        """For the check: the loss on a MicroBatch of a model made by Work.make_model, without dropout."""
-        batch = batch.to(self.work.device)
-        with self.change(), train.autocast(self.work.process()):
-            return model(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, batch.masked_positions, batch.labels)
-
-    def check(self):
+    def for_check(self):
+        """(model in fp32, the model whose gradients are compared with its own, loss of a MicroBatch with that one)."""
         with self.change():
             model = self.work.make_model(dropout=False)
-        return check_gradients(self.work, model, self.loss_of)
+
+        def loss_of(batch):
+            batch = batch.to(self.work.device)
+            with self.change(), train.autocast(self.work.process()):
+                return model(batch.input_ids, batch.cu_seqlens, batch.max_seqlen, batch.masked_positions, batch.labels)
+
+        return model, model, loss_of
 
     def move(self, device):
-        move(self.parameters, self.optimizer, device)
-        self.model.to(device)
-
-
-class Peer:
-    """PlainMosaicBert with weights in the compute dtype and fp32 masters; gradients are added up in fp32."""
-
-    has_bias = True
-
-    def __init__(self, work, attention, setting):
-        self.work, self.kind, self.setting = work, attention, setting
-        self.slopes = alibi_slopes(work.cfg.num_heads).to(work.device)
-        master = self.make_masters()
-        self.masters = list(master.parameters())
-        self.model = copy.deepcopy(master).to(work.dtype)
-        self.weights = list(self.model.parameters())
-        for parameter in self.masters:
-            parameter.grad = torch.zeros_like(parameter)
-        self.optimizer = torch.optim.AdamW(self.masters, fused=True)
-        self.run = peers.compiled(self.module(self.model))
-        self.inputs, self.num_masked = [], 0
-        self.inputs = self.make_inputs(work.batches())
-        self.num_masked = sum(batch.num_masked for batch in work.batches())
-
-    def make_masters(self):
-        return self.work.make_model()
-
-    def module(self, model):
-        return peers.PlainMosaicBert(model, ATTENTIONS[self.kind], self.setting, self.slopes)
-
-    def make_inputs(self, batches):
-        """Arguments of PlainMosaicBert for each MicroBatch."""
-        device, size = self.work.device, batches[0].max_seqlen
-        flat = (peers.padded if self.kind == "padded" else peers.unpadded)(batches, device)
-        layouts = {
-            "varlen": peers.varlen_layout,
-            "flex": peers.flex_layout,
-            "padded": lambda b: peers.alibi_bias(b.cu_seqlens.diff(), size, self.slopes, self.work.dtype),
-        }
-        return [(batch.input_ids, layouts[self.kind](batch), batch.positions, batch.labels) for batch in flat]
-
-    def step(self, number):
-        torch.manual_seed(number)
-        total = torch.zeros((), device=self.work.device)
-        grads = [master.grad for master in self.masters]
-        for inputs in self.inputs:
-            loss = self.run(*inputs) / self.num_masked
-            loss.backward()
-            torch._foreach_add_(grads, [weight.grad for weight in self.weights])
-            for weight in self.weights:
-                weight.grad = None
-            total += loss.detach()
-        grad_norm = torch.nn.utils.get_total_norm(grads) if number == 0 else None  # not part of a peer's step
-        self.optimizer.step()
-        with torch.no_grad():
-            torch._foreach_zero_(grads)
-            torch._foreach_copy_(self.weights, self.masters)
-        return total, grad_norm
-
-    def check(self):
-        reference = self.work.make_model(dropout=False)
-        copied = copy.deepcopy(reference).to(self.work.dtype)
-        module = self.module(copied)
-
-        def loss_of(_, batch):
-            return module(*self.make_inputs([batch])[0])
-
-        without_bias = self.kind == "varlen"
-        return check_gradients(self.work, reference, loss_of, copied, without_bias)
-
-    def move(self, device):
-        move([*self.masters, *self.weights], self.optimizer, device)
-
-
-ATTENTIONS = {
-    "varlen": peers.varlen_attention,
-    "flex": peers.flex_attention,
-    "padded": peers.padded_attention,
-}
-
-
-class HuggingFace(Peer):
-    """transformers' BertForMaskedLM of the same sizes: padded, SDPA, the head on every token."""
-
-    def __init__(self, work, compile):
-        try:
-            import transformers
-        except ImportError:
-            raise NotMeasured("needs the package transformers") from None
-        self.transformers, self.compile = transformers, compile
-        super().__init__(work, "transformers", "default")
-        if not compile:
-            self.run = self.module(self.model)
-
-    def make_masters(self, dropout=True):
-        torch.manual_seed(0)
-        cfg = self.work.cfg
-        config = self.transformers.BertConfig(
-            vocab_size=self.work.vocab_size(),
-            hidden_size=cfg.hidden_size,
-            num_hidden_layers=cfg.num_layers,
-            num_attention_heads=cfg.num_heads,
-            intermediate_size=cfg.intermediate_size,
-            hidden_dropout_prob=cfg.hidden_dropout if dropout else 0.0,
-            attention_probs_dropout_prob=0.0,  # as ours; with it no fast backend is left
-            attn_implementation="sdpa",
-        )
-        return self.transformers.BertForMaskedLM(config).to(self.work.device).train()
-
-    def module(self, model):
-        vocab_size = self.work.vocab_size()
-
-        def loss_sum(input_ids, attention_mask, labels):
-            scores = model(input_ids=input_ids, attention_mask=attention_mask).logits
-            return F.cross_entropy(scores.view(-1, vocab_size).float(), labels, ignore_index=IGNORED, reduction="sum")
-
-        return loss_sum
-
-    def make_inputs(self, batches):
-        """(B, T) ids; a mask where a sequence is shorter; a label for each place."""
-        size, made = batches[0].max_seqlen, []
-        for batch in peers.padded(batches, self.work.device):
-            labels = torch.full_like(batch.input_ids, IGNORED, dtype=torch.int64)
-            real = batch.labels != IGNORED
-            labels[batch.positions[real]] = batch.labels[real]
-            lengths = batch.cu_seqlens.diff()
-            mask = (torch.arange(size, device=lengths.device) < lengths[:, None]).long()
-            ids = batch.input_ids.view(-1, size).long()
-            made.append((ids, None if bool(mask.all()) else mask, labels))
-        return made
-
-    def check(self):
-        """Against the BERT of model.py, which has the same weights by the same names."""
-        theirs = self.make_masters(dropout=False)
-        cfg = dataclasses.replace(self.work.cfg, model="bert", hidden_dropout=0.0)
-        reference = MaskedLM(cfg, self.work.vocab_size()).to(self.work.device).train()
-        reference.load_state_dict(theirs.state_dict())
-        copied = theirs.to(self.work.dtype)
-        module = self.module(copied)
-        return check_gradients(
-            self.work, reference, lambda _, batch: module(*self.make_inputs([batch])[0]), copied
-        )
-
-
-def move(parameters, optimizer, device):
-    """Parameters, gradients and optimizer state to a device."""
-
-    def moved(value):
-        if value is None or not value.is_cuda or torch.device(device).type == "cuda":
-            return value if value is None else value.to(device)
-        # Pinned memory goes ten times faster, and PyTorch keeps it for the next entry.
-        return torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value)
-
-    for parameter in parameters:
-        grad, parameter.grad = parameter.grad, None
-        parameter.data = moved(parameter.data)
-        parameter.grad = moved(grad)
-    for state in optimizer.state.values():
-        for name, value in state.items():
-            state[name] = moved(value)
+        peers.move(self.parameters, self.optimizer, device)
+        self.model.to(device)  # its buffers
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Numbers
 
 
-def check_gradients(work, reference, loss_of, copied=None, without_bias=False):
-    """The relative error of loss_of's gradients against `reference`, a model in fp32 without dropout.
-
-    loss_of(model, MicroBatch): the loss to be checked, of `copied` or else of `reference` itself.
-    """
+def check_gradients(work, runner):
+    """The relative error of a runner's gradients against its model in fp32, dropout off. Raises: WrongNumbers."""
+    reference, model, loss_of = runner.for_check()
     batch = first_batch(work.samples, CHECKED_SAMPLES)
-    model = copied or reference
-    names = [name for name, _ in reference.named_parameters()]
+    moved = batch.to(work.device)
     by_name = dict(model.named_parameters())
+    checked = [by_name[name] for name, _ in reference.named_parameters()]
 
-    def result(compute, parameters):
-        for parameter in parameters:
-            parameter.grad = None
-        loss = compute()
-        loss.backward()
-        return loss.detach().float(), [p.grad.float() for p in parameters if p.grad is not None]
+    def gradients(loss, parameters):
+        """(loss, all gradients as one vector), both fp32."""
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)  # nobody reads the second token type
+        return loss.detach().float(), torch.cat([grad.float().flatten() for grad in found if grad is not None])
 
     def plain(dtype):
-        moved = batch.to(work.device)
         with train.autocast(train.Process(0, 1, work.device, dtype)):
-            return reference(
-                moved.input_ids, moved.cu_seqlens, moved.max_seqlen, moved.masked_positions, moved.labels
-            )
+            return reference(moved.input_ids, moved.cu_seqlens, moved.max_seqlen, moved.masked_positions, moved.labels)
 
-    got = result(lambda: loss_of(model, batch), [by_name[name] for name in names])
-    slopes = getattr(reference.bert, "slopes", None)
-    with torch_path(), (mock.patch.object(reference.bert, "slopes", 0 * slopes) if without_bias else contextlib.nullcontext()):
-        exact = result(lambda: plain(torch.float32), list(reference.parameters()))
-        own = result(lambda: plain(work.dtype), list(reference.parameters()))
-    eps = 1e-5 if work.dtype == torch.float32 else 2**-8
-    errors = {}
-    for kind, g, o, e in (
-        ("loss", [got[0]], [own[0]], [exact[0]]),
-        ("gradients", got[1], own[1], exact[1]),
-    ):
-        scale = torch.cat([x.flatten() for x in e]).norm()
-        error, own_error = (
-            (torch.cat([(x - y).flatten() for x, y in zip(which, e, strict=True)]).norm() / scale).item()
-            for which in (g, o)
-        )
-        bound = 2 * own_error + eps
-        if not error <= bound:
+    got = gradients(loss_of(batch), checked)
+    no_bias = mock.patch.object(reference.bert, "slopes", None) if runner_without_bias(runner) else contextlib.nullcontext()
+    with torch_path(), no_bias:
+        exact, own = (gradients(plain(dtype), list(reference.parameters())) for dtype in (torch.float32, work.dtype))
+    for kind, g, o, e in zip(("loss", "gradients"), got, own, exact):
+        error, own_error = (((x - e).norm() / e.norm()).item() for x in (g, o))
+        bound = 2 * own_error + (1e-5 if work.dtype == torch.float32 else 2**-8)
+        if not error <= bound:  # also for NaN
             raise WrongNumbers(f"{kind}: relative error {error:.2e} is over {bound:.2e}")
-        errors[kind] = error
-    return errors["gradients"]
+    return error
+
+
+def runner_without_bias(runner):
+    return getattr(runner, "kind", None) == "varlen"
 
 
 @contextlib.contextmanager
@@ -433,7 +261,7 @@ def torch_attention():
 
 @dataclasses.dataclass
 class StepEntry:
-    make: object  # Work -> Ours or Peer
+    make: object  # Work -> a runner: Ours, or of kernels/peers.py
     setting: str = "default"
     note: str = ""
     default: bool = True
@@ -442,7 +270,7 @@ class StepEntry:
 
 
 def peer(kind, setting, note, default=False, seconds=60):
-    return StepEntry(lambda work: Peer(work, kind, setting), setting, note, default, seconds)
+    return StepEntry(lambda work: peers.PlainStep(work, kind, setting), setting, note, default, seconds)
 
 
 def all_peers(fast=()):
@@ -456,7 +284,7 @@ def all_peers(fast=()):
     bert = {"bert_compiled": True, "bert_eager": False}
     for name, compile in bert.items():
         note = f"transformers' BertForMaskedLM, {'compiled' if compile else 'eager'}"
-        make = lambda work, compile=compile: HuggingFace(work, compile)  # noqa: E731
+        make = lambda work, compile=compile: peers.TransformersStep(work, compile)  # noqa: E731
         entries[name] = StepEntry(make, note=note, default=False, seconds=60 if compile else 20)
     for name in fast:
         entries[name].default = True
@@ -518,7 +346,7 @@ def compare(bench, row, entries, size, samples, data=None):
     for name, runner in runners.items():
         result = results[name]
         seconds = statistics.median(result["seconds"])
-        peak = None if isinstance(runner, HuggingFace) else train.peak_flops(bench.device)  # flops are MosaicBERT's
+        peak = None if isinstance(runner, peers.TransformersStep) else train.peak_flops(bench.device)  # flops are MosaicBERT's
         values = {
             "ms": 1e3 * seconds,
             "samples_per_second": count / seconds,
@@ -543,7 +371,7 @@ def start(bench, entry, work, ours):
     while True:
         try:
             runner = entry.make(work)
-            error = runner.check()
+            error = check_gradients(work, runner)
             loss, grad_norm = (x.item() for x in runner.step(0))
             break
         except torch.OutOfMemoryError:
@@ -553,7 +381,7 @@ def start(bench, entry, work, ours):
             work = dataclasses.replace(work, micro_batch_tokens=work.micro_batch_tokens // 2)
         release(bench)
         bench.check_time(entry.seconds)
-    if ours and type(runner) is Peer:
+    if ours and type(runner) is peers.PlainStep:
         for name, value, bound in (("loss", loss, 0.01), ("grad_norm", grad_norm, 0.15)):
             if abs(value / ours[name] - 1) > bound:
                 raise WrongNumbers(f"{name} {value:.4f} where this project's own is {ours[name]:.4f}")

@@ -17,6 +17,8 @@ Read next: kernels/bench.py
 """
 
 import contextlib
+import copy
+import dataclasses
 import importlib
 from unittest import mock
 
@@ -27,7 +29,7 @@ from torch.nn.attention import flex_attention as flex
 from torch.nn.attention.varlen import varlen_attn
 
 from data import IGNORED, MASKED_MULTIPLE, round_up
-from model import LAYER_NORM_EPS
+from model import LAYER_NORM_EPS, MaskedLM, alibi_slopes
 
 BACKEND = "inductor"  # of torch.compile; bench.py --toy takes one that any machine has
 BYTE_LEVELS = 256
@@ -109,7 +111,8 @@ def dropped_share(setting, dropout_prob):
 
 
 def dropout_add_layernorm(x, residual, weight, bias, dropout_prob, setting="default"):
-    return F.layer_norm(DROPOUTS[setting](x, dropout_prob, x) + residual, weight.shape, weight.to(x.dtype), bias.to(x.dtype), LAYER_NORM_EPS)
+    z = DROPOUTS[setting](x, dropout_prob, x) + residual
+    return F.layer_norm(z, weight.shape, weight, bias, LAYER_NORM_EPS)
 
 
 def geglu(x, dropout_prob, setting="default"):
@@ -281,3 +284,151 @@ def padded(batches, device):
 def filled_rows(batch, rows):
     more = round_up(rows, MASKED_MULTIPLE) - len(batch.labels)
     return F.pad(batch.masked_positions, (0, more)), F.pad(batch.labels, (0, more), value=IGNORED)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole steps
+
+
+def move(parameters, optimizer, device):
+    """Parameters, gradients and optimizer state to a device."""
+
+    def moved(value):
+        if value is None or not value.is_cuda or torch.device(device).type == "cuda":
+            return value if value is None else value.to(device)
+        # Pinned memory goes ten times faster, and PyTorch keeps it for the next entry.
+        return torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value)
+
+    for parameter in parameters:
+        grad, parameter.grad = parameter.grad, None
+        parameter.data = moved(parameter.data)
+        parameter.grad = moved(grad)
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            state[name] = moved(value)
+
+
+class PlainStep:
+    """PlainMosaicBert with weights in the compute dtype and fp32 masters; gradients are added up in fp32.
+
+    work: bench_steps.Work. kind: "varlen", "flex" or "padded". setting: of torch.compile.
+    """
+
+    def __init__(self, work, kind, setting):
+        self.work, self.kind, self.setting = work, kind, setting
+        self.slopes = alibi_slopes(work.cfg.num_heads).to(work.device)
+        master = self.make_masters()
+        self.masters = list(master.parameters())
+        self.model = copy.deepcopy(master).to(work.dtype)
+        self.weights = list(self.model.parameters())
+        for parameter in self.masters:
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer = torch.optim.AdamW(self.masters, fused=True)
+        self.run = compiled(self.module(self.model))
+        batches = work.batches()
+        self.inputs, self.num_masked = self.make_inputs(batches), sum(batch.num_masked for batch in batches)
+
+    def make_masters(self):
+        return self.work.make_model()
+
+    def module(self, model):
+        attentions = {"varlen": varlen_attention, "flex": flex_attention, "padded": padded_attention}
+        return PlainMosaicBert(model, attentions[self.kind], self.setting, self.slopes)
+
+    def make_inputs(self, batches):
+        """Arguments of PlainMosaicBert for each MicroBatch."""
+
+        def bias(batch):
+            return alibi_bias(batch.cu_seqlens.diff(), batch.max_seqlen, self.slopes, self.work.dtype)
+
+        layout = {"varlen": varlen_layout, "flex": flex_layout, "padded": bias}[self.kind]
+        flat = (padded if self.kind == "padded" else unpadded)(batches, self.work.device)
+        return [(batch.input_ids, layout(batch), batch.positions, batch.labels) for batch in flat]
+
+    def step(self, number):
+        """(loss, gradient norm of step 0), on the device."""
+        torch.manual_seed(number)
+        total = torch.zeros((), device=self.work.device)
+        grads = [master.grad for master in self.masters]
+        for inputs in self.inputs:
+            loss = self.run(*inputs) / self.num_masked
+            loss.backward()
+            torch._foreach_add_(grads, [weight.grad for weight in self.weights])
+            for weight in self.weights:
+                weight.grad = None
+            total += loss.detach()
+        grad_norm = torch.nn.utils.get_total_norm(grads) if number == 0 else None  # for a check; no time for it later
+        self.optimizer.step()
+        with torch.no_grad():
+            torch._foreach_zero_(grads)
+            torch._foreach_copy_(self.weights, self.masters)
+        return total, grad_norm
+
+    def for_check(self):
+        """(model in fp32, the copy whose gradients are compared with its own, loss of a MicroBatch with that copy)."""
+        reference = self.work.make_model(dropout=False)
+        model = copy.deepcopy(reference).to(self.work.dtype)
+        return reference, model, lambda batch: self.module(model)(*self.make_inputs([batch])[0])
+
+    def move(self, device):
+        move([*self.masters, *self.weights], self.optimizer, device)
+
+
+class TransformersStep(PlainStep):
+    """transformers' BertForMaskedLM of the same sizes: padded, SDPA, the head on every token."""
+
+    def __init__(self, work, compile):
+        try:
+            import transformers
+        except ImportError:
+            raise NotMeasured("needs the package transformers") from None
+        self.transformers, self.compile = transformers, compile
+        super().__init__(work, "transformers", "default")
+        if not compile:
+            self.run = self.module(self.model)
+
+    def make_masters(self, dropout=True):
+        torch.manual_seed(0)
+        cfg = self.work.cfg
+        config = self.transformers.BertConfig(
+            vocab_size=self.work.vocab_size(),
+            hidden_size=cfg.hidden_size,
+            num_hidden_layers=cfg.num_layers,
+            num_attention_heads=cfg.num_heads,
+            intermediate_size=cfg.intermediate_size,
+            hidden_dropout_prob=cfg.hidden_dropout if dropout else 0.0,
+            attention_probs_dropout_prob=0.0,  # as ours; with it no fast backend is left
+            attn_implementation="sdpa",
+        )
+        return self.transformers.BertForMaskedLM(config).to(self.work.device).train()
+
+    def module(self, model):
+        vocab_size = self.work.vocab_size()
+
+        def loss_sum(input_ids, attention_mask, labels):
+            scores = model(input_ids=input_ids, attention_mask=attention_mask).logits
+            return F.cross_entropy(scores.view(-1, vocab_size).float(), labels, ignore_index=IGNORED, reduction="sum")
+
+        return loss_sum
+
+    def make_inputs(self, batches):
+        """(B, T) ids; a mask where a sequence is shorter; a label for each place."""
+        size, made = batches[0].max_seqlen, []
+        for batch in padded(batches, self.work.device):
+            labels = torch.full_like(batch.input_ids, IGNORED, dtype=torch.int64)
+            real = batch.labels != IGNORED
+            labels[batch.positions[real]] = batch.labels[real]
+            lengths = batch.cu_seqlens.diff()
+            mask = (torch.arange(size, device=lengths.device) < lengths[:, None]).long()
+            ids = batch.input_ids.view(-1, size).long()
+            made.append((ids, None if bool(mask.all()) else mask, labels))
+        return made
+
+    def for_check(self):
+        """As above; the reference is the BERT of model.py, which has the same weights by the same names."""
+        theirs = self.make_masters(dropout=False)
+        cfg = dataclasses.replace(self.work.cfg, model="bert", hidden_dropout=0.0)
+        reference = MaskedLM(cfg, self.work.vocab_size()).to(self.work.device).train()
+        reference.load_state_dict(theirs.state_dict())
+        model = theirs.to(self.work.dtype)
+        return reference, model, lambda batch: self.module(model)(*self.make_inputs([batch])[0])
