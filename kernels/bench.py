@@ -48,7 +48,7 @@ class BenchConfig:
     # Options
     only: str = ""  # rows, or row/entry, comma-separated, * for anything; empty: the default rows
     list: bool = False  # print rows and entries, those of the default set marked *, and stop
-    seconds: int = 460  # begin nothing that would end later than this; 0: no limit
+    seconds: int = 460  # begin nothing that would likely end later than this; 0: no limit
     out: str = "bench.json"  # results so far, after each row
     micro_batch_tokens: int = 0  # of whole steps; 0: 131,072 for the base model, 49,152 for the large one
     toy: bool = False  # tiny sizes on any machine: tries the benchmark itself, and measures nothing
@@ -119,9 +119,12 @@ class Bench:
     def elapsed(self):
         return time.perf_counter() - self.begun
 
+    def out_of_time(self, seconds=0):
+        return bool(self.cfg.seconds) and self.elapsed() + seconds > self.cfg.seconds
+
     def check_time(self, seconds):
-        """Raises: NotMeasured when too little time is left."""
-        if self.cfg.seconds and self.elapsed() + seconds > self.cfg.seconds:
+        """Raises: NotMeasured when so many seconds are not left."""
+        if self.out_of_time(seconds):
             raise NotMeasured(f"would pass the limit of {self.cfg.seconds} s (--seconds, or --only for fewer rows)")
 
     # Results
@@ -129,7 +132,6 @@ class Bench:
     def attempt(self, row, name, entry, function):
         """function(), or None and a row that says why not. Nothing that a peer does ends the benchmark."""
         try:
-            self.check_time(entry.seconds)
             with peers.compiling(entry.setting):
                 return function()
         except (NotMeasured, ImportError) as reason:

@@ -63,6 +63,7 @@ def compare(bench, row, entries, make_inputs, floors, tokens, reveal=None, valid
     for name, entry in entries.items():
 
         def make_and_check(entry=entry):
+            bench.check_time(entry.seconds)
             function = entry.make()
             own_sets = [inputs_for(entry, bench.dtype, *each) for each in sets]
             return function, own_sets, check(function, entry, own_sets[0], reveal, valid)
@@ -241,6 +242,7 @@ def gemm(bench):
         tensors = [torch.randn(shape, device=bench.device).to(bench.dtype) for shape in shapes_of]
 
         def check_product(product, tensors=tensors):
+            bench.check_time(1)
             error = relative_error(product(*tensors), product(*(x.float() for x in tensors)))
             if not error <= PRODUCT_ERROR:
                 raise WrongNumbers(f"relative error {error:.1e} is over {PRODUCT_ERROR:.1e}")

@@ -26,6 +26,7 @@ import json
 import os
 import statistics
 import time
+from functools import partial
 from unittest import mock
 
 import numpy as np
@@ -172,6 +173,28 @@ class Ours:
         self.model.to(device)  # its buffers
 
 
+class OursWithCopies(peers.PlainStep):
+    """This project's model with bf16 matrices beside fp32 masters, where train.py casts them in each micro-step."""
+
+    def __init__(self, work):
+        super().__init__(work, "ours", "default")
+        self.run = self.module(self.model)
+
+    def low_precision(self, master):
+        model = super().low_precision(master)
+        for module in model.modules():
+            if isinstance(module, model_file.LayerNorm):
+                module.float()
+        model.bert.slopes = master.bert.slopes
+        return model
+
+    def module(self, model):
+        return lambda b: model(b.input_ids, b.cu_seqlens, b.max_seqlen, b.masked_positions, b.labels)
+
+    def make_inputs(self, batches):
+        return [(batch.to(self.work.device),) for batch in batches]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Numbers
 
@@ -270,7 +293,7 @@ class StepEntry:
 
 
 def peer(kind, setting, note, default=False, seconds=60):
-    return StepEntry(lambda work: peers.PlainStep(work, kind, setting), setting, note, default, seconds)
+    return StepEntry(partial(peers.PlainStep, kind=kind, setting=setting), setting, note, default, seconds)
 
 
 def all_peers(fast=()):
@@ -281,11 +304,10 @@ def all_peers(fast=()):
         for kind in ("flex", "varlen", "padded")
         for setting in ("t2", "t1", "default")
     }
-    bert = {"bert_compiled": True, "bert_eager": False}
-    for name, compile in bert.items():
-        note = f"transformers' BertForMaskedLM, {'compiled' if compile else 'eager'}"
-        make = lambda work, compile=compile: peers.TransformersStep(work, compile)  # noqa: E731
-        entries[name] = StepEntry(make, note=note, default=False, seconds=60 if compile else 20)
+    for how, seconds in (("compiled", 60), ("eager", 20)):
+        make = partial(peers.TransformersStep, compile=how == "compiled")
+        note = f"transformers' BertForMaskedLM, {how}"
+        entries[f"bert_{how}"] = StepEntry(make, note=note, default=False, seconds=seconds)
     for name in fast:
         entries[name].default = True
     return entries
@@ -295,14 +317,13 @@ def rows(bench, data):
     ours = {"ours": StepEntry(Ours)}
     full, fill80 = data.samples("full"), data.samples("fill80")
     compare(bench, "step_full", {**ours, **all_peers(("flex_t2", "varlen_t2"))}, "base", full)
-    off = {
+    changes = {
         "fp32_layernorm": (fp32_layernorm, "residual stream and LayerNorm in fp32"),
         "vocab_unpadded": (unpadded_vocabulary, "vocabulary of 30,522 instead of 30,528"),
         "torch_attention": (torch_attention, "SDPA with dense ALiBi"),
     }
-    off = {
-        name: StepEntry(lambda work, change=change: Ours(work, change), note=note) for name, (change, note) in off.items()
-    }
+    off = {name: StepEntry(partial(Ours, change=change), note=note) for name, (change, note) in changes.items()}
+    off["bf16_copies"] = StepEntry(OursWithCopies, note="bf16 weights beside fp32 masters instead of autocast")
     compare(bench, "step_off", {**ours, **off}, "base", full)
     padded = {"ours_padded": StepEntry(Ours, note="with padding as tokens", data="padded")}
     compare(bench, "step_fill80", {**ours, **padded, **all_peers(("varlen_t2",))}, "base", fill80, data)
@@ -333,12 +354,14 @@ def compare(bench, row, entries, size, samples, data=None):
         begun = bench.attempt(row, name, entry, begin)
         if begun:
             runners[name], results[name] = begun
+            print(f"{row}/{name}: ready after {results[name]['setup']:.1f} s", flush=True)
         release(bench)
     for turn in range(1 if bench.cfg.toy else TURNS):
-        for name, runner in runners.items():
-            take_turn(bench, runner, results[name], turn)
-        if bench.cfg.seconds and bench.elapsed() > bench.cfg.seconds:
+        if turn and bench.out_of_time():
             break
+        for name, runner in list(runners.items()):
+            if not bench.attempt(row, name, entries[name], lambda: take_turn(bench, runner, results[name], turn)):
+                del runners[name]
     batches = work.batches()
     flops = sum(
         matrix_flops(cfg, work.vocab_size(), b.num_tokens, b.sum_squared_lengths, b.num_masked) for b in batches
@@ -369,6 +392,7 @@ def start(bench, entry, work, ours):
     """(runner, result so far) after check and first step. Too large a micro-batch is halved. ours: result to agree with."""
     begun = time.perf_counter()
     while True:
+        bench.check_time(entry.seconds)
         try:
             runner = entry.make(work)
             error = check_gradients(work, runner)
@@ -380,17 +404,20 @@ def start(bench, entry, work, ours):
                 raise
             work = dataclasses.replace(work, micro_batch_tokens=work.micro_batch_tokens // 2)
         release(bench)
-        bench.check_time(entry.seconds)
-    if ours and type(runner) is peers.PlainStep:
-        for name, value, bound in (("loss", loss, 0.01), ("grad_norm", grad_norm, 0.15)):
-            if abs(value / ours[name] - 1) > bound:
-                raise WrongNumbers(f"{name} {value:.4f} where this project's own is {ours[name]:.4f}")
+    if ours and not isinstance(runner, Ours):
+        bounds = {"loss": (loss, 0.01), "grad_norm": (grad_norm, 0.15)}  # what dropout changes is below 0.1 % and 3 %
+        if isinstance(runner, peers.TransformersStep):  # another model, as far from knowing anything
+            bounds = {"loss": (loss, 0.03)}
+        for name, (value, bound) in bounds.items():
+            if not abs(value / ours[name] - 1) <= bound:
+                raise WrongNumbers(f"{name} {value:.4f} at first, where this project's own is {ours[name]:.4f}")
     runner.move("cpu")
     result = {"error": error, "loss": loss, "grad_norm": grad_norm, "seconds": [], "peak": 0}
     return runner, {**result, "setup": time.perf_counter() - begun}
 
 
 def take_turn(bench, runner, result, turn):
+    """One untimed and some timed steps. Returns True."""
     release(bench)
     runner.move(bench.device)
     cuda = bench.device.type == "cuda"
@@ -406,6 +433,7 @@ def take_turn(bench, runner, result, turn):
     if cuda:
         result["peak"] = max(result["peak"], torch.cuda.max_memory_allocated())
     runner.move("cpu")
+    return True
 
 
 def release(bench):

@@ -319,7 +319,7 @@ class PlainStep:
         self.slopes = alibi_slopes(work.cfg.num_heads).to(work.device)
         master = self.make_masters()
         self.masters = list(master.parameters())
-        self.model = copy.deepcopy(master).to(work.dtype)
+        self.model = self.low_precision(master)
         self.weights = list(self.model.parameters())
         for parameter in self.masters:
             parameter.grad = torch.zeros_like(parameter)
@@ -330,6 +330,9 @@ class PlainStep:
 
     def make_masters(self):
         return self.work.make_model()
+
+    def low_precision(self, master):
+        return copy.deepcopy(master).to(self.work.dtype)
 
     def module(self, model):
         attentions = {"varlen": varlen_attention, "flex": flex_attention, "padded": padded_attention}
@@ -367,7 +370,7 @@ class PlainStep:
     def for_check(self):
         """(model in fp32, the copy whose gradients are compared with its own, loss of a MicroBatch with that copy)."""
         reference = self.work.make_model(dropout=False)
-        model = copy.deepcopy(reference).to(self.work.dtype)
+        model = self.low_precision(reference)
         return reference, model, lambda batch: self.module(model)(*self.make_inputs([batch])[0])
 
     def move(self, device):
