@@ -437,6 +437,7 @@ def take_turn(bench, runner, result, turn):
 
 
 def release(bench):
-    gc.collect()
+    """Give memory back to the GPU."""
     if bench.device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()

@@ -28,6 +28,10 @@ def quick(monkeypatch):
     monkeypatch.setattr(peers, "varlen_attn", varlen_attn)
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)  # refuses gradients on a CPU
     monkeypatch.setattr(peers, "BACKEND", "eager")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the tensors are too small for two
+    yield
+    torch.set_num_threads(threads)
 
 
 def toy(**options):
