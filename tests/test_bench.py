@@ -174,7 +174,7 @@ def test_peers_compute_the_model(work, name):
     """Loss and gradients in fp32, dropout off, and the same first step: gradients add up over micro-batches."""
     if name == "bert":
         pytest.importorskip("transformers")
-        runner = peers.TransformersStep(work, compile=False)
+        runner = peers.TransformersStep(work, setting="eager")
     elif name == "bf16_copies":
         runner = bench_steps.OursWithCopies(work)
     else:
@@ -322,4 +322,4 @@ def test_missing_packages_are_said(monkeypatch):
         peers.liger("liger_geglu")
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     with pytest.raises(NotMeasured, match="transformers"):
-        peers.TransformersStep(None, compile=False)
+        peers.TransformersStep(None, setting="eager")
