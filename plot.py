@@ -3,7 +3,7 @@
     python plot.py --loss=out/base --x=gpu_hours --out=loss.svg
     python plot.py --glue=results/mosaic/glue.json,results/fast/glue.json --labels=mosaic,fast --out=glue.svg
     python plot.py --pareto='results/race/*/glue.json' --x=dollars --tasks=true --out=pareto.svg,pareto.png
-    python plot.py --kernels=bench.json --out=kernels.svg
+    python plot.py --kernels=out/bench.json --out=kernels.svg
 
 Needs matplotlib. Curves differ in marker and line style as well as colour, bars in hatching, so that all can be read in
 grey. Equal inputs give equal bytes.
@@ -54,7 +54,7 @@ class PlotConfig:
     # One of these: files, directories that hold them, or patterns, comma-separated
     loss: str = ""  # log.jsonl of train.py: training and held-out loss
     glue: str = ""  # glue.json of finetune_glue.py: a bar for each task, with 95 % intervals
-    kernels: str = ""  # JSON of python -m kernels.bench: a panel for each row, operators in ns a token, steps in samples/s
+    kernels: str = ""  # JSON of kernels.bench: a panel for each row, operators in ns a token, steps in samples/s
     pareto: str = ""  # glue.json: the mean score against the cost of pretraining, with MosaicML's published points
     # How
     x: Literal["auto", "step", "tokens", "gpu_hours", "dollars"] = "auto"  # auto: step for losses, gpu_hours for GLUE

@@ -3,13 +3,13 @@
     python -m kernels.bench                                   # the default rows, under 8 minutes on one GPU
     python -m kernels.bench --only='attention*,step_full'     # these rows, with every peer they have
     python -m kernels.bench --only='step_fill80/flex_t2'      # one peer, beside this project's own code
-    python plot.py --kernels=bench.json --out=kernels.svg
+    python plot.py --kernels=out/bench.json --out=kernels.svg
 
-Prints each row as soon as it is measured and writes it to a JSON file. A row is a piece of work, its entries are ways
-of doing it: "ours" and its peers, which kernels/peers.py describes.
+A row is a piece of work, its entries are ways of doing it: "ours" and its peers, which kernels/peers.py describes. Rows
+are printed, and written to the JSON file, as soon as they are measured.
 
-- Every entry must first give the numbers of plain PyTorch in fp32: outputs and all gradients, at the size that is timed,
-  with dropout on. Its error may be twice that of plain PyTorch in bf16. Who fails is not timed.
+- Every entry must first give the numbers of plain PyTorch in fp32: results and all gradients, of the very size that is
+  timed, with dropout on. Its error may be twice that of plain PyTorch in bf16. Who fails is not timed.
 - Times are medians of CUDA events. Entries take turns, so that all see the same clock and temperature; inputs rotate
   and are larger than the cache. Forward is forward as in training, and backward is the difference of both and forward.
 - The ceiling of a row is what the GPU could do at best: the bytes that must move at the rate of a copy, or the
@@ -30,6 +30,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -49,7 +50,7 @@ class BenchConfig:
     only: str = ""  # rows, or row/entry, comma-separated, * for anything; empty: the default rows
     list: bool = False  # print rows and entries, those of the default set marked *, and stop
     seconds: int = 460  # begin nothing that would likely end later than this; 0: no limit
-    out: str = "bench.json"  # results so far, after each row
+    out: str = "out/bench.json"  # results so far, written anew after each row
     micro_batch_tokens: int = 0  # of whole steps; 0: 131,072 for the base model, 49,152 for the large one
     toy: bool = False  # tiny sizes on any machine: tries the benchmark itself, and measures nothing
 
@@ -62,7 +63,6 @@ class Sizes:
     hidden: int = 768
     heads: int = 12
     width: int = 3072
-    layers: int = 12
     vocab: int = 30522
     masked: int = 39296  # rows of the head: 30 % of the tokens, in steps of 256
     samples: int = 4096  # of a whole step
@@ -70,7 +70,7 @@ class Sizes:
     matrix: int = 8192
 
 
-TOY = Sizes(1024, 32, 2, 48, 2, 500, 256, 16, 2**16, 64)
+TOY = Sizes(1024, 32, 2, 48, 500, 256, 16, 2**16, 64)
 
 
 class Bench:
@@ -83,7 +83,9 @@ class Bench:
         self.dtype = torch.float32 if cfg.toy else torch.bfloat16
         self.rounds = 1 if cfg.toy else ROUNDS
         self.begun = time.perf_counter()
-        self.failed = self.matched = False
+        self.failed = False
+        self.patterns = [pattern.strip() for pattern in cfg.only.split(",") if pattern.strip()]
+        self.unmatched = set(self.patterns)
         self.results = {
             "device": "toy sizes, times mean nothing" if cfg.toy else device_name(self.device),
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -96,22 +98,20 @@ class Bench:
 
     # Which rows, and for how long
 
-    def selected(self, row, entry, default):
-        patterns = [pattern.strip() for pattern in self.cfg.only.split(",") if pattern.strip()]
-        if not patterns:
-            return default
-        if entry == "ours":
-            return any(fnmatch.fnmatch(row, pattern.partition("/")[0]) for pattern in patterns)
-        return any(fnmatch.fnmatch(f"{row}/{entry}", p if "/" in p else f"{p}/*") for p in patterns)
+    def selected(self, row, name, entry):
+        """Whether it was asked for; "ours" is with every peer."""
+        asking = [p for p in self.patterns if fnmatch.fnmatch(f"{row}/{name}", p if "/" in p else f"{p}/*")]
+        self.unmatched -= set(asking)
+        beside = name == "ours" and any(fnmatch.fnmatch(row, p.partition("/")[0]) for p in self.patterns)
+        return bool(asking) or beside if self.patterns else entry.default
 
     def choose(self, row, entries):
         """The entries that were asked for; with --list none, but their names are printed."""
-        chosen = {name: entry for name, entry in entries.items() if self.selected(row, name, entry.default)}
-        self.matched = self.matched or bool(chosen)
+        chosen = {name: entry for name, entry in entries.items() if self.selected(row, name, entry)}
         if self.cfg.list:
             for name, entry in entries.items():
                 mark = "*" if entry.default else " "
-                if name in chosen or not self.cfg.only:
+                if name in chosen or not self.patterns:
                     print(f"{mark} {row + '/' + name:28} about {entry.seconds:3.0f} s  {entry.note}")
             return {}
         return chosen
@@ -130,18 +130,23 @@ class Bench:
     # Results
 
     def attempt(self, row, name, entry, function):
-        """function(), or None and a row that says why not. Nothing that a peer does ends the benchmark."""
+        """function(), or None and a row that says why not. Nothing that happens in one row ends the benchmark.
+
+        entry: what is attempted, or None for a whole row.
+        """
         try:
-            with peers.compiling(entry.setting):
+            with peers.compiling(entry.setting if entry else "default"):
                 return function()
         except (NotMeasured, ImportError) as reason:
             why = str(reason)
         except WrongNumbers as reason:
             why, self.failed = f"wrong numbers: {reason}", True
+        except UserError:
+            raise
         except Exception as error:  # compilers and drivers raise what they like
             first = next((line for line in str(error).splitlines() if line.strip()), "")
             why, self.failed = f"{type(error).__name__}: {first[:200]}", self.failed or name == "ours"
-        self.record(row, name, {"not_measured": why}, entry.note)
+        self.record(row, name, {"not_measured": why}, entry.note if entry else "")
         return None
 
     def record(self, row, name, values, note=""):
@@ -281,6 +286,8 @@ def main(argv):
     cfg = load_config(BenchConfig, argv)
     if not (torch.cuda.is_available() or cfg.toy or cfg.list):
         raise UserError("kernels.bench needs an NVIDIA GPU (--toy tries its code on any machine)")
+    if 0 < cfg.micro_batch_tokens < 1024:
+        raise UserError(f"micro_batch_tokens={cfg.micro_batch_tokens}: must be at least 1024 (0 chooses)")
     if cfg.toy and peers.BACKEND == "inductor":
         peers.BACKEND = "aot_eager"
     bench = Bench(cfg, argv)
@@ -290,12 +297,13 @@ def main(argv):
         ceilings(bench)
     with tempfile.TemporaryDirectory() as directory:
         data = bench_steps.Data(directory, bench.sizes)
-        bench_kernels.rows(bench, data)
-        bench_steps.rows(bench, data)
-    if not bench.matched:
-        raise UserError(f"--only={cfg.only}: no such row (--list shows all)")
+        for row, function in {**bench_kernels.rows(data), **bench_steps.rows(data)}.items():
+            bench.attempt(row, "ours", None, partial(function, bench, row))
+            bench.free()
     if not cfg.list:
         print(f"{bench.elapsed():.0f} s; written to {cfg.out}")
+    if bench.unmatched:
+        raise UserError(f"--only: no such row: {', '.join(sorted(bench.unmatched))} (--list shows all)")
     if bench.failed:
         sys.exit(1)
 

@@ -74,8 +74,8 @@ class Data:
 
     def write(self, path, kind, seq_length):
         os.makedirs(path)
-        vocab = {name: i for i, name in enumerate([*SPECIAL, *(f"w{i}" for i in range(self.sizes.vocab - len(SPECIAL)))])}
-        tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+        words = [*SPECIAL, *(f"w{i}" for i in range(len(SPECIAL), self.sizes.vocab))]
+        tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
         tokenizer.save(os.path.join(path, "tokenizer.json"))
         rng = np.random.default_rng(0)
         count, longest = self.sizes.samples, seq_length - 2  # without [CLS] and [SEP]
@@ -313,10 +313,9 @@ def all_peers(fast=()):
     return entries
 
 
-def rows(bench, data):
+def rows(data):
+    """{name: function of the Bench and that name}, in the order of the table."""
     ours = {"ours": StepEntry(Ours)}
-    full, fill80 = data.samples("full"), data.samples("fill80")
-    compare(bench, "step_full", {**ours, **all_peers(("flex_t2", "varlen_t2"))}, "base", full)
     changes = {
         "fp32_layernorm": (fp32_layernorm, "residual stream and LayerNorm in fp32"),
         "vocab_unpadded": (unpadded_vocabulary, "vocabulary of 30,522 instead of 30,528"),
@@ -324,22 +323,27 @@ def rows(bench, data):
     }
     off = {name: StepEntry(partial(Ours, change=change), note=note) for name, (change, note) in changes.items()}
     off["bf16_copies"] = StepEntry(OursWithCopies, note="bf16 weights beside fp32 masters instead of autocast")
-    compare(bench, "step_off", {**ours, **off}, "base", full)
     padded = {"ours_padded": StepEntry(Ours, note="with padding as tokens", data="padded")}
-    compare(bench, "step_fill80", {**ours, **padded, **all_peers(("varlen_t2",))}, "base", fill80, data)
-    few = {name: entry for name, entry in all_peers().items() if not name.startswith("bert")}
-    none = {name: dataclasses.replace(entry, default=False) for name, entry in {**ours, **few}.items()}
-    compare(bench, "step_512", none, "base", data.samples("full", 512))
-    large = {name: dataclasses.replace(entry, seconds=2 * entry.seconds) for name, entry in none.items()}
-    compare(bench, "step_large", large, "large", full)
+    # The last two rows are not in the default set. Large takes longer to compile, too.
+    same_model = {name: entry for name, entry in {**ours, **all_peers()}.items() if not name.startswith("bert")}
+    at_512 = {name: dataclasses.replace(entry, default=False) for name, entry in same_model.items()}
+    large = {name: dataclasses.replace(entry, seconds=2 * entry.seconds) for name, entry in at_512.items()}
+    row = partial(compare, data=data)
+    return {
+        "step_full": partial(row, entries={**ours, **all_peers(("flex_t2", "varlen_t2"))}),
+        "step_off": partial(row, entries={**ours, **off}),
+        "step_fill80": partial(row, entries={**ours, **padded, **all_peers(("varlen_t2",))}, kind="fill80"),
+        "step_512": partial(row, entries=at_512, seq_length=512),
+        "step_large": partial(row, entries=large, size="large"),
+    }
 
 
-def compare(bench, row, entries, size, samples, data=None):
+def compare(bench, row, data, entries, size="base", kind="full", seq_length=128):
     """Check, then time, the entries of one row in turn."""
     entries = bench.choose(row, entries)
     if not entries:
         return
-    s = bench.sizes
+    s, samples = bench.sizes, data.samples(kind, seq_length)
     cfg = CONFIGS[size] if not bench.cfg.toy else ModelConfig("mosaicbert", s.hidden, 2, s.heads, s.width)
     most = bench.cfg.micro_batch_tokens or (s.tokens if bench.cfg.toy else MICRO_BATCH_TOKENS[size])
     count = s.samples * 128 // samples.seq_length
@@ -369,7 +373,8 @@ def compare(bench, row, entries, size, samples, data=None):
     for name, runner in runners.items():
         result = results[name]
         seconds = statistics.median(result["seconds"])
-        peak = None if isinstance(runner, peers.TransformersStep) else train.peak_flops(bench.device)  # flops are MosaicBERT's
+        mosaicbert = not isinstance(runner, peers.TransformersStep)  # whose operations were counted
+        peak = train.peak_flops(bench.device) if mosaicbert else None
         values = {
             "ms": 1e3 * seconds,
             "samples_per_second": count / seconds,
@@ -384,12 +389,13 @@ def compare(bench, row, entries, size, samples, data=None):
             "steps_ms": [round(1e3 * s, 2) for s in result["seconds"]],
         }
         bench.record(row, name, values, entries[name].note)
-    runners.clear()
-    bench.free()
 
 
 def start(bench, entry, work, ours):
-    """(runner, result so far) after check and first step. Too large a micro-batch is halved. ours: result to agree with."""
+    """(runner, result so far) after check and first step; too large a micro-batch is halved.
+
+    ours: this project's result so far, to agree with, or None.
+    """
     begun = time.perf_counter()
     while True:
         bench.check_time(entry.seconds)
