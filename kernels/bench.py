@@ -252,6 +252,8 @@ def line_of(values):
         text += f" | {values['peak_gib']:.1f} GiB at {values['micro_batch_tokens']:,} tokens"
     if "rate" in values:
         text += f" | {values['ms']:7.3f} ms | {values['rate']}"
+    if values.get("ours_faster") and values["entry"] != "ours":
+        text += f" | ours is {values['ours_faster']:.2f} x as fast"
     text += f" | error {values['error']:.1e}" if values.get("error") is not None else ""
     return text + (f" | {values['note']}" if values["note"] else "")
 

@@ -66,6 +66,10 @@ def test_runs_to_its_end(tmp_path, capsys):
         assert rows[name]["error"] < 2e-5
     for name in ("step_off/torch_attention", "step_fill80/ours_padded", "step_fill80/padded_t2"):
         assert rows[name]["samples_per_second"] == pytest.approx(16 / rows[name]["ms"] * 1e3)
+    for name, part in (("step_fill80/padded_t2", "ms"), ("head/compiled", "both")):
+        mine, theirs = rows[f"{name.partition('/')[0]}/ours"][part], rows[name][part]
+        mine, theirs = (x if part == "ms" else x["ms"] for x in (mine, theirs))
+        assert rows[name]["ours_faster"] == pytest.approx(theirs / mine) and "x as fast" in printed
     assert {"gemm/Wo_forward", "gemm/Wo_dx", "gemm/Wo_dw", "gemm/all"} <= rows.keys()
     assert not {"gemm/Wqkv_dx", "geglu/compiled_t1", "step_off/bf16_copies", "step_full/ours"} & rows.keys()
     assert "liger-kernel" in rows["geglu/liger"]["not_measured"]
