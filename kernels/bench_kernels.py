@@ -206,13 +206,15 @@ def our_cross_entropy(device):
     return CrossEntropy.apply
 
 
-def our_head(dtype):
-    """What model.MaskedLM does with the hidden states of the masked tokens."""
-    if hasattr(kernels, "linear_cross_entropy"):
-        return kernels.linear_cross_entropy
-    return lambda hidden, weight, bias, labels: peers.linear_cross_entropy(
-        hidden, weight.to(dtype), bias.to(dtype), labels
-    )
+def our_head(device, dtype):
+    """What model.MaskedLM does with the hidden states of the masked tokens, under autocast as in training."""
+    compute = getattr(kernels, "linear_cross_entropy", peers.linear_cross_entropy)
+
+    def head(*inputs):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return compute(*inputs)
+
+    return head
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -492,7 +494,7 @@ def head(bench, row):
         return lambda hidden, weight, bias, labels: loss(hidden, weight, labels, bias, reduction="sum")
 
     entries = {
-        "ours": Entry(lambda: our_head(bench.dtype), reference, fp32_parameters=True),
+        "ours": Entry(lambda: our_head(device, bench.dtype), reference, fp32_parameters=True),
         "compiled": Entry(lambda: peers.compiled(peers.linear_cross_entropy), reference, seconds=6),
         "liger": Entry(liger, reference, note="in chunks of rows"),
     }

@@ -249,18 +249,15 @@ def torch_path():
 
 
 def fp32_layernorm():
-    """The residual stream and LayerNorm in fp32, as plain autocast has them."""
-    forward = model_file.LayerNorm.forward
+    """The residual stream and its LayerNorms in fp32, as plain autocast has them."""
+    normalize = kernels.dropout_add_layernorm
 
-    def in_fp32(self, x, *others, **named):
-        def wide(value):
-            return value.float() if isinstance(value, torch.Tensor) else value
+    def in_fp32(x, residual, *others, **named):
+        if residual is not None:
+            x, residual = x.float(), residual.float()
+        return normalize(x, residual, *others, **named)
 
-        with torch.autocast(x.device.type, enabled=False):
-            named = {name: wide(value) for name, value in named.items()}
-            return forward(self, wide(x), *map(wide, others), **named)
-
-    return mock.patch.object(model_file.LayerNorm, "forward", in_fp32)
+    return mock.patch.object(kernels, "dropout_add_layernorm", in_fp32)
 
 
 def unpadded_vocabulary():
