@@ -1,8 +1,9 @@
-"""Figures from the logs: loss curves, GLUE task by task, and GLUE against hours or dollars.
+"""Figures from the logs: loss curves, GLUE task by task, GLUE against hours or dollars, and speed.
 
     python plot.py --loss=out/base --x=gpu_hours --out=loss.svg
     python plot.py --glue=results/mosaic/glue.json,results/fast/glue.json --labels=mosaic,fast --out=glue.svg
     python plot.py --pareto='results/race/*/glue.json' --x=dollars --tasks=true --out=pareto.svg,pareto.png
+    python plot.py --kernels=out/bench.json --out=kernels.svg
 
 Needs matplotlib. Curves differ in marker and line style as well as colour, bars in hatching, so that all can be read in
 grey. Equal inputs give equal bytes.
@@ -53,6 +54,7 @@ class PlotConfig:
     # One of these: files, directories that hold them, or patterns, comma-separated
     loss: str = ""  # log.jsonl of train.py: training and held-out loss
     glue: str = ""  # glue.json of finetune_glue.py: a bar for each task, with 95 % intervals
+    kernels: str = ""  # JSON of kernels.bench: a panel for each row, operators in ns a token, steps in samples/s
     pareto: str = ""  # glue.json: the mean score against the cost of pretraining, with MosaicML's published points
     # How
     x: Literal["auto", "step", "tokens", "gpu_hours", "dollars"] = "auto"  # auto: step for losses, gpu_hours for GLUE
@@ -257,6 +259,73 @@ def plot_loss(cfg, pyplot):
     return figure
 
 
+def read_bench(path):
+    """The JSON of kernels.bench as a dictionary. Raises: UserError."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            results = json.load(file)
+        [row["entry"] for row in results["rows"]], results["device"]
+        return results
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror} (expected the JSON of python -m kernels.bench)") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: not a result of python -m kernels.bench") from None
+
+
+def plot_kernels(cfg, pyplot):
+    """A panel for each row of the benchmark, a bar for each entry: operators first, whole steps below."""
+    results = read_bench(cfg.kernels)
+    rows = {}
+    for record in results["rows"]:
+        if "both" in record or "samples_per_second" in record:
+            rows.setdefault(record["row"], []).append(record)
+    if not rows:
+        raise UserError(f"{cfg.kernels}: no operators and no steps were measured")
+    names = sorted(rows, key=lambda name: "both" not in rows[name][0])  # stable: else as measured
+    columns = min(3, len(names))
+    lines = [names[i : i + columns] for i in range(0, len(names), columns)]
+    heights = [max(len(rows[name]) for name in line) + 2.2 for line in lines]
+    figure, grid = pyplot.subplots(
+        len(lines), columns, figsize=(4.6 * columns, 0.27 * sum(heights) + 0.5), squeeze=False, layout="constrained",
+        height_ratios=heights,
+    )  # fmt: skip
+    for axes in grid.flat[len(names) :]:
+        axes.axis("off")
+    for axes, name in zip(grid.flat, names):
+        draw_row(axes, rows[name])
+        axes.set_title(name, fontsize="medium")
+    figure.suptitle(cfg.title or results["device"])
+    return figure
+
+
+def draw_row(axes, records):
+    """Bars from the top in the order measured; forward and backward of an operator stand in one bar."""
+    ours, peer = STYLES[0][0], STYLES[3][0]
+    operator = "both" in records[0]
+    for place, record in enumerate(records):
+        colour = ours if record["entry"] == "ours" else peer
+        if operator:
+            forward, backward = (record[part]["ns_per_token"] for part in ("forward", "backward"))
+            value = forward + backward
+            axes.barh(place, forward, color=colour, edgecolor="white")
+            axes.barh(place, backward, left=forward, color=colour, hatch="///", edgecolor="white")
+        else:
+            value = record["samples_per_second"]
+            axes.barh(place, value, color=colour, edgecolor="white")
+        axes.annotate(
+            f" {value:,.1f}" if operator else f" {value:,.0f}", (value, place), va="center", fontsize="x-small"
+        )
+    if operator:
+        axes.axvline(records[0]["both"]["ceiling_ns_per_token"], color="black", linestyle="--", linewidth=1)
+        axes.set_xlabel("ns a token: forward, then backward (hatched); dashed: ceiling", fontsize="x-small")
+    else:
+        axes.set_xlabel("samples/s", fontsize="x-small")
+    axes.set_yticks(range(len(records)), [record["entry"] for record in records], fontsize="small")
+    axes.tick_params(axis="x", labelsize="small")
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+
+
 def log_label(path):
     name = os.path.splitext(os.path.basename(path))[0]
     return os.path.basename(os.path.dirname(os.path.abspath(path))) if name == "log" else name
@@ -274,8 +343,10 @@ def too_many(labels):
 @command
 def main(argv):
     cfg = load_config(PlotConfig, argv)
-    if sum(map(bool, (cfg.loss, cfg.glue, cfg.pareto))) != 1:
-        raise UserError("give one of --loss, --glue and --pareto")
+    kinds = {"loss": plot_loss, "glue": plot_glue, "pareto": plot_pareto, "kernels": plot_kernels}
+    asked = [draw for name, draw in kinds.items() if getattr(cfg, name)]
+    if len(asked) != 1:
+        raise UserError("give one of --loss, --glue, --pareto and --kernels")
     for path in cfg.out.split(","):
         if not path.endswith((".svg", ".png", ".pdf")):
             raise UserError(f"{path}: unknown suffix (expected .svg, .png or .pdf)")
@@ -287,7 +358,7 @@ def main(argv):
     matplotlib.rcParams.update({"svg.hashsalt": "plot.py", "svg.fonttype": "none", "hatch.linewidth": 0.6})
     from matplotlib import pyplot
 
-    figure = (plot_loss if cfg.loss else plot_glue if cfg.glue else plot_pareto)(cfg, pyplot)
+    figure = asked[0](cfg, pyplot)
     for path in cfg.out.split(","):
         try:
             os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)

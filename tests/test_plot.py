@@ -28,6 +28,26 @@ def write_results(path, step=100, cola=(50.0,), rte=(60.0,), model="mosaicbert",
     return str(path / "glue.json")
 
 
+def write_bench(path):
+    """A result of kernels.bench: two operators, one not measured, and a row of steps."""
+
+    def operator(row, entry, forward, backward):
+        parts = {"forward": forward, "backward": backward, "both": forward + backward}
+        parts = {name: {"ns_per_token": value, "ceiling_ns_per_token": 2.5} for name, value in parts.items()}
+        return {"row": row, "entry": entry, **parts}
+
+    rows = [
+        {"row": "ceiling", "entry": "copy", "rate": "3 TB/s"},
+        {"row": "step_full", "entry": "ours", "samples_per_second": 4321.0},
+        {"row": "step_full", "entry": "flex_t2", "samples_per_second": 4100.0},
+        operator("geglu", "ours", 3.0, 4.25),
+        operator("geglu", "compiled_t2", 4.0, 5.0),
+        {"row": "geglu", "entry": "liger", "not_measured": "needs the package liger-kernel"},
+    ]
+    path.write_text(json.dumps({"device": "Some GPU", "rows": rows}))
+    return str(path)
+
+
 def fails(capsys, *argv):
     with pytest.raises(SystemExit) as stop:
         plot.main(argv)
@@ -71,6 +91,10 @@ def test_figures_are_drawn_and_equal_inputs_give_equal_bytes(tmp_path, capsys):
             [f"--pareto={tmp_path}/*/glue.json"],
             ["MosaicBERT, 12 layers", "BERT-Base, published", "RTE, CoLA"],
         ),
+        "kernels": (
+            [f"--kernels={write_bench(tmp_path / 'bench.json')}"],
+            ["Some GPU", "step_full", "geglu", "compiled_t2", "7.2", "9.0", "4,321", "dashed: ceiling"],
+        ),
         "tasks": ([f"--pareto={a},{b},{c}", "--tasks=true", "--x=dollars"], ["mean of 2 tasks", "CoLA", "US dollars"]),
     }
     for name, (argv, words) in kinds.items():
@@ -99,6 +123,11 @@ def test_errors(tmp_path, capsys):
     assert f"{bad}: not a glue.json" in fails(capsys, f"--glue={bad}")
     assert f"{good}:1: not a log.jsonl" in fails(capsys, f"--loss={good}")
     assert "no training steps" in fails(capsys, f"--loss={empty}")
+    assert f"{bad}: not a result of python -m kernels.bench" in fails(capsys, f"--kernels={bad}")
+    assert "nowhere.json: No such file" in fails(capsys, "--kernels=nowhere.json")
+    nothing = tmp_path / "nothing.json"
+    nothing.write_text('{"device": "x", "rows": [{"row": "a", "entry": "b", "not_measured": "c"}]}')
+    assert "no operators and no steps" in fails(capsys, f"--kernels={nothing}")
     assert "2 labels for 1 files" in fails(capsys, f"--glue={good}", "--labels=a,b")
     assert "unknown suffix" in fails(capsys, f"--glue={good}", "--out=a.gif")
     assert "not for --pareto" in fails(capsys, f"--pareto={good}", "--x=tokens")

@@ -1,0 +1,516 @@
+"""Single operators for kernels/bench.py: matrix products, attention, LayerNorm, GeGLU and the head's loss.
+
+An operator's inputs are those of a micro-batch of the base model, 131,072 tokens in bf16. Parameters are fp32 for this
+project's kernels, as in training, and bf16 for peers. The floors below are counted by hand: tensors that must be read
+or written once, or operations of matrix products; dropout masks are drawn, not read.
+
+Read next: kernels/peers.py
+"""
+
+import importlib
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import kernels
+from data import round_up
+from kernels import peers
+from kernels.bench_steps import first_batch
+from kernels.layernorm import DROPOUT_LEVELS
+from kernels.peers import NotMeasured, WrongNumbers
+from model import LAYER_NORM_EPS, VOCAB_MULTIPLE, alibi_slopes
+
+DROPOUT = 0.1
+OUR_DROPOUT = round(DROPOUT * DROPOUT_LEVELS) / DROPOUT_LEVELS
+INPUT_SETS = 2  # each is far larger than the 50 MB cache
+PRODUCT_ERROR = 2**-8  # of a bf16 result with fp32 sums: half a unit in the last place
+
+
+@dataclass
+class Entry:
+    """A way of doing a row's work."""
+
+    make: object  # () -> function of the row's inputs, of one result or of equal ones; may raise
+    reference: object  # (keep, *inputs) -> the same in plain PyTorch; keep: what dropout multiplies with, or None
+    dropout_prob: float = 0.0  # with which it drops
+    setting: str = "default"  # of torch.compile
+    note: str = ""
+    default: bool = True
+    seconds: float = 2  # it takes about this long, compilation included
+    fp32_parameters: bool = False
+    prepare: object = None  # inputs -> those that this entry takes, made before the clock runs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checking and timing a row
+
+
+def compare(bench, row, entries, make_inputs, floors, tokens, reveal=None, valid=None):
+    """Check, then time, forward and forward with backward.
+
+    make_inputs(): (inputs, gradients of the results); gradients are taken to all inputs that require them.
+    reveal(function, inputs): True where dropout keeps, given one seed. floors: {"forward", "both"}: seconds.
+    valid: rows of results and gradients that count; the others are filling.
+    """
+    entries = bench.choose(row, entries)
+    if not entries:
+        return
+    sets = [make_inputs() for _ in range(INPUT_SETS)]
+    functions, inputs, errors = {}, {}, {}
+    for name, entry in entries.items():
+
+        def make_and_check(entry=entry):
+            bench.check_time(entry.seconds)
+            function = entry.make()
+            own_sets = [inputs_for(entry, bench.dtype, *each) for each in sets]
+            return function, own_sets, check(function, entry, own_sets[0], reveal, valid)
+
+        made = bench.attempt(row, name, entry, make_and_check)
+        if made:
+            functions[name], inputs[name], errors[name] = made
+
+    def forward(name):
+        return lambda i: functions[name](*inputs[name][i % INPUT_SETS][0])
+
+    def both(name):
+        return lambda i: run(functions[name], *inputs[name][i % INPUT_SETS])
+
+    times = {"forward": bench.time_interleaved({name: forward(name) for name in functions})}
+    times["both"] = bench.time_interleaved({name: both(name) for name in functions})
+    floors = {**floors, "backward": floors["both"] - floors["forward"]}
+    for name in functions:
+        seconds = {part: of_all[name] for part, of_all in times.items()}
+        seconds["backward"] = seconds["both"] - seconds["forward"]
+        values = {
+            part: {
+                "ms": 1e3 * seconds[part],
+                "ns_per_token": 1e9 * seconds[part] / tokens,
+                "ceiling_ns_per_token": 1e9 * floors[part] / tokens,
+                "share_of_ceiling": floors[part] / seconds[part],
+            }
+            for part in ("forward", "backward", "both")
+        }
+        ratio = seconds["both"] / times["both"]["ours"] if "ours" in functions else None
+        bench.record(row, name, {**values, "error": errors[name], "ours_faster": ratio}, entries[name].note)
+
+
+def inputs_for(entry, dtype, inputs, douts):
+    """The inputs as this entry takes them; those in its dtype already stay where they are."""
+    if entry.prepare:
+        return entry.prepare(inputs), douts
+    if entry.fp32_parameters:
+        return inputs, douts
+    return [x.detach().to(dtype).requires_grad_() if x.requires_grad else x for x in inputs], douts
+
+
+def results_of(function, inputs, douts):
+    """As many results as there are gradients: a function that returns one has it read several times."""
+    results = function(*inputs)
+    return results if isinstance(results, tuple) else (results,) * len(douts)
+
+
+def run(function, inputs, douts):
+    """The gradients of one forward and backward pass."""
+    return torch.autograd.grad(results_of(function, inputs, douts), differentiable(inputs), douts)
+
+
+def differentiable(inputs):
+    return [x for x in inputs if x.requires_grad]
+
+
+def numbers_of(function, inputs, douts):
+    """[result, gradient of each input that has one]. Functions may write over their inputs, so they get copies."""
+    inputs = [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
+    results = results_of(function, inputs, douts)
+    return [results[0].detach(), *torch.autograd.grad(results, differentiable(inputs), douts)]
+
+
+def check(function, entry, inputs_and_douts, reveal, valid=None):
+    """The largest relative rms error of result and gradients against fp32. Raises: WrongNumbers."""
+    inputs, douts = inputs_and_douts
+    keep = None
+    if entry.dropout_prob:
+        kept = reveal(function, inputs)
+        share, sigma = 1 - kept.float().mean().item(), math.sqrt(entry.dropout_prob / kept.numel())
+        if abs(share - entry.dropout_prob) > 6 * sigma:
+            raise WrongNumbers(f"dropout drops {share:.4f} instead of {entry.dropout_prob:.4f}")
+        keep = kept / (1 - entry.dropout_prob)
+    torch.manual_seed(1)
+    got = numbers_of(function, inputs, douts)
+    reference = partial(entry.reference, keep)
+    own = numbers_of(reference, inputs, douts)
+    single = [x.detach().float().requires_grad_() if x.requires_grad else x for x in inputs]
+    exact = numbers_of(reference, single, [dout.float() for dout in douts])
+    return compare_numbers(got, own, exact, valid)
+
+
+def compare_numbers(got, own, exact, valid=None):
+    """The rule of the tests: largest and rms error at most twice PyTorch's own, plus one unit in the last place."""
+    worst = 0.0
+    for i, (g, o, e) in enumerate(zip(got, own, exact, strict=True)):
+        if valid is not None and len(e) > valid:
+            g, o, e = g[:valid], o[:valid], e[:valid]
+        eps = 1e-5 if g.dtype == torch.float32 else torch.finfo(g.dtype).eps
+        name = f"gradient {i}" if i else "result"
+        for kind, measure in (("largest", lambda x: x.abs().max()), ("rms", lambda x: x.square().mean().sqrt())):
+            error, own_error, scale = (measure(x).item() for x in (g.float() - e, o.float() - e, e))
+            bound = 2 * own_error + eps * scale
+            if not error <= bound:  # also for NaN
+                raise WrongNumbers(f"{name}: {kind} error {error:.2e} is over {bound:.2e}")
+        worst = max(worst, error / max(scale, 1e-30))
+    return worst
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# This project's side: the one place that follows changes of the kernels
+
+
+def our_attention(batch, slopes):
+    windows = {} if getattr(batch, "windows", None) is None else {"windows": batch.windows}
+    return lambda qkv: kernels.attention_qkvpacked(qkv, batch.cu_seqlens, batch.max_seqlen, slopes, **windows)
+
+
+def our_layernorm(x, residual, weight, bias):
+    """One result, or two equal ones where the kernel takes two gradients."""
+    return kernels.dropout_add_layernorm(x, residual, weight, bias, DROPOUT, LAYER_NORM_EPS)
+
+
+def our_geglu(x):
+    return kernels.geglu(x, DROPOUT)
+
+
+def our_cross_entropy(device):
+    """The kernel that writes the gradient over the logits. Here nothing is left to do in backward."""
+    try:
+        in_place = importlib.import_module("kernels.cross_entropy").cross_entropy_
+    except (ImportError, AttributeError):
+        raise NotMeasured("kernels has no cross-entropy of its own: the model takes PyTorch's") from None
+    if not kernels.uses_triton(device):
+        raise NotMeasured("the kernel needs a GPU")
+
+    class CrossEntropy(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, logits, labels):
+            losses, _ = in_place(logits, labels)
+            ctx.save_for_backward(logits)
+            return losses.sum()
+
+        @staticmethod
+        def backward(ctx, dloss):  # which is 1 here; the fused head multiplies its small results with it
+            return *ctx.saved_tensors, None
+
+    return CrossEntropy.apply
+
+
+def our_head(device, dtype):
+    """What model.MaskedLM does with the hidden states of the masked tokens, under autocast as in training."""
+    compute = getattr(kernels, "linear_cross_entropy", peers.linear_cross_entropy)
+
+    def head(*inputs):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return compute(*inputs)
+
+    return head
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Matrix products
+
+
+def relative_error(got, exact):
+    return ((got.float() - exact).norm() / exact.norm()).item()
+
+
+def gemm(bench, row):
+    """The twelve products of a layer's four matrices: forward, and both gradients, as autograd asks for them."""
+    s = bench.sizes
+    shapes = {  # out features, in features
+        "Wqkv": (3 * s.hidden, s.hidden), "Wo": (s.hidden, s.hidden), "Wgate_up": (2 * s.width, s.hidden),
+        "Wdown": (s.hidden, s.width),
+    }  # fmt: skip
+    flops = seconds = 0
+    for name, (n, k) in shapes.items():
+        products = {
+            f"{name}_forward": lambda x, w, dy: x @ w.T,
+            f"{name}_dx": lambda x, w, dy: dy @ w,
+            f"{name}_dw": lambda x, w, dy: dy.T @ x,
+        }
+        entries = bench.choose(row, {part: Entry(product, None, seconds=1) for part, product in products.items()})
+        if not entries:
+            continue
+        shapes_of = ((s.tokens, k), (n, k), (s.tokens, n))
+        tensors = [torch.randn(shape, device=bench.device).to(bench.dtype) for shape in shapes_of]
+
+        def check_product(product, tensors=tensors):
+            bench.check_time(1)
+            error = relative_error(product(*tensors), product(*(x.float() for x in tensors)))
+            if not error <= PRODUCT_ERROR:
+                raise WrongNumbers(f"relative error {error:.1e} is over {PRODUCT_ERROR:.1e}")
+            return error
+
+        errors = {part: bench.attempt(row, part, e, partial(check_product, e.make)) for part, e in entries.items()}
+        errors = {part: error for part, error in errors.items() if error is not None}
+        times = bench.time_interleaved({part: lambda i, f=entries[part].make: f(*tensors) for part in errors})
+        for part, time_ in times.items():
+            rate = 2 * s.tokens * n * k / time_
+            share = rate / bench.results["ceilings"]["matrix_flops_per_second"]
+            text = f"{rate / 1e12:.0f} TFLOP/s, {100 * share:.0f} % of the ceiling"
+            bench.record(row, part, {"ms": 1e3 * time_, "rate": text, "value": rate, "error": errors[part]})
+            flops, seconds = flops + 2 * s.tokens * n * k, seconds + time_
+        del tensors
+    if seconds:
+        text = f"{flops / seconds / 1e12:.0f} TFLOP/s, {1e9 * seconds / s.tokens:.1f} ns/token and layer"
+        bench.record(row, "all", {"ms": 1e3 * seconds, "rate": text, "value": flops / seconds})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+
+
+def attention_floors(bench, tokens, sum_squared_lengths):
+    """Forward reads q, k, v and writes out; backward reads them and dout, and writes dq, dk, dv: 4 and 7 rows.
+
+    Two products forward, five backward, of 2 D operations a pair of tokens and head.
+    """
+    row, product = 2 * bench.sizes.hidden * tokens, 2 * bench.sizes.hidden * sum_squared_lengths
+    forward = bench.floor(4 * row, 2 * product)
+    return {"forward": forward, "both": forward + bench.floor(7 * row, 5 * product)}
+
+
+def attention(bench, row, samples):
+    """ALiBi attention of one micro-batch, of as many samples as fill it when full. samples: () -> data.Samples."""
+    samples = samples()
+    s, device, size = bench.sizes, bench.device, samples.seq_length
+    slopes = alibi_slopes(s.heads).to(device)
+    host = first_batch(samples, s.tokens // size)
+    batch, flat = host.to(device), peers.unpadded([host], device)[0]
+
+    def inputs():
+        qkv = torch.randn(len(batch.input_ids), 3, s.heads, s.hidden // s.heads, device=device).to(bench.dtype)
+        return [qkv.requires_grad_()], [torch.randn_like(qkv[:, 0])]
+
+    def reference(keep, qkv, slopes=slopes):
+        return kernels.attention_reference(*qkv.unbind(1), batch.cu_seqlens, batch.max_seqlen, slopes)
+
+    def varlen():
+        return lambda qkv: peers.varlen_attention(qkv, peers.varlen_layout(flat), slopes)
+
+    def flex():
+        mask, attend = peers.flex_layout(flat), peers.compiled(peers.flex_attention)
+        return lambda qkv: attend(qkv, mask, slopes)
+
+    def dense(backend):
+        """Padding and unpadding included, where there is something to pad."""
+        lengths = batch.cu_seqlens[: batch.num_samples + 1].diff()
+        bias = peers.alibi_bias(lengths, size, slopes, bench.dtype)
+        places = (torch.arange(size, device=device) < lengths[:, None]).flatten().nonzero()[:, 0]
+
+        def attend(qkv):
+            with sdpa_kernel(backend):
+                if len(places) == len(qkv):
+                    return peers.padded_attention(qkv, bias, slopes)
+                stream = qkv.new_zeros(len(lengths) * size, *qkv.shape[1:]).index_copy(0, places, qkv[: len(places)])
+                out = peers.padded_attention(stream, bias, slopes)[places]
+                return F.pad(out, (0, 0, 0, 0, 0, len(qkv) - len(places)))
+
+        return attend
+
+    entries = {
+        "ours": Entry(lambda: our_attention(batch, slopes), reference),
+        "varlen": Entry(varlen, partial(reference, slopes=None), note="varlen_attn, without ALiBi"),
+        "flex": Entry(flex, reference, seconds=15, note="FlexAttention, mask built before"),
+        "sdpa_cudnn": Entry(lambda: dense(SDPBackend.CUDNN_ATTENTION), reference, note="dense ALiBi, padded"),
+        "sdpa_efficient": Entry(lambda: dense(SDPBackend.EFFICIENT_ATTENTION), reference, note="dense ALiBi, padded"),
+    }
+    floors = attention_floors(bench, batch.num_tokens, batch.sum_squared_lengths)
+    compare(bench, row, entries, inputs, floors, batch.num_tokens, valid=batch.num_tokens)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dropout, residual and LayerNorm; GeGLU
+
+
+def compiled_entries(make, reference):
+    """Entries of a function with dropout, compiled with each setting."""
+    return {
+        f"compiled_{setting}": Entry(
+            partial(make, setting), reference, peers.dropped_share(setting, DROPOUT), setting, seconds=6
+        )
+        for setting in ("default", "t1", "t2")
+    }
+
+
+def layernorm_floors(bench, num_gradients):
+    """Forward reads x and residual, writes their sum and the result. Backward reads that sum and the gradients that
+    come in, and writes those of x and residual."""
+    row = 2 * bench.sizes.hidden * bench.sizes.tokens
+    return {"forward": bench.floor(4 * row), "both": bench.floor(4 * row) + bench.floor((3 + num_gradients) * row)}
+
+
+def layernorm(bench, row, num_gradients):
+    """num_gradients: how often the result is read. Twice, in the model: by a matrix product, and as next residual.
+
+    Autograd adds two gradients in a kernel of its own, unless the operator takes both, as ours does, or the whole
+    model is compiled.
+    """
+    s, device = bench.sizes, bench.device
+
+    def inputs():
+        activations = [torch.randn(s.tokens, s.hidden, device=device).to(bench.dtype) for _ in range(2)]
+        weights = [torch.randn(s.hidden, device=device).to(bench.dtype).float() for _ in range(2)]
+        douts = [torch.randn_like(activations[0]) for _ in range(num_gradients)]
+        return [x.requires_grad_() for x in (*activations, *weights)], douts
+
+    def reference(keep, x, residual, weight, bias):
+        z = (x.float() * keep).to(x.dtype) + residual
+        return F.layer_norm(z, (s.hidden,), weight.to(z.dtype), bias.to(z.dtype), LAYER_NORM_EPS)
+
+    def reveal(function, inputs):
+        """Rows of equal numbers: what stays is above their mean."""
+        torch.manual_seed(1)
+        x, residual, weight, bias = inputs
+        probe = (torch.ones_like(x), torch.zeros_like(x), torch.ones_like(weight), torch.zeros_like(bias))
+        results = function(*(value.requires_grad_() for value in probe))
+        return (results[0] if isinstance(results, tuple) else results).detach() >= 0
+
+    def ours(*inputs):
+        results = our_layernorm(*inputs)
+        return results[0] if isinstance(results, tuple) and num_gradients == 1 else results
+
+    def peer(setting):
+        normalize = peers.compiled(peers.dropout_add_layernorm)
+        return lambda *inputs: normalize(*inputs, DROPOUT, setting)
+
+    def liger():
+        normalize = peers.liger("liger_layer_norm")
+        return lambda x, residual, *weights: normalize(F.dropout(x, DROPOUT) + residual, *weights, LAYER_NORM_EPS)
+
+    entries = {
+        "ours": Entry(lambda: ours, reference, OUR_DROPOUT, fp32_parameters=True),
+        **compiled_entries(peer, reference),
+        "liger": Entry(liger, reference, DROPOUT, note="dropout and sum by PyTorch"),
+    }
+    compare(bench, row, entries, inputs, layernorm_floors(bench, num_gradients), s.tokens, reveal)
+
+
+def geglu_floors(bench):
+    """Forward reads both halves and writes one; backward reads three and writes two."""
+    half = 2 * bench.sizes.width * bench.sizes.tokens
+    return {"forward": bench.floor(3 * half), "both": bench.floor(8 * half)}
+
+
+def geglu(bench, row):
+    s, device = bench.sizes, bench.device
+
+    def inputs():
+        x = torch.randn(s.tokens, 2 * s.width, device=device).to(bench.dtype)
+        return [x.requires_grad_()], [torch.randn(s.tokens, s.width, device=device).to(bench.dtype)]
+
+    def reference(keep, x):
+        gate, value = x.chunk(2, dim=-1)
+        return (F.gelu(gate).float() * value.float() * keep).to(x.dtype)
+
+    def liger_reference(keep, gate, value):
+        return F.gelu(gate, approximate="tanh") * value
+
+    def halves(inputs):
+        return [half.detach().contiguous().requires_grad_() for half in inputs[0].chunk(2, dim=-1)]
+
+    def reveal(function, inputs):
+        torch.manual_seed(1)
+        return function(torch.ones_like(inputs[0]).requires_grad_()).detach() != 0
+
+    def peer(setting):
+        gate = peers.compiled(peers.geglu)
+        return lambda x: gate(x, DROPOUT, setting)
+
+    entries = {
+        "ours": Entry(lambda: our_geglu, reference, OUR_DROPOUT),
+        **compiled_entries(peer, reference),
+        "liger": Entry(
+            lambda: peers.liger("liger_geglu"), liger_reference, note="tanh, no dropout, two tensors", prepare=halves
+        ),
+    }
+    compare(bench, row, entries, inputs, geglu_floors(bench), s.tokens, reveal)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cross-entropy, alone and with the head's matrix. Times are for each token of the micro-batch.
+
+
+def cross_entropy_floors(bench, vocab):
+    """The logits are read once, and their gradient is written once: in forward, where it can be known already."""
+    seconds = bench.floor(2 * 2 * bench.sizes.masked * vocab)
+    return {"forward": seconds, "both": seconds}
+
+
+def cross_entropy(bench, row):
+    s, device = bench.sizes, bench.device
+    vocab = round_up(s.vocab, VOCAB_MULTIPLE)
+
+    def inputs():
+        logits = torch.randn(s.masked, vocab, device=device).to(bench.dtype)
+        labels = torch.randint(s.vocab, (s.masked,), device=device)
+        return [logits.requires_grad_(), labels], [torch.ones((), device=device)]
+
+    def reference(keep, logits, labels):
+        return peers.cross_entropy(logits, labels)
+
+    entries = {
+        "ours": Entry(lambda: our_cross_entropy(device), reference),
+        "compiled": Entry(lambda: peers.compiled(peers.cross_entropy), reference, seconds=6),
+        "eager": Entry(lambda: peers.cross_entropy, reference),
+        "liger": Entry(lambda: partial(peers.liger("liger_cross_entropy"), reduction="sum"), reference),
+    }
+    compare(bench, row, entries, inputs, cross_entropy_floors(bench, vocab), s.tokens)
+
+
+def head_floors(bench, vocab):
+    """Three products of the hidden states, the embedding matrix and the logits or their gradient."""
+    product = 2 * bench.sizes.masked * vocab * bench.sizes.hidden
+    return {"forward": bench.floor(flops=product), "both": bench.floor(flops=3 * product)}
+
+
+def head(bench, row):
+    s, device = bench.sizes, bench.device
+    vocab = round_up(s.vocab, VOCAB_MULTIPLE)
+
+    def inputs():
+        hidden = torch.randn(s.masked, s.hidden, device=device).to(bench.dtype)
+        parameters = [0.02 * torch.randn(shape, device=device) for shape in ((vocab, s.hidden), (vocab,))]
+        parameters = [parameter.to(bench.dtype).float() for parameter in parameters]
+        labels = torch.randint(s.vocab, (s.masked,), device=device)
+        return [*(x.requires_grad_() for x in (hidden, *parameters)), labels], [torch.ones((), device=device)]
+
+    def reference(keep, hidden, weight, bias, labels):
+        return peers.linear_cross_entropy(hidden, weight.to(hidden.dtype), bias.to(hidden.dtype), labels)
+
+    def liger():
+        loss = peers.liger("liger_fused_linear_cross_entropy")
+        return lambda hidden, weight, bias, labels: loss(hidden, weight, labels, bias, reduction="sum")
+
+    entries = {
+        "ours": Entry(lambda: our_head(device, bench.dtype), reference, fp32_parameters=True),
+        "compiled": Entry(lambda: peers.compiled(peers.linear_cross_entropy), reference, seconds=6),
+        "liger": Entry(liger, reference, note="in chunks of rows"),
+    }
+    compare(bench, row, entries, inputs, head_floors(bench, vocab), s.tokens)
+
+
+def rows(data):
+    """{name: function of the Bench and that name}, in the order of the table."""
+    return {
+        "gemm": gemm,
+        "attention_full": partial(attention, samples=partial(data.samples, "full")),
+        "attention_fill80": partial(attention, samples=partial(data.samples, "fill80")),
+        "attention_512": partial(attention, samples=partial(data.samples, "full", 512)),
+        "layernorm": partial(layernorm, num_gradients=1),
+        "layernorm_two": partial(layernorm, num_gradients=2),
+        "geglu": geglu,
+        "cross_entropy": cross_entropy,
+        "head": head,
+    }

@@ -1,0 +1,455 @@
+"""Whole training steps for kernels/bench.py: this project's, its parts taken away one at a time, and its peers'.
+
+A step is train.py's own: forward and backward of each micro-batch, gradients added up in fp32, and fused AdamW, on
+4,096 samples of 128 tokens (1,024 of 512) of which 30 % are masked. Samples are random tokens that go through data.py,
+so that micro-batches are those of training. Entries take turns, one untimed and two timed steps at a time; between
+turns weights and optimizer go to the CPU and memory is given back, so that each has the GPU to itself.
+
+Before that, loss and all gradients on a few sequences, dropout off, must be those of the model in fp32: the error of
+the gradients, all as one vector, may be twice that of the PyTorch path in bf16 and 2^-8. What was compiled must then
+start with the loss and gradient norm of this project's own, up to what dropout changes.
+
+Rows
+    step_full      all sequences 128 tokens
+    step_off       the same, with one of the design's changes taken away
+    step_fill80    lengths that fill 80.5 % of 128 tokens; "padded" gives each sequence 128 rows of the stream
+    step_512       sequences of 512 tokens
+    step_large     MosaicBERT-Large, 128 tokens
+
+Read next: kernels/peers.py
+"""
+
+import contextlib
+import copy
+import dataclasses
+import gc
+import json
+import os
+import statistics
+import time
+from functools import partial
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, models
+
+import kernels
+import model as model_file
+import train
+from data import Samples, file_digest, write_shard
+from kernels import peers
+from kernels.peers import WrongNumbers
+from model import MaskedLM, ModelConfig, matrix_flops
+
+TURNS = 3
+TIMED_STEPS = 2  # in a turn, after one that is not timed
+SHORT_SHARE = 0.415  # of the samples, with lengths of 8 to 128: 0.585 + 0.415 * 68 / 128 = 80.5 %
+MASK_PROB = 0.3
+CHECKED_SAMPLES = 8
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+CONFIGS = {
+    "base": ModelConfig(),
+    "large": ModelConfig(hidden_size=1024, num_layers=24, num_heads=16, intermediate_size=4096),
+}
+MICRO_BATCH_TOKENS = {"base": 131072, "large": 49152}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+class Data:
+    """Random tokens as shards, read back by data.Samples."""
+
+    def __init__(self, directory, sizes):
+        self.directory, self.sizes = directory, sizes
+
+    def samples(self, kind, seq_length=128):
+        """kind: "full", "fill80", or "padded": the lengths of fill80, each filled up with [PAD] to a full sequence."""
+        path = os.path.join(self.directory, f"{kind}_{seq_length}")
+        if not os.path.exists(path):
+            self.write(path, kind, seq_length)
+        return Samples(path, "train", seq_length)
+
+    def write(self, path, kind, seq_length):
+        os.makedirs(path)
+        words = [*SPECIAL, *(f"w{i}" for i in range(len(SPECIAL), self.sizes.vocab))]
+        tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+        tokenizer.save(os.path.join(path, "tokenizer.json"))
+        rng = np.random.default_rng(0)
+        count, longest = self.sizes.samples, seq_length - 2  # without [CLS] and [SEP]
+        lengths = np.full(count, longest)
+        if kind != "full":
+            short = rng.random(count) < SHORT_SHARE
+            lengths[short] = rng.integers(8, seq_length + 1, short.sum()) - 2
+        documents = [rng.integers(len(SPECIAL), self.sizes.vocab, length) for length in lengths]
+        if kind == "padded":
+            documents = [np.pad(document, (0, longest - len(document))) for document in documents]
+        digest = file_digest(os.path.join(path, "tokenizer.json"))
+        entry = write_shard(os.path.join(path, "train.bin"), documents, 2, bytes.fromhex(digest))
+        manifest = {"tokenizer_sha256": digest, "shards": [{"split": "train", **entry}]}
+        with open(os.path.join(path, "manifest.json"), "w", encoding="utf-8") as file:
+            json.dump(manifest, file)
+
+
+def first_batch(samples, count):
+    """The first `count` samples as one MicroBatch, on the CPU."""
+    return samples.train_step(0, count, seed=1, mask_prob=MASK_PROB, micro_batch_tokens=2**40)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ways to make a step
+
+
+@dataclasses.dataclass
+class Work:
+    """What all entries of a row have to do."""
+
+    cfg: ModelConfig
+    samples: Samples
+    count: int  # samples in a step
+    micro_batch_tokens: int
+    device: torch.device
+    dtype: torch.dtype
+
+    def batches(self):
+        return self.samples.train_step(0, self.count, 1, MASK_PROB, self.micro_batch_tokens)
+
+    def vocab_size(self):
+        return self.samples.vocab_size
+
+    def process(self):
+        return train.Process(0, 1, self.device, self.dtype)
+
+    def make_model(self, dropout=True):
+        """The same weights each time."""
+        torch.manual_seed(0)
+        cfg = self.cfg if dropout else dataclasses.replace(self.cfg, hidden_dropout=0.0, attention_dropout=0.0)
+        return MaskedLM(cfg, self.vocab_size()).to(self.device).train()
+
+
+def masked_lm_loss(model, batch):
+    """MaskedLM's loss of a MicroBatch on its device; the one place here that follows the model's arguments."""
+    windows = {} if getattr(batch, "windows", None) is None else {"windows": batch.windows}
+    return model(
+        batch.input_ids, batch.cu_seqlens, batch.max_seqlen, batch.masked_positions, batch.labels, **windows
+    )
+
+
+class Ours:
+    """train.py's step. change: a context manager in which everything happens, or None."""
+
+    largest_error = 0.0
+
+    def __init__(self, work, change=None):
+        self.work, self.change = work, change or contextlib.nullcontext
+        with self.change():
+            self.model = work.make_model()
+        self.parameters = list(self.model.parameters())
+        self.optimizer = torch.optim.AdamW(self.parameters, fused=True)
+        self.batches = work.batches()
+        self.num_masked = torch.tensor(float(sum(batch.num_masked for batch in self.batches)), device=work.device)
+        self.cfg = train.TrainConfig(**{**vars(work.cfg), "seed": 1})
+
+    def step(self, number):
+        """(loss, gradient norm), on the device."""
+        with self.change():
+            loss = train.forward_backward(
+                self.model, self.batches, self.num_masked, self.cfg, self.work.process(), number
+            )
+            grad_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in self.parameters])
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return loss, grad_norm
+
+    def for_check(self):
+        """(model in fp32, the model whose gradients are compared with its own, loss of a MicroBatch with that one)."""
+        with self.change():
+            model = self.work.make_model(dropout=False)
+
+        def loss_of(batch):
+            with self.change(), train.autocast(self.work.process()):
+                return masked_lm_loss(model, batch.to(self.work.device))
+
+        return model, model, loss_of
+
+    def move(self, device):
+        peers.move(self.parameters, self.optimizer, device)
+        self.model.to(device)  # its buffers
+
+
+class OursWithCopies(peers.PlainStep):
+    """This project's model with its layers' matrices in bf16 beside fp32 masters; train.py casts all each micro-step."""
+
+    def __init__(self, work):
+        super().__init__(work, "ours", "eager")
+
+    def low_precision(self, master):
+        model = copy.deepcopy(master)
+        for module in model.modules():
+            # The decoder's matrix is the embedding's, which the kernels want in fp32; vectors cost nothing to cast.
+            if isinstance(module, torch.nn.Linear) and module is not model.cls.predictions.decoder:
+                module.weight.data = module.weight.data.to(self.work.dtype)
+        return model
+
+    def module(self, model):
+        def loss_sum(batch):
+            with train.autocast(self.work.process()):
+                return masked_lm_loss(model, batch)
+
+        return loss_sum
+
+    def make_inputs(self, batches):
+        return [(batch.to(self.work.device),) for batch in batches]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers
+
+
+def check_gradients(work, runner):
+    """The relative error of a runner's gradients against its model in fp32, dropout off. Raises: WrongNumbers."""
+    reference, model, loss_of = runner.for_check()
+    batch = first_batch(work.samples, CHECKED_SAMPLES)
+    by_name = dict(model.named_parameters())
+    checked = [by_name[name] for name, _ in reference.named_parameters()]
+
+    def gradients(loss, parameters):
+        """(loss, all gradients as one vector), both fp32."""
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)  # nobody reads the second token type
+        return loss.detach().float(), torch.cat([grad.float().flatten() for grad in found if grad is not None])
+
+    def plain(dtype):
+        with train.autocast(train.Process(0, 1, work.device, dtype)):
+            return masked_lm_loss(reference, batch.to(work.device))
+
+    got = gradients(loss_of(batch), checked)
+    without_bias = isinstance(runner, peers.PlainStep) and runner.kind == "varlen"
+    slopes = None if without_bias else getattr(reference.bert, "slopes", None)
+    with torch_path(), mock.patch.object(reference.bert, "slopes", slopes, create=True):
+        exact, own = (gradients(plain(dtype), list(reference.parameters())) for dtype in (torch.float32, work.dtype))
+    for kind, g, o, e in zip(("loss", "gradients"), got, own, exact):
+        error, own_error = (((x - e).norm() / e.norm()).item() for x in (g, o))
+        bound = max(2 * own_error + (1e-5 if work.dtype == torch.float32 else 2**-8), runner.largest_error)
+        if not error <= bound:  # also for NaN
+            raise WrongNumbers(f"{kind}: relative error {error:.2e} is over {bound:.2e}")
+    return error
+
+
+@contextlib.contextmanager
+def torch_path():
+    """The PyTorch twins of the kernels."""
+    before = kernels._backend
+    kernels.set_backend("torch")
+    try:
+        yield
+    finally:
+        kernels.set_backend(before)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# This project with one thing off
+
+
+def fp32_layernorm():
+    """The residual stream and its LayerNorms in fp32, as plain autocast has them."""
+    normalize = kernels.dropout_add_layernorm
+
+    def in_fp32(x, residual, *others, **named):
+        if residual is not None:
+            x, residual = x.float(), residual.float()
+        return normalize(x, residual, *others, **named)
+
+    return mock.patch.object(kernels, "dropout_add_layernorm", in_fp32)
+
+
+def unpadded_vocabulary():
+    return mock.patch.object(model_file, "VOCAB_MULTIPLE", 1)
+
+
+def torch_attention():
+    """SDPA with ALiBi as a dense bias; for full sequences alone, which need no mask."""
+
+    def attend(qkv, cu_seqlens, max_seqlen, slopes, *_, **__):
+        lengths = torch.full((1,), max_seqlen)  # on the CPU, so that nothing waits for the GPU
+        bias = peers.alibi_bias(lengths, max_seqlen, slopes, qkv.dtype)
+        full = len(qkv) // max_seqlen * max_seqlen  # what follows is filling
+        out = peers.padded_attention(qkv[:full], bias, slopes)
+        return F.pad(out, (0, 0, 0, 0, 0, len(qkv) - full))
+
+    return mock.patch.object(kernels, "attention_qkvpacked", attend)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows
+
+
+@dataclasses.dataclass
+class StepEntry:
+    make: object  # Work -> a runner: Ours, or of kernels/peers.py
+    setting: str = "default"
+    note: str = ""
+    default: bool = True
+    seconds: float = 15
+    data: str = ""  # another kind of samples than the row's
+
+
+def peer(kind, setting, note, default=False, seconds=60):
+    return StepEntry(partial(peers.PlainStep, kind=kind, setting=setting), setting, note, default, seconds)
+
+
+def all_peers(fast=()):
+    """Every peer; those named in `fast` belong to the default rows."""
+    notes = {"varlen": "compiled, unpadded, no ALiBi", "flex": "compiled, unpadded", "padded": "compiled, dense ALiBi"}
+    entries = {
+        f"{kind}_{setting}": peer(kind, setting, notes[kind])
+        for kind in ("flex", "varlen", "padded")
+        for setting in ("t2", "t1", "default")
+    }
+    entries["padded_eager"] = peer("padded", "eager", "not compiled, dense ALiBi", seconds=20)
+    for setting, seconds in (("default", 60), ("eager", 20)):
+        make = partial(peers.TransformersStep, setting=setting)
+        note = "transformers' BertForMaskedLM, padded, " + ("compiled" if setting == "default" else "not compiled")
+        entries[f"bert_{setting}"] = StepEntry(make, setting, note, False, seconds)
+    for name in fast:
+        entries[name].default = True
+    return entries
+
+
+def rows(data):
+    """{name: function of the Bench and that name}, in the order of the table."""
+    ours = {"ours": StepEntry(Ours)}
+    changes = {
+        "fp32_layernorm": (fp32_layernorm, "residual stream and LayerNorm in fp32"),
+        "vocab_unpadded": (unpadded_vocabulary, "vocabulary of 30,522 instead of 30,528"),
+        "torch_attention": (torch_attention, "SDPA with dense ALiBi"),
+    }
+    off = {name: StepEntry(partial(Ours, change=change), note=note) for name, (change, note) in changes.items()}
+    off["bf16_copies"] = StepEntry(OursWithCopies, note="layers' matrices in bf16 beside fp32 masters, not cast")
+    padded = {"ours_padded": StepEntry(Ours, note="with padding as tokens", data="padded")}
+    # The last two rows are not in the default set. Large takes longer to compile, too.
+    same_model = {name: entry for name, entry in {**ours, **all_peers()}.items() if not name.startswith("bert")}
+    at_512 = {name: dataclasses.replace(entry, default=False) for name, entry in same_model.items()}
+    large = {name: dataclasses.replace(entry, seconds=2 * entry.seconds) for name, entry in at_512.items()}
+    row = partial(compare, data=data)
+    return {
+        "step_full": partial(row, entries={**ours, **all_peers(("flex_t2", "varlen_t2"))}),
+        "step_off": partial(row, entries={**ours, **off}),
+        "step_fill80": partial(row, entries={**ours, **padded, **all_peers(("varlen_t2",))}, kind="fill80"),
+        "step_512": partial(row, entries=at_512, seq_length=512),
+        "step_large": partial(row, entries=large, size="large"),
+    }
+
+
+def compare(bench, row, data, entries, size="base", kind="full", seq_length=128):
+    """Check, then time, the entries of one row in turn."""
+    entries = bench.choose(row, entries)
+    if not entries:
+        return
+    s, samples = bench.sizes, data.samples(kind, seq_length)
+    cfg = CONFIGS[size] if not bench.cfg.toy else ModelConfig("mosaicbert", s.hidden, 2, s.heads, s.width)
+    most = bench.cfg.micro_batch_tokens or (s.tokens if bench.cfg.toy else MICRO_BATCH_TOKENS[size])
+    count = s.samples * 128 // samples.seq_length
+    work = Work(cfg, samples, count, most, bench.device, bench.dtype)
+    runners, results = {}, {}
+    for name, entry in entries.items():
+        its_work = dataclasses.replace(work, samples=data.samples(entry.data)) if entry.data else work
+
+        def begin(entry=entry, its_work=its_work):
+            return start(bench, entry, its_work, results.get("ours"))
+
+        begun = bench.attempt(row, name, entry, begin)
+        if begun:
+            runners[name], results[name] = begun
+            print(f"{row}/{name}: ready after {results[name]['setup']:.1f} s", flush=True)
+        release(bench)
+    for turn in range(1 if bench.cfg.toy else TURNS):
+        if turn and bench.out_of_time():
+            break
+        for name, runner in list(runners.items()):
+            if not bench.attempt(row, name, entries[name], lambda: take_turn(bench, runner, results[name], turn)):
+                del runners[name]
+    batches = work.batches()
+    flops = sum(
+        matrix_flops(cfg, work.vocab_size(), b.num_tokens, b.sum_squared_lengths, b.num_masked) for b in batches
+    )
+    for name, runner in runners.items():
+        result = results[name]
+        seconds = statistics.median(result["seconds"])
+        mosaicbert = not isinstance(runner, peers.TransformersStep)  # whose operations were counted
+        peak = train.peak_flops(bench.device) if mosaicbert else None
+        values = {
+            "ms": 1e3 * seconds,
+            "samples_per_second": count / seconds,
+            "tokens_per_second": sum(batch.num_tokens for batch in batches) / seconds,
+            "mfu": flops / seconds / peak if peak else None,
+            "peak_gib": result["peak"] / 2**30,
+            "micro_batch_tokens": runner.work.micro_batch_tokens,
+            "error": result["error"],
+            "ours_faster": seconds / statistics.median(results["ours"]["seconds"]) if "ours" in runners else None,
+            "loss": result["loss"],
+            "grad_norm": result["grad_norm"],
+            "setup_seconds": round(result["setup"], 1),
+            "steps_ms": [round(1e3 * s, 2) for s in result["seconds"]],
+        }
+        bench.record(row, name, values, entries[name].note)
+
+
+def start(bench, entry, work, ours):
+    """(runner, result so far) after check and first step; too large a micro-batch is halved.
+
+    ours: this project's result so far, to agree with, or None.
+    """
+    begun = time.perf_counter()
+    while True:
+        bench.check_time(entry.seconds)
+        try:
+            runner = entry.make(work)
+            error = check_gradients(work, runner)
+            loss, grad_norm = (x.item() for x in runner.step(0))
+            break
+        except torch.OutOfMemoryError:
+            runner = None
+            if work.micro_batch_tokens < 2 * work.samples.seq_length:
+                raise
+            work = dataclasses.replace(work, micro_batch_tokens=work.micro_batch_tokens // 2)
+        release(bench)
+    if ours and not isinstance(runner, Ours):
+        bounds = {"loss": (loss, 0.01), "grad_norm": (grad_norm, 0.15)}  # what dropout changes is below 0.1 % and 3 %
+        if isinstance(runner, peers.TransformersStep):  # another model, as far from knowing anything
+            bounds = {"loss": (loss, 0.03)}
+        for name, (value, bound) in bounds.items():
+            if not abs(value / ours[name] - 1) <= bound:
+                raise WrongNumbers(f"{name} {value:.4f} at first, where this project's own is {ours[name]:.4f}")
+    runner.move("cpu")
+    result = {"error": error, "loss": loss, "grad_norm": grad_norm, "seconds": [], "peak": 0}
+    return runner, {**result, "setup": time.perf_counter() - begun}
+
+
+def take_turn(bench, runner, result, turn):
+    """One untimed and some timed steps. Returns True."""
+    release(bench)
+    runner.move(bench.device)
+    cuda = bench.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    for i in range(2 if bench.cfg.toy else 1 + TIMED_STEPS):
+        bench.synchronize()
+        begun = time.perf_counter()
+        runner.step(1 + turn * (1 + TIMED_STEPS) + i)
+        bench.synchronize()
+        if i > 0:
+            result["seconds"].append(time.perf_counter() - begun)
+    if cuda:
+        result["peak"] = max(result["peak"], torch.cuda.max_memory_allocated())
+    runner.move("cpu")
+    return True
+
+
+def release(bench):
+    """Give memory back to the GPU."""
+    if bench.device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
