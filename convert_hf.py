@@ -308,6 +308,7 @@ def from_hf(cfg):
     if checkpoint.steps(cfg.out) or os.path.exists(os.path.join(cfg.out, "config.json")):
         raise UserError(f"{cfg.out}: holds a run already (choose another --out)")
     config, tensors, tokenizer_text = read_hf(cfg.from_hf, cfg.revision, cfg.tokenizer, cfg.allow_pickle)
+    config["format"] = checkpoint.FORMAT
     config["converted_from"] = {"name": cfg.from_hf, "revision": cfg.revision or None}
     texts = {
         "config.json": json.dumps(config, indent=1),
