@@ -15,6 +15,7 @@ import math
 import os
 import platform
 import time
+import traceback
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -371,8 +372,9 @@ def main(argv):
         less = max(cfg.seq_length, (cfg.micro_batch_tokens or 65536) // 2)
         text = f"out of GPU memory with micro_batch_tokens={tried} (try --micro_batch_tokens={less})"
         raise UserError(text, this_rank_only=True) from None
-    except RuntimeError as error:
+    except BaseException as error:
         guard.lost(error)
+        traceback.clear_frames(error.__traceback__)  # DDP must go before its process group, or the end may hang
         raise
     finally:
         if run:
@@ -598,7 +600,7 @@ def train(cfg, process, run, guard, train_samples, val_samples):
                 run.wait()
                 run.log("stop", step=step)
                 say(f"stopped after step {step}, as asked; the same command goes on")
-            guard.leave()
+            guard.leave(process)
         history, local_tokens, local_flops = [], 0, 0
         report_start = time.perf_counter()  # evaluation and saving do not count as training speed
 

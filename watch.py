@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-TICK = 1.0  # seconds between looks at the other processes
+TICK = 0.5  # seconds between looks at the other processes
 LOST = 3  # exit status
 
 
@@ -43,6 +43,8 @@ class Watch:
         self.asked = None  # see all_stop
         # torchrun's processes must not outlive it: nobody would see them, and they would hold out_dir.
         self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        if self.launcher == 1 and b"torch" not in open("/proc/1/cmdline", "rb").read():
+            raise SystemExit(128 + signal.SIGHUP)  # it is gone already
         self.wake, self.waker = socket.socketpair()
         self.waker.setblocking(False)
         self.handlers = {}
@@ -60,9 +62,7 @@ class Watch:
             for number, handler in self.handlers.items():
                 signal.signal(number, handler)
         self.waker.send(b"\0")
-        self.thread.join()
-        self.wake.close()
-        self.waker.close()
+        self.thread.join(timeout=TICK)  # or it asks a store that is gone, for some seconds yet
 
     def join(self, rank, world_size):
         """Watch the other processes too, once they have found each other."""
@@ -97,17 +97,16 @@ class Watch:
             event.synchronize()
         return before.item() > 0
 
-    def leave(self):
+    def leave(self, process):
         """End this process when all have come here. Raises: SystemExit."""
-        if self.world_size > 1:
-            dist.barrier()
-            if not self.signal and self.store.check(["watch/signal"]):
-                self.signal = int(self.store.get("watch/signal"))
-        raise SystemExit(128 + (self.signal or signal.SIGTERM))
+        raise SystemExit(128 + int(max(row[0] for row in process.gather([self.signal]))))
 
     def lost(self, error):
         """End this process if the error says that another one is gone, naming who is behind."""
         if self.world_size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            self._exchange()
+            if self.signal:  # it was told so too, but had not begun to train
+                os._exit(128 + self.signal)
             self._end("lost contact with another process")
 
     def _run(self):
@@ -128,9 +127,14 @@ class Watch:
                 self._end(f"no progress for {self.hang_timeout} s")
 
     def _stop(self, number):
-        if not self.training or (self.signal and number == signal.SIGINT):
+        if self.signal and number == signal.SIGINT:
             os._exit(128 + number)
         self.signal = self.signal or number
+        if not self.training:
+            if self.store:
+                self._exchange()
+                time.sleep(1.2 * TICK)  # until the others have heard of it
+            os._exit(128 + self.signal)
 
     def _exchange(self):
         """Note where this process is, and hear whether another was asked to stop."""
@@ -138,8 +142,8 @@ class Watch:
             self.store.set(f"watch/{self.rank}", self._place())
             if self.signal:
                 self.store.set("watch/signal", str(int(self.signal)))
-            elif self.training and self.store.check(["watch/signal"]):
-                self.signal = int(self.store.get("watch/signal"))
+            elif self.store.check(["watch/signal"]):
+                self._stop(int(self.store.get("watch/signal")))
         except RuntimeError:  # the store's host is gone; if the others are too, there will be no progress
             pass
 
