@@ -71,7 +71,7 @@ def read_model(path):
     if not os.path.exists(os.path.join(path, checkpoint.DIGESTS)) and not checkpoint.steps(path):
         return read_hf(path)
     path = checkpoint.find(path)
-    with open(os.path.join(path, "tokenizer.json"), encoding="utf-8") as file:
+    with open(os.path.join(path, "tokenizer.json"), encoding="utf-8", errors="replace") as file:
         return checkpoint.read_config(path), checkpoint.read_tensors(path, "model.safetensors"), file.read()
 
 

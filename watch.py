@@ -171,6 +171,5 @@ class Watch:
             first, text = True, "the rendezvous store is gone with its process"
         if first:
             print(f"error: {reason}: {text} (the same command goes on from the newest checkpoint)", file=sys.stderr, flush=True)
-        else:
-            time.sleep(TICK)  # torchrun ends all when one ends
+        time.sleep(2 * TICK)  # until the others have heard that it is said, as torchrun ends all when one ends
         os._exit(LOST)

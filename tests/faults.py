@@ -60,6 +60,18 @@ def one_ulp_at(step):
     at_steps([step], change)
 
 
+def slow_start(seconds):
+    """Wait before the processes look for each other."""
+    setup_processes = train.setup_processes
+
+    def slow(cfg):
+        print("starting slowly", flush=True)
+        time.sleep(seconds)
+        return setup_processes(cfg)
+
+    train.setup_processes = slow
+
+
 def slow_evaluation(seconds):
     """Make each evaluation batch take so long."""
     forward = train.MaskedLM.masked_logits
