@@ -397,7 +397,12 @@ def digests_text(entries):
 
 
 def read_config(path):
-    return read_json(os.path.join(path, "config.json"), "not a checkpoint of this project")
+    """A run's or checkpoint's config.json, a dictionary. Raises: UserError."""
+    file = os.path.join(path, "config.json")
+    config = read_json(file, "not a checkpoint of this project")
+    if not isinstance(config, dict) or "vocab_size" not in config:
+        raise UserError(f"{file}: not a configuration of this project")
+    return config
 
 
 def read_tensors(path, name):
