@@ -74,8 +74,11 @@ class RunDirectory:
             raise UserError(f"{path}: {error.strerror} (choose another --out_dir)") from None
 
     def close(self):
-        self.writer.shutdown()  # when the checkpoint that is being written is on disk
-        os.close(self.lock)
+        """Let go of the directory, once the checkpoint that is being written is on disk."""
+        self.writer.shutdown()
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
         if self.log_file:
             self.log_file.close()
 

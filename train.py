@@ -373,6 +373,8 @@ def main(argv):
         text = f"out of GPU memory with micro_batch_tokens={tried} (try --micro_batch_tokens={less})"
         raise UserError(text, this_rank_only=True) from None
     except BaseException as error:
+        if run:
+            run.close()
         guard.lost(error)
         traceback.clear_frames(error.__traceback__)  # DDP must go before its process group, or the end may hang
         raise

@@ -238,11 +238,15 @@ def test_bad_files(capsys, files, command, names):
     one_line(capsys.readouterr().err, names)
 
 
-@pytest.mark.parametrize("options, names", OPTIONS)
-def test_bad_options(capsys, options, names):
+def prepare_options():
     make_shards("d", make_documents(30))
     for name, text in CONFIGS.items():
         write(name, text.encode())
+
+
+@pytest.mark.parametrize("options, names", OPTIONS)
+def test_bad_options(capsys, options, names):
+    prepare_options()
     with pytest.raises(SystemExit) as stopped:
         train.main([*toy_argv("d", "out"), *options.split()])
     assert stopped.value.code == 2
@@ -271,7 +275,7 @@ def test_bad_files_as_a_process(what):
 @pytest.mark.slow
 @pytest.mark.parametrize("options, names", OPTIONS[::9])
 def test_bad_options_as_a_process(options, names):
-    make_shards("d", make_documents(30))
+    prepare_options()
     as_a_process([str(ROOT / "train.py"), *toy_argv("d", "out"), *options.split()], names)
 
 

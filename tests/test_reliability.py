@@ -584,9 +584,10 @@ GOLDEN = ROOT / "tests" / "golden_losses.json"
 
 
 def golden_run(data_dir, out, **options):
-    """50 steps of dropout, falling masking rate and clipping, so that a change to any of them shows."""
-    options = {"max_steps": 50, "hidden_size": 64, "intermediate_size": 96, "lr": 0.01, "final_mask_prob": 0.15, **options}
-    train.main(toy_argv(data_dir, out, max_grad_norm=1.0, eval_interval=0, checkpoint_interval=100, **options))
+    """50 steps with a falling masking rate and clipping. Without dropout, whose numbers differ on GPUs."""
+    options = {"max_steps": 50, "hidden_size": 64, "intermediate_size": 96, "lr": 0.01, "hidden_dropout": 0, **options}
+    options |= {"final_mask_prob": 0.15, "max_grad_norm": 1.0, "dtype": "float32"}
+    train.main(toy_argv(data_dir, out, eval_interval=0, checkpoint_interval=100, **options))
     return [record["loss"] for record in read_log(out)]
 
 
@@ -604,7 +605,5 @@ def test_the_golden_run(data_dir, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
 def test_the_golden_run_on_a_gpu(data_dir, tmp_path, kernels):
-    """Dropout draws other numbers on a GPU, so it is off in both; what remains is arithmetic."""
-    options = {"hidden_dropout": 0, "dtype": "float32"}
-    on_cpu = golden_run(data_dir, tmp_path / "cpu", **options)
-    assert golden_run(data_dir, tmp_path / "gpu", device="cuda", kernels=kernels, **options) == pytest.approx(on_cpu, abs=1e-2)
+    losses = golden_run(data_dir, tmp_path / "run", device="cuda", kernels=kernels)
+    assert losses == pytest.approx(json.loads(GOLDEN.read_text()), abs=1e-2)
