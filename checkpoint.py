@@ -11,12 +11,14 @@
 
 A checkpoint is complete or absent, and the digests of its files are checked before anything is used. There is no
 pickle: reading a checkpoint runs no code. There is no random state either: dropout depends on the seed and
-the step, the order of the data likewise.
+the step, the order of the data likewise. It is copied while training waits, and written while training goes on.
 
 Read next: train.py
 """
 
+import errno
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -24,32 +26,44 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as safetensors_bytes
 
 from config import UserError
 from data import file_digest, read_json
 
 DIGESTS = "digests.json"
+# In config.json. 1: no number there, and no count of skipped updates in state.json; read as none. 2: with both.
+FORMAT = 2
 
 # A run may be resumed with other values of these: they do not change its result. data_dir is compared by the digest of
 # its shards, max_steps by what the schedule says.
 FREE_FIELDS = {
     "data_dir", "out_dir", "max_steps", "micro_batch_tokens", "eval_interval", "log_interval", "checkpoint_interval",
     "keep_checkpoints", "price_per_gpu_hour", "device", "kernels", "compile", "profile", "eval_only", "dry_run",
+    "on_save_error", "hang_timeout", "format",
 }  # fmt: skip
 
 
 class RunDirectory:
-    """out_dir, for the one process that writes there, held against a second live run. Raises: UserError."""
+    """out_dir, for the one process that writes there, held against a second live run.
 
-    def __init__(self, path):
-        self.path, self.log_file, self.newest = path, None, None
+    on_save_error: "stop", or "continue" without the checkpoint or log line that could not be written.
+    Raises: UserError.
+    """
+
+    def __init__(self, path, on_save_error="stop"):
+        self.path, self.on_save_error, self.log_file, self.newest = path, on_save_error, None, None
+        self.log_lock = threading.Lock()
+        self.writer, self.saving = ThreadPoolExecutor(1, "checkpoint"), None
         try:
             os.makedirs(path, exist_ok=True)
             self.lock = os.open(path, os.O_RDONLY)
@@ -60,60 +74,104 @@ class RunDirectory:
             raise UserError(f"{path}: {error.strerror} (choose another --out_dir)") from None
 
     def close(self):
-        os.close(self.lock)
+        """Let go of the directory, once the checkpoint that is being written is on disk."""
+        self.writer.shutdown()
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
         if self.log_file:
             self.log_file.close()
 
-    def adopt(self, config, differing_schedule, tokenizer_text):
+    def adopt(self, config, defaults, differing_schedule, tokenizer_text):
         """Find the newest checkpoint, and refuse if it is that of a run with another result.
 
-        config: what config.json is to hold. differing_schedule(earlier max_steps, step): whether max_steps matters.
+        config: what config.json is to hold. defaults: of options, for a run from before there was one.
+        differing_schedule(earlier max_steps, step): whether max_steps matters.
         """
         self.config, self.tokenizer_text = config, tokenizer_text
         self.newest = newest(self.path)
-        if not os.path.exists(os.path.join(self.path, "config.json")):
+        if not self.newest and not os.path.exists(os.path.join(self.path, "config.json")):
             return
-        earlier = read_config(self.path)
-        if "max_steps" not in earlier:
+        earlier = {**defaults, **read_config(self.newest or self.path)}  # a checkpoint's is covered by its digests
+        if "train_data" not in earlier:
             hint = f"train on from it with --init_from={self.path} and another --out_dir"
             raise UserError(f"{self.path}: holds a converted or fine-tuned model ({hint})")
         names = [name for name in config if name not in FREE_FIELDS and earlier.get(name) != config[name]]
-        if self.newest and differing_schedule(earlier.get("max_steps"), step_of(self.newest)):
+        if self.newest and differing_schedule(earlier["max_steps"], step_of(self.newest)):
             names.append("max_steps")  # and the schedule has begun to decay
         if names:
             differing = ", ".join(f"{name} was {earlier.get(name)!r} and is {config[name]!r}" for name in names)
             raise UserError(f"{self.path}: holds a run that differs: {differing} (choose another --out_dir)")
 
+    def check_space(self, num_params, keep):
+        """Raises: UserError when the disk cannot hold `keep` checkpoints and the next one."""
+        needed = 12 * num_params * max(1, keep + 1 - len(steps(self.path)))  # bytes: weights and two moments, fp32
+        free = shutil.disk_usage(self.path).free
+        if free < needed:
+            hint = "free some, choose another --out_dir, or lower --keep_checkpoints"
+            raise UserError(f"{self.path}: {size(free)} free, but checkpoints will take {size(needed)} more ({hint})")
+
+    def read_log(self):
+        """(line, record) of each whole line of log.jsonl."""
+        path = os.path.join(self.path, "log.jsonl")
+        if os.path.exists(path):
+            with open(path, encoding="utf-8", errors="replace") as file:
+                for line in file:
+                    try:
+                        record = json.loads(line)
+                    except ValueError:  # half a line, of a full disk
+                        continue
+                    if isinstance(record, dict) and line.endswith("\n"):
+                        yield line, record
+
+    def evaluated(self, step):
+        """Whether the log has this step's evaluation."""
+        return any(record.get("event") == "eval" and record.get("step") == step for _, record in self.read_log())
+
     def begin(self, step):
         """Write the configuration, and open the log without the lines of steps that were lost with their process."""
+        for name in os.listdir(self.path):
+            if re.fullmatch(r"step_\d{8,}\.tmp", name):  # a checkpoint that was being written then
+                shutil.rmtree(os.path.join(self.path, name), ignore_errors=True)
         write_text(os.path.join(self.path, "tokenizer.json"), self.tokenizer_text)
         write_text(os.path.join(self.path, "config.json"), json.dumps(self.config, indent=1))
         log_path = os.path.join(self.path, "log.jsonl")
-        kept = []
-        if os.path.exists(log_path):
-            with open(log_path, encoding="utf-8") as file:
-                kept = [line for line in file if line.endswith("\n") and json.loads(line).get("step", 0) <= step]
-        write_text(f"{log_path}.tmp", "".join(kept))
-        os.replace(f"{log_path}.tmp", log_path)
-        self.log_file = open(log_path, "a", encoding="utf-8")
+        write_text(log_path, "".join(line for line, record in self.read_log() if record.get("step", 0) <= step))
+        self.log_file = open(log_path, "ab", buffering=0)
 
     def log(self, event, **values):
-        """Append one JSON object to log.jsonl."""
-        self.log_file.write(json.dumps({"event": event, **values}) + "\n")
-        self.log_file.flush()
+        """Append one JSON object to log.jsonl. Raises: UserError, also when the checkpoint before could not be written."""
+        if self.saving and self.saving.done():
+            self.wait()
+        line = (json.dumps({"event": event, **values}) + "\n").encode()
+        with self.log_lock:  # the thread that writes checkpoints logs too
+            end = os.path.getsize(self.log_file.name)
+            try:
+                if self.log_file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                return
+            except OSError as error:
+                os.truncate(self.log_file.name, end)  # no half line
+                fault = f"{self.log_file.name}: {error.strerror} ({size(len(line))} needed; checkpoints are intact)"
+        self.failed(fault)
+
+    def failed(self, fault):
+        if self.on_save_error == "stop":
+            raise UserError(fault)
+        print(f"warning: {fault}: going on without", file=sys.stderr, flush=True)
 
     def save(self, state, model, optimizer, keep):
-        """Write a checkpoint, remove all but the newest `keep`, and return its path."""
-        start = time.perf_counter()
+        """Copy a checkpoint, and have it written, and all but the newest `keep` removed, while training goes on.
+
+        Raises: UserError when the one before could not be written.
+        """
+        self.wait()
         moments = optimizer.state_dict()["state"]
         names = [name for name, _ in model.named_parameters()]
         optimizer_tensors = {
             f"{moment}.{name}": moments[i][moment] for i, name in enumerate(names) for moment in ("exp_avg", "exp_avg_sq")
         }
-        os.fsync(self.log_file.fileno())
-        self.newest = save(
-            self.path,
-            state["step"],
+        contents = pack(
             tensors={"model.safetensors": weights_of(model), "optimizer.safetensors": optimizer_tensors},
             texts={
                 "state.json": json.dumps(state, indent=1),
@@ -121,9 +179,24 @@ class RunDirectory:
                 "tokenizer.json": self.tokenizer_text,
             },
         )
-        remove_old(self.path, keep)
-        self.log("checkpoint", step=state["step"], path=self.newest, seconds=round(time.perf_counter() - start, 3))
-        return self.newest
+        self.saving = self.writer.submit(self._write, state["step"], contents, keep)
+
+    def _write(self, step, contents, keep):
+        start = time.perf_counter()
+        try:
+            os.fsync(self.log_file.fileno())
+            self.newest = write(self.path, step, contents)
+        except UserError as error:
+            return self.failed(error)
+        remove_old(self.path, step, keep)
+        self.log("checkpoint", step=step, path=self.newest, seconds=round(time.perf_counter() - start, 3))
+        print(f"saved {self.newest}", flush=True)
+
+    def wait(self):
+        """Until the last checkpoint is on disk. Raises: UserError when it could not be written."""
+        saving, self.saving = self.saving, None
+        if saving:
+            saving.result()
 
 
 def restore(path, state, model, optimizer, process):
@@ -133,9 +206,11 @@ def restore(path, state, model, optimizer, process):
     if process.rank == 0:
         load_weights(model, read_tensors(path, "model.safetensors"), path)
         saved = read_tensors(path, "optimizer.safetensors")
-        for name, (mean, square) in moments.items():
-            mean.copy_(saved[f"exp_avg.{name}"])
-            square.copy_(saved[f"exp_avg_sq.{name}"])
+        expected = {f"exp_avg{part}.{name}": moments[name][i] for name in moments for i, part in enumerate(("", "_sq"))}
+        if {name: t.shape for name, t in saved.items()} != {name: t.shape for name, t in expected.items()}:
+            raise UserError(f"{path}/optimizer.safetensors: does not fit the model (take an earlier checkpoint)")
+        for name, tensor in expected.items():
+            tensor.copy_(saved[name])
         state.update(read_json(os.path.join(path, "state.json"), "not a checkpoint of train.py"))
     if process.world_size > 1:
         counters = [state]
@@ -144,10 +219,23 @@ def restore(path, state, model, optimizer, process):
         for name, parameter in parameters.items():
             for tensor in (parameter.detach(), *moments[name]):
                 dist.broadcast(tensor, src=0)
-    step = torch.tensor(float(state["step"]))
+    step = torch.tensor(float(state["step"] - state["skipped"]))  # AdamW does not count a skipped update
     per_parameter = [{"step": step.clone(), "exp_avg": mean, "exp_avg_sq": square} for mean, square in moments.values()]
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": dict(enumerate(per_parameter)), "param_groups": groups})
+
+
+def compare_parameters(model, process, step):
+    """Have all processes stop if their parameters are not the same bits. Raises: UserError naming who differs."""
+    # A sum of the bits as integers finds any single change; below 2^48 it passes through a float64 unharmed.
+    bits = [parameter.detach().view(torch.int32).sum(dtype=torch.int64) for parameter in model.parameters()]
+    sums = [row[0] for row in process.gather([torch.stack(bits).sum() % 2**48])]
+    most = max(sums, key=sums.count)
+    differing = [str(rank) for rank, value in enumerate(sums) if value != most]
+    if differing:
+        who = f"rank {differing[0]}" if len(differing) == 1 else f"ranks {', '.join(differing)}"
+        hint = "a faulty GPU or memory? The same command goes on from the newest checkpoint"
+        raise UserError(f"step {step}: the parameters of {who} differ from those of the other processes ({hint})")
 
 
 def weights_of(model):
@@ -193,11 +281,22 @@ def versions():
     return {"commit": git("rev-parse", "HEAD"), "uncommitted_changes": bool(changes), "versions": packages}
 
 
-def save(out_dir, step, tensors, texts):
-    """Write a checkpoint and return its path.
+def pack(tensors, texts):
+    """{file name: bytes} of a checkpoint. tensors: {file name: {name: tensor}}. texts: {file name: str}."""
+    packed = {name: safetensors_bytes(contents) for name, contents in tensors.items()}
+    return {**packed, **{name: text.encode() for name, text in texts.items()}}
 
-    tensors: {file name: {name: tensor}}. texts: {file name: str}. The directory gets its name when every byte is on
-    disk, so a kill or a full disk leaves no checkpoint rather than half of one.
+
+def save(out_dir, step, tensors, texts):
+    """Write a checkpoint of what `pack` takes, and return its path. Raises: UserError when it cannot be written."""
+    return write(out_dir, step, pack(tensors, texts))
+
+
+def write(out_dir, step, contents):
+    """Write a checkpoint and return its path. contents: {file name: bytes}.
+
+    The directory gets its name when every byte is on disk, so a kill or a full disk leaves no checkpoint rather than
+    half of one. Then it is read again, and must have the digests of what was to be written.
     Raises: UserError when it cannot be written.
     """
     path = os.path.join(out_dir, f"step_{step:08d}")
@@ -205,19 +304,20 @@ def save(out_dir, step, tensors, texts):
     try:
         shutil.rmtree(partial, ignore_errors=True)
         os.makedirs(partial)
-        for name, contents in tensors.items():
-            save_file(contents, os.path.join(partial, name))
-        for name, text in texts.items():
-            write_text(os.path.join(partial, name), text)
-        write_text(os.path.join(partial, DIGESTS), digests(partial))
-        for name in [*os.listdir(partial), ""]:  # "" is the directory itself
-            sync(os.path.join(partial, name))
+        entries = {name: digest_entry(len(data), hashlib.sha256(data).hexdigest()) for name, data in contents.items()}
+        for name, data in {**contents, DIGESTS: digests_text(entries).encode()}.items():
+            write_file(os.path.join(partial, name), data)
+        sync(partial)
         shutil.rmtree(path, ignore_errors=True)  # a damaged one of this step, or it would not be written again
         os.rename(partial, path)
         sync(out_dir)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"{path}: checkpoint not saved: {error} (earlier ones are intact; is the disk full?)") from None
+        needed, free = sum(map(len, contents.values())), shutil.disk_usage(out_dir).free
+        hint = f"{size(needed)} needed, {size(free)} free; earlier ones are intact"
+        raise UserError(f"{path}: checkpoint not saved: {error.strerror} ({hint})") from None
+    if fault := damage(path):
+        raise UserError(f"{fault}, though just written (is the disk sound? Earlier checkpoints are intact)")
     return path
 
 
@@ -232,10 +332,11 @@ def step_of(path):
     return int(os.path.basename(path)[len("step_") :])
 
 
-def remove_old(out_dir, keep):
-    """Remove all but the newest `keep` checkpoints."""
-    for step in steps(out_dir)[keep:]:
-        shutil.rmtree(os.path.join(out_dir, f"step_{step:08d}"), ignore_errors=True)
+def remove_old(out_dir, step, keep):
+    """Remove all but the newest `keep` checkpoints up to `step`. Later ones are damaged, or it would not be written now."""
+    numbers = steps(out_dir)
+    for number in [n for n in numbers if n > step] + [n for n in numbers if n <= step][keep:]:
+        shutil.rmtree(os.path.join(out_dir, f"step_{number:08d}"), ignore_errors=True)
 
 
 def newest(out_dir):
@@ -245,7 +346,7 @@ def newest(out_dir):
         if fault := damage(path):
             print(f"warning: {fault}: checkpoint passed over", file=sys.stderr, flush=True)
         else:
-            return path
+            return readable(path)
     return None
 
 
@@ -254,11 +355,19 @@ def find(path):
     if os.path.exists(os.path.join(path, DIGESTS)):
         if fault := damage(path):
             raise UserError(f"{fault} (take an earlier checkpoint)")
-        return path
+        return readable(path)
     found = newest(path)
     if found is None:
         raise UserError(f"{path}: no undamaged checkpoint here (expected a run directory or a step_* directory)")
     return found
+
+
+def readable(path):
+    """`path`, an undamaged checkpoint. Raises: UserError when a newer version of this code wrote it."""
+    found = read_config(path).get("format", 1)
+    if found not in range(1, FORMAT + 1):
+        raise UserError(f"{path}: checkpoint format {found!r}, and this code reads 1 to {FORMAT} (use newer code)")
+    return path
 
 
 def damage(path):
@@ -266,27 +375,37 @@ def damage(path):
     try:
         with open(os.path.join(path, DIGESTS), encoding="utf-8") as file:
             stored = file.read()
-        if stored == digests(path):
+        files = {name: os.path.join(path, name) for name in os.listdir(path) if name != DIGESTS}
+        if strange := [file for file in files.values() if not os.path.isfile(file)]:
+            return f"{strange[0]}: not a file"
+        actual = {name: digest_entry(os.path.getsize(file), file_digest(file)) for name, file in files.items()}
+        if stored == digests_text(actual):
             return None
-        actual, stored = json.loads(digests(path)), json.loads(stored)
+        stored = json.loads(stored)
         for name in sorted(actual.keys() | stored.keys()):
             if actual.get(name) != stored.get(name):
                 return f"{os.path.join(path, name)}: {'damaged' if name in actual else 'missing'}"
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         pass
     return f"{os.path.join(path, DIGESTS)}: damaged or missing"
 
 
-def digests(path):
-    """The text that digests.json must have for the files now in the directory."""
-    names = sorted(name for name in os.listdir(path) if name != DIGESTS)
-    files = {name: os.path.join(path, name) for name in names}
-    entries = {name: {"bytes": os.path.getsize(file), "sha256": file_digest(file)} for name, file in files.items()}
-    return json.dumps(entries, indent=1)
+def digest_entry(num_bytes, sha256):
+    return {"bytes": num_bytes, "sha256": sha256}
+
+
+def digests_text(entries):
+    """The text that digests.json must have for these {file name: digest_entry}."""
+    return json.dumps(dict(sorted(entries.items())), indent=1)
 
 
 def read_config(path):
-    return read_json(os.path.join(path, "config.json"), "not a checkpoint of this project")
+    """A run's or checkpoint's config.json, a dictionary. Raises: UserError."""
+    file = os.path.join(path, "config.json")
+    config = read_json(file, "not a checkpoint of this project")
+    if not isinstance(config, dict) or "vocab_size" not in config:
+        raise UserError(f"{file}: not a configuration of this project")
+    return config
 
 
 def read_tensors(path, name):
@@ -298,14 +417,27 @@ def read_tensors(path, name):
 
 
 def write_text(path, text):
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
+    """Write a text file under another name, and rename it when it is on disk."""
+    write_file(f"{path}.tmp", text.encode())
+    os.replace(f"{path}.tmp", path)
+
+
+def write_file(path, data):
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def sync(path):
-    """Have the operating system put a file or directory on disk."""
+    """Have the operating system put a directory on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def size(num_bytes):
+    """As text: 1.64 GB, 12.00 MB or 0.01 MB."""
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.2f} MB"

@@ -42,16 +42,19 @@ class UserError(Exception):
 
 
 def command(main):
-    """Decorate a script's main(argv): a UserError becomes one `error: ...` line on stderr and exit status 2."""
+    """Decorate a script's main(argv): a UserError or OSError becomes one `error: ...` line on stderr and exit status 2."""
 
     @functools.wraps(main)
     def wrapped(argv=None):
         argv = sys.argv[1:] if argv is None else list(argv)
         try:
             return main([arg for arg in argv if arg != "--debug"])
-        except UserError as error:
+        except (UserError, OSError) as error:
             if "--debug" in argv:
                 raise
+            if isinstance(error, OSError):  # of the machine: a full disk, a right that is missing
+                file = f"{error.filename}: " if error.filename else ""
+                error = UserError(f"{file}{error.strerror or error} (the same command can be given again)", True)
             if error.this_rank_only or int(os.environ.get("RANK", 0)) == 0:
                 print(f"error: {error}", file=sys.stderr, flush=True)
             raise SystemExit(2) from None

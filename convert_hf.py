@@ -71,7 +71,7 @@ def read_model(path):
     if not os.path.exists(os.path.join(path, checkpoint.DIGESTS)) and not checkpoint.steps(path):
         return read_hf(path)
     path = checkpoint.find(path)
-    with open(os.path.join(path, "tokenizer.json"), encoding="utf-8") as file:
+    with open(os.path.join(path, "tokenizer.json"), encoding="utf-8", errors="replace") as file:
         return checkpoint.read_config(path), checkpoint.read_tensors(path, "model.safetensors"), file.read()
 
 
@@ -308,6 +308,7 @@ def from_hf(cfg):
     if checkpoint.steps(cfg.out) or os.path.exists(os.path.join(cfg.out, "config.json")):
         raise UserError(f"{cfg.out}: holds a run already (choose another --out)")
     config, tensors, tokenizer_text = read_hf(cfg.from_hf, cfg.revision, cfg.tokenizer, cfg.allow_pickle)
+    config["format"] = checkpoint.FORMAT
     config["converted_from"] = {"name": cfg.from_hf, "revision": cfg.revision or None}
     texts = {
         "config.json": json.dumps(config, indent=1),

@@ -82,7 +82,7 @@ def write_shard(path, documents, bytes_per_token, tokenizer_digest):
 
 
 def open_shard(path, tokenizer_digest, vocab_size):
-    """(offsets, tokens) of a shard as read-only memory maps, after checking its size, header, and outer offsets.
+    """(offsets, tokens) of a shard as read-only memory maps, after checking its size, header, and offsets.
 
     Raises: UserError naming the file when it is damaged or was made with another tokenizer.
     """
@@ -108,8 +108,8 @@ def open_shard(path, tokenizer_digest, vocab_size):
     if num_tokens:  # an empty range cannot be mapped
         start = HEADER.size + 8 * (num_docs + 1)
         tokens = np.asarray(np.memmap(path, f"<u{bytes_per_token}", "r", start, (num_tokens,)))
-    if offsets[0] != 0 or offsets[-1] != num_tokens:
-        raise UserError(f"{path}: offsets do not cover the tokens (damaged; prepare again)")
+    if offsets[0] != 0 or offsets[-1] != num_tokens or (offsets[1:] < offsets[:-1]).any():
+        raise UserError(f"{path}: offsets do not cover the tokens in order (damaged; prepare again)")
     if 0 < num_tokens < SMALL_SHARD and tokens.max() >= vocab_size:
         raise UserError(f"{path}: token id {tokens.max()} outside the vocabulary of {vocab_size} (damaged shard)")
     return offsets, tokens
@@ -247,7 +247,10 @@ class Samples:
         try:
             entries = [entry for entry in manifest["shards"] if entry["split"] == split]
             self.digest = hash_of([entry["sha256"] for entry in entries])
-            self.paths = [os.path.join(data_dir, os.path.basename(entry["file"])) for entry in entries]
+            names = [entry["file"] for entry in entries]
+            if any(name != os.path.basename(name) or not name for name in names):  # none leads out of the directory
+                raise TypeError
+            self.paths = [os.path.join(data_dir, name) for name in names]
         except (KeyError, TypeError):
             raise UserError(f"{data_dir}/manifest.json: not a manifest of shards ({hint})") from None
         digest = bytes.fromhex(self.tokenizer_sha256)

@@ -485,7 +485,7 @@ class Worker:
         """Keep the weights: MNLI's in OUT/mnli, for other tasks to start from; an own task's in OUT/model."""
         task = {"labels": run.task.labels, "text_columns": run.task.text_columns, "max_length": self.cfg.max_length}
         config = {
-            **dataclasses.asdict(self.pretrained.model_cfg), "vocab_size": self.pretrained.vocab_size,
+            "format": checkpoint.FORMAT, **dataclasses.asdict(self.pretrained.model_cfg), "vocab_size": self.pretrained.vocab_size,
             "tokenizer_sha256": self.pretrained.config.get("tokenizer_sha256"), "task": task,
         }  # fmt: skip
         directory = os.path.join(self.cfg.out, "mnli" if run.task.name == "mnli" else "model")

@@ -356,7 +356,9 @@ def init_weights(module):
 
 
 def model_config(config):
-    """The ModelConfig in a checkpoint's config.json, a dictionary."""
+    """The ModelConfig in a checkpoint's config.json, a dictionary. Raises: UserError."""
+    if missing := [field.name for field in fields(ModelConfig) if field.name not in config]:
+        raise UserError(f"config.json: has no {', '.join(missing)} (not a checkpoint of this project)")
     return ModelConfig(**{field.name: config[field.name] for field in fields(ModelConfig)})
 
 

@@ -245,7 +245,7 @@ def plot_loss(cfg, pyplot):
         colour, marker, line, _ = styles.setdefault(label, STYLES[len(styles) % len(STYLES)])
         train = [record for record in records if record["event"] == "train"]
         places = [number_of(record, x, path) for record in train]
-        losses = [record["loss"] for record in train]
+        losses = [math.nan if record["loss"] is None else record["loss"] for record in train]  # of a skipped update
         axes.plot(places, losses, color=colour, linestyle=line, linewidth=1.2, label=label if new else None)
         held_out = [record for record in records if record["event"] == "eval"]
         at = np.interp([record["step"] for record in held_out], [record["step"] for record in train], places)

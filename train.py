@@ -15,6 +15,7 @@ import math
 import os
 import platform
 import time
+import traceback
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -28,6 +29,7 @@ import checkpoint
 import convert_hf
 import gpu_trace
 import kernels
+import watch
 from config import UserError, command, load_config
 from data import EVAL_SEED, Samples, hash64, prefetch
 from model import MAX_POSITIONS, MaskedLM, ModelConfig, matrix_flops
@@ -35,6 +37,7 @@ from model import MAX_POSITIONS, MaskedLM, ModelConfig, matrix_flops
 EVAL_MASK_PROB = 0.15  # as BERT was trained and evaluated, whatever rate this run trains with
 CPU_MICRO_BATCH_TOKENS = 8192  # small enough for activations to stay near the caches
 TARGET_LOG_SECONDS = 10  # between log lines, with log_interval=0
+MAX_SKIPPED_IN_A_ROW = 10  # updates that were not finite
 
 # Dense bf16 matrix rate with fp32 accumulation, in FLOP/s, from NVIDIA's data sheets. The first name that the device's
 # name contains counts; an unknown GPU gets no MFU rather than a wrong one.
@@ -77,12 +80,14 @@ class TrainConfig(ModelConfig):
     beta2: float = 0.98  # AdamW: decay of its mean square
     adam_eps: float = 1e-6  # AdamW: added to the root of the mean square
     weight_decay: float = 0.02  # AdamW, on every parameter; times the learning rate
+    max_grad_norm: float = 0.0  # larger gradients are scaled down to this norm; 0: never, as in the original
     # Evaluation, log, checkpoints
     eval_interval: int = 2000  # steps between evaluations; 0: only after the last step
     eval_samples: int = 0  # held-out samples to evaluate on; 0: all
     log_interval: int = 0  # steps between log lines; 0: about every 10 seconds
     checkpoint_interval: int = 1000  # steps between checkpoints; one is always written after the last step
     keep_checkpoints: int = 2  # how many to keep
+    on_save_error: Literal["stop", "continue"] = "stop"  # what a checkpoint that cannot be written does, as on a full disk
     price_per_gpu_hour: float = 0.0  # dollars for one GPU (or process); 0: unknown
     # How to run
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
@@ -90,6 +95,7 @@ class TrainConfig(ModelConfig):
     kernels: Literal["auto", "triton", "torch"] = "auto"  # auto: this project's Triton kernels on GPUs, else PyTorch
     compile: bool = False  # torch.compile the model
     profile: str = ""  # steps "a:b" to trace into out_dir, and to say how busy the GPU is in
+    hang_timeout: int = 300  # seconds without progress of a process after which all end, above any pass's; 0: never
     eval_only: bool = False  # evaluate the newest checkpoint, and stop
     dry_run: bool = False  # check everything, print an estimate of memory, hours and price, and stop
 
@@ -99,7 +105,7 @@ class TrainConfig(ModelConfig):
         at_least = {
             "max_steps": 1, "global_batch_size": 1, "seq_length": 3, "micro_batch_tokens": 0, "eval_interval": 0,
             "eval_samples": 0, "log_interval": 0, "checkpoint_interval": 1, "keep_checkpoints": 1,
-            "price_per_gpu_hour": 0, "weight_decay": 0, "seed": 0,
+            "price_per_gpu_hour": 0, "weight_decay": 0, "seed": 0, "max_grad_norm": 0, "hang_timeout": 0,
         }  # fmt: skip
         for name, least in at_least.items():
             if getattr(self, name) < least:
@@ -210,11 +216,12 @@ def setup_device(cfg, model_cfg):
 def setup_processes(cfg):
     """Join the processes that torchrun started, if it did."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    cfg.check(world_size)
     device, dtype = setup_device(cfg, cfg)
     if world_size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
+        # Our own watch comes first, and says more.
+        timeout = datetime.timedelta(seconds=cfg.hang_timeout + 20) if cfg.hang_timeout else None
+        dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
     return Process(int(os.environ.get("RANK", 0)), world_size, device, dtype)
 
 
@@ -298,16 +305,17 @@ def print_estimate(cfg, process, num_params, train_samples, micro_batch_tokens):
 
 
 @torch.no_grad()
-def evaluate(model, samples, cfg, process, micro_batch_tokens):
+def evaluate(model, samples, cfg, process, micro_batch_tokens, guard):
     """Loss and accuracy over held-out samples with fixed masks, the work shared by all processes.
 
     Returns {"loss", "accuracy", "num_masked", "majority_accuracy"}; the last is the accuracy of always guessing the
-    token that is masked most often. The same for any number of processes, up to the order of a sum.
+    token that is masked most often. The same for any number of processes, up to the order of a sum. None when a process
+    was asked to stop.
     """
     model.eval()
     count = min(cfg.eval_samples or len(samples), len(samples))
     order, epochs = samples.at(np.arange(count), EVAL_SEED)
-    totals = torch.zeros(3, dtype=torch.float64, device=process.device)
+    totals = torch.zeros(4, dtype=torch.float64, device=process.device)
     label_counts = torch.zeros(samples.vocab_size, dtype=torch.float64, device=process.device)
 
     def make(part):
@@ -315,6 +323,9 @@ def evaluate(model, samples, cfg, process, micro_batch_tokens):
 
     parts = samples.parts(order, micro_batch_tokens, process.rank, process.world_size, equal=False)
     for batch in prefetch(make, parts):
+        if guard.signal:
+            break
+        guard.progress()
         batch = batch.to(process.device)
         with autocast(process):
             logits = model.masked_logits(
@@ -325,11 +336,14 @@ def evaluate(model, samples, cfg, process, micro_batch_tokens):
         totals[1] += (logits.argmax(-1) == labels).sum()
         totals[2] += batch.num_masked
         label_counts.scatter_add_(0, labels, torch.ones_like(labels, dtype=torch.float64))  # bincount would wait
+    totals[3] = guard.signal
     if process.world_size > 1:
         dist.all_reduce(totals)
         dist.all_reduce(label_counts)
     model.train()
-    loss_sum, num_correct, num_masked = totals.tolist()
+    loss_sum, num_correct, num_masked, asked_to_stop = totals.tolist()
+    if asked_to_stop:
+        return None
     return {
         "loss": loss_sum / max(1, num_masked),
         "accuracy": num_correct / max(1, num_masked),
@@ -351,20 +365,30 @@ def autocast(process):
 @command
 def main(argv):
     cfg = load_config(TrainConfig, argv)
-    process = setup_processes(cfg)
-    run = None
+    cfg.check(int(os.environ.get("WORLD_SIZE", 1)))
+    samples = open_samples(cfg)
+    guard, run = watch.Watch(cfg.hang_timeout), None
     try:
-        samples = open_samples(cfg)
-        run = checkpoint.RunDirectory(cfg.out_dir) if process.rank == 0 and not cfg.dry_run else None
-        train(cfg, process, run, *samples)
+        process = setup_processes(cfg)
+        guard.join(process.rank, process.world_size)
+        if process.rank == 0 and not cfg.dry_run:
+            run = checkpoint.RunDirectory(cfg.out_dir, cfg.on_save_error)
+        train(cfg, process, run, guard, *samples)
     except torch.OutOfMemoryError:
         tried = cfg.micro_batch_tokens or "the value chosen from the GPU's memory"
         less = max(cfg.seq_length, (cfg.micro_batch_tokens or 65536) // 2)
         text = f"out of GPU memory with micro_batch_tokens={tried} (try --micro_batch_tokens={less})"
         raise UserError(text, this_rank_only=True) from None
+    except BaseException as error:
+        if run:
+            run.close()
+        guard.lost(error)
+        traceback.clear_frames(error.__traceback__)  # DDP must go before its process group, or the end may hang
+        raise
     finally:
         if run:
             run.close()
+        guard.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -379,8 +403,8 @@ def open_samples(cfg):
     return train_samples, val_samples
 
 
-def train(cfg, process, run, train_samples, val_samples):
-    """The whole run. `run` is its directory on rank 0, None elsewhere."""
+def train(cfg, process, run, guard, train_samples, val_samples):
+    """The whole run. `run` is its directory on rank 0, None elsewhere; `guard` hears signals and watches for hangs."""
     device, rank, world_size = process.device, process.rank, process.world_size
 
     def say(text):
@@ -414,14 +438,20 @@ def train(cfg, process, run, train_samples, val_samples):
 
     # Go on from the newest checkpoint, if there is one and it is this run's.
     state = {"step": 0, "tokens": 0, "samples": 0, "seconds": 0.0}  # since the first step, resumes included
-    resumed_from = [None]
+    state |= {"skipped": 0, "skipped_in_a_row": 0}  # updates that were not finite
+    resumed_from, eval_missing = None, False
     if rank == 0:
-        run.adopt(saved_config(cfg, train_samples), differing_schedule(cfg), train_samples.tokenizer_text)
-        resumed_from = [run.newest]
+        defaults = dataclasses.asdict(TrainConfig())
+        run.adopt(saved_config(cfg, train_samples), defaults, differing_schedule(cfg), train_samples.tokenizer_text)
+        resumed_from = run.newest
+        eval_missing = bool(resumed_from) and is_eval_step(cfg, checkpoint.step_of(resumed_from))
+        eval_missing = eval_missing and not run.evaluated(checkpoint.step_of(resumed_from))  # it was asked to stop then
     if world_size > 1:
-        dist.broadcast_object_list(resumed_from, device=device)
-    if resumed_from[0]:
-        checkpoint.restore(resumed_from[0], state, raw_model, optimizer, process)
+        found = [resumed_from, eval_missing]
+        dist.broadcast_object_list(found, device=device)
+        resumed_from, eval_missing = found
+    if resumed_from:
+        checkpoint.restore(resumed_from, state, raw_model, optimizer, process)
 
     backend = "triton" if kernels.uses_triton(device) else "torch"
     dtype = str(process.dtype).removeprefix("torch.")
@@ -429,17 +459,18 @@ def train(cfg, process, run, train_samples, val_samples):
         f"{cfg.model}, {num_params:,} parameters, on {world_size} x {device_name(device)}: {dtype}, {backend} kernels, "
         f"micro-batches of at most {micro_batch_tokens:,} tokens"
     )
-    if resumed_from[0]:
-        say(f"resuming from {resumed_from[0]}")
+    if resumed_from:
+        say(f"resuming from {resumed_from}")
     if cfg.eval_only:
-        if not (resumed_from[0] or cfg.init_from):
+        if not (resumed_from or cfg.init_from):
             raise UserError(f"{cfg.out_dir}: no checkpoint to evaluate (train first, or give --init_from)")
-        say(eval_line(state["step"], evaluate(raw_model, val_samples, cfg, process, micro_batch_tokens)))
+        say(eval_line(state["step"], evaluate(raw_model, val_samples, cfg, process, micro_batch_tokens, guard)))
         return
-    if state["step"] >= cfg.max_steps:
+    if state["step"] >= cfg.max_steps and not eval_missing:
         say(f"{cfg.out_dir}: finished, {state['step']} of {cfg.max_steps} steps")
         return
     if rank == 0:
+        run.check_space(num_params, cfg.keep_checkpoints)
         run.begin(state["step"])
         run.log(
             "start",
@@ -452,9 +483,17 @@ def train(cfg, process, run, train_samples, val_samples):
             kernels=backend,
             dtype=dtype,
             micro_batch_tokens=micro_batch_tokens,
-            resumed_from=resumed_from[0],
+            resumed_from=resumed_from,
             init=started,
         )
+
+    def evaluated(step):
+        """Evaluate; False when a process was asked to stop before the end."""
+        result = evaluate(raw_model, val_samples, cfg, process, micro_batch_tokens, guard)
+        if result and rank == 0:
+            say(eval_line(step, result))
+            run.log("eval", step=step, **result)
+        return result is not None
 
     def step_batches(step):
         batches = train_samples.train_step(
@@ -462,6 +501,15 @@ def train(cfg, process, run, train_samples, val_samples):
         )
         return [batch.pinned_for(device) for batch in batches]
 
+    def samples_of(step, ranks):
+        """The numbers of the training samples that these processes have in a step, as a list."""
+        positions = np.arange((step - 1) * cfg.global_batch_size, step * cfg.global_batch_size)
+        samples, _ = train_samples.at(positions, cfg.seed)
+        parts = [train_samples.parts(samples, micro_batch_tokens, r, world_size) for r in ranks]
+        return [sample for part in sum(parts, []) for sample in samples[part].tolist()]
+
+    if eval_missing:
+        evaluated(state["step"])
     model = torch.compile(raw_model) if cfg.compile else raw_model
     model.train()
     if world_size > 1:
@@ -471,6 +519,7 @@ def train(cfg, process, run, train_samples, val_samples):
         # processes depends on them. One pass for nothing makes a resumed run add up as an uninterrupted one does.
         forward_backward(model, step_batches(state["step"] + 1)[:1], torch.ones((), device=device), cfg, process, 0)
         optimizer.zero_grad(set_to_none=False)
+        model.register_forward_hook(guard.progress)
 
     # Losses and gradient norms stay on the device until a report is due: nothing else waits for it.
     history = []  # (loss, grad_norm) of each step since the last report
@@ -479,17 +528,26 @@ def train(cfg, process, run, train_samples, val_samples):
     peak = peak_flops(device)
     loop_start = report_start = time.perf_counter()
     seconds_before = state["seconds"]
+    guard.training = True
 
     steps = range(state["step"] + 1, cfg.max_steps + 1)
     profiled = gpu_trace.profiled(steps, cfg.profile, cfg.out_dir, rank, say)
     for step, batches in zip(profiled, prefetch(step_batches, steps)):
-        # The loss is exact: a sum over all masked tokens of the global batch, divided by their number.
-        # full, not tensor: copying a number from ordinary memory would wait for the GPU to finish the last step.
-        num_masked = torch.full((), float(sum(batch.num_masked for batch in batches)), device=device)
+        guard.at(step)
+        # The loss is exact: a sum over all masked tokens of the global batch, divided by their number. On the way the
+        # processes learn whether one of them was asked to stop. From pinned memory, or the host would wait for the GPU.
+        counts = [float(sum(batch.num_masked for batch in batches)), float(guard.signal > 0)]
+        counts = torch.tensor(counts, pin_memory=device.type == "cuda").to(device, non_blocking=True)
         if world_size > 1:
-            dist.all_reduce(num_masked)
+            dist.all_reduce(counts)
+        num_masked, asked_to_stop = counts
         loss = forward_backward(model, batches, num_masked.clamp(min=1), cfg, process, step)
         grad_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in raw_model.parameters()])
+        if cfg.max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(raw_model.parameters(), cfg.max_grad_norm, grad_norm)
+        # AdamW skips an update whose gradient is not finite. The norm is that of the reduced gradient, so all processes
+        # do alike, and nothing waits for it.
+        optimizer.found_inf = (~grad_norm.isfinite()).float()
         for group in optimizer.param_groups:
             group["lr"] = lr_at(cfg, step)
         optimizer.step()
@@ -503,14 +561,18 @@ def train(cfg, process, run, train_samples, val_samples):
 
         last = step == cfg.max_steps
         log_now = last or (step >= next_report if cfg.log_interval == 0 else step % cfg.log_interval == 0)
-        eval_now = last or (cfg.eval_interval and step % cfg.eval_interval == 0)
-        save_now = last or step % cfg.checkpoint_interval == 0
+        stop = guard.all_stop(asked_to_stop)
+        eval_now = is_eval_step(cfg, step) and not stop
+        save_now = last or stop or step % cfg.checkpoint_interval == 0
         if not (log_now or eval_now or save_now):
             continue
 
         # One collective brings every process's losses and counts to all, so that all decide alike.
         rows = process.gather([*history, local_tokens, local_flops, time.perf_counter() - report_start])
-        check_finite(rows, step, run)
+        for text, record in skipped_updates(rows, step, state, samples_of):
+            say(text)
+            if rank == 0:
+                run.log("skipped", **record)
         num_steps, seconds = len(history) // 2, rows[0][-1]
         tokens, flops = sum(row[-3] for row in rows), sum(row[-2] for row in rows)
         state["step"] = step
@@ -521,9 +583,10 @@ def train(cfg, process, run, train_samples, val_samples):
         if rank == 0 and log_now:
             record = {
                 "step": step,
-                "loss": sum(row[-5] for row in rows),
+                "loss": finite(sum(row[-5] for row in rows)),
                 "lr": lr_at(cfg, step),
-                "grad_norm": rows[0][-4],
+                "grad_norm": finite(rows[0][-4]),
+                "skipped": state["skipped"],
                 "tokens": state["tokens"],
                 "samples": state["samples"],
                 "seconds": round(state["seconds"], 3),
@@ -537,17 +600,24 @@ def train(cfg, process, run, train_samples, val_samples):
             run.log("train", **record)
             say(progress_line(cfg, record, num_steps / seconds))
         if eval_now:
-            result = evaluate(raw_model, val_samples, cfg, process, micro_batch_tokens)
-            say(eval_line(step, result))
+            stop = not evaluated(step)
+        if save_now or stop:
+            if world_size > 1:
+                checkpoint.compare_parameters(raw_model, process, step)
             if rank == 0:
-                run.log("eval", step=step, **result)
-        if save_now and rank == 0:
-            state["seconds"] = seconds_before + time.perf_counter() - loop_start
-            say(f"saved {run.save(state, raw_model, optimizer, cfg.keep_checkpoints)}")
+                state["seconds"] = seconds_before + time.perf_counter() - loop_start
+                run.save(state, raw_model, optimizer, cfg.keep_checkpoints)
+        if stop:
+            if rank == 0:
+                run.wait()
+                run.log("stop", step=step)
+                say(f"stopped after step {step}, as asked; the same command goes on")
+            guard.leave(process)
         history, local_tokens, local_flops = [], 0, 0
         report_start = time.perf_counter()  # evaluation and saving do not count as training speed
 
     if rank == 0:
+        run.wait()
         state["seconds"] = seconds_before + time.perf_counter() - loop_start
         run.log("end", step=state["step"], seconds=round(state["seconds"], 3), **cost(cfg, state, world_size))
 
@@ -580,26 +650,44 @@ def forward_backward(model, batches, num_masked, cfg, process, step):
     return loss
 
 
-def check_finite(rows, step, run):
-    """Stop, on every process alike, if a loss or gradient norm since the last report is not a finite number.
+def skipped_updates(rows, step, state, samples_of):
+    """Yield (text, log record) for each step since the last report whose update was skipped, and count it in `state`.
 
     rows: of each process, the (loss, grad_norm) pairs of the steps up to `step`, then three other numbers.
+    samples_of(step, ranks): the samples they had. Raises: UserError, in all processes alike, after too many in a row.
     """
-    pairs = (len(rows[0]) - 3) // 2
-    for i in range(pairs):
-        for rank, row in enumerate(rows):
-            for name, value in (("loss", row[2 * i]), ("gradient norm", row[2 * i + 1])):
-                if not math.isfinite(value):
-                    kept = run and run.newest
-                    raise UserError(
-                        f"{name} is {value} at step {step - pairs + 1 + i} on rank {rank} "
-                        f"(last checkpoint: {kept or 'none'}; try a lower --lr)"
-                    )
+    num_steps = (len(rows[0]) - 3) // 2
+    for i in range(num_steps):
+        this_step, grad_norm = step - num_steps + 1 + i, rows[0][2 * i + 1]
+        if math.isfinite(grad_norm):
+            state["skipped_in_a_row"] = 0
+            continue
+        state["skipped"] += 1
+        state["skipped_in_a_row"] += 1
+        losses = {rank: row[2 * i] for rank, row in enumerate(rows) if not math.isfinite(row[2 * i])}
+        where = ", ".join(f"the loss {loss} on rank {rank}" for rank, loss in losses.items()) or "the loss finite"
+        samples = samples_of(this_step, losses or range(len(rows)))
+        shown = ", ".join(map(str, samples[:20])) + (f" and {len(samples) - 20} more" if len(samples) > 20 else "")
+        text = f"step {this_step}: update skipped, the gradient norm is {grad_norm}, {where}; training samples {shown}"
+        yield text, {"step": this_step, "ranks": list(losses), "samples": samples}
+        if state["skipped_in_a_row"] > MAX_SKIPPED_IN_A_ROW:
+            hint = "checkpoints are intact; try a lower --lr in another --out_dir"
+            raise UserError(f"step {this_step}: {state['skipped_in_a_row']} updates in a row were not finite ({hint})")
+
+
+def finite(value):
+    """For the log: JSON has no NaN."""
+    return value if math.isfinite(value) else None
+
+
+def is_eval_step(cfg, step):
+    return step == cfg.max_steps or bool(cfg.eval_interval) and step % cfg.eval_interval == 0
 
 
 def saved_config(cfg, train_samples):
     """What config.json holds: every option, and what the data and the vocabulary are."""
     return {
+        "format": checkpoint.FORMAT,
         **dataclasses.asdict(cfg),
         "vocab_size": train_samples.vocab_size,
         "tokenizer_sha256": train_samples.tokenizer_sha256,
@@ -629,7 +717,7 @@ def progress_line(cfg, record, steps_per_second):
     left = (cfg.max_steps - record["step"]) / steps_per_second
     parts = [
         f"step {record['step']}/{cfg.max_steps}",
-        f"loss {record['loss']:.4f}",
+        f"loss {record['loss']:.4f}" if record["loss"] is not None else "loss not finite",
         f"lr {record['lr']:.2e}",
         f"{record['tokens_per_second']:,.0f} tok/s",
         f"mfu {record['mfu']:.1%}" if record["mfu"] is not None else "mfu n/a",

@@ -1,0 +1,55 @@
+"""Does a long run grow? python tests/soak.py [STEPS] trains a small model for 20,000 steps, with evaluations and
+checkpoints, and prints this process's memory, open files and threads along the way.
+
+It fails when memory grows by 2 % from a tenth of the run on, or when files or threads do.
+"""
+
+import contextlib
+import os
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+
+import torch  # noqa: E402
+
+import train  # noqa: E402
+from toy import make_shards, read_log, toy_argv  # noqa: E402
+
+
+def measure():
+    """(resident MB, open files, threads) of this process."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6, len(os.listdir("/proc/self/fd")), threading.active_count()
+
+
+def main(max_steps):
+    torch.set_num_threads(1)
+    rows, forward_backward = [], train.forward_backward
+
+    def watched(model, batches, num_masked, cfg, process, step):
+        if step % (max_steps // 40) == 0:
+            rows.append((step, *measure()))
+            print("step {:6d}  {:7.1f} MB  {:3d} files  {:2d} threads".format(*rows[-1]), file=sys.__stdout__, flush=True)
+        return forward_backward(model, batches, num_masked, cfg, process, step)
+
+    train.forward_backward = watched
+    with tempfile.TemporaryDirectory() as scratch:
+        data, out, start = make_shards(Path(scratch) / "data"), Path(scratch) / "run", time.monotonic()
+        options = {"max_steps": max_steps, "log_interval": 10, "eval_interval": 250, "checkpoint_interval": 250}
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            train.main(toy_argv(data, out, **options))
+        seconds, logged = time.monotonic() - start, len(read_log(out))
+        assert logged == max_steps // 10
+    settled = [row for row in rows if row[0] >= max_steps // 10]
+    growth = settled[-1][1] / settled[0][1] - 1
+    print(f"{max_steps:,} steps in {seconds:.0f} s: memory {100 * growth:+.2f} %, files {settled[0][2]} to {settled[-1][2]}, "
+          f"threads {settled[0][3]} to {settled[-1][3]}, log lines {logged:,}")  # fmt: skip
+    assert growth < 0.02 and settled[0][2] == settled[-1][2] and settled[0][3] == settled[-1][3]
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 20_000)

@@ -1,0 +1,258 @@
+"""Break a training run again and again, and see that nothing is lost.
+
+    python tests/torture.py                     # all of it, half an hour on two cores
+    python tests/torture.py --kills=100 --save_kills=0 --resumes=0 --signals=0
+
+Each part trains a small model in two processes on the CPU, without and with disasters, and asks for the same weights,
+optimizer state and loss log, bit for bit, with nothing done by hand between two starts of the same command.
+"""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+
+import checkpoint  # noqa: E402
+import faults  # noqa: E402
+from config import command, load_config  # noqa: E402
+from ranks import Ranks, run_ranks  # noqa: E402
+from toy import make_shards, read_log, run_train, toy_argv, train_command, train_environment  # noqa: E402
+
+
+@dataclass
+class TortureConfig:
+    kills: int = 100  # of a random process of a torchrun (launcher included), at a random moment
+    save_kills: int = 5  # at each point inside a save
+    resumes: int = 10  # in a row
+    signals: int = 50  # SIGTERM, SIGINT or SIGUSR1, at a random moment
+    seed: int = 1  # of what happens when
+    max_steps: int = 300  # of the run that is tortured by kills
+    out: str = ""  # directory to work in; empty: a temporary one
+
+
+def digests(out_dir):
+    """{what: sha256} of a finished run: its last weights and optimizer state, and its log without the times."""
+    last = Path(out_dir) / f"step_{checkpoint.steps(out_dir)[0]:08d}"
+    assert checkpoint.damage(last) is None
+    lines = [
+        [record["event"], record["step"], record["loss"], record.get("grad_norm"), record.get("accuracy"), record.get("tokens")]
+        for event in ("train", "eval")
+        for record in read_log(out_dir, event)
+    ]
+    parts = {name: (last / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors")}
+    parts["log"] = json.dumps(lines).encode()
+    return {name: hashlib.sha256(data).hexdigest() for name, data in parts.items()}
+
+
+def descendants(pid):
+    """Of a process that lives: its children, their children, and so on."""
+    found = []
+    try:
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            found += map(int, Path(f"/proc/{pid}/task/{thread}/children").read_text().split())
+    except (FileNotFoundError, ProcessLookupError):
+        pass
+    return found + [pid for child in found for pid in descendants(child)]
+
+
+def lives(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def what_happens(out, started):
+    """What a run is doing now, as far as its directory tells."""
+    if len(starts(out)) == started:
+        return "start-up"
+    if list(Path(out).glob("*.tmp")):
+        return "saving"
+    events = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines() if line.endswith("}")]
+    train = [record for record in events if record["event"] == "train"]
+    if train and train[-1]["step"] % 10 == 0 and events[-1] == train[-1]:
+        return "evaluation"
+    return "training"
+
+
+def starts(out):
+    return read_log(out, "start") if Path(out, "log.jsonl").exists() else []
+
+
+def kills(cfg, data, directory):
+    """Kill a random process of a torchrun at a random moment, until the run is finished; and so on with new runs."""
+    rng = random.Random(cfg.seed)
+    options = {"max_steps": cfg.max_steps, "checkpoint_interval": 5, "eval_interval": 10, "keep_checkpoints": 2}
+    straight = directory / "straight"
+    assert run_train(toy_argv(data, straight, **options), processes=2).returncode == 0
+    expected, killed, moments, victims, runs, slowest = digests(straight), 0, Counter(), Counter(), 0, 0.0
+    while killed < cfg.kills:
+        out = directory / f"run{runs}"
+        argv = toy_argv(data, out, **options)
+        while True:
+            started = len(starts(out))
+            with open(directory / "torchrun.txt", "w") as output:
+                launcher = subprocess.Popen(train_command(argv, 2), env=train_environment(), stdout=output, stderr=output)
+            if killed < cfg.kills:
+                if rng.random() < 0.2:
+                    time.sleep(rng.uniform(0, 5))
+                else:
+                    while len(starts(out)) == started and launcher.poll() is None:
+                        time.sleep(0.01)
+                    time.sleep(rng.uniform(0, 1.5))
+            else:
+                launcher.wait()
+            if launcher.poll() is not None:
+                assert launcher.returncode == 0, (directory / "torchrun.txt").read_text()
+                break
+            workers = descendants(launcher.pid)
+            victim = rng.choice([launcher.pid, *workers])
+            moments[what_happens(out, started)] += 1
+            victims["launcher" if victim == launcher.pid else "rank"] += 1
+            try:
+                os.kill(victim, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            killed += 1
+            dead_at = time.monotonic()
+            while launcher.poll() is None or any(map(lives, workers)):
+                assert time.monotonic() - dead_at < 60, "processes outlive a killed one by a minute"
+                time.sleep(0.01)
+            slowest = max(slowest, time.monotonic() - dead_at)
+            print(f"kill {killed}: {victim}, run {runs}, checkpoints {checkpoint.steps(out)}", flush=True)
+        assert digests(out) == expected, f"{out} differs from {straight}"
+        runs += 1
+    where = ", ".join(f"{count} in {moment}" for moment, count in sorted(moments.items()))
+    who = ", ".join(f"{count} of a {victim}" for victim, count in sorted(victims.items()))
+    return (
+        f"{killed} kills ({where}; {who}) over {runs} runs of {cfg.max_steps} steps: each run's digests equal the "
+        f"uninterrupted one's; the others ended at most {slowest:.1f} s after the killed one"
+    )
+
+
+def save_kills(cfg, data, directory):
+    """Kill the writing process at each point inside a save, each time after some saves that succeed."""
+    rng = random.Random(cfg.seed)
+    labels = directory / "points.txt"
+    options = {"checkpoint_interval": 3, "eval_interval": 0, "keep_checkpoints": 2}
+    argv = toy_argv(data, directory / "list", **{**options, "max_steps": 9})
+    statuses, output = run_ranks(argv, 2, directory, {0: partial(faults.list_points, labels)})
+    assert statuses == [0, 0], (statuses, output[-2000:])
+    points = labels.read_text().splitlines()
+    begins = [i for i, label in enumerate(points) if label.startswith("rmtree") and label.endswith(".tmp")]
+    names = points[begins[-1] :]  # of the last save, which removes an old checkpoint
+    todo = [number for number in range(len(names)) for _ in range(cfg.save_kills)]
+    rng.shuffle(todo)
+    # Two saves succeed and the third is killed: at least two intervals of progress with every start.
+    options["max_steps"] = 9 * len(todo) + 9
+    argv = toy_argv(data, directory / "run", **options)
+    for i, number in enumerate(todo):
+        before = next(iter(checkpoint.steps(directory / "run")), 0)
+        statuses, output = run_ranks(argv, 2, directory, {0: partial(faults.kill_at_point, number, 2)})
+        assert statuses[0] == -signal.SIGKILL and statuses[1] in (3, 2), (names[number], statuses, output)
+        newest = checkpoint.newest(directory / "run")
+        reached = checkpoint.step_of(newest)
+        assert reached in (before + 6, before + 9), (names[number], before, reached)  # lost: at most one interval
+        print(f"save kill {i + 1} of {len(todo)}: after {names[number]}, newest {newest}", flush=True)
+    for out in ("run", "straight"):
+        statuses, output = run_ranks(toy_argv(data, directory / out, **options), 2, directory, timeout=600)
+        assert statuses == [0, 0], (statuses, output[-2000:])
+    assert digests(directory / "run") == digests(directory / "straight")
+    return f"{len(todo)} kills at {len(names)} points of a save, {cfg.save_kills} each: the digests equal the uninterrupted run's"
+
+
+def resumes(cfg, data, directory):
+    """Stop by signal and go on, so many times in a row."""
+    options = {"max_steps": 20 * (cfg.resumes + 2), "checkpoint_interval": 7, "eval_interval": 15}
+    statuses, output = run_ranks(toy_argv(data, directory / "straight", **options), 2, directory)
+    assert statuses == [0, 0], (statuses, output[-2000:])
+    argv = toy_argv(data, directory / "run", **options)
+    for i in range(cfg.resumes):
+        ranks = Ranks(argv, 2, directory)
+        while f"step {20 * (i + 1)}/" not in ranks.output():
+            assert ranks.alive(), ranks.output()
+            time.sleep(0.002)
+        ranks.signal(signal.SIGTERM)
+        statuses = ranks.wait()
+        assert statuses == [143, 143], (statuses, ranks.output()[-2000:])
+    statuses, output = run_ranks(argv, 2, directory)
+    assert statuses == [0, 0], (statuses, output[-2000:])
+    assert len(read_log(directory / "run", "start")) == cfg.resumes + 1
+    assert digests(directory / "run") == digests(directory / "straight")
+    return f"{cfg.resumes} resumes in a row: the digests equal the uninterrupted run's"
+
+
+def signals(cfg, data, directory):
+    """A signal to one or all ranks at a random moment of start-up, training, evaluation or saving."""
+    rng = random.Random(cfg.seed)
+    options = {"max_steps": 300, "checkpoint_interval": 5, "eval_interval": 5}
+    statuses, output = run_ranks(toy_argv(data, directory / "straight", **options), 2, directory)
+    assert statuses == [0, 0], (statuses, output[-2000:])
+    argv, slowest, moments, i = toy_argv(data, directory / "run", **options), 0.0, Counter(), 0
+    while i < cfg.signals:
+        started = len(starts(directory / "run"))
+        ranks = Ranks(argv, 2, directory)
+        early = rng.random() < 0.2
+        if early:
+            while "on 2 x" not in ranks.output():  # the handlers are there when the first line is printed
+                time.sleep(0.002)
+        else:
+            while len(starts(directory / "run")) == started:
+                time.sleep(0.002)
+            time.sleep(rng.uniform(0.05, 0.6))
+        number = rng.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+        everyone = early or rng.random() < 0.5
+        moment = what_happens(directory / "run", started)
+        sent = time.monotonic()
+        ranks.signal(number, None if everyone else [rng.randrange(2)])
+        statuses = ranks.wait(30)
+        seconds = time.monotonic() - sent
+        if statuses == [0, 0]:  # it was finished already
+            checkpoint.shutil.rmtree(directory / "run")
+            continue
+        assert set(statuses) == {128 + number}, (statuses, moment, ranks.output()[-3000:])
+        newest = checkpoint.newest(directory / "run")
+        assert newest or moment == "start-up"
+        i += 1
+        slowest = max(slowest, seconds)
+        moments[moment] += 1
+        print(f"signal {i}: {signal.Signals(number).name} in {moment}, {seconds:.2f} s, newest {newest}", flush=True)
+    statuses, output = run_ranks(argv, 2, directory)
+    assert statuses == [0, 0], (statuses, output[-2000:])
+    assert digests(directory / "run") == digests(directory / "straight")
+    where = ", ".join(f"{count} in {moment}" for moment, count in sorted(moments.items()))
+    return (
+        f"{i} signals ({where}): all ranks left together with 128 + n after at most {slowest:.2f} s, and the last run's "
+        "digests equal the uninterrupted one's"
+    )
+
+
+@command
+def main(argv):
+    cfg = load_config(TortureConfig, argv)
+    with tempfile.TemporaryDirectory() as scratch:
+        scratch = Path(cfg.out or scratch)
+        data = make_shards(scratch / "data")
+        results = []
+        for part in (kills, save_kills, resumes, signals):
+            if getattr(cfg, part.__name__):
+                (scratch / part.__name__).mkdir()
+                start = time.monotonic()
+                results.append(f"{part.__name__}: {part(cfg, data, scratch / part.__name__)} [{time.monotonic() - start:.0f} s]")
+                print(results[-1], flush=True)
+        print("\n" + "\n".join(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""What ends a run before its last step: a signal, a process that hangs, a process that is lost.
+
+SIGTERM, SIGINT and SIGUSR1 ask a run to stop. One process that is asked is enough: all of them stop after the same
+step, with a checkpoint. In start-up, when nothing is lost, and at a second SIGINT the process ends at once. Exit status:
+
+    0          finished
+    2          an error, named in one line
+    3          another process hangs or is lost; the same command goes on from the newest checkpoint
+    128 + n    stopped by signal n, with a checkpoint; the same command goes on (torchrun itself then ends with 1)
+
+All of it is done by one thread beside the training, which also notes this process's step in the rendezvous store, so
+that those that survive can say who is behind.
+
+Read next: checkpoint.py
+"""
+
+import datetime
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+
+import torch
+import torch.distributed as dist
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+TICK = 0.5  # seconds between looks at the other processes
+LOST = 3  # exit status
+
+
+class Watch:
+    """The watch of this process, from its creation to close(). hang_timeout: seconds without progress; 0: any."""
+
+    def __init__(self, hang_timeout):
+        self.hang_timeout = hang_timeout
+        self.signal = 0  # that asked this process to stop
+        self.training = False  # set once there is something to save
+        self.step, self.passes, self.since = 0, 0, time.monotonic()  # progress, and when there last was some
+        self.rank, self.world_size, self.store = 0, 1, None
+        self.asked = None  # see all_stop
+        # torchrun's processes must not outlive it: nobody would see them, and they would hold out_dir.
+        self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        if self.launcher == 1 and b"torch" not in open("/proc/1/cmdline", "rb").read():
+            raise SystemExit(128 + signal.SIGHUP)  # it is gone already
+        self.wake, self.waker = socket.socketpair()
+        self.waker.setblocking(False)
+        self.handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            # Python writes the number of a signal into this socket at once, even while the main thread waits inside a
+            # collective; the handler itself has nothing left to do.
+            self.old_waker = signal.set_wakeup_fd(self.waker.fileno(), warn_on_full_buffer=False)
+            self.handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        self.thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self.thread.start()
+
+    def close(self):
+        if self.handlers:
+            signal.set_wakeup_fd(self.old_waker)
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler)
+        self.waker.send(b"\0")
+        self.thread.join(timeout=TICK)  # or it asks a store that is gone, for some seconds yet
+
+    def join(self, rank, world_size):
+        """Watch the other processes too, once they have found each other."""
+        self.rank, self.world_size = rank, world_size
+        if world_size > 1:
+            store = dist.distributed_c10d._get_default_store().clone()  # of this thread alone, as the clone's docs say
+            store.set_timeout(datetime.timedelta(seconds=10))
+            store.set(f"watch/{rank}", self._place())
+            self.store = store
+
+    def at(self, step):
+        """Training has come to this step."""
+        self.step, self.passes, self.since = step, 0, time.monotonic()
+
+    def progress(self, *_):
+        """Another forward pass of the step is done; of the signature of a module's forward hook."""
+        self.passes, self.since = self.passes + 1, time.monotonic()
+
+    def all_stop(self, asked):
+        """Whether all processes are to stop after this step.
+
+        asked: 0-dim tensor, how many of them were asked to. What the step before reported counts, so that the host
+        never waits for the device to come to this one; it is the same number in every process.
+        """
+        if self.world_size == 1:
+            return self.signal > 0
+        before, event = self.asked or (torch.zeros(()), None)
+        self.asked = asked.to("cpu", non_blocking=True), torch.cuda.Event() if asked.is_cuda else None
+        if asked.is_cuda:
+            self.asked[1].record()
+        if event:
+            event.synchronize()
+        return before.item() > 0
+
+    def leave(self, process):
+        """End this process when all have come here. Raises: SystemExit."""
+        raise SystemExit(128 + int(max(row[0] for row in process.gather([self.signal]))))
+
+    def lost(self, error):
+        """End this process if the error says that another one is gone, naming who is behind."""
+        if self.world_size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            self._exchange()
+            if self.signal:  # it was told so too, but had not begun to train
+                os._exit(128 + self.signal)
+            self._end("lost contact with another process")
+
+    def _run(self):
+        while True:
+            ready = select.select([self.wake], [], [], TICK)[0]
+            for number in self.wake.recv(64) if ready else b"":
+                if number == 0:
+                    return
+                if number in SIGNALS:
+                    self._stop(number)
+            if self.launcher and os.getppid() != self.launcher:
+                self.launcher = None
+                self._stop(signal.SIGHUP)
+            if self.store:
+                self._exchange()
+            if self.store and self.hang_timeout and time.monotonic() - self.since > self.hang_timeout:
+                time.sleep(2 * TICK)  # until the others have noted where they are
+                self._end(f"no progress for {self.hang_timeout} s")
+
+    def _stop(self, number):
+        if self.signal and number == signal.SIGINT:
+            os._exit(128 + number)
+        self.signal = self.signal or number
+        if not self.training:
+            if self.store:
+                self._exchange()
+                time.sleep(1.2 * TICK)  # until the others have heard of it
+            os._exit(128 + self.signal)
+
+    def _exchange(self):
+        """Note where this process is, and hear whether another was asked to stop."""
+        try:
+            self.store.set(f"watch/{self.rank}", self._place())
+            if self.signal:
+                self.store.set("watch/signal", str(int(self.signal)))
+            elif self.store.check(["watch/signal"]):
+                self._stop(int(self.store.get("watch/signal")))
+        except RuntimeError:  # the store's host is gone; if the others are too, there will be no progress
+            pass
+
+    def _place(self):
+        return f"{self.step} {self.passes}"
+
+    def _behind(self):
+        """Who has come least far, as text."""
+        places = {}
+        for rank in range(self.world_size):
+            step, passes = map(int, self.store.get(f"watch/{rank}").split())
+            places.setdefault((step, passes), []).append(rank)
+        if len(places) == 1:
+            return f"all processes are at step {self.step}"
+        (step, passes), ranks = min(places.items())
+        who = f"rank {ranks[0]} is" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} are"
+        return f"{who} behind, at step {step} after {passes} forward passes; others are at {max(places)[0]} after {max(places)[1]}"
+
+    def _end(self, reason):
+        try:
+            self._exchange()
+            first = self.store.add("watch/ended", 1) == 1
+            text = self._behind()
+        except RuntimeError:
+            first, text = True, "the rendezvous store is gone with its process"
+        if first:
+            print(f"error: {reason}: {text} (the same command goes on from the newest checkpoint)", file=sys.stderr, flush=True)
+        time.sleep(2 * TICK)  # until the others have heard that it is said, as torchrun ends all when one ends
+        os._exit(LOST)
