@@ -508,8 +508,8 @@ def train(cfg, process, run, guard, train_samples, val_samples):
         parts = [train_samples.parts(samples, micro_batch_tokens, r, world_size) for r in ranks]
         return [sample for part in sum(parts, []) for sample in samples[part].tolist()]
 
-    if eval_missing:
-        evaluated(state["step"])
+    if eval_missing and not evaluated(state["step"]):
+        guard.leave(process)
     model = torch.compile(raw_model) if cfg.compile else raw_model
     model.train()
     if world_size > 1:

@@ -69,7 +69,7 @@ class Watch:
         self.rank, self.world_size = rank, world_size
         if world_size > 1:
             store = dist.distributed_c10d._get_default_store().clone()  # of this thread alone, as the clone's docs say
-            store.set_timeout(datetime.timedelta(seconds=10))
+            store.set_timeout(datetime.timedelta(seconds=5))  # in which a store that is gone is known to be
             store.set(f"watch/{rank}", self._place())
             self.store = store
 
@@ -134,7 +134,8 @@ class Watch:
             if self.store:
                 self._exchange()
                 time.sleep(1.2 * TICK)  # until the others have heard of it
-            os._exit(128 + self.signal)
+            if not self.training:
+                os._exit(128 + self.signal)
 
     def _exchange(self):
         """Note where this process is, and hear whether another was asked to stop."""

@@ -184,6 +184,15 @@ def test_a_signal_in_evaluation(data_dir, tmp_path, max_steps):
     ranks.signal(signal.SIGTERM, [1])
     assert ranks.wait() == [143, 143], ranks.output()
     assert checkpoint.steps(tmp_path / "run")[0] == 5 and read_log(tmp_path / "run", "eval") == []
+    # Again while it makes up for it, before there is anything new to save.
+    ranks = Ranks(toy_argv(data_dir, tmp_path / "run", **options), 2, tmp_path, slow)
+    while len(read_log(tmp_path / "run", "start")) == 1:
+        assert ranks.alive(), ranks.output()
+        time.sleep(0.01)
+    time.sleep(0.5)
+    ranks.signal(signal.SIGUSR1, [0])
+    assert ranks.wait() == [138, 138], ranks.output()
+    assert checkpoint.steps(tmp_path / "run")[0] == 5 and read_log(tmp_path / "run", "eval") == []
     for out in ("run", "straight"):
         statuses, output = run_ranks(toy_argv(data_dir, tmp_path / out, **options), 2, tmp_path)
         assert statuses == [0, 0], output
