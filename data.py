@@ -23,6 +23,7 @@ Read next: prepare_c4.py, for how shards are made, or kernels/attention.py
 """
 
 import concurrent.futures
+import contextlib
 import hashlib
 import json
 import os
@@ -64,14 +65,21 @@ def write_shard(path, documents, bytes_per_token, tokenizer_digest):
     tokens = np.concatenate([*documents, np.empty(0, np.int64)]).astype(f"<u{bytes_per_token}")
     header = HEADER.pack(MAGIC, VERSION, bytes_per_token, len(documents), len(tokens), tokenizer_digest)
     digest = hashlib.sha256()
-    # write(), not a memmap: on a full disk a store to mapped memory kills the process with SIGBUS.
-    with open(f"{path}.tmp", "wb") as file:
-        for part in (header, offsets, tokens):
-            file.write(part)
-            digest.update(part)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
+    # write(), not a memmap: on a full disk a store to mapped memory kills the process with SIGBUS. The number keeps a
+    # process that outlived its killed parent for a moment from writing into the same file.
+    partial = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(partial, "wb") as file:
+            for part in (header, offsets, tokens):
+                file.write(part)
+                digest.update(part)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.remove(partial)  # on a full disk, make room for what was finished
+        raise
+    os.replace(partial, path)
     return {
         "file": os.path.basename(path),
         "num_docs": len(documents),

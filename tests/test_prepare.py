@@ -1,6 +1,5 @@
-"""prepare_c4.py: what is stored of each source, interruption at any point, the held-out split, and what is refused."""
+"""prepare_c4.py: interruption at any point, the held-out split, tokens, what is refused, and the report."""
 
-import functools
 import gzip
 import json
 import lzma
@@ -15,191 +14,9 @@ from tokenizers import Tokenizer
 
 import data
 import prepare_c4
+from corpus import LETTERS, VOCAB, WORDS, files_of, ids, make_texts, only_whole_files, prepare, prepare_fails, raise_interrupt
+from corpus import state_of, stored, text_report, texts_of, workplace, write_files, write_texts, write_vocab  # noqa: F401
 from toy import SPECIAL, make_tokenizer
-
-WORDS = [f"w{i}" for i in range(300)]
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
-VOCAB = [*SPECIAL, *WORDS, *LETTERS, *(f"##{letter}" for letter in LETTERS), "中", "é"]
-
-
-@pytest.fixture(autouse=True)
-def workplace(tmp_path, monkeypatch):
-    """Each test runs in an empty directory of its own, with a vocab.txt."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("RAYON_NUM_THREADS", "TOKENIZERS_PARALLELISM"):  # prepare_c4.py sets them; later tests must not see it
-        monkeypatch.setenv(name, "1")
-    write_vocab(VOCAB)
-
-
-def write_vocab(entries, path="vocab.txt"):
-    Path(path).write_text("".join(f"{entry}\n" for entry in entries), encoding="utf-8")
-
-
-def write_files(files):
-    for name, contents in files.items():
-        Path(name).parent.mkdir(parents=True, exist_ok=True)
-        Path(name).write_bytes(contents)
-
-
-def write_texts(path, texts):
-    """One document a line."""
-    Path(path).write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
-
-
-def make_texts(count, seed=0):
-    """Different texts of 1 to 30 words of the vocabulary."""
-    rng = random.Random(seed)
-    return list(dict.fromkeys(" ".join(rng.choices(WORDS, k=rng.randint(1, 30))) for _ in range(2 * count)))[:count]
-
-
-def prepare(**options):
-    """Run prepare_c4.py in this process. An option that is None is left out."""
-    options = {"tokenizer": "vocab.txt", "workers": 1, "out": "out", **options}
-    prepare_c4.main([f"--{name}={value}" for name, value in options.items() if value is not None])
-
-
-def prepare_fails(capsys, **options):
-    """The one line that refuses a command."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        prepare(**options)
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and error.endswith("\n")
-    return error
-
-
-def stored(split="train", out="out"):
-    """The tokens of each document of a split, in order."""
-    shards = data.Samples(out, split, 128).shards
-    return [tokens[a:b].tolist() for offsets, tokens in shards for a, b in zip(offsets, offsets[1:])]
-
-
-def ids(text):
-    return [VOCAB.index(word) for word in text.split()]
-
-
-def texts_of(documents):
-    return [" ".join(VOCAB[token] for token in document) for document in documents]
-
-
-def files_of(out="out"):
-    """{name: bytes} of a shard directory, without the report, which holds wall-clock times."""
-    return {path.name: path.read_bytes() for path in Path(out).iterdir() if path.name != "report.json"}
-
-
-def state_of(directory):
-    """{path: (time of last change, bytes)} of everything below."""
-    files = [path for path in Path(directory).rglob("*") if path.is_file()]
-    return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
-
-
-def text_report():
-    return json.loads(Path("out/report.json").read_text())
-
-
-def only_whole_files(out="out"):
-    names = set(os.listdir(out))
-    return {"tokenizer.json", "manifest.json", "report.json"} <= names and all(name.endswith((".json", ".bin")) for name in names)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sources
-
-
-@pytest.mark.parametrize(
-    "files, source, options, expected",
-    [
-        ({"a.txt": b"w1 w2\n\nw3"}, "a.txt", {}, ["w1 w2", "w3"]),
-        ({"a.txt": b"w1\nw2\n\n \n\nw3\nw4\n"}, "a.txt", {"doc_sep": "blank"}, ["w1 w2", "w3 w4"]),
-        ({"a.txt": b"w1\r\nw2\r\n\r\nw3"}, "a.txt", {"doc_sep": "blank"}, ["w1 w2", "w3"]),
-        ({"a.txt": b"w1\n\nw2\n", "b.txt": b"w3"}, "a.txt,b.txt", {"doc_sep": "file"}, ["w1 w2", "w3"]),
-        ({"a.jsonl": b'{"text": "w1 w2"}\n\n{"id": 7, "text": "w3"}'}, "a.jsonl", {}, ["w1 w2", "w3"]),
-        ({"a.jsonl": '{"text": "w1\u2028w2\x85 w3"}\n'.encode()}, "a.jsonl", {}, ["w1 w2 w3"]),
-        ({"a.jsonl": b'\xef\xbb\xbf{"text": "w1\\nw2"}\r\n{"text": "w3"}\r\n'}, "a.jsonl", {}, ["w1 w2", "w3"]),
-        ({"a.jsonl": b'{"text": 1, "body": "w1"}\n'}, "a.jsonl", {"text_key": "body"}, ["w1"]),
-        ({"a.json": b'{"text": "w1"}\n{"text": "w2"}\n'}, "a.json", {"doc_sep": "file"}, ["w1", "w2"]),
-        ({"a.txt.gz": gzip.compress(b"w1\nw2\n") + gzip.compress(b"w3\n")}, "a.txt.gz", {}, ["w1", "w2", "w3"]),
-        ({"a.jsonl.xz": lzma.compress(b'{"text": "w1"}\n')}, "a.jsonl.xz", {}, ["w1"]),
-        ({"A.TXT": b"w1\n"}, "A.TXT", {}, ["w1"]),
-        (
-            {"d/b.txt": b"w2", "d/a/z.json.gz": gzip.compress(b'{"text": "w1"}'), "d/c.md": b"w4", "d/.h.txt": b"w5",
-             "d/c.jsonl.xz": lzma.compress(b'{"text": "w3"}')},
-            "d", {}, ["w1", "w2", "w3"],
-        ),
-        ({"d/b.txt": b"w2", "d/a.txt": b"w1", "d/c.md": b"w3"}, "d/*.txt", {}, ["w1", "w2"]),
-        ({"d/e/b.txt": b"w2", "d/a.txt": b"w1"}, "d/**/*.txt", {}, ["w1", "w2"]),
-        ({"d/b.txt": b"w2", "a.txt": b"w1", "c.txt": b"w3"}, "c.txt, d,,a.txt", {}, ["w3", "w2", "w1"]),
-        ({"a.txt": b"w1\nw2\n", "b.txt": b"w3\nw4\n"}, "a.txt,b.txt", {"max_docs": 3}, ["w1", "w2", "w3"]),
-        ({"a.txt": b"w1\nw2\n", "b.txt": b"w3\nw4\n"}, "a.txt,b.txt", {"max_docs": 2}, ["w1", "w2"]),
-        ({"a.txt": b"w1\nw2\n"}, "a.txt", {"max_docs": 5}, ["w1", "w2"]),
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize("small", [False, True])
-def test_sources(monkeypatch, files, source, options, expected, small):
-    if small:  # every document a batch of its own, every file a unit
-        monkeypatch.setattr(prepare_c4, "BATCH_CHARS", 1)
-        monkeypatch.setattr(prepare_c4, "UNIT_BYTES", 1)
-    write_files(files)
-    prepare(source=source, val_fraction=0, **options)
-    assert stored() == [ids(text) for text in expected] and stored("val") == []
-    assert only_whole_files() and data.verify("out") > 0
-
-
-def test_a_byte_order_mark_and_line_ends_are_no_part_of_the_text():
-    """BERT's tokenizers would drop them, but the hash that decides about holding out sees the text."""
-    cfg = prepare_c4.PrepareConfig(doc_sep="file")
-    write_files({"a.txt": b"\xef\xbb\xbfw1  w2 \r\nw3\n\xef\xbb\xbfw4\rw5\r\n", "b.txt.gz": gzip.compress(b"\xef\xbb\xbfw1\r\n")})
-    assert list(prepare_c4.documents("file", "a.txt", cfg, Counter())) == ["w1  w2 \nw3\n\ufeffw4\rw5"]
-    assert list(prepare_c4.documents("file", "b.txt.gz", cfg, Counter())) == ["w1"]
-
-
-def test_a_file_name_with_brackets_is_no_pattern():
-    write_files({"a[1].txt": b"w1\n", "d[2]/b.txt": b"w2\n", "a1.txt": b"w3\n"})
-    prepare(source="a[1].txt,d[2]", val_fraction=0)
-    assert texts_of(stored()) == ["w1", "w2"]
-
-
-def test_half_a_surrogate_pair_is_no_traceback():
-    """JSON may spell one, no UTF-8 can hold it: left out, replaced or refused, but the other documents are right."""
-    write_files({"a.jsonl": b'{"text": "w1"}\n{"text": "\\ud800 w2"}\n{"text": "w3"}\n'})
-    try:
-        prepare(source="a.jsonl", val_fraction=0, skip_bad_lines=1)
-    except SystemExit as stopped:
-        assert stopped.code == 2
-    else:
-        assert [document for document in stored() if document[0] in ids("w1 w3")] == [ids("w1"), ids("w3")]
-
-
-def test_the_standard_library(monkeypatch):
-    """A small one: docstrings of what is not skipped, and pydoc's topics."""
-    long = "w1 w2 w3 w4 w5 w6 w7 w8 w9 w10 w11 w12 w13 w14"
-    write_files(
-        {
-            "lib/m.py": f'"""{long} w20"""\nclass C:\n    """{long} w21"""\n    def f():\n        """Short."""\n'.encode(),
-            "lib/p/n.py": f'async def f():\n    """{long} w22\n\n    w23"""\n'.encode(),
-            "lib/p/same.py": f'"""{long} w20"""\n'.encode(),
-            "lib/p/latin.py": f'# coding: latin-1\n"""{long} \xe9"""\n'.encode("latin-1"),
-            "lib/p/broken.py": b"def\n",
-            "lib/p/nul.py": b"\0",
-            "lib/site-packages/m.py": f'"""{long} w30"""\n'.encode(),
-            "lib/test/m.py": f'"""{long} w31"""\n'.encode(),
-        }
-    )
-    monkeypatch.setattr(prepare_c4.sysconfig, "get_path", lambda name: "lib")
-    uncached = functools.cache(prepare_c4.stdlib_documents.__wrapped__)
-    monkeypatch.setattr(prepare_c4, "stdlib_documents", uncached)
-    texts = uncached()
-    assert [text for text in texts if text.startswith("w1")] == [f"{long} {end}" for end in ("w20", "w21", "w22\n\nw23", "é")]
-    assert len(texts) > 50 and texts == sorted(texts)
-    prepare(source="stdlib", train_tokenizer=300, val_docs=4, max_docs=40)
-    assert data.verify("out") == 2 and len(stored("val")) == 4 and len(stored()) == 36
-
-
-def test_the_standard_library_of_this_python():
-    texts = prepare_c4.stdlib_documents()
-    assert len(texts) > 3000 and sum("Return" in text for text in texts) > 500
-    assert not any("\ufeff" in text or text != text.strip("\n") for text in texts)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Units, interruption
@@ -218,7 +35,6 @@ def test_the_number_of_processes_does_not_matter(corpus, capsys):
     prepare(**corpus)
     prepare(**corpus, workers=2, out="two")
     assert files_of("two") == files_of() and only_whole_files("two")
-    assert "unit 4 of 4 done" in capsys.readouterr().err
     assert len({name[:11] for name in files_of() if name.startswith("train")}) == 4
     assert sorted(texts_of(stored() + stored("val"))) == sorted(text for i in range(4) for text in make_texts(30, seed=i))
 
@@ -342,10 +158,6 @@ def test_another_option_is_refused(corpus, monkeypatch, capsys, finished, option
     before = state_of("out")
     error = prepare_fails(capsys, **{**corpus, option: value})
     assert error.startswith("error: out: made with other ") and option in error and state_of("out") == before
-
-
-def raise_interrupt(*_):
-    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("change", ["grown", "added", "removed"])
@@ -535,81 +347,6 @@ def test_a_tokenizer_is_not_trained_on_what_is_held_out():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# C4, without the network
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """A hub with two training files and a validation file, as (texts, breaks, calls, waits).
-
-    breaks: {file: places where reading fails, one after the other}. calls: what load_dataset got. waits: seconds slept.
-    """
-    datasets = pytest.importorskip("datasets")
-    texts = {name: [f"{text} w{i}" for text in make_texts(6, seed=i)] for i, name in enumerate(["en/t0", "en/t1", "en/v0"])}
-    breaks, calls, waits = {name: [] for name in texts}, [], []
-
-    def load_dataset(*arguments, **options):
-        calls.append((arguments, options))
-        name = options["data_files"]["train"]
-        stop = breaks[name].pop(0) if breaks[name] else None
-        if stop == "at once":
-            raise ConnectionError("no route\nto host")
-
-        def rows():
-            for i, text in enumerate(texts[name]):
-                if i == stop:
-                    raise ConnectionError("reset by peer")
-                yield {"text": text, "url": "http://w1"}
-
-        return datasets.IterableDataset.from_generator(rows)
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(prepare_c4.time, "sleep", waits.append)
-    monkeypatch.setattr(prepare_c4, "C4_FILES", {"train": ("en/t%d", 2), "val": ("en/v%d", 1)})
-    return texts, breaks, calls, waits
-
-
-def test_c4(hub):
-    texts, _, calls, waits = hub
-    prepare(source="c4")
-    assert texts_of(stored()) == texts["en/t0"] + texts["en/t1"] and texts_of(stored("val")) == texts["en/v0"]
-    expected = {"split": "train", "streaming": True}
-    assert calls == [(("allenai/c4",), {"data_files": {"train": name}, **expected}) for name in texts] and not waits
-    assert {"train_00000_000.bin", "train_00001_000.bin", "val_00002_000.bin"} < set(os.listdir("out"))
-
-
-def test_c4_beside_other_files(hub):
-    """The files' share is held out by hash, C4's by file."""
-    texts = hub[0]
-    write_texts("a.txt", make_texts(40, seed=9))
-    prepare(source="a.txt,c4", val_docs=8)
-    held_out = set(texts_of(stored("val")))
-    assert set(texts["en/v0"]) < held_out and len(held_out) == 6 + 8
-    assert held_out - set(texts["en/v0"]) < set(make_texts(40, seed=9))
-
-
-def test_a_broken_connection_loses_and_doubles_nothing(hub):
-    texts, breaks, calls, waits = hub
-    breaks.update({"en/t0": [0, "at once", 3, 3], "en/t1": [5], "en/v0": [1, 2]})
-    prepare(source="c4")
-    assert texts_of(stored()) == texts["en/t0"] + texts["en/t1"] and texts_of(stored("val")) == texts["en/v0"]
-    assert waits == [1, 2, 4, 8, 1, 1, 2] and len(calls) == 5 + 2 + 3
-
-
-def test_a_file_of_the_hub_that_cannot_be_read(hub, capsys):
-    texts, breaks, calls, waits = hub
-    breaks["en/t1"] = [2, 2, 2, 2, "at once"]
-    error = prepare_fails(capsys, source="c4")
-    assert error.startswith("error: allenai/c4 en/t1: cannot be read: ConnectionError: no route to host (5 attempts")
-    assert waits == [1, 2, 4, 8] and len(calls) == 1 + prepare_c4.READ_ATTEMPTS
-    assert not os.path.exists("out/manifest.json")
-    calls.clear()
-    prepare(source="c4")
-    assert [options["data_files"]["train"] for _, options in calls] == ["en/t1", "en/v0"]  # goes on where it stopped
-    assert texts_of(stored()) == texts["en/t0"] + texts["en/t1"] and texts_of(stored("val")) == texts["en/v0"]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Mistakes, and the report
 
 
@@ -624,7 +361,8 @@ PACKED = random.Random(0).randbytes(5000).hex().encode()  # text that does not s
         ({}, {"out": None}, "--out: not given"),
         ({}, {"source": "a.txt,no.txt"}, "no.txt: no such source"),
         ({}, {"source": "no/*.txt"}, "no/*.txt: no such source"),
-        ({"b.csv": b"w1"}, {"source": "b.csv"}, "b.csv: unknown kind of file"),
+        ({"b.tar": b"w1"}, {"source": "b.tar"}, "b.tar: unknown kind of file"),
+        ({"b.parquet.gz": b"w1"}, {"source": "b.parquet.gz"}, "b.parquet.gz: unknown kind of file"),
         ({"b.gz": b"w1"}, {"source": "b.gz"}, "b.gz: unknown kind of file"),
         ({"d/b.md": b"w1"}, {"source": "d"}, "d: no such source"),
         ({"b.jsonl": JSON_LINES + b"w3\n"}, {"source": "b.jsonl"}, "b.jsonl:3: not valid JSON: "),
@@ -715,10 +453,15 @@ def test_report(capsys):
     expected = {
         "documents": 4, "documents_held_out": 1, "documents_empty": 2, "bad_lines_skipped": 1,
         "tokens": 210, "tokens_held_out": len(held_out), "vocab_size": len(VOCAB),
+        "documents_duplicate": 0, "duplicates_removed": False, "bytes_per_token": round((len("w1w1 ? w2W3 w4 w5 w6xy") + len(words)) / 210, 4),
         "tokens_per_word": round(210 / 208, 4), "unknown_percent": round(100 / 210, 4),
         "fill_at_128": round((3 + 5 + 8 + 128) / (4 * 128), 4), "fill_at_512": round((3 + 5 + 8 + 202) / (4 * 512), 4),
-        "lengths": {"1-1": 1, "2-3": 1, "4-7": 1, "128-255": 1}, "characters": sum(map(len, texts)),
+        "lengths": {"1-1": 1, "2-3": 1, "4-7": 1, "128-255": 1}, "characters": sum(map(len, texts)) - 1,
     }  # fmt: skip
     assert {name: report[name] for name in expected} == expected
-    assert set(report) - set(expected) == {"seconds", "tokens_per_second", "megabytes_per_second"}
+    assert set(report) - set(expected) == {"longest", "seconds", "tokens_per_second", "megabytes_per_second"}
+    assert [(entry["characters"], entry["document"]) for entry in report["longest"]] == [(len(words), 4), (13, 3), (7, 2), (2, 1)]
+    assert report["longest"][0] == {
+        "characters": len(words), "file": "a.jsonl", "from_byte": 0, "document": 4, "text": words[:80]
+    }  # fmt: skip
     assert all(name in printed for name in report)
