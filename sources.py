@@ -121,13 +121,13 @@ def pieces_of_hub(repo, config, known, names=None):
 
 def list_hub(repo, config, names):
     """(commit, {file: split}, {file: bytes}) of a dataset, from the hub or, with HF_HUB_OFFLINE=1, its local copy."""
-    import huggingface_hub
+    from huggingface_hub import HfApi, constants, snapshot_download
 
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        path = huggingface_hub.snapshot_download(repo, repo_type="dataset", local_files_only=True)
+    if constants.HF_HUB_OFFLINE:
+        path = snapshot_download(repo, repo_type="dataset", local_files_only=True)
         commit, root = os.path.basename(path), path
     else:
-        path, commit = repo, huggingface_hub.HfApi().dataset_info(repo).sha
+        path, commit = repo, HfApi().dataset_info(repo).sha
         root = f"hf://datasets/{repo}@{commit}"
     if names is None:
         from datasets import load_dataset_builder
@@ -140,7 +140,7 @@ def list_hub(repo, config, names):
     if path == root:
         sizes = {name: os.path.getsize(os.path.join(root, name)) for name in names}
     else:
-        infos = huggingface_hub.HfApi().get_paths_info(repo, list(names), revision=commit, repo_type="dataset")
+        infos = HfApi().get_paths_info(repo, list(names), revision=commit, repo_type="dataset")
         sizes = {info.path: info.size for info in infos}
     return commit, names, sizes
 
@@ -219,18 +219,13 @@ def open_bytes(path):
     """The bytes of a local file, or of one of the hub, as they are stored."""
     if not path.startswith("hf://"):
         return open(path, "rb")
-    import huggingface_hub
+    from huggingface_hub import constants, hf_hub_download
 
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE:
         repo, _, rest = path.removeprefix("hf://datasets/").partition("@")
         commit, _, name = rest.partition("/")
-        copy = patiently(
-            lambda: huggingface_hub.hf_hub_download(
-                repo, name, revision=commit, repo_type="dataset", local_files_only=True
-            ),
-            path,
-        )
-        return open(copy, "rb")
+        where = {"revision": commit, "repo_type": "dataset", "local_files_only": True}
+        return open(patiently(lambda: hf_hub_download(repo, name, **where), path), "rb")
     return io.BufferedReader(HubFile(path), 2**20)
 
 

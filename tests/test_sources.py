@@ -6,19 +6,44 @@ import io
 import json
 import lzma
 import os
+import random
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 import data
 import prepare_c4
 import sources
-from corpus import ids, make_texts, only_whole_files, prepare, prepare_fails, raise_interrupt
-from corpus import stored, texts_of, workplace, write_files, write_texts  # noqa: F401
+from corpus import VOCAB, ids, make_texts, only_whole_files, prepare, prepare_fails, raise_interrupt
+from corpus import stored, text_report, texts_of, workplace, write_files, write_texts, write_vocab  # noqa: F401
+from toy import make_tokenizer
+
+JSON_LINES = b'{"text": "w1"}\n{"text": "w2"}\n'
+PACKED = random.Random(0).randbytes(5000).hex().encode()  # text that does not shrink to nothing
+
+
+def zstd(contents):
+    """A frame of Zstandard."""
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as file:
+        file.write(contents)
+    return sink.getvalue().to_pybytes()
+
+
+def parquet(rows_a_group=None, **columns):
+    """The bytes of a Parquet file."""
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.table(columns), sink, row_group_size=rows_a_group)
+    return sink.getvalue().to_pybytes()
+
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sources
+# Kinds of files
 
 
 @pytest.mark.parametrize(
@@ -36,6 +61,18 @@ from corpus import stored, texts_of, workplace, write_files, write_texts  # noqa
         ({"a.txt.gz": gzip.compress(b"w1\nw2\n") + gzip.compress(b"w3\n")}, "a.txt.gz", {}, ["w1", "w2", "w3"]),
         ({"a.jsonl.xz": lzma.compress(b'{"text": "w1"}\n')}, "a.jsonl.xz", {}, ["w1"]),
         ({"A.TXT": b"w1\n"}, "A.TXT", {}, ["w1"]),
+        ({"a.json": b'\n [{"text": "w1"},\n {"text": "w2 w3"}]\n'[1:]}, "a.json", {}, ["w1", "w2 w3"]),
+        ({"a.json": b"[]", "b.txt": b"w1"}, "a.json,b.txt", {}, ["w1"]),
+        ({"a.csv": b'\xef\xbb\xbfid,text\r\n1,"w1 w2\nw3"\r\n\r\n2,w4\r\n3,"w5 ""w6"""\r\n'}, "a.csv", {"tokenizer": "quote.txt"}, ["w1 w2 w3", "w4", 'w5 " w6 "']),
+        ({"a.csv.gz": gzip.compress(b"body\nw1\nw2\n")}, "a.csv.gz", {"text_key": "body"}, ["w1", "w2"]),
+        ({"a.tsv": b'text\tid\nw1 w2\t1\n\nw3\t"2\n'}, "a.tsv", {}, ["w1 w2", "w3"]),
+        ({"a.parquet": parquet(text=["w1 w2", "w3"], id=[1, 2])}, "a.parquet", {}, ["w1 w2", "w3"]),
+        ({"a.parquet": parquet(rows_a_group=2, body=[f"w{i}" for i in range(5)])}, "a.parquet", {"text_key": "body"}, ["w0", "w1", "w2", "w3", "w4"]),
+        ({"a.txt.zst": zstd(b"w1\nw2\n") + zstd(b"w3\n")}, "a.txt.zst", {}, ["w1", "w2", "w3"]),
+        ({"d/a.jsonl.zst": zstd(JSON_LINES), "d/b.csv": b"text\nw3\n", "d/c.parquet": parquet(text=["w4"])}, "d", {}, ["w1", "w2", "w3", "w4"]),
+        ({"a.txt": b"w1 \x00 w2\nw\x003\n"}, "a.txt", {}, ["w1 w2", "w3"]),
+        ({"a.csv": b"text\nw1 \x00 w2\n"}, "a.csv", {}, ["w1 w2"]),
+        ({"a.jsonl": b'{"text": "w1 \\u0000 w2"}'}, "a.jsonl", {}, ["w1 w2"]),
         (
             {"d/b.txt": b"w2", "d/a/z.json.gz": gzip.compress(b'{"text": "w1"}'), "d/c.md": b"w4", "d/.h.txt": b"w5",
              "d/c.jsonl.xz": lzma.compress(b'{"text": "w3"}')},
@@ -55,8 +92,10 @@ def test_sources(monkeypatch, files, source, options, expected, small):
         monkeypatch.setattr(prepare_c4, "BATCH_CHARS", 1)
         monkeypatch.setattr(prepare_c4, "UNIT_BYTES", 1)
     write_files(files)
+    write_vocab([*VOCAB, '"'], "quote.txt")
     prepare(source=source, val_fraction=0, **options)
-    assert stored() == [ids(text) for text in expected] and stored("val") == []
+    assert stored() == [[len(VOCAB) if word == '"' else VOCAB.index(word) for word in text.split()] for text in expected]
+    assert stored("val") == []
     assert only_whole_files() and data.verify("out") > 0
 
 
@@ -114,6 +153,166 @@ def test_the_standard_library_of_this_python():
     texts = sources.stdlib_documents()
     assert len(texts) > 3000 and sum("Return" in text for text in texts) > 500
     assert not any("\ufeff" in text or text != text.strip("\n") for text in texts)
+
+
+@pytest.mark.parametrize("ends", [b"\n", b"\r\n"])
+def test_a_large_plain_file_is_cut_into_stretches(monkeypatch, ends):
+    """Every line is read once, whichever bytes the cuts fall on; empty lines and one longer than a stretch too."""
+    lines = [b"w%d" % i + b" w7" * (i % 5) for i in range(200)] + [b"", b"", b"w9 " * 300, b"w1"]
+    Path("a.txt").write_bytes(ends.join(lines))
+    Path("a.jsonl").write_bytes(ends.join(b'{"text": "%s"}' % line for line in lines))
+    cfg, expected = prepare_c4.PrepareConfig(), [line.decode() for line in lines]
+    for step in (1, 2, 7, 64, 501, 10**6):
+        monkeypatch.setattr(sources, "STRETCH_BYTES", step)
+        for name in ("a.txt", "a.jsonl"):
+            pieces = sources.list_pieces(name)
+            assert pieces[-1].end == os.path.getsize(name) and len(pieces) == -(-pieces[-1].end // step)
+            assert [text for piece in pieces for text in sources.documents(piece, cfg, Counter())] == expected
+
+
+def test_errors_in_a_stretch_name_the_line_of_the_file(monkeypatch, capsys):
+    monkeypatch.setattr(sources, "STRETCH_BYTES", 50)
+    for line in (1, 2, 17, 59, 60):
+        lines = [b'{"text": "w%d"}' % i for i in range(60)]
+        lines[line - 1] = b"{"
+        Path("a.jsonl").write_bytes(b"\n".join(lines))
+        error = prepare_fails(capsys, source="a.jsonl", val_fraction=0, out=f"out{line}")
+        assert error.startswith(f"error: a.jsonl:{line}: not valid JSON")
+
+
+def test_a_line_of_50_megabytes():
+    """Read, and tokenized only as far as asked for."""
+    with open("a.jsonl", "wb") as file:
+        file.write(b'{"text": "w1 ' + b"w2 " * (50 * 2**20 // 3) + b'"}\n{"text": "w3"}\n')
+    prepare(source="a.jsonl", val_fraction=0, max_doc_tokens=126)
+    assert stored() == [ids("w1" + " w2" * 125), ids("w3")]
+    assert text_report()["longest"][0]["characters"] == 3 + 50 * 2**20 // 3 * 3
+
+
+@pytest.mark.parametrize("name, contents", [("a.txt.gz", gzip.compress(b"w1\n")), ("a.parquet", parquet(text=["w1"])), ("a.txt", b"w1\n")])
+def test_a_file_without_permission(capsys, name, contents):
+    write_files({name: contents})
+    os.chmod(name, 0)
+    os.chmod(".", 0o777)
+    user = os.geteuid()
+    if user == 0:  # may read everything
+        os.seteuid(65534)
+    try:
+        assert prepare_fails(capsys, source=name) == f"error: {name}: Permission denied\n"
+    finally:
+        os.seteuid(user)
+
+
+@pytest.mark.parametrize(
+    "files, options, says",
+    [
+        ({"b.csv": b"w1"}, {"source": "b.csv"}, "b.csv:1: no column 'text' (found: w1; see --text_key)"),
+        ({"b.tsv": b"id\ttext\n1\n"}, {"source": "b.tsv"}, "b.tsv:2: 1 columns, expected 2 (is a tab outside quotes?)"),
+        ({"b.csv": b"id,text\n1,w1,w2\n"}, {"source": "b.csv"}, "b.csv:2: 3 columns, expected 2 (is a comma outside quotes?)"),
+        ({"b.csv": b'text\nw1\n"w2\nw3\n'}, {"source": "b.csv"}, "b.csv:4: unexpected end of data (is a quote not closed?)"),
+        ({"b.csv": b"text\nw1\nw\xff\n"}, {"source": "b.csv"}, "b.csv:3: not UTF-8: "),
+        ({"b.csv": b""}, {"source": "b.csv"}, "b.csv: no text to train on"),
+        ({"b.json": b'[{"text": "w1"}, {"tex": "w2"}]'}, {"source": "b.json"}, "b.json: record 2: no 'text' (keys: tex;"),
+        ({"b.json": b'[{"text": "w1"},'}, {"source": "b.json"}, "b.json: not valid JSON: "),
+        ({"b.parquet": b"w1"}, {"source": "b.parquet"}, "b.parquet: "),
+        ({"b.parquet": parquet(text=["w1"] * 50)[:-20]}, {"source": "b.parquet"}, "b.parquet: "),
+        ({"b.parquet": parquet(body=["w1"])}, {"source": "b.parquet"}, "b.parquet: no column 'text' (found: body; see --text_key)"),
+        ({"b.parquet": parquet(text=[1, 2])}, {"source": "b.parquet"}, "b.parquet: 'text' is int64 (expected strings"),
+        ({"b.parquet": parquet(text=["w1", None])}, {"source": "b.parquet"}, "b.parquet:2: 'text' is null (row 2)"),
+        ({"b.txt.zst": zstd(b"w1\n" + PACKED)[:-9]}, {"source": "b.txt.zst"}, "b.txt.zst:1: Truncated compressed stream (truncated, or not a .zst"),
+        ({"b.txt.zst": b"w1\nw2\n"}, {"source": "b.txt.zst"}, "b.txt.zst:1: ZSTD decompress failed"),
+        ({"d/.hidden": b""}, {"source": "d"}, "d: no such source"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_read(capsys, files, options, says):
+    write_files(files)
+    error = prepare_fails(capsys, val_fraction=0, **options)
+    assert error.startswith(f"error: {says}") and len(error) < 300
+    assert not list(Path().rglob("manifest.json"))
+
+
+def test_rows_that_cannot_be_read_may_be_left_out():
+    write_files({
+        "a.csv": b'id,text\n1,w1\n2\n3,w2\n4,"w9"x\n5,w3\n', "b.parquet": parquet(text=["w4", None, "w5"]),
+        "c.json": b'[{"text": "w6"}, 7, {"text": "w7"}]',
+    })  # fmt: skip
+    prepare(source="a.csv,b.parquet,c.json", val_fraction=0, skip_bad_lines=4)
+    assert texts_of(stored()) == [f"w{i}" for i in range(1, 8)] and text_report()["bad_lines_skipped"] == 4
+
+
+def test_skip_bad_lines_counts_all_units(monkeypatch, capsys):
+    """And with a higher number the run goes on with what it has done."""
+    monkeypatch.setattr(prepare_c4, "UNIT_BYTES", 1)
+    for i in range(4):
+        Path(f"{i}.jsonl").write_bytes(b'{"text": "w%d"}\n{\n' % i)
+    error = prepare_fails(capsys, source="?.jsonl", val_fraction=0, skip_bad_lines=2)
+    assert error.startswith("error: ?.jsonl: 3 lines cannot be read, --skip_bad_lines=2 may be left out (with a higher")
+    prepare(source="?.jsonl", val_fraction=0, skip_bad_lines=4)
+    assert "3 of 4 units were done before" in capsys.readouterr().out
+    assert texts_of(stored()) == ["w0", "w1", "w2", "w3"] and text_report()["bad_lines_skipped"] == 4
+
+
+@pytest.mark.parametrize("name", ["a.txt.zst", "a.parquet"])
+def test_a_missing_package_is_named(monkeypatch, capsys, name):
+    write_files({name: zstd(b"w1\n") if name.endswith("zst") else parquet(text=["w1"])})
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    error = prepare_fails(capsys, source=name)
+    assert error.startswith(f"error: {name}: .") and "need pyarrow" in error and "(pip install pyarrow)" in error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The hub's own libraries, from a local copy
+
+
+def write_copy(kind, repo, files, commit="0123abcd" * 5):
+    """What huggingface_hub keeps of a repository that was downloaded."""
+    root = Path("hub", f"{kind}--{repo.replace('/', '--')}")
+    write_files({f"{root}/refs/main": commit.encode(), **{f"{root}/snapshots/{commit}/{name}": text for name, text in files.items()}})
+    return commit
+
+
+def prepare_offline(**options):
+    """prepare_c4.py as a user starts it without a network."""
+    argv = [f"--{name}={value}" for name, value in {"out": "out", "workers": 1, **options}.items()]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": os.path.abspath("hub"), "HF_HOME": os.path.abspath("home")}
+    script = Path(prepare_c4.__file__)
+    return subprocess.run([sys.executable, str(script), *argv], env=environment, capture_output=True, text=True)
+
+
+def test_a_dataset_and_a_tokenizer_of_the_hub_from_a_local_copy():
+    """The dataset's card says which files are of which configuration and split."""
+    card = b"""---
+configs:
+- config_name: en
+  data_files:
+  - split: train
+    path: en/train-*
+  - split: validation
+    path: en/val.jsonl
+- config_name: rows
+  data_files: rows/*.parquet
+---
+"""
+    commit = write_copy("datasets", "someone/some.texts", {
+        "README.md": card, "en/train-0.jsonl": JSON_LINES, "en/train-1.jsonl": b'{"text": "w3"}', "en/val.jsonl": b'{"text": "w9"}',
+        "rows/a.parquet": parquet(text=["w4"], id=[1]),
+    })  # fmt: skip
+    make_tokenizer("tokenizer.json")
+    write_copy("models", "google-bert/bert-base-uncased", {"tokenizer.json": Path("tokenizer.json").read_bytes()})
+    result = prepare_offline(source="someone/some.texts:en", val_fraction=0)
+    assert result.returncode == 0, result.stderr
+    assert stored() == [[6], [7], [8]]
+    manifest = json.loads(Path("out/manifest.json").read_text())
+    prefix = f"hf://datasets/someone/some.texts@{commit}/en"
+    assert [piece[0] for piece in manifest["sources"]] == [f"{prefix}/train-0.jsonl", f"{prefix}/train-1.jsonl"]
+    result = prepare_offline(source="someone/some.texts:rows", tokenizer="tokenizer.json", val_fraction=0, out="rows")
+    assert result.returncode == 0 and stored(out="rows") == [[9]], result.stderr
+    for source, says in (
+        ("someone/some.texts:fr", "someone/some.texts: cannot be read: ValueError: BuilderConfig 'fr' not found"),
+        ("someone/else", "someone/else: cannot be read: LocalEntryNotFoundError"),
+    ):
+        result = prepare_offline(source=source, out="no")
+        assert result.returncode == 2 and result.stderr.startswith(f"error: {says}") and result.stderr.count("\n") == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
