@@ -17,8 +17,9 @@ pure functions of (seed, source, epoch, sample, position): nothing is drawn from
 and go on with any number of processes without a state to store, and without reading anything it does not need. Several
 directories, the sources, can be mixed: their shares are exact in every MIXTURE_PERIOD samples.
 
-Nothing here grows with the corpus but the number of open files: offsets and tokens are mapped, not read. Where documents
-are cut into chunks, the first sample of every INDEX_DOCS documents is found once and kept as DIRECTORY.chunks/*.npy.
+Nothing here grows with the corpus but the number of open files: of offsets and tokens, what a batch needs is read. Where
+documents are cut into chunks, the first sample of every INDEX_DOCS documents is found once, and kept beside the directory
+as DIRECTORY.chunks/*.npy.
 
     python data.py --verify=DIR   checks every digest and every token
     python data.py --bench=DIR    how fast one core makes micro-batches
@@ -30,7 +31,6 @@ import concurrent.futures
 import contextlib
 import hashlib
 import json
-import mmap
 import os
 import resource
 import struct
@@ -99,16 +99,50 @@ def write_shard(path, documents, bytes_per_token, tokenizer_digest):
     }
 
 
+@dataclass
+class Shard:
+    """A shard file, open. What is asked for is read, not mapped: mapped pages would count as the process's memory."""
+
+    path: str
+    file: "io.FileIO"
+    num_docs: int
+    num_tokens: int
+    bytes_per_token: int
+
+    def offsets(self, start, stop):
+        """Of documents `start` to `stop`, or to the last: where each begins, and where the last ends, (n,) uint64."""
+        return self._read("<u8", HEADER.size, start, min(stop, self.num_docs) + 1)
+
+    def tokens(self, start, stop):
+        """(stop - start,) uint16 or uint32."""
+        return self._read(f"<u{self.bytes_per_token}", HEADER.size + 8 * (self.num_docs + 1), start, stop)
+
+    def _read(self, dtype, where, start, stop):
+        size = int(dtype[2])
+        found = os.pread(self.file.fileno(), size * (stop - start), where + size * start)
+        if len(found) < size * (stop - start):
+            raise UserError(f"{self.path}: shorter than when it was opened (damaged; prepare again)", True)
+        return np.frombuffer(found, dtype)
+
+    def arrays(self):
+        """(offsets, tokens), all of them, as read-only memory maps."""
+        offsets = np.memmap(self.path, "<u8", "r", HEADER.size, (self.num_docs + 1,))
+        tokens = np.empty(0, f"<u{self.bytes_per_token}")
+        if self.num_tokens:  # an empty range cannot be mapped
+            start = HEADER.size + 8 * (self.num_docs + 1)
+            tokens = np.memmap(self.path, tokens.dtype, "r", start, (self.num_tokens,))
+        return np.asarray(offsets), np.asarray(tokens)
+
+
 def open_shard(path, tokenizer_digest, vocab_size, check_tokens=True):
-    """(offsets, tokens) of a shard as read-only arrays over the file, after checking its size, header, and outer offsets.
+    """A Shard, after checking its size, header, and outer offsets.
 
     Raises: UserError naming the file when it is damaged or was made with another tokenizer.
     """
     try:
         size = os.path.getsize(path)
-        with open(path, "rb") as file:
-            header = file.read(HEADER.size)
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+        file = open(path, "rb", buffering=0)
+        header = file.read(HEADER.size)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror} (a shard of the manifest is missing; prepare again)") from None
     if len(header) < HEADER.size or header[:8] != MAGIC:
@@ -121,14 +155,14 @@ def open_shard(path, tokenizer_digest, vocab_size, check_tokens=True):
         raise UserError(f"{path}: {size} bytes, but its header says {expected} (truncated or damaged; prepare again)")
     if digest != tokenizer_digest:
         raise UserError(f"{path}: made with another tokenizer than the tokenizer.json beside it (prepare again)")
-    offsets = np.frombuffer(mapped, "<u8", num_docs + 1, HEADER.size)
-    tokens = np.frombuffer(mapped, f"<u{bytes_per_token}", num_tokens, size - bytes_per_token * num_tokens)
-    if offsets[0] != 0 or offsets[-1] != num_tokens:
+    shard = Shard(path, file, num_docs, num_tokens, bytes_per_token)
+    if shard.offsets(0, 0)[0] != 0 or shard.offsets(num_docs, num_docs)[0] != num_tokens:
         raise UserError(f"{path}: offsets do not cover the tokens (damaged; prepare again)")
-    if check_tokens and num_tokens and tokens.max() >= vocab_size:
-        raise UserError(f"{path}: token id {tokens.max()} outside the vocabulary of {vocab_size} (damaged shard)")
-    mapped.madvise(mmap.MADV_RANDOM)  # samples come in random order: reading ahead would read 30 times as much
-    return offsets, tokens
+    if check_tokens and num_tokens and (highest := shard.arrays()[1].max()) >= vocab_size:
+        raise UserError(f"{path}: token id {highest} outside the vocabulary of {vocab_size} (damaged shard)")
+    if hasattr(os, "posix_fadvise"):  # samples come in random order: reading ahead would read 30 times as much
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+    return shard
 
 
 def allow_open_files(count):
@@ -273,7 +307,8 @@ class Source:
         allow_open_files(len(self.paths))
         digest = bytes.fromhex(self.tokenizer_sha256)
         self.shards = [open_shard(path, digest, vocab_size, check_tokens=small) for path in self.paths]
-        num_docs = [len(offsets) - 1 for offsets, _ in self.shards]
+        num_docs = [shard.num_docs for shard in self.shards]
+        self.num_tokens = np.array([shard.num_tokens for shard in self.shards], np.int64)
         self.shard_starts = np.concatenate([[0], np.cumsum(num_docs)]).astype(np.int64)  # in documents
         if chunk:
             blocks = [-(-count // INDEX_DOCS) for count in num_docs]
@@ -310,11 +345,10 @@ class Source:
 
     def _make_index(self):
         counts = [np.zeros(1, np.int64)]
-        for path, (offsets, _) in zip(self.paths, self.shards):
-            # Read, not mapped: mapped pages would count as this process's memory.
-            lengths = np.diff(np.fromfile(path, "<u8", len(offsets), offset=HEADER.size).astype(np.int64))
+        for shard in self.shards:
+            lengths = np.diff(shard.offsets(0, shard.num_docs).astype(np.int64))
             if (lengths < 0).any():
-                raise UserError(f"{path}: offsets out of order (damaged; prepare again)")
+                raise UserError(f"{shard.path}: offsets out of order (damaged; prepare again)")
             chunks = -(-lengths // self.per_sample)
             counts.append(fill(chunks, -(-len(chunks) // INDEX_DOCS) * INDEX_DOCS, 0).reshape(-1, INDEX_DOCS).sum(1))
         return np.cumsum(np.concatenate(counts))
@@ -330,17 +364,16 @@ class Source:
             shard = np.searchsorted(self.shard_starts, samples, side="right") - 1
             document, within = samples - self.shard_starts[shard], np.zeros_like(samples)
         # One by one: of a large corpus, hardly two samples of a batch are in the same shard.
-        width = 1 + (INDEX_DOCS if self.chunk else 1)
-        offsets = np.zeros((len(samples), width), np.int64)
+        count = INDEX_DOCS if self.chunk else 1
+        offsets = np.zeros((len(samples), count + 1), np.int64)
         for row, s, d in zip(offsets, shard.tolist(), document.tolist()):
-            found = self.shards[s][0][d : d + width]
+            found = self.shards[s].offsets(d, d + count)
             row[: len(found)] = found
             row[len(found) :] = found[-1]
         lengths = np.diff(offsets)
         before = np.cumsum(-(-lengths // self.per_sample), axis=1)  # samples up to each document's end
         place = (before <= within[:, None]).sum(1) if self.chunk else np.zeros_like(samples)
-        limit = np.array([len(tokens) for _, tokens in self.shards])[shard]
-        wrong = (lengths < 0).any(1) | (offsets[:, -1] > limit) | (place >= width - 1)
+        wrong = (lengths < 0).any(1) | (offsets[:, -1] > self.num_tokens[shard]) | (place >= count)
         if wrong.any():
             path = self.paths[shard[wrong.argmax()]]
             raise UserError(f"{path}: offsets out of order (damaged; prepare again)", True)
@@ -437,7 +470,7 @@ class Samples:
         tokens[cu_seqlens[:-1]] = self.special["[CLS]"]
         tokens[cu_seqlens[1:] - 1] = self.special["[SEP]"]
         for s, begin, end, to in zip(shard.tolist(), start.tolist(), (start + length).tolist(), cu_seqlens.tolist()):
-            tokens[to + 1 : to + 1 + end - begin] = self.shards[s][1][begin:end]
+            tokens[to + 1 : to + 1 + end - begin] = self.shards[s].tokens(begin, end)
         if tokens.max() >= self.vocab_size:
             path = self.paths[shard[np.searchsorted(cu_seqlens, tokens.argmax(), side="right") - 1]]
             raise UserError(f"{path}: token id {tokens.max()} outside the vocabulary of {self.vocab_size}", True)
@@ -606,9 +639,10 @@ def verify(data_dir):
     for split in ("train", "val"):
         samples = Samples(data_dir, split, seq_length=128)
         entries = [entry for entry in manifest["shards"] if entry["split"] == split]
-        for entry, path, (offsets, tokens) in zip(entries, samples.paths, samples.shards):
+        for entry, path, shard in zip(entries, samples.paths, samples.shards):
             if file_digest(path) != entry["sha256"]:
                 raise UserError(f"{path}: digest differs from the manifest's (damaged; prepare again)")
+            offsets, tokens = shard.arrays()
             if (offsets[1:] < offsets[:-1]).any():
                 raise UserError(f"{path}: offsets out of order (prepare again)")
             if len(tokens) and tokens.max() >= samples.vocab_size:

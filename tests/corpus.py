@@ -64,7 +64,7 @@ def prepare_fails(capsys, **options):
 
 def stored(split="train", out="out"):
     """The tokens of each document of a split, in order."""
-    shards = data.Samples(out, split, 128).shards
+    shards = [shard.arrays() for shard in data.Samples(out, split, 128).shards]
     return [tokens[a:b].tolist() for offsets, tokens in shards for a, b in zip(offsets, offsets[1:])]
 
 

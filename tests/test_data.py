@@ -238,7 +238,7 @@ def test_command_line(tmp_path, capsys):
 def test_wide_vocabulary_uses_four_bytes(tmp_path):
     path = tmp_path / "train_00000.bin"
     entry = data.write_shard(path, [np.array([70_000, 1])], 4, bytes(32))
-    offsets, tokens = data.open_shard(path, bytes(32), 80_000)
+    offsets, tokens = data.open_shard(path, bytes(32), 80_000).arrays()
     assert tokens.tolist() == [70_000, 1] and offsets.tolist() == [0, 2] and entry["bytes"] == path.stat().st_size
     assert json.dumps(entry)
 
@@ -399,7 +399,7 @@ def test_the_index_of_chunks_is_made_once_and_kept(tmp_path, monkeypatch, seq_le
     assert not made and isinstance(again.sources[0].block_starts.base, np.memmap)
     everything = np.arange(len(expected))
     per = seq_length - 2
-    cuts = [(s, a + i, min(per, b - a - i)) for s in range(3) for o in [expected.shards[s][0].tolist()] for a, b in zip(o, o[1:]) for i in range(0, b - a, per)]
+    cuts = [(s, a + i, min(per, b - a - i)) for s in range(3) for o in [expected.shards[s].arrays()[0].tolist()] for a, b in zip(o, o[1:]) for i in range(0, b - a, per)]
     for samples in (expected, first, again):
         assert list(zip(*(part.tolist() for part in samples.locate(everything)))) == cuts
     # Damaged, or of other shards: made again.
@@ -442,7 +442,7 @@ def test_offsets_out_of_order_are_found_when_they_are_read(tmp_path):
         samples = data.Samples(str(path), "train", 32, chunk)
         contents = bytearray((path / "train_00000.bin").read_bytes())
         contents[data.HEADER.size + 8 * 7 : data.HEADER.size + 8 * 8] = (2**40).to_bytes(8, "little")
-        (path / "train_00000.bin").write_bytes(contents)  # the same file, so the open mapping sees it
+        (path / "train_00000.bin").write_bytes(contents)  # the same file, so the open one sees it
         with pytest.raises(UserError, match="train_00000.bin: offsets out of order"):
             samples.train_step(0, len(samples), 1, 0.3, 10**6)
         if chunk:

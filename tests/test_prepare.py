@@ -1,19 +1,29 @@
 """prepare_c4.py: interruption at any point, the held-out split, tokens, what is refused, and the report."""
 
+import fcntl
 import gzip
 import json
 import lzma
 import os
 import random
+import re
+import resource
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
 import data
 import prepare_c4
+import sources
+import vocabulary
 from corpus import LETTERS, VOCAB, WORDS, files_of, ids, make_texts, only_whole_files, prepare, prepare_fails, raise_interrupt
 from corpus import state_of, stored, text_report, texts_of, workplace, write_files, write_texts, write_vocab  # noqa: F401
 from toy import SPECIAL, make_tokenizer
@@ -262,7 +272,7 @@ def test_shard_tokens(corpus):
     prepare(source="a.txt", val_fraction=0.3, shard_tokens=100)
     for split in ("train", "val"):
         assert stored(split) == stored(split, "one")
-        sizes = [int(offsets[-1]) for offsets, _ in data.Samples("out", split, 128).shards]
+        sizes = [shard.num_tokens for shard in data.Samples("out", split, 128).shards]
         assert len(sizes) > 5 and all(100 <= size < 130 for size in sizes[:-1]) and sizes[-1] > 0
     manifest = json.loads(Path("out/manifest.json").read_text())
     assert data.verify("out") == len(manifest["shards"]) == len(list(Path("out").glob("*.bin")))
@@ -277,7 +287,7 @@ def test_a_large_vocabulary_takes_four_bytes_a_token(size, width):
     write_texts("a.txt", [f"w1 {last} w2"])
     prepare(source="a.txt", val_fraction=0)
     assert stored() == [[VOCAB.index("w1"), size - 1, VOCAB.index("w2")]]
-    assert data.Samples("out", "train", 128).shards[0][1].itemsize == width and text_report()["vocab_size"] == size
+    assert data.Samples("out", "train", 128).shards[0].bytes_per_token == width and text_report()["vocab_size"] == size
 
 
 TOKENIZER_TEXTS = [
@@ -465,3 +475,241 @@ def test_report(capsys):
         "characters": len(words), "file": "a.jsonl", "from_byte": 0, "document": 4, "text": words[:80]
     }  # fmt: skip
     assert all(name in printed for name in report)
+
+
+def test_report_and_copy_with_duplicates(corpus):
+    """Equal documents, in one file and in several: counted, and with --dedup only the first is kept, wherever it is."""
+    texts = make_texts(100)
+    for i in range(4):
+        write_texts(f"{i}.txt", [*texts[20 * i : 20 * i + 40], *texts[20 * i : 20 * i + 3], "", f"w{i} w{i}"])
+    options = {**corpus, "val_docs": 5}
+    prepare(**options)
+    assert (text_report()["documents"], text_report()["documents_duplicate"]) == (4 * 44, 4 * 44 - 104)
+    prepare(**options, dedup=True, out="once")
+    report = json.loads(Path("once/report.json").read_text())
+    first = list(dict.fromkeys(texts_of(stored() + stored("val"))))
+    kept = texts_of(stored(out="once")), texts_of(stored("val", out="once"))
+    assert sorted(kept[0] + kept[1]) == sorted(first) and len(kept[1]) == 5
+    assert kept[0] == [text for text in dict.fromkeys(texts_of(stored())) if text not in kept[1]]
+    assert (report["documents"], report["documents_duplicate"], report["duplicates_removed"]) == (104, 4 * 44 - 104, True)
+    prepare(**options, dedup=True, workers=2, out="two")
+    assert files_of("two") == files_of("once")
+
+
+def test_compare_tokenizer(capsys):
+    """A vocabulary without whole words beside one that has them."""
+    write_vocab([*SPECIAL, *LETTERS, *(f"##{letter}" for letter in LETTERS), *"0123456789", *(f"##{i}" for i in range(10))], "small.txt")
+    write_texts("a.txt", ["w1 w22 w7", "w300 w4 \u4e2d\u00e9?"])
+    prepare(source="a.txt", val_fraction=0, compare_tokenizer="small.txt", max_doc_tokens=3)
+    compared = text_report()["compared"]
+    assert (compared["with"], compared["bytes"]) == ("small.txt", 23)
+    # Here w300 and e (for \u00e9) are pieces or unknown; there each letter is a token, and \u4e2d and ? are unknown.
+    assert compared["other"] == {
+        "tokens_per_word": round(16 / 6, 4), "bytes_per_token": round(23 / 16, 4), "unknown_percent": round(100 * 2 / 16, 4),
+    }  # fmt: skip
+    assert compared["this"]["tokens_per_word"] < 1.5 and text_report()["tokens"] == 6
+    assert "tokens_per_word" in capsys.readouterr().out and not os.path.exists("out/.work")
+
+
+def test_a_text_in_parts_has_the_same_tokens(monkeypatch):
+    tokenizer = Tokenizer.from_str(vocabulary.read_tokenizer("vocab.txt"))
+    texts = [*LONG_TEXTS, " w1  w2\t\tw3\n", "w1"]
+    expected = [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
+    for chars in (1, 2, 5, 100, 3001):
+        monkeypatch.setattr(vocabulary, "PART_CHARS", chars)
+        assert vocabulary.encode(tokenizer, texts)[1] == expected
+
+
+def test_a_new_vocabulary_knows_the_characters_of_any_script():
+    """3,000 Chinese characters, and in an English text some that hardly ever come."""
+    rng = random.Random(0)
+    chinese = ["".join(chr(0x4E00 + min(2999, int(rng.expovariate(1 / 600)))) for _ in range(50)) for _ in range(3000)]
+    assert 2500 < vocabulary.alphabet_size(chinese, 8000) < 3000
+    assert vocabulary.alphabet_size(chinese, 4000) == 2000  # half the entries remain for words
+    rare = ["the cat sat " * 1000 + "".join(map(chr, range(0x4E00, 0x4E00 + 3000)))] + ["the cat sat " * 10**4] * 300
+    assert vocabulary.alphabet_size(rare, 30_000) == vocabulary.MIN_ALPHABET
+    write_texts("a.txt", chinese)
+    prepare(source="a.txt", train_tokenizer=8000, val_docs=30, tokenizer=None)
+    assert text_report()["unknown_percent"] < 0.05
+
+
+def test_a_new_vocabulary_is_made_from_all_sources(monkeypatch):
+    """Of more text than is used, each file gives its share."""
+    for i, letter in enumerate("abc"):
+        write_texts(f"{i}.txt", [f"{letter * n} " * 20 for n in range(2, 40)])
+    units = prepare_c4.group_units(sources.list_pieces("0.txt,1.txt,2.txt"), whole=False)
+    cfg = prepare_c4.PrepareConfig()
+    texts = list(prepare_c4.training_texts(units, cfg, 0, 9000))
+    counts = Counter("".join(texts))
+    assert all(2500 < counts[letter] < 5000 for letter in "abc") and sum(map(len, texts)) < 14_000
+    assert len(list(prepare_c4.training_texts(units, cfg, 0, 10**6))) == 3 * 38
+
+
+@pytest.mark.parametrize("missing", SPECIAL)
+@pytest.mark.parametrize("name", ["given.json", "given.txt"])
+def test_a_tokenizer_without_a_special_token_is_refused(capsys, missing, name):
+    write_texts("a.txt", ["w1"])
+    rest = [token for token in SPECIAL if token != missing]
+    if name.endswith(".txt"):
+        write_vocab([*rest, *WORDS], name)
+    else:
+        tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*rest, "w1"])}, unk_token="w1"))
+        tokenizer.save(name)
+    assert prepare_fails(capsys, source="a.txt", tokenizer=name).startswith(f"error: {name}: has no {missing} token")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Disk, progress, other processes
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
+@pytest.mark.parametrize("max_doc_tokens", [0, 5])
+def test_the_estimate_of_the_shards_size(monkeypatch, suffix, max_doc_tokens):
+    """Within a tenth, from a fifth of the text."""
+    pack = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}[suffix]
+    for i in range(8):
+        Path(f"{i}.txt{suffix}").write_bytes(pack("\n".join(make_texts(1000, seed=i)).encode()))
+    monkeypatch.setattr(prepare_c4, "SAMPLE_CHARS", 60_000 if not suffix else 10**6)
+    prepare(source=f"?.txt{suffix}", val_fraction=0, max_doc_tokens=max_doc_tokens)
+    cfg = prepare_c4.PrepareConfig(max_doc_tokens=max_doc_tokens)
+    units = prepare_c4.group_units(sources.list_pieces(f"?.txt{suffix}"), whole=False)
+    estimate = prepare_c4.estimate_bytes(units, cfg, data.load_tokenizer("out/tokenizer.json")[0])
+    actual = sum(path.stat().st_size for path in Path("out").glob("*.bin"))
+    assert abs(estimate / actual - 1) < 0.1
+
+
+def test_too_small_a_disk_is_refused_before_the_work(corpus, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_c4.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+        error = prepare_fails(capsys, **corpus)
+    assert "are still to be written, but 0.0 MB are free (choose another --out, or keep less of each document" in error
+    assert not list(Path("out").glob("*.bin"))
+    prepare(**corpus)
+    assert only_whole_files()
+
+
+def test_a_full_disk_is_one_line_and_leaves_what_was_finished(monkeypatch, capsys):
+    """A limit on the size of files stands for the disk: the second, larger unit does not fit."""
+    monkeypatch.setattr(prepare_c4, "UNIT_BYTES", 1)
+    write_texts("0.txt", make_texts(30))
+    write_texts("1.txt", make_texts(3000, seed=1))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
+    try:
+        error = prepare_fails(capsys, source="?.txt", val_fraction=0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error == "error: out: File too large (finished units are kept; the same command goes on)\n"
+    assert sorted(path.name for path in Path("out").rglob("*.*")) == [
+        ".work", "hashes_00000.npz", "plan.json", "tokenizer.json", "train_00000_000.bin", "unit_00000.json"
+    ]  # fmt: skip
+    prepare(source="?.txt", val_fraction=0)
+    assert "1 of 2 units were done before" in capsys.readouterr().out
+    prepare(source="?.txt", val_fraction=0, out="whole")
+    assert files_of() == files_of("whole")
+
+
+def test_progress(corpus, monkeypatch, capsys):
+    monkeypatch.setattr(prepare_c4, "REPORT_SECONDS", -1)
+    monkeypatch.setattr(prepare_c4, "BATCH_CHARS", 500)
+    prepare(**corpus)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "; " in line and "% of" in line]
+    pattern = (
+        r"([\d,]+) documents, [\d.]+ M tokens, [\d.]+ M tokens/s, [\d.]+ MB/s; (\d+)% of 0.0 MB read, \d:\d\d:\d\d left; "
+        r"0.0 MB of about 0.0 MB written"
+    )
+    found = [re.fullmatch(pattern, line) for line in lines]
+    assert len(lines) > 8 and all(found) and (found[-1][1], found[-1][2]) == ("120", "100")
+    shares = [int(match[2]) for match in found]
+    assert shares == sorted(shares) and shares[0] < 50
+
+
+def test_a_second_live_run_is_refused(corpus, capsys):
+    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_c4, "write_shard", raise_interrupt)
+        prepare(**corpus)
+    lock = os.open("out", os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    assert prepare_fails(capsys, **corpus) == "error: out: in use by a live run (choose another --out)\n"
+    os.close(lock)
+    prepare(**corpus)
+
+
+def test_a_failing_worker_stops_the_others(corpus, capsys):
+    """One line names the fault, whichever process met it; what the others had finished is kept."""
+    write_texts("4.txt", ["w1"])
+    Path("3.txt").write_bytes(b"\xff\n")
+    assert prepare_fails(capsys, **corpus, workers=3) == "error: 3.txt:1: not UTF-8: invalid start byte (convert the file first)\n"
+    write_texts("3.txt", make_texts(30, seed=3))
+
+
+def start(out, workers, **options):
+    """prepare_c4.py as a user starts it, in a process group of its own."""
+    options = {"tokenizer": "vocab.txt", "out": out, "workers": workers, **options}
+    code = "import prepare_c4, sys; prepare_c4.UNIT_BYTES = 1; prepare_c4.main(sys.argv[1:])"
+    argv = [sys.executable, "-c", code, *(f"--{name}={value}" for name, value in options.items())]
+    environment = {**os.environ, "PYTHONPATH": str(Path(prepare_c4.__file__).parent)}
+    return subprocess.Popen(argv, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("whole_group", [True, False])
+def test_killed_at_random_and_run_again(kills, whole_group):
+    """SIGKILL at random moments, to all processes or to the first one alone; then the bytes of an undisturbed run.
+
+    A directory that is finished before it has been killed often enough is followed by another.
+    """
+    for i in range(24):
+        write_texts(f"{i:02d}.txt", make_texts(150, seed=i))
+    options = {"source": "*.txt", "val_docs": 20, "dedup": True, "shard_tokens": 1000}
+    begun = time.monotonic()
+    assert start("whole", 2, **options).wait() == 0
+    seconds = time.monotonic() - begun
+    expected, rng, number, killed = files_of("whole"), random.Random(kills), 0, 0
+    while killed < kills:
+        process = start(f"out{number}", 2, **options)
+        try:
+            process.wait(rng.uniform(0.3, 1.0) * seconds)
+        except subprocess.TimeoutExpired:
+            (os.killpg if whole_group else os.kill)(process.pid, signal.SIGKILL)
+            process.wait()
+            killed += 1
+        else:
+            assert process.returncode == 0, process.stderr.read()
+            assert files_of(f"out{number}") == expected and only_whole_files(f"out{number}")
+            number += 1
+        process.stderr.close()
+        for path in Path(f"out{number}").glob("*.bin"):  # nothing half-written has the name of a shard
+            digest = bytes.fromhex(data.file_digest(f"out{number}/tokenizer.json"))
+            data.open_shard(str(path), digest, len(VOCAB))
+    assert start(f"out{number}", 8, **options).wait() == 0
+    assert files_of(f"out{number}") == expected and only_whole_files(f"out{number}")
+
+
+def test_eight_workers_give_the_same_bytes(corpus):
+    for i in range(4, 10):
+        write_texts(f"{i}.txt", make_texts(30, seed=i))
+    prepare(**corpus)
+    for workers in (2, 8):
+        assert start(f"out{workers}", workers, **corpus).wait() == 0
+        assert files_of(f"out{workers}") == files_of()
+
+
+def test_workers_end_with_a_parent_that_was_killed(corpus):
+    """Else they would go on, and wait for work for ever."""
+    for i in range(10, 60):
+        write_texts(f"{i}.txt", make_texts(2000, seed=i))
+    process = start("out", 2, **{**corpus, "source": "*.txt"})
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not list(Path().glob("out/*.bin")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    workers = children.read_text().split()
+    process.kill()
+    process.wait()
+    process.stderr.close()
+    deadline = time.monotonic() + 60
+    while any(os.path.exists(f"/proc/{worker}") for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert len(workers) >= 2
