@@ -1,7 +1,8 @@
-"""Figures from the logs: loss curves, GLUE task by task, and GLUE against hours or dollars.
+"""Figures from the logs: loss curves, GLUE task by task, GLUE against hours or dollars, and lengths of documents.
 
     python plot.py --loss=out/base --x=gpu_hours --out=loss.svg
     python plot.py --glue=results/mosaic/glue.json,results/fast/glue.json --labels=mosaic,fast --out=glue.svg
+    python plot.py --lengths=data/mine/report.json --out=lengths.svg
     python plot.py --pareto='results/race/*/glue.json' --x=dollars --tasks=true --out=pareto.svg,pareto.png
 
 Needs matplotlib. Curves differ in marker and line style as well as colour, bars in hatching, so that all can be read in
@@ -54,6 +55,7 @@ class PlotConfig:
     loss: str = ""  # log.jsonl of train.py: training and held-out loss
     glue: str = ""  # glue.json of finetune_glue.py: a bar for each task, with 95 % intervals
     pareto: str = ""  # glue.json: the mean score against the cost of pretraining, with MosaicML's published points
+    lengths: str = ""  # report.json of prepare_c4.py: a histogram of the documents' lengths
     # How
     x: Literal["auto", "step", "tokens", "gpu_hours", "dollars"] = "auto"  # auto: step for losses, gpu_hours for GLUE
     tasks: bool = False  # with --pareto: a panel for each task, too
@@ -257,9 +259,45 @@ def plot_loss(cfg, pyplot):
     return figure
 
 
+def read_report(path):
+    """How many documents of which length a report.json tells of: {(shortest, longest): documents}. Raises: UserError."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            lengths = json.load(file)["lengths"]
+        return {tuple(map(int, name.split("-"))): int(count) for name, count in lengths.items()}
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror} (expected a report.json of prepare_c4.py)") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: not a report.json of prepare_c4.py") from None
+
+
+def plot_lengths(cfg, pyplot):
+    """The share of documents in each doubling of length, a bar for each corpus."""
+    paths = find(cfg.lengths, "report.json")
+    labels = labels_for(cfg, paths, log_label)
+    too_many(labels)
+    reports = [read_report(path) for path in paths]
+    bins = sorted({bounds for report in reports for bounds in report})
+    figure, axes = pyplot.subplots(figsize=(2.4 + 0.5 * len(bins), 4.0), layout="constrained")
+    width = 0.8 / len(paths)
+    for i, (label, report, (colour, *_, hatch)) in enumerate(zip(labels, reports, STYLES)):
+        total = sum(report.values())
+        places = np.arange(len(bins)) + (i - (len(paths) - 1) / 2) * width
+        shares = [100 * report.get(bounds, 0) / total for bounds in bins]
+        label = f"{label}: {total:,} documents"
+        axes.bar(places, shares, width * 0.92, color=colour, hatch=hatch, edgecolor="white", label=label)
+    axes.set_xticks(range(len(bins)), [f"{low:,}" for low, _ in bins], rotation=45)
+    axes.set_xlabel("tokens in a document, from this number to twice it")
+    axes.set_ylabel("% of documents")
+    axes.set_title(cfg.title)
+    axes.grid(axis="y", alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=min(2, len(paths)))
+    return figure
+
+
 def log_label(path):
     name = os.path.splitext(os.path.basename(path))[0]
-    return os.path.basename(os.path.dirname(os.path.abspath(path))) if name == "log" else name
+    return os.path.basename(os.path.dirname(os.path.abspath(path))) if name in ("log", "report") else name
 
 
 def model_label(results):
@@ -274,8 +312,10 @@ def too_many(labels):
 @command
 def main(argv):
     cfg = load_config(PlotConfig, argv)
-    if sum(map(bool, (cfg.loss, cfg.glue, cfg.pareto))) != 1:
-        raise UserError("give one of --loss, --glue and --pareto")
+    drawn = {"loss": plot_loss, "glue": plot_glue, "pareto": plot_pareto, "lengths": plot_lengths}
+    drawn = [draw for name, draw in drawn.items() if getattr(cfg, name)]
+    if len(drawn) != 1:
+        raise UserError("give one of --loss, --glue, --pareto and --lengths")
     for path in cfg.out.split(","):
         if not path.endswith((".svg", ".png", ".pdf")):
             raise UserError(f"{path}: unknown suffix (expected .svg, .png or .pdf)")
@@ -287,7 +327,7 @@ def main(argv):
     matplotlib.rcParams.update({"svg.hashsalt": "plot.py", "svg.fonttype": "none", "hatch.linewidth": 0.6})
     from matplotlib import pyplot
 
-    figure = (plot_loss if cfg.loss else plot_glue if cfg.glue else plot_pareto)(cfg, pyplot)
+    figure = drawn[0](cfg, pyplot)
     for path in cfg.out.split(","):
         try:
             os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)

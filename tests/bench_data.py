@@ -137,17 +137,18 @@ def measure(cfg):
     before, start = memory_mb("VmRSS"), time.perf_counter()
     samples = data.Samples(cfg.measure, "train", SEQ_LENGTH, cfg.chunk)
     opened = time.perf_counter() - start
-    rates, seconds = [], []
+    rates, seconds, cpu_seconds = [], [], []
     for step in range(60):
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         batches = samples.train_step(step, BATCH, 17, 0.3, BATCH * SEQ_LENGTH)
         seconds.append(time.perf_counter() - start)
+        cpu_seconds.append(time.process_time() - cpu_start)
         rates.append(sum(batch.num_tokens for batch in batches) / seconds[-1])
     return {
         "bench": "scale", "cpu": cpu(), "chunk": cfg.chunk, "shards": len(samples.shards), "samples": len(samples),
         "gigabytes": sum(os.path.getsize(path) for path in samples.paths) / 1e9, "open_seconds": round(opened, 3),
         "batch_milliseconds": round(1e3 * float(np.median(seconds[10:])), 2), "tokens_per_second": round(float(np.median(rates[10:]))),
-        "memory_mb": round(memory_mb("VmHWM")), "memory_mb_before": round(before), "anonymous_mb": round(memory_mb("RssAnon")),
+        "batch_cpu_milliseconds": round(1e3 * float(np.median(cpu_seconds[10:])), 2), "memory_mb": round(memory_mb("VmHWM")), "memory_mb_before": round(before), "anonymous_mb": round(memory_mb("RssAnon")),
         "load_average": os.getloadavg()[0],
     }  # fmt: skip
 
