@@ -45,6 +45,7 @@ from config import UserError, command, load_config
 MAGIC = b"MOSAICSH"
 VERSION = 1
 HEADER = struct.Struct("<8sIIQQ32s")
+OFFSET = np.dtype("<u8")
 
 # Micro-batches are filled up to multiples of these, so that the GPU sees few shapes: tokens by [PAD] after the last
 # sequence, masked positions by ignored rows, and sequences by empty ones.
@@ -109,28 +110,31 @@ class Shard:
     num_tokens: int
     bytes_per_token: int
 
-    def offsets(self, start, stop):
-        """Of documents `start` to `stop`, or to the last: where each begins, and where the last ends, (n,) uint64."""
-        return self._read("<u8", HEADER.size, start, min(stop, self.num_docs) + 1)
+    def __post_init__(self):
+        self.tokens_at = HEADER.size + 8 * (self.num_docs + 1)
+        self.token_type = np.dtype(f"<u{self.bytes_per_token}")
+        self.descriptor = self.file.fileno()
 
-    def tokens(self, start, stop):
-        """(stop - start,) uint16 or uint32."""
-        return self._read(f"<u{self.bytes_per_token}", HEADER.size + 8 * (self.num_docs + 1), start, stop)
+    def offsets(self, start, out):
+        """Fill `out`, (n,) uint64: where documents from `start` on begin, and after the last one where that ends."""
+        count = min(len(out), self.num_docs + 1 - start)
+        self._read(out[:count], HEADER.size + 8 * start)
+        out[count:] = out[count - 1]
 
-    def _read(self, dtype, where, start, stop):
-        size = int(dtype[2])
-        found = os.pread(self.file.fileno(), size * (stop - start), where + size * start)
-        if len(found) < size * (stop - start):
+    def tokens(self, start, out):
+        """Fill `out`, (n,) of the shard's token type, with tokens from `start` on."""
+        self._read(out, self.tokens_at + self.bytes_per_token * start)
+
+    def _read(self, out, where):
+        if os.preadv(self.descriptor, [out], where) < out.nbytes:
             raise UserError(f"{self.path}: shorter than when it was opened (damaged; prepare again)", True)
-        return np.frombuffer(found, dtype)
 
     def arrays(self):
         """(offsets, tokens), all of them, as read-only memory maps."""
-        offsets = np.memmap(self.path, "<u8", "r", HEADER.size, (self.num_docs + 1,))
-        tokens = np.empty(0, f"<u{self.bytes_per_token}")
+        offsets = np.memmap(self.path, OFFSET, "r", HEADER.size, (self.num_docs + 1,))
+        tokens = np.empty(0, self.token_type)
         if self.num_tokens:  # an empty range cannot be mapped
-            start = HEADER.size + 8 * (self.num_docs + 1)
-            tokens = np.memmap(self.path, tokens.dtype, "r", start, (self.num_tokens,))
+            tokens = np.memmap(self.path, self.token_type, "r", self.tokens_at, (self.num_tokens,))
         return np.asarray(offsets), np.asarray(tokens)
 
 
@@ -156,7 +160,10 @@ def open_shard(path, tokenizer_digest, vocab_size, check_tokens=True):
     if digest != tokenizer_digest:
         raise UserError(f"{path}: made with another tokenizer than the tokenizer.json beside it (prepare again)")
     shard = Shard(path, file, num_docs, num_tokens, bytes_per_token)
-    if shard.offsets(0, 0)[0] != 0 or shard.offsets(num_docs, num_docs)[0] != num_tokens:
+    ends = np.empty((2, 1), OFFSET)
+    shard.offsets(0, ends[0])
+    shard.offsets(num_docs, ends[1])
+    if ends[0] != 0 or ends[1] != num_tokens:
         raise UserError(f"{path}: offsets do not cover the tokens (damaged; prepare again)")
     if check_tokens and num_tokens and (highest := shard.arrays()[1].max()) >= vocab_size:
         raise UserError(f"{path}: token id {highest} outside the vocabulary of {vocab_size} (damaged shard)")
@@ -346,7 +353,9 @@ class Source:
     def _make_index(self):
         counts = [np.zeros(1, np.int64)]
         for shard in self.shards:
-            lengths = np.diff(shard.offsets(0, shard.num_docs).astype(np.int64))
+            offsets = np.empty(shard.num_docs + 1, OFFSET)
+            shard.offsets(0, offsets)
+            lengths = np.diff(offsets.astype(np.int64))
             if (lengths < 0).any():
                 raise UserError(f"{shard.path}: offsets out of order (damaged; prepare again)")
             chunks = -(-lengths // self.per_sample)
@@ -365,11 +374,10 @@ class Source:
             document, within = samples - self.shard_starts[shard], np.zeros_like(samples)
         # One by one: of a large corpus, hardly two samples of a batch are in the same shard.
         count = INDEX_DOCS if self.chunk else 1
-        offsets = np.zeros((len(samples), count + 1), np.int64)
+        offsets = np.empty((len(samples), count + 1), OFFSET)
         for row, s, d in zip(offsets, shard.tolist(), document.tolist()):
-            found = self.shards[s].offsets(d, d + count)
-            row[: len(found)] = found
-            row[len(found) :] = found[-1]
+            self.shards[s].offsets(d, row)
+        offsets = offsets.astype(np.int64)
         lengths = np.diff(offsets)
         before = np.cumsum(-(-lengths // self.per_sample), axis=1)  # samples up to each document's end
         place = (before <= within[:, None]).sum(1) if self.chunk else np.zeros_like(samples)
@@ -408,6 +416,7 @@ class Samples:
         self.data_dir, self.seq_length, self.chunk = data_dir, seq_length, chunk
         self.shards = [shard for source in self.sources for shard in source.shards]
         self.paths = [path for source in self.sources for path in source.paths]
+        self.token_type = self.shards[0].token_type if self.shards else np.dtype("<u2")
         self.source_shards = np.cumsum([0] + [len(source.shards) for source in self.sources])
         self.source_starts = np.cumsum([0] + [len(source) for source in self.sources])  # in samples
         self.quotas = mixture_quotas(data_dir, weights) if split == "train" else None
@@ -458,19 +467,20 @@ class Samples:
             found[0, here] += self.source_shards[place]
         return tuple(found)
 
-    def micro_batch(self, samples, epochs, seed, mask_prob):
-        """The masked, unpadded MicroBatch of `samples` (int64 array, with their epochs)."""
+    def micro_batch(self, samples, epochs, seed, mask_prob, located=None):
+        """The masked, unpadded MicroBatch of `samples` (int64 array, with their epochs). located: of locate, if known."""
         import torch  # here, since prepare_c4.py's processes, which need it not, start a second earlier without
 
-        shard, start, length = self.locate(samples)
+        shard, start, length = self.locate(samples) if located is None else located
         lengths = length + 2
         cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
         num_tokens = int(cu_seqlens[-1])
-        tokens = np.full(round_up(num_tokens, TOKEN_MULTIPLE), self.special["[PAD]"], np.int32)
-        tokens[cu_seqlens[:-1]] = self.special["[CLS]"]
-        tokens[cu_seqlens[1:] - 1] = self.special["[SEP]"]
-        for s, begin, end, to in zip(shard.tolist(), start.tolist(), (start + length).tolist(), cu_seqlens.tolist()):
-            tokens[to + 1 : to + 1 + end - begin] = self.shards[s].tokens(begin, end)
+        stored = np.full(round_up(num_tokens, TOKEN_MULTIPLE), self.special["[PAD]"], self.token_type)
+        stored[cu_seqlens[:-1]] = self.special["[CLS]"]
+        stored[cu_seqlens[1:] - 1] = self.special["[SEP]"]
+        for s, begin, to, count in zip(shard.tolist(), start.tolist(), (cu_seqlens + 1).tolist(), length.tolist()):
+            self.shards[s].tokens(begin, stored[to : to + count])
+        tokens = stored.astype(np.int32)
         if tokens.max() >= self.vocab_size:
             path = self.paths[shard[np.searchsorted(cu_seqlens, tokens.argmax(), side="right") - 1]]
             raise UserError(f"{path}: token id {tokens.max()} outside the vocabulary of {self.vocab_size}", True)
@@ -492,21 +502,23 @@ class Samples:
             sum_squared_lengths=int((lengths**2).sum()),
         )
 
-    def parts(self, samples, micro_batch_tokens, rank, world_size, equal=True):
+    def parts(self, samples, micro_batch_tokens, rank, world_size, equal=True, located=None):
         """Slices of `samples`, one a micro-batch: this rank's, every world_size-th of them.
 
         The cut is made from the lengths of all samples, so every rank finds the same one. With `equal`, as gradient
         reduction needs, each rank has equally many.
         """
-        bounds = cut(self.locate(samples)[2] + 2, micro_batch_tokens, world_size if equal else 1)
+        _, _, length = self.locate(samples) if located is None else located
+        bounds = cut(length + 2, micro_batch_tokens, world_size if equal else 1)
         return [slice(bounds[i], bounds[i + 1]) for i in range(rank, len(bounds) - 1, world_size)]
 
     def train_step(self, step, global_batch_size, seed, mask_prob, micro_batch_tokens, rank=0, world_size=1):
         """This rank's micro-batches of training step `step`, counted from 0, as a list."""
         positions = np.arange(step * global_batch_size, (step + 1) * global_batch_size)
         samples, epochs = self.at(positions, seed)
-        parts = self.parts(samples, micro_batch_tokens, rank, world_size)
-        return [self.micro_batch(samples[part], epochs[part], seed, mask_prob) for part in parts]
+        located = np.stack(self.locate(samples))
+        parts = self.parts(samples, micro_batch_tokens, rank, world_size, located=located)
+        return [self.micro_batch(samples[part], epochs[part], seed, mask_prob, located[:, part]) for part in parts]
 
 
 def permuted(positions, n, seed, place):

@@ -69,10 +69,10 @@ def test_the_charge_is_the_cross_entropy_of_every_token_of_a_masked_word(tmp_pat
 def test_command_line(tmp_path, capsys):
     make_reader(tmp_path / "pieces", PIECES)
     make_reader(tmp_path / "whole", [*PIECES, *WHOLE])
-    write_texts("a.txt", ["alpha beta gamma zz alpha beta " * 5, "zz", " ".join(f"alpha beta gamma beta \u4e2d {c}" for c in "abcd")])
+    write_texts("a.txt", ["alpha beta gamma zz alpha beta " * 5, "zz", " ".join(f"alpha beta gamma beta \u4e2d {c}" for c in LETTERS)])
     bits_per_byte.main(["--checkpoints=pieces, whole", "--files=a.txt", "--words=6", "--mask_prob=0.5", "--split=alphabet"])
     head, *lines = capsys.readouterr().out.splitlines()
-    assert "in 9 stretches of 6 words" in head and " 0 stretches left out" in head and "(0 words" not in head
+    assert "in 31 stretches of 6 words" in head and " 0 stretches left out" in head and "(0 words" not in head
     assert lines[0].endswith(" tokens a word: pieces") and lines[2].endswith(" tokens a word: whole")
     assert lines[1].split() == ["alphabet:", "a", *(f"##{letter}" for letter in "lphabet")] and "bits per byte" in lines[0]
     bits_per_byte.main(["--checkpoints=whole", "--files=a.txt", "--words=6", "--max_tokens=8"])
