@@ -40,7 +40,7 @@ UNIT_BYTES = 64 * 2**20  # small pieces are taken together up to this size on di
 BATCH_CHARS = 2**20  # of text that go to the tokenizer at once
 TOKENIZER_TRAIN_CHARS = 300 * 10**6  # of text that a new tokenizer is made from, at most
 COMPARE_CHARS = 10**6  # of text of each unit on which --compare_tokenizer is compared
-SAMPLE_PIECES, SAMPLE_CHARS = 4, 2 * 10**6  # of text from which the size of the shards is estimated
+SAMPLE_PIECES, SAMPLE_CHARS = 4, 10**6  # of text from which the size of the shards is estimated
 REPORT_SECONDS = 10  # between lines of progress
 FILL_LENGTHS = (128, 512)  # for which the report says how full samples are
 NUM_LONGEST = 5  # documents that the report names
@@ -279,6 +279,11 @@ def save_hashes(out, number, hashes, by_hash):
     os.replace(f"{path}.tmp", path)
 
 
+def hashes_of(out, number):
+    with np.load(hash_path(out, number)) as saved:
+        return saved["hashes"]
+
+
 def val_threshold(num_units, cfg):
     """Documents whose hash is below this are held out."""
     if not cfg.val_docs:
@@ -295,15 +300,12 @@ def repeated_documents(out, num_units):
 
     One sixteenth of the hashes is looked at at a time: 2.5 bytes of memory a document, and 8 more a repeated one.
     """
-    hashes = [np.load(hash_path(out, number))["hashes"] for number in range(num_units)]
-    starts = np.cumsum([0, *map(len, hashes)])
-    del hashes
+    starts = np.cumsum([0] + [len(hashes_of(out, number)) for number in range(num_units)])
     repeated = [np.empty(0, np.int64)]
     for part in range(16):
         found, places = [], []
         for number in range(num_units):
-            with np.load(hash_path(out, number)) as saved:
-                of_unit = saved["hashes"]
+            of_unit = hashes_of(out, number)
             here = np.flatnonzero(of_unit >> np.uint64(60) == part)
             found.append(of_unit[here])
             places.append(here + starts[number])

@@ -15,7 +15,7 @@ PAGES = ["README.md", "results/README.md"]
 OPTIONS = {
     "train": "TrainConfig", "prepare_c4": "PrepareConfig", "fill_mask": "FillMaskConfig", "data": "DataConfig",
     "finetune_glue": "GlueConfig", "plot": "PlotConfig",
-    "convert_hf": "ConvertConfig",
+    "convert_hf": "ConvertConfig", "bits_per_byte": "BitsConfig", "bench_data": "BenchConfig",
 }  # fmt: skip
 
 
@@ -42,7 +42,7 @@ def test_commands_name_what_exists(page):
         if words[1] == "-m":
             continue
         script = next(word for word in words if word.endswith(".py"))
-        module = importlib.import_module(script.removesuffix(".py"))
+        module = importlib.import_module(Path(script).stem)
         names = {field.name for field in dataclasses.fields(getattr(module, OPTIONS[module.__name__]))}
         for word in words[words.index(script) + 1 :]:
             if word.startswith("--"):
