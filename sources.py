@@ -112,7 +112,7 @@ def pieces_of_hub(repo, config, known, names=None):
         known = ()
     if again := [piece for piece in known if piece.path.startswith(prefix)]:
         return again
-    commit, names, sizes = patiently(lambda: list_hub(repo, config, names), repo)
+    commit, names, sizes = patiently(lambda: list_hub(repo, config, names), repo, "no such file here either; ")
     for name in names:
         if split_suffixes(name)[0] not in KINDS:
             raise UserError(f"{repo}: {name}: unknown kind of file (expected {EXPECTED})")
@@ -149,7 +149,7 @@ def list_hub(repo, config, names):
 # Bytes
 
 
-def patiently(action, what):
+def patiently(action, what, also=""):
     """What action() returns, tried READ_ATTEMPTS times where waiting may help. Raises: UserError naming `what`."""
     for attempt in itertools.count(1):
         try:
@@ -160,7 +160,7 @@ def patiently(action, what):
             if hopeless or attempt == READ_ATTEMPTS:
                 reason = f"{type(error).__name__}: {error}".partition("\n\n")[0][:250]
                 tried = "" if hopeless else f"{attempt} attempts; the same command goes on where this stopped; "
-                hint = f"{tried}with HF_HUB_OFFLINE=1 it must have been downloaded before"
+                hint = f"{also}{tried}with HF_HUB_OFFLINE=1 it must have been downloaded before"
                 raise UserError(f"{what}: cannot be read: {reason} ({hint})") from None
             time.sleep(2 ** (attempt - 1))
 
