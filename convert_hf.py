@@ -31,10 +31,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import checkpoint
-import prepare_c4
 from config import UserError, command, load_config
 from data import load_tokenizer, read_json
 from model import LAYER_NORM_EPS, MAX_POSITIONS, MaskedLM, SequenceClassifier, make_masked_lm, model_config
+from vocabulary import finish, read_tokenizer
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 WORDS, DECODER_BIAS = "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.bias"
@@ -206,16 +206,16 @@ def check_config(path, hf, mosaic):
 def find_tokenizer(directory, tokenizer):
     """The contents of the tokenizer.json to use."""
     if tokenizer:
-        return prepare_c4.read_tokenizer(tokenizer)
+        return read_tokenizer(tokenizer)
     path = os.path.join(directory, "tokenizer.json")
     if os.path.exists(path):
-        return prepare_c4.read_tokenizer(path)
+        return read_tokenizer(path)
     vocabulary = os.path.join(directory, "vocab.txt")
     if not os.path.exists(vocabulary):
         raise UserError(f"{directory}: no tokenizer here (give --tokenizer; MosaicBERT's is google-bert/bert-base-uncased)")
     about = os.path.join(directory, "tokenizer_config.json")
     lower = read_json(about, "").get("do_lower_case", True) if os.path.exists(about) else True
-    return prepare_c4.read_tokenizer(vocabulary, cased=not lower)
+    return read_tokenizer(vocabulary, cased=not lower)
 
 
 def rename_head(tensors, weights, mosaic):
@@ -374,7 +374,7 @@ def hf_config(config, special, labels):
 def hf_tokenizer(text):
     """The contents of tokenizer.json for transformers: it adds [CLS] and [SEP] itself, and neither pads nor cuts."""
     tokenizer, _ = load_tokenizer("tokenizer.json", text)
-    prepare_c4.finish(tokenizer)
+    finish(tokenizer)
     return tokenizer.to_str(pretty=True)
 
 

@@ -13,8 +13,13 @@ and a shard file is a header, then the documents' offsets, then their tokens wit
     offsets u64 (num_docs + 1)  | tokens u16, or u32 for vocabularies above 65,536 (num_tokens)
 
 A sample is [CLS] tokens [SEP], cut to `seq_length`. Which sample comes when, and which of its tokens are masked, are
-pure functions of (seed, epoch, sample, position): nothing is drawn from a stream, so a run may stop at any step and go
-on with any number of processes without a state to store, and without reading anything it does not need.
+pure functions of (seed, source, epoch, sample, position): nothing is drawn from a stream, so a run may stop at any step
+and go on with any number of processes without a state to store, and without reading anything it does not need. Several
+directories, the sources, can be mixed: their shares are exact in every MIXTURE_PERIOD samples.
+
+Nothing here grows with the corpus but the number of open files: of offsets and tokens, what a batch needs is read. Where
+documents are cut into chunks, the first sample of every INDEX_DOCS documents is found once, and kept beside the directory
+as DIRECTORY.chunks/*.npy.
 
     python data.py --verify=DIR   checks every digest and every token
     python data.py --bench=DIR    how fast one core makes micro-batches
@@ -23,9 +28,11 @@ Read next: prepare_c4.py, for how shards are made, or kernels/attention.py
 """
 
 import concurrent.futures
+import contextlib
 import hashlib
 import json
 import os
+import resource
 import struct
 import time
 from dataclasses import dataclass
@@ -38,6 +45,7 @@ from config import UserError, command, load_config
 MAGIC = b"MOSAICSH"
 VERSION = 1
 HEADER = struct.Struct("<8sIIQQ32s")
+OFFSET = np.dtype("<u8")
 
 # Micro-batches are filled up to multiples of these, so that the GPU sees few shapes: tokens by [PAD] after the last
 # sequence, masked positions by ignored rows, and sequences by empty ones.
@@ -47,7 +55,11 @@ SEQUENCE_MULTIPLE = 32
 
 IGNORED = -100  # the label that F.cross_entropy skips
 EVAL_SEED = 0  # evaluation masks are the same in every run, whatever its seed
-SMALL_SHARD = 2**26  # tokens of a shard that are all checked when it is opened; of a larger one, when they are used
+SMALL_CORPUS = 2**26  # tokens of a directory that are all checked when it is opened; of a larger one, when they are used
+MIXTURE_PERIOD = 10_000  # samples in which each source of a mixture has its share
+MIXTURE_STREAM = 2**32  # tells the hashes that mix sources from those of order (2 * place) and masks (2 * place + 1)
+INDEX_DOCS = 64  # documents whose samples are counted together in the index of chunks: 46 MB of index for C4
+KEPT_INDEX_DOCS = 100_000  # documents of a directory for which the index is worth keeping
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -64,14 +76,21 @@ def write_shard(path, documents, bytes_per_token, tokenizer_digest):
     tokens = np.concatenate([*documents, np.empty(0, np.int64)]).astype(f"<u{bytes_per_token}")
     header = HEADER.pack(MAGIC, VERSION, bytes_per_token, len(documents), len(tokens), tokenizer_digest)
     digest = hashlib.sha256()
-    # write(), not a memmap: on a full disk a store to mapped memory kills the process with SIGBUS.
-    with open(f"{path}.tmp", "wb") as file:
-        for part in (header, offsets, tokens):
-            file.write(part)
-            digest.update(part)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
+    # write(), not a memmap: on a full disk a store to mapped memory kills the process with SIGBUS. The number keeps a
+    # process that outlived its killed parent for a moment from writing into the same file.
+    partial = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(partial, "wb") as file:
+            for part in (header, offsets, tokens):
+                file.write(part)
+                digest.update(part)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.remove(partial)  # on a full disk, make room for what was finished
+        raise
+    os.replace(partial, path)
     return {
         "file": os.path.basename(path),
         "num_docs": len(documents),
@@ -81,15 +100,53 @@ def write_shard(path, documents, bytes_per_token, tokenizer_digest):
     }
 
 
-def open_shard(path, tokenizer_digest, vocab_size):
-    """(offsets, tokens) of a shard as read-only memory maps, after checking its size, header, and offsets.
+@dataclass
+class Shard:
+    """A shard file, open. What is asked for is read, not mapped: mapped pages would count as the process's memory."""
+
+    path: str
+    file: "io.FileIO"
+    num_docs: int
+    num_tokens: int
+    bytes_per_token: int
+
+    def __post_init__(self):
+        self.tokens_at = HEADER.size + 8 * (self.num_docs + 1)
+        self.token_type = np.dtype(f"<u{self.bytes_per_token}")
+        self.descriptor = self.file.fileno()
+
+    def offsets(self, start, out):
+        """Fill `out`, (n,) uint64: where documents from `start` on begin, and after the last one where that ends."""
+        count = min(len(out), self.num_docs + 1 - start)
+        self._read(out[:count], HEADER.size + 8 * start)
+        out[count:] = out[count - 1]
+
+    def tokens(self, start, out):
+        """Fill `out`, (n,) of the shard's token type, with tokens from `start` on."""
+        self._read(out, self.tokens_at + self.bytes_per_token * start)
+
+    def _read(self, out, where):
+        if os.preadv(self.descriptor, [out], where) < out.nbytes:
+            raise UserError(f"{self.path}: shorter than when it was opened (damaged; prepare again)", True)
+
+    def arrays(self):
+        """(offsets, tokens), all of them, as read-only memory maps."""
+        offsets = np.memmap(self.path, OFFSET, "r", HEADER.size, (self.num_docs + 1,))
+        tokens = np.empty(0, self.token_type)
+        if self.num_tokens:  # an empty range cannot be mapped
+            tokens = np.memmap(self.path, self.token_type, "r", self.tokens_at, (self.num_tokens,))
+        return np.asarray(offsets), np.asarray(tokens)
+
+
+def open_shard(path, tokenizer_digest, vocab_size, check_all=True):
+    """A Shard, after checking its size, header, and outer offsets.
 
     Raises: UserError naming the file when it is damaged or was made with another tokenizer.
     """
     try:
         size = os.path.getsize(path)
-        with open(path, "rb") as file:
-            header = file.read(HEADER.size)
+        file = open(path, "rb", buffering=0)
+        header = file.read(HEADER.size)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror} (a shard of the manifest is missing; prepare again)") from None
     if len(header) < HEADER.size or header[:8] != MAGIC:
@@ -102,17 +159,31 @@ def open_shard(path, tokenizer_digest, vocab_size):
         raise UserError(f"{path}: {size} bytes, but its header says {expected} (truncated or damaged; prepare again)")
     if digest != tokenizer_digest:
         raise UserError(f"{path}: made with another tokenizer than the tokenizer.json beside it (prepare again)")
-    # np.asarray: a plain array over the same mapping slices ten times faster than np.memmap's own class.
-    offsets = np.asarray(np.memmap(path, "<u8", "r", HEADER.size, (num_docs + 1,)))
-    tokens = np.empty(0, f"<u{bytes_per_token}")
-    if num_tokens:  # an empty range cannot be mapped
-        start = HEADER.size + 8 * (num_docs + 1)
-        tokens = np.asarray(np.memmap(path, f"<u{bytes_per_token}", "r", start, (num_tokens,)))
-    if offsets[0] != 0 or offsets[-1] != num_tokens or (offsets[1:] < offsets[:-1]).any():
+    shard = Shard(path, file, num_docs, num_tokens, bytes_per_token)
+    ends = np.empty((2, 1), OFFSET)
+    shard.offsets(0, ends[0])
+    shard.offsets(num_docs, ends[1])
+    if ends[0] != 0 or ends[1] != num_tokens:
         raise UserError(f"{path}: offsets do not cover the tokens in order (damaged; prepare again)")
-    if 0 < num_tokens < SMALL_SHARD and tokens.max() >= vocab_size:
-        raise UserError(f"{path}: token id {tokens.max()} outside the vocabulary of {vocab_size} (damaged shard)")
-    return offsets, tokens
+    if check_all:
+        offsets, tokens = shard.arrays()
+        if (offsets[1:] < offsets[:-1]).any():
+            raise UserError(f"{path}: offsets do not cover the tokens in order (damaged; prepare again)")
+        if num_tokens and (highest := tokens.max()) >= vocab_size:
+            raise UserError(f"{path}: token id {highest} outside the vocabulary of {vocab_size} (damaged shard)")
+    if hasattr(os, "posix_fadvise"):  # samples come in random order: reading ahead would read 30 times as much
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+    return shard
+
+
+def allow_open_files(count):
+    """Have the system let this process keep so many more files open. Raises: UserError where it may not."""
+    needed = count + len(os.listdir("/proc/self/fd")) + 256 if os.path.isdir("/proc/self/fd") else count + 512
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        if hard != resource.RLIM_INFINITY and hard < needed:
+            raise UserError(f"{count} shards, but only {hard} files may be open (raise ulimit -n, or make larger shards)")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def file_digest(path):
@@ -225,108 +296,210 @@ class MicroBatch:
         return MicroBatch(**{k: function(v) if hasattr(v, "pin_memory") else v for k, v in vars(self).items()})
 
 
-class Samples:
-    """The samples of one split of a shard directory, at one sequence length.
+class Source:
+    """One split of one shard directory, at one sequence length: which tokens a sample has.
 
-    data_dir: directory of prepare_c4.py. split: "train" or "val". seq_length: tokens a sample has at most, [CLS] and
-    [SEP] included. chunk: False takes the first seq_length tokens of each document, as MosaicBERT did; True cuts each
-    document into as many samples as it gives.
-    Raises: UserError when the directory is missing, damaged or empty.
+    chunk: False takes the first seq_length tokens of each document, as MosaicBERT did; True cuts each document into as
+    many samples as it gives. Raises: UserError when the directory is missing or damaged.
     """
 
-    def __init__(self, data_dir, split, seq_length, chunk=False):
-        hint = f"no finished shard directory; make one: python prepare_c4.py --source=FILES --out={data_dir}"
-        manifest = read_json(os.path.join(data_dir, "manifest.json"), hint)
-        tokenizer_path = os.path.join(data_dir, "tokenizer.json")
-        tokenizer, self.special = load_tokenizer(tokenizer_path)
-        self.vocab_size = tokenizer.get_vocab_size()
-        with open(tokenizer_path, encoding="utf-8") as file:
-            self.tokenizer_text = file.read()
-        self.tokenizer_sha256 = file_digest(tokenizer_path)
-        self.data_dir, self.seq_length, self.chunk = data_dir, seq_length, chunk
+    def __init__(self, directory, split, seq_length, chunk=False):
+        hint = f"no finished shard directory; make one: python prepare_c4.py --source=FILES --out={directory}"
+        manifest = read_json(os.path.join(directory, "manifest.json"), hint)
+        self.directory, self.split, self.chunk = directory, split, chunk
+        self.per_sample = seq_length - 2  # without [CLS] and [SEP]
+        self.tokenizer_path = os.path.join(directory, "tokenizer.json")
+        self.tokenizer, self.special = load_tokenizer(self.tokenizer_path)
+        self.tokenizer_sha256 = file_digest(self.tokenizer_path)
+        vocab_size = self.tokenizer.get_vocab_size()
         try:
             entries = [entry for entry in manifest["shards"] if entry["split"] == split]
             self.digest = hash_of([entry["sha256"] for entry in entries])
             names = [entry["file"] for entry in entries]
             if any(name != os.path.basename(name) or not name for name in names):  # none leads out of the directory
                 raise TypeError
-            self.paths = [os.path.join(data_dir, name) for name in names]
+            self.paths = [os.path.join(directory, name) for name in names]
+            small = sum(entry["num_tokens"] for entry in entries) < SMALL_CORPUS
         except (KeyError, TypeError):
-            raise UserError(f"{data_dir}/manifest.json: not a manifest of shards ({hint})") from None
+            raise UserError(f"{directory}/manifest.json: not a manifest of shards ({hint})") from None
+        allow_open_files(len(self.paths))
         digest = bytes.fromhex(self.tokenizer_sha256)
-        self.shards = [open_shard(path, digest, self.vocab_size) for path in self.paths]
-        # With chunk, sample_starts[d] is the first sample of document d; without, sample and document are one.
-        self.sample_starts = [self._count_chunks(offsets) if chunk else None for offsets, _ in self.shards]
-        counts = [
-            int(starts[-1]) if chunk else len(offsets) - 1
-            for (offsets, _), starts in zip(self.shards, self.sample_starts)
-        ]
-        self.shard_starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        self.shards = [open_shard(path, digest, vocab_size, check_all=small) for path in self.paths]
+        num_docs = [shard.num_docs for shard in self.shards]
+        self.num_tokens = np.array([shard.num_tokens for shard in self.shards], np.int64)
+        self.shard_starts = np.concatenate([[0], np.cumsum(num_docs)]).astype(np.int64)  # in documents
+        if chunk:
+            blocks = [-(-count // INDEX_DOCS) for count in num_docs]
+            self.shard_blocks = np.concatenate([[0], np.cumsum(blocks)]).astype(np.int64)
+            self.block_starts = self._open_index()  # in samples
+
+    def __len__(self):
+        return int(self.block_starts[-1] if self.chunk else self.shard_starts[-1])
+
+    def _open_index(self):
+        """The number of samples before each block of INDEX_DOCS documents, an int64 array over a file where it is large.
+
+        A shard's last block may be shorter. The file's name holds the shards' digest, so that it cannot be another's.
+        """
+        count = int(self.shard_blocks[-1]) + 1
+        where = f"{os.path.realpath(self.directory)}.chunks"
+        path = os.path.join(where, f"{self.split}_{self.per_sample + 2}_{self.digest[:16]}.npy")
+        if self.shard_starts[-1] < KEPT_INDEX_DOCS:
+            return self._make_index()
+        with contextlib.suppress(OSError, EOFError, ValueError):  # not there, or damaged
+            index = np.load(path, mmap_mode="r")
+            if index.shape == (count,) and index.dtype == np.int64 and index[0] == 0:
+                return np.asarray(index)
+        index = self._make_index()
+        partial = f"{path}.{os.getpid()}.tmp"
+        try:
+            os.makedirs(where, exist_ok=True)
+            with open(partial, "wb") as file:
+                np.save(file, index)
+            os.replace(partial, path)
+            return np.asarray(np.load(path, mmap_mode="r"))
+        except OSError:  # a place that may only be read: every process makes its own
+            return index
+
+    def _make_index(self):
+        counts = [np.zeros(1, np.int64)]
+        for shard in self.shards:
+            offsets = np.empty(shard.num_docs + 1, OFFSET)
+            shard.offsets(0, offsets)
+            lengths = np.diff(offsets.astype(np.int64))
+            if (lengths < 0).any():
+                raise UserError(f"{shard.path}: offsets out of order (damaged; prepare again)")
+            chunks = -(-lengths // self.per_sample)
+            counts.append(fill(chunks, -(-len(chunks) // INDEX_DOCS) * INDEX_DOCS, 0).reshape(-1, INDEX_DOCS).sum(1))
+        return np.cumsum(np.concatenate(counts))
+
+    def locate(self, samples):
+        """(shard, start, length) of each sample's tokens, int64 arrays."""
+        if self.chunk:
+            block = np.searchsorted(self.block_starts, samples, side="right") - 1
+            shard = np.searchsorted(self.shard_blocks, block, side="right") - 1
+            document = (block - self.shard_blocks[shard]) * INDEX_DOCS
+            within = samples - self.block_starts[block]
+        else:
+            shard = np.searchsorted(self.shard_starts, samples, side="right") - 1
+            document, within = samples - self.shard_starts[shard], np.zeros_like(samples)
+        # One by one: of a large corpus, hardly two samples of a batch are in the same shard.
+        count = INDEX_DOCS if self.chunk else 1
+        offsets = np.empty((len(samples), count + 1), OFFSET)
+        for row, s, d in zip(offsets, shard.tolist(), document.tolist()):
+            self.shards[s].offsets(d, row)
+        offsets = offsets.astype(np.int64)
+        lengths = np.diff(offsets)
+        before = np.cumsum(-(-lengths // self.per_sample), axis=1)  # samples up to each document's end
+        place = (before <= within[:, None]).sum(1) if self.chunk else np.zeros_like(samples)
+        wrong = (lengths < 0).any(1) | (offsets[:, -1] > self.num_tokens[shard]) | (place >= count)
+        if wrong.any():
+            path = self.paths[shard[wrong.argmax()]]
+            raise UserError(f"{path}: offsets out of order (damaged; prepare again)", True)
+        rows = np.arange(len(samples))
+        skipped = (within - np.where(place > 0, before[rows, place - 1], 0)) * self.per_sample
+        return shard, offsets[rows, place] + skipped, np.minimum(lengths[rows, place] - skipped, self.per_sample)
+
+
+class Samples:
+    """The samples of one split of a shard directory, or of a mixture of several, at one sequence length.
+
+    data_dir: directory of prepare_c4.py, or DIRECTORY:WEIGHT,DIRECTORY:WEIGHT; the weights are shares of the samples.
+    split: "train", or "val", where weights do not count: every held-out sample comes once. seq_length: tokens a sample
+    has at most, [CLS] and [SEP] included. chunk: see Source. Samples are numbered through the sources.
+    Raises: UserError when a directory is missing, damaged or empty, or made with another tokenizer than the first.
+    """
+
+    def __init__(self, data_dir, split, seq_length, chunk=False):
+        directories, weights = parse_mixture(data_dir)
+        self.sources = [Source(directory, split, seq_length, chunk) for directory in directories]
+        first = self.sources[0]
+        for source in self.sources:
+            if source.tokenizer_sha256 != first.tokenizer_sha256:
+                hint = f"prepare it with --tokenizer={first.tokenizer_path}"
+                raise UserError(f"{source.tokenizer_path}: another tokenizer than that of {first.directory} ({hint})")
+            if split == "train" and len(directories) > 1 and len(source) == 0:
+                raise UserError(f"{source.directory}: no training samples (prepare more text)")
+        self.special, self.tokenizer_path = first.special, first.tokenizer_path
+        self.vocab_size, self.tokenizer_sha256 = first.tokenizer.get_vocab_size(), first.tokenizer_sha256
+        with open(self.tokenizer_path, encoding="utf-8") as file:
+            self.tokenizer_text = file.read()
+        self.data_dir, self.seq_length, self.chunk = data_dir, seq_length, chunk
+        self.shards = [shard for source in self.sources for shard in source.shards]
+        self.paths = [path for source in self.sources for path in source.paths]
+        self.token_type = self.shards[0].token_type if self.shards else np.dtype("<u2")
+        self.source_shards = np.cumsum([0] + [len(source.shards) for source in self.sources])
+        self.source_starts = np.cumsum([0] + [len(source) for source in self.sources])  # in samples
+        self.quotas = mixture_quotas(data_dir, weights) if split == "train" else None
+        self.digest = first.digest
+        if len(self.sources) > 1:
+            quotas = weights if self.quotas is None else self.quotas.tolist()
+            self.digest = hash_of([f"{quota} {source.digest}" for quota, source in zip(quotas, self.sources)])
         self.is_special = np.zeros(self.vocab_size, bool)
         self.is_special[list(self.special.values())] = True
 
     def __len__(self):
-        return int(self.shard_starts[-1])
-
-    def _count_chunks(self, offsets):
-        per_sample = self.seq_length - 2
-        num_chunks = (np.diff(offsets).astype(np.int64) + per_sample - 1) // per_sample
-        return np.concatenate([[0], np.cumsum(num_chunks)])
+        return int(self.source_starts[-1])
 
     def at(self, positions, seed):
         """(samples, epochs) at `positions` of the endless training sequence, each an int64 array like `positions`.
 
-        Every epoch is a permutation of its own, so the sequence has no start-up cost anywhere.
+        Every epoch of a source is a permutation of its own, so the sequence has no start-up cost anywhere.
         """
-        epochs = positions // len(self)
-        samples = np.empty_like(positions)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            index = (positions[here] % len(self)).astype(np.uint64)
-            samples[here] = permute(index, len(self), hash64(seed, 0, epoch)).astype(np.int64)
+        if self.quotas is None or len(self.sources) == 1:
+            return permuted(positions, len(self), seed, 0)
+        periods, slots = positions // MIXTURE_PERIOD, (positions % MIXTURE_PERIOD).astype(np.uint64)
+        for period in np.unique(periods):
+            here = periods == period
+            slots[here] = permute(slots[here], MIXTURE_PERIOD, hash64(seed, MIXTURE_STREAM, period))
+        slots, starts = slots.astype(np.int64), np.cumsum([0, *self.quotas])
+        places = np.searchsorted(starts, slots, side="right") - 1
+        samples, epochs = np.empty_like(positions), np.empty_like(positions)
+        for place in np.unique(places):
+            here = places == place
+            of_source = periods[here] * self.quotas[place] + slots[here] - starts[place]
+            number, epochs[here] = permuted(of_source, len(self.sources[place]), seed, place)
+            samples[here] = self.source_starts[place] + number
         return samples, epochs
+
+    def places(self, samples):
+        """Each sample's source, as its place in the list."""
+        return np.searchsorted(self.source_starts, samples, side="right") - 1
 
     def locate(self, samples):
         """(shard, start, length) of each sample's tokens, int64 arrays; [CLS] and [SEP] are not counted."""
-        shard = np.searchsorted(self.shard_starts, samples, side="right") - 1
-        start, length = np.empty_like(samples), np.empty_like(samples)
-        per_sample = self.seq_length - 2
-        for number in np.unique(shard):
-            here = shard == number
-            document = samples[here] - self.shard_starts[number]
-            skipped = 0
-            if self.chunk:
-                first = self.sample_starts[number]
-                sample, document = document, np.searchsorted(first, document, side="right") - 1
-                skipped = (sample - first[document]) * per_sample
-            offsets = self.shards[number][0]
-            begin, end = offsets[document].astype(np.int64), offsets[document + 1].astype(np.int64)
-            if (begin > end).any() or (end > len(self.shards[number][1])).any():
-                raise UserError(f"{self.paths[number]}: offsets out of order (damaged; prepare again)", True)
-            start[here] = begin + skipped
-            length[here] = np.minimum(end - begin - skipped, per_sample)
-        return shard, start, length
+        if len(self.sources) == 1:
+            return self.sources[0].locate(samples)
+        places = self.places(samples)
+        found = np.empty((3, len(samples)), np.int64)
+        for place in np.unique(places):
+            here = places == place
+            found[:, here] = self.sources[place].locate(samples[here] - self.source_starts[place])
+            found[0, here] += self.source_shards[place]
+        return tuple(found)
 
-    def micro_batch(self, samples, epochs, seed, mask_prob):
-        """The masked, unpadded MicroBatch of `samples` (int64 array, with their epochs)."""
+    def micro_batch(self, samples, epochs, seed, mask_prob, located=None):
+        """The masked, unpadded MicroBatch of `samples` (int64 array, with their epochs). located: of locate, if known."""
         import torch  # here, since prepare_c4.py's processes, which need it not, start a second earlier without
 
         from kernels import make_windows
 
-        shard, start, length = self.locate(samples)
+        shard, start, length = self.locate(samples) if located is None else located
         lengths = length + 2
         cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
         num_tokens = int(cu_seqlens[-1])
-        tokens = np.full(round_up(num_tokens, TOKEN_MULTIPLE), self.special["[PAD]"], np.int32)
-        tokens[cu_seqlens[:-1]] = self.special["[CLS]"]
-        tokens[cu_seqlens[1:] - 1] = self.special["[SEP]"]
-        for s, begin, end, to in zip(shard.tolist(), start.tolist(), (start + length).tolist(), cu_seqlens.tolist()):
-            tokens[to + 1 : to + 1 + end - begin] = self.shards[s][1][begin:end]
+        stored = np.full(round_up(num_tokens, TOKEN_MULTIPLE), self.special["[PAD]"], self.token_type)
+        stored[cu_seqlens[:-1]] = self.special["[CLS]"]
+        stored[cu_seqlens[1:] - 1] = self.special["[SEP]"]
+        for s, begin, to, count in zip(shard.tolist(), start.tolist(), (cu_seqlens + 1).tolist(), length.tolist()):
+            self.shards[s].tokens(begin, stored[to : to + count])
+        tokens = stored.astype(np.int32)
         if tokens.max() >= self.vocab_size:
             path = self.paths[shard[np.searchsorted(cu_seqlens, tokens.argmax(), side="right") - 1]]
             raise UserError(f"{path}: token id {tokens.max()} outside the vocabulary of {self.vocab_size}", True)
 
-        sample_keys = hash64(seed, 1, epochs, samples)
+        places = self.places(samples)
+        sample_keys = hash64(seed, 2 * places + 1, epochs, samples - self.source_starts[places])
         positions, labels = mask_tokens(tokens[:num_tokens], lengths, sample_keys, mask_prob, self.special, self.is_special)
         num_rows = round_up(len(positions), MASKED_MULTIPLE)
         num_sequences = round_up(len(samples), SEQUENCE_MULTIPLE)
@@ -343,21 +516,61 @@ class Samples:
             sum_squared_lengths=int((lengths**2).sum()),
         )
 
-    def parts(self, samples, micro_batch_tokens, rank, world_size, equal=True):
+    def parts(self, samples, micro_batch_tokens, rank, world_size, equal=True, located=None):
         """Slices of `samples`, one a micro-batch: this rank's, every world_size-th of them.
 
         The cut is made from the lengths of all samples, so every rank finds the same one. With `equal`, as gradient
         reduction needs, each rank has equally many.
         """
-        bounds = cut(self.locate(samples)[2] + 2, micro_batch_tokens, world_size if equal else 1)
+        _, _, length = self.locate(samples) if located is None else located
+        bounds = cut(length + 2, micro_batch_tokens, world_size if equal else 1)
         return [slice(bounds[i], bounds[i + 1]) for i in range(rank, len(bounds) - 1, world_size)]
 
     def train_step(self, step, global_batch_size, seed, mask_prob, micro_batch_tokens, rank=0, world_size=1):
         """This rank's micro-batches of training step `step`, counted from 0, as a list."""
         positions = np.arange(step * global_batch_size, (step + 1) * global_batch_size)
         samples, epochs = self.at(positions, seed)
-        parts = self.parts(samples, micro_batch_tokens, rank, world_size)
-        return [self.micro_batch(samples[part], epochs[part], seed, mask_prob) for part in parts]
+        located = np.stack(self.locate(samples))
+        parts = self.parts(samples, micro_batch_tokens, rank, world_size, located=located)
+        return [self.micro_batch(samples[part], epochs[part], seed, mask_prob, located[:, part]) for part in parts]
+
+
+def permuted(positions, n, seed, place):
+    """(numbers, epochs): `positions` in a sequence that goes through range(n) in each epoch, in an order of its own."""
+    epochs = positions // n
+    numbers = np.empty_like(positions)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        index = (positions[here] % n).astype(np.uint64)
+        numbers[here] = permute(index, n, hash64(seed, 2 * place, epoch)).astype(np.int64)
+    return numbers, epochs
+
+
+def parse_mixture(data_dir):
+    """(directories, weights) of DIRECTORY or DIRECTORY:WEIGHT,DIRECTORY:WEIGHT. Raises: UserError."""
+    if os.path.isdir(data_dir) or not ("," in data_dir or ":" in data_dir):
+        return [data_dir], [1.0]
+    directories, weights = [], []
+    for part in data_dir.split(","):
+        directory, _, weight = part.strip().rpartition(":")
+        try:
+            weights.append(float(weight))
+        except ValueError:
+            weights.append(0.0)
+        if not directory or not 0 < weights[-1] < float("inf"):
+            raise UserError(f"data_dir={data_dir}: {part.strip()!r} is no DIRECTORY:WEIGHT (such as a:0.7,b:0.3)")
+        directories.append(directory)
+    return directories, weights
+
+
+def mixture_quotas(data_dir, weights):
+    """Of MIXTURE_PERIOD samples, how many each source gives: its share, rounded so that all add up (largest remainder)."""
+    exact = np.array(weights) / sum(weights) * MIXTURE_PERIOD
+    quotas = np.floor(exact).astype(np.int64)
+    quotas[np.argsort(quotas - exact, kind="stable")[: MIXTURE_PERIOD - quotas.sum()]] += 1
+    if (quotas == 0).any():
+        raise UserError(f"data_dir={data_dir}: a share below 1 of {MIXTURE_PERIOD} (leave the directory out)")
+    return quotas
 
 
 def cut(lengths, micro_batch_tokens, multiple):
@@ -452,9 +665,10 @@ def verify(data_dir):
     for split in ("train", "val"):
         samples = Samples(data_dir, split, seq_length=128)
         entries = [entry for entry in manifest["shards"] if entry["split"] == split]
-        for entry, path, (offsets, tokens) in zip(entries, samples.paths, samples.shards):
+        for entry, path, shard in zip(entries, samples.paths, samples.shards):
             if file_digest(path) != entry["sha256"]:
                 raise UserError(f"{path}: digest differs from the manifest's (damaged; prepare again)")
+            offsets, tokens = shard.arrays()
             if (offsets[1:] < offsets[:-1]).any():
                 raise UserError(f"{path}: offsets out of order (prepare again)")
             if len(tokens) and tokens.max() >= samples.vocab_size:

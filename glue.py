@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from config import UserError
-from prepare_c4 import numbered_lines, skip_or_fail, split_suffixes
+from sources import numbered_lines, skip_or_fail, split_suffixes
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tasks

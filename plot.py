@@ -1,7 +1,8 @@
-"""Figures from the logs: loss curves, GLUE task by task, GLUE against hours or dollars, and speed.
+"""Figures from the logs: loss curves, GLUE task by task, GLUE against its cost, speed, and lengths of documents.
 
     python plot.py --loss=out/base --x=gpu_hours --out=loss.svg
     python plot.py --glue=results/mosaic/glue.json,results/fast/glue.json --labels=mosaic,fast --out=glue.svg
+    python plot.py --lengths=data/mine/report.json --out=lengths.svg
     python plot.py --pareto='results/race/*/glue.json' --x=dollars --tasks=true --out=pareto.svg,pareto.png
     python plot.py --kernels=out/bench.json --out=kernels.svg
 
@@ -56,6 +57,7 @@ class PlotConfig:
     glue: str = ""  # glue.json of finetune_glue.py: a bar for each task, with 95 % intervals
     kernels: str = ""  # JSON of kernels.bench: a panel for each row, operators in ns a token, steps in samples/s
     pareto: str = ""  # glue.json: the mean score against the cost of pretraining, with MosaicML's published points
+    lengths: str = ""  # report.json of prepare_c4.py: a histogram of the documents' lengths
     # How
     x: Literal["auto", "step", "tokens", "gpu_hours", "dollars"] = "auto"  # auto: step for losses, gpu_hours for GLUE
     tasks: bool = False  # with --pareto: a panel for each task, too
@@ -326,9 +328,45 @@ def draw_row(axes, records):
     axes.margins(x=0.15)
 
 
+def read_report(path):
+    """How many documents of which length a report.json tells of: {(shortest, longest): documents}. Raises: UserError."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            lengths = json.load(file)["lengths"]
+        return {tuple(map(int, name.split("-"))): int(count) for name, count in lengths.items()}
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror} (expected a report.json of prepare_c4.py)") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: not a report.json of prepare_c4.py") from None
+
+
+def plot_lengths(cfg, pyplot):
+    """The share of documents in each doubling of length, a bar for each corpus."""
+    paths = find(cfg.lengths, "report.json")
+    labels = labels_for(cfg, paths, log_label)
+    too_many(labels)
+    reports = [read_report(path) for path in paths]
+    bins = sorted({bounds for report in reports for bounds in report})
+    figure, axes = pyplot.subplots(figsize=(2.4 + 0.5 * len(bins), 4.0), layout="constrained")
+    width = 0.8 / len(paths)
+    for i, (label, report, (colour, *_, hatch)) in enumerate(zip(labels, reports, STYLES)):
+        total = sum(report.values())
+        places = np.arange(len(bins)) + (i - (len(paths) - 1) / 2) * width
+        shares = [100 * report.get(bounds, 0) / total for bounds in bins]
+        label = f"{label}: {total:,} documents"
+        axes.bar(places, shares, width * 0.92, color=colour, hatch=hatch, edgecolor="white", label=label)
+    axes.set_xticks(range(len(bins)), [f"{low:,}" for low, _ in bins], rotation=45)
+    axes.set_xlabel("tokens in a document, from this number to twice it")
+    axes.set_ylabel("% of documents")
+    axes.set_title(cfg.title)
+    axes.grid(axis="y", alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=min(2, len(paths)))
+    return figure
+
+
 def log_label(path):
     name = os.path.splitext(os.path.basename(path))[0]
-    return os.path.basename(os.path.dirname(os.path.abspath(path))) if name == "log" else name
+    return os.path.basename(os.path.dirname(os.path.abspath(path))) if name in ("log", "report") else name
 
 
 def model_label(results):
@@ -347,6 +385,10 @@ def main(argv):
     asked = [draw for name, draw in kinds.items() if getattr(cfg, name)]
     if len(asked) != 1:
         raise UserError("give one of --loss, --glue, --pareto and --kernels")
+    drawn = {"loss": plot_loss, "glue": plot_glue, "pareto": plot_pareto, "lengths": plot_lengths}
+    drawn = [draw for name, draw in drawn.items() if getattr(cfg, name)]
+    if len(drawn) != 1:
+        raise UserError("give one of --loss, --glue, --pareto and --lengths")
     for path in cfg.out.split(","):
         if not path.endswith((".svg", ".png", ".pdf")):
             raise UserError(f"{path}: unknown suffix (expected .svg, .png or .pdf)")
@@ -359,6 +401,7 @@ def main(argv):
     from matplotlib import pyplot
 
     figure = asked[0](cfg, pyplot)
+    figure = drawn[0](cfg, pyplot)
     for path in cfg.out.split(","):
         try:
             os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)

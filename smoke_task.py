@@ -32,7 +32,10 @@ def windows(data_dir, split):
     samples = Samples(data_dir, split, WINDOW + 2, chunk=True)  # + [CLS] and [SEP]
     shard, start, length = samples.locate(np.arange(len(samples)))
     whole = length == WINDOW
-    return np.stack([samples.shards[s][1][a : a + WINDOW] for s, a in zip(shard[whole], start[whole])]).astype(np.int64)
+    found = np.empty((int(whole.sum()), WINDOW), samples.token_type)
+    for row, s, a in zip(found, shard[whole], start[whole]):
+        samples.shards[s].tokens(int(a), row)
+    return found.astype(np.int64)
 
 
 @command

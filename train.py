@@ -31,7 +31,7 @@ import gpu_trace
 import kernels
 import watch
 from config import UserError, command, load_config
-from data import EVAL_SEED, Samples, hash64, prefetch
+from data import EVAL_SEED, MIXTURE_PERIOD, Samples, hash64, prefetch
 from model import MAX_POSITIONS, MaskedLM, ModelConfig, matrix_flops
 
 EVAL_MASK_PROB = 0.15  # as BERT was trained and evaluated, whatever rate this run trains with
@@ -59,7 +59,7 @@ PEAK_FLOPS = {
 @dataclass
 class TrainConfig(ModelConfig):
     # Data
-    data_dir: str = "data/c4"  # directory of token shards, made by prepare_c4.py
+    data_dir: str = "data/c4"  # directory of token shards, made by prepare_c4.py; or a mixture, dir:weight,dir:weight
     seq_length: int = 128  # tokens a sample has at most, [CLS] and [SEP] included
     chunk: bool = False  # cut documents into as many samples as they give, not one each
     mask_prob: float = 0.3  # share of tokens to predict
@@ -279,7 +279,8 @@ def choose_micro_batch_tokens(cfg, process, num_params, vocab_size):
 
 def print_estimate(cfg, process, num_params, train_samples, micro_batch_tokens):
     """What --dry_run says: size, data, memory, and the hours and dollars at some shares of a GPU's peak."""
-    lengths = train_samples.locate(np.arange(min(len(train_samples), 100_000)))[2] + 2
+    order, _ = train_samples.at(np.arange(min(len(train_samples), 20_000)), cfg.seed)
+    lengths = train_samples.locate(order)[2] + 2
     tokens = cfg.max_steps * cfg.global_batch_size * lengths.mean()
     squares = cfg.max_steps * cfg.global_batch_size * (lengths.astype(float) ** 2).mean()
     vocab_size = train_samples.vocab_size
@@ -289,6 +290,10 @@ def print_estimate(cfg, process, num_params, train_samples, micro_batch_tokens):
     memory = memory_bytes(cfg, num_params, vocab_size, micro_batch_tokens, process.dtype.itemsize, fused)
     print(f"parameters  {num_params:,}")
     print(f"data        {len(train_samples):,} samples; {cfg.max_steps:,} steps see {tokens:.3g} tokens, {epochs:.2f} epochs")
+    if len(train_samples.sources) > 1:
+        for source, quota in zip(train_samples.sources, train_samples.quotas / MIXTURE_PERIOD):
+            epochs = quota * cfg.max_steps * cfg.global_batch_size / len(source)
+            print(f"  {quota:6.1%}    {source.directory}: {len(source):,} samples, {epochs:.2f} epochs")
     print(f"memory      about {memory / 1e9:.1f} GB for micro-batches of at most {micro_batch_tokens:,} tokens")
     print(f"disk        about {12e-9 * num_params * (cfg.keep_checkpoints + 1):.1f} GB for checkpoints")
     print(f"work        {flops:.3g} FLOP in matrix products")
@@ -418,7 +423,7 @@ def train(cfg, process, run, guard, train_samples, val_samples):
     num_params = sum(parameter.numel() for parameter in raw_model.parameters())
     started = None
     if cfg.init_from:
-        started = convert_hf.start_from(raw_model, cfg.init_from, os.path.join(cfg.data_dir, "tokenizer.json"))
+        started = convert_hf.start_from(raw_model, cfg.init_from, train_samples.tokenizer_path)
         say(started)
     raw_model.to(device)
     micro_batch_tokens = choose_micro_batch_tokens(cfg, process, num_params, vocab_size)

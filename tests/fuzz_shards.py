@@ -65,7 +65,7 @@ def read_all(directory, chunk):
     tokens, real = batch.input_ids.numpy().copy(), batch.labels.numpy() != data.IGNORED
     tokens[batch.masked_positions.numpy()[real]] = batch.labels.numpy()[real]
     assert tokens.min() >= 0 and tokens.max() < samples.vocab_size
-    offsets, stored = samples.shards[0]
+    offsets, stored = samples.shards[0].arrays()
     length = int(offsets[1] - offsets[0])
     assert (tokens[1 : 1 + min(length, 30)] == stored[: min(length, 30)]).all()
     assert batch.num_tokens == sum(samples.locate(numbers)[2] + 2)

@@ -16,6 +16,8 @@ OPTIONS = {
     "train": "TrainConfig", "prepare_c4": "PrepareConfig", "fill_mask": "FillMaskConfig", "data": "DataConfig",
     "finetune_glue": "GlueConfig", "plot": "PlotConfig",
     "convert_hf": "ConvertConfig", "torture": "TortureConfig", "gpu_reliability": "GpuReliabilityConfig",
+    "bits_per_byte": "BitsConfig", "bench_data": "BenchConfig", "compare_finetuning": "CompareConfig",
+    "full_size_glue": "FullSizeConfig",
 }  # fmt: skip
 
 

@@ -84,6 +84,9 @@ def test_figures_are_drawn_and_equal_inputs_give_equal_bytes(tmp_path, capsys):
     a = write_results(tmp_path / "a", cola=(50.0, 52.0))
     b = write_results(tmp_path / "b", 300, cola=(-5.0,))
     c = write_results(tmp_path / "c", 300, model="bert")
+    for name, lengths in (("one", {"1-1": 1, "2048-4095": 2}), ("two", {"1-1": 30, "2-3": 10})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(json.dumps({"lengths": lengths}))
     kinds = {
         "loss": ([f"--loss={LOG}", "--x=gpu_hours"], ["base_wikipedia_h100, held out", "GPU-hours"]),
         "glue": ([f"--glue={a},{tmp_path / 'b'}", "--labels=one,two"], ["CoLA", "RTE", "one", "two", "51.0"]),
@@ -94,6 +97,10 @@ def test_figures_are_drawn_and_equal_inputs_give_equal_bytes(tmp_path, capsys):
         "kernels": (
             [f"--kernels={write_bench(tmp_path / 'bench.json')}"],
             ["Some GPU", "step_full", "geglu", "compiled_t2", "7.2", "9.0", "4,321", "dashed: ceiling"],
+        ),
+        "lengths": (
+            [f"--lengths={tmp_path}/one/report.json,{tmp_path}/two"],
+            ["one: 3 documents", "two: 40 documents", "2,048", "% of documents", "tokens in a document"],
         ),
         "tasks": ([f"--pareto={a},{b},{c}", "--tasks=true", "--x=dollars"], ["mean of 2 tasks", "CoLA", "US dollars"]),
     }
@@ -122,6 +129,9 @@ def test_errors(tmp_path, capsys):
     assert "glue.json: No such file" in fails(capsys, f"--glue={ROOT / 'tests'}")
     assert f"{bad}: not a glue.json" in fails(capsys, f"--glue={bad}")
     assert f"{good}:1: not a log.jsonl" in fails(capsys, f"--loss={good}")
+    assert f"{bad}: not a report.json" in fails(capsys, f"--lengths={bad}")
+    assert f"{good}: not a report.json" in fails(capsys, f"--lengths={good}")
+    assert "report.json: No such file" in fails(capsys, f"--lengths={ROOT / 'tests'}")
     assert "no training steps" in fails(capsys, f"--loss={empty}")
     assert f"{bad}: not a result of python -m kernels.bench" in fails(capsys, f"--kernels={bad}")
     assert "nowhere.json: No such file" in fails(capsys, "--kernels=nowhere.json")

@@ -1,205 +1,32 @@
-"""prepare_c4.py: what is stored of each source, interruption at any point, the held-out split, and what is refused."""
+"""prepare_c4.py: interruption at any point, the held-out split, tokens, what is refused, and the report."""
 
-import functools
+import fcntl
 import gzip
 import json
 import lzma
 import os
 import random
+import re
+import resource
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
 import data
 import prepare_c4
+import sources
+import vocabulary
+from corpus import LETTERS, VOCAB, WORDS, files_of, ids, make_texts, only_whole_files, prepare, prepare_fails, raise_interrupt
+from corpus import state_of, stored, text_report, texts_of, workplace, write_files, write_texts, write_vocab  # noqa: F401
 from toy import SPECIAL, make_tokenizer
-
-WORDS = [f"w{i}" for i in range(300)]
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
-VOCAB = [*SPECIAL, *WORDS, *LETTERS, *(f"##{letter}" for letter in LETTERS), "中", "é"]
-
-
-@pytest.fixture(autouse=True)
-def workplace(tmp_path, monkeypatch):
-    """Each test runs in an empty directory of its own, with a vocab.txt."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("RAYON_NUM_THREADS", "TOKENIZERS_PARALLELISM"):  # prepare_c4.py sets them; later tests must not see it
-        monkeypatch.setenv(name, "1")
-    write_vocab(VOCAB)
-
-
-def write_vocab(entries, path="vocab.txt"):
-    Path(path).write_text("".join(f"{entry}\n" for entry in entries), encoding="utf-8")
-
-
-def write_files(files):
-    for name, contents in files.items():
-        Path(name).parent.mkdir(parents=True, exist_ok=True)
-        Path(name).write_bytes(contents)
-
-
-def write_texts(path, texts):
-    """One document a line."""
-    Path(path).write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
-
-
-def make_texts(count, seed=0):
-    """Different texts of 1 to 30 words of the vocabulary."""
-    rng = random.Random(seed)
-    return list(dict.fromkeys(" ".join(rng.choices(WORDS, k=rng.randint(1, 30))) for _ in range(2 * count)))[:count]
-
-
-def prepare(**options):
-    """Run prepare_c4.py in this process. An option that is None is left out."""
-    options = {"tokenizer": "vocab.txt", "workers": 1, "out": "out", **options}
-    prepare_c4.main([f"--{name}={value}" for name, value in options.items() if value is not None])
-
-
-def prepare_fails(capsys, **options):
-    """The one line that refuses a command."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        prepare(**options)
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and error.endswith("\n")
-    return error
-
-
-def stored(split="train", out="out"):
-    """The tokens of each document of a split, in order."""
-    shards = data.Samples(out, split, 128).shards
-    return [tokens[a:b].tolist() for offsets, tokens in shards for a, b in zip(offsets, offsets[1:])]
-
-
-def ids(text):
-    return [VOCAB.index(word) for word in text.split()]
-
-
-def texts_of(documents):
-    return [" ".join(VOCAB[token] for token in document) for document in documents]
-
-
-def files_of(out="out"):
-    """{name: bytes} of a shard directory, without the report, which holds wall-clock times."""
-    return {path.name: path.read_bytes() for path in Path(out).iterdir() if path.name != "report.json"}
-
-
-def state_of(directory):
-    """{path: (time of last change, bytes)} of everything below."""
-    files = [path for path in Path(directory).rglob("*") if path.is_file()]
-    return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
-
-
-def text_report():
-    return json.loads(Path("out/report.json").read_text())
-
-
-def only_whole_files(out="out"):
-    names = set(os.listdir(out))
-    return {"tokenizer.json", "manifest.json", "report.json"} <= names and all(name.endswith((".json", ".bin")) for name in names)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sources
-
-
-@pytest.mark.parametrize(
-    "files, source, options, expected",
-    [
-        ({"a.txt": b"w1 w2\n\nw3"}, "a.txt", {}, ["w1 w2", "w3"]),
-        ({"a.txt": b"w1\nw2\n\n \n\nw3\nw4\n"}, "a.txt", {"doc_sep": "blank"}, ["w1 w2", "w3 w4"]),
-        ({"a.txt": b"w1\r\nw2\r\n\r\nw3"}, "a.txt", {"doc_sep": "blank"}, ["w1 w2", "w3"]),
-        ({"a.txt": b"w1\n\nw2\n", "b.txt": b"w3"}, "a.txt,b.txt", {"doc_sep": "file"}, ["w1 w2", "w3"]),
-        ({"a.jsonl": b'{"text": "w1 w2"}\n\n{"id": 7, "text": "w3"}'}, "a.jsonl", {}, ["w1 w2", "w3"]),
-        ({"a.jsonl": '{"text": "w1\u2028w2\x85 w3"}\n'.encode()}, "a.jsonl", {}, ["w1 w2 w3"]),
-        ({"a.jsonl": b'\xef\xbb\xbf{"text": "w1\\nw2"}\r\n{"text": "w3"}\r\n'}, "a.jsonl", {}, ["w1 w2", "w3"]),
-        ({"a.jsonl": b'{"text": 1, "body": "w1"}\n'}, "a.jsonl", {"text_key": "body"}, ["w1"]),
-        ({"a.json": b'{"text": "w1"}\n{"text": "w2"}\n'}, "a.json", {"doc_sep": "file"}, ["w1", "w2"]),
-        ({"a.txt.gz": gzip.compress(b"w1\nw2\n") + gzip.compress(b"w3\n")}, "a.txt.gz", {}, ["w1", "w2", "w3"]),
-        ({"a.jsonl.xz": lzma.compress(b'{"text": "w1"}\n')}, "a.jsonl.xz", {}, ["w1"]),
-        ({"A.TXT": b"w1\n"}, "A.TXT", {}, ["w1"]),
-        (
-            {"d/b.txt": b"w2", "d/a/z.json.gz": gzip.compress(b'{"text": "w1"}'), "d/c.md": b"w4", "d/.h.txt": b"w5",
-             "d/c.jsonl.xz": lzma.compress(b'{"text": "w3"}')},
-            "d", {}, ["w1", "w2", "w3"],
-        ),
-        ({"d/b.txt": b"w2", "d/a.txt": b"w1", "d/c.md": b"w3"}, "d/*.txt", {}, ["w1", "w2"]),
-        ({"d/e/b.txt": b"w2", "d/a.txt": b"w1"}, "d/**/*.txt", {}, ["w1", "w2"]),
-        ({"d/b.txt": b"w2", "a.txt": b"w1", "c.txt": b"w3"}, "c.txt, d,,a.txt", {}, ["w3", "w2", "w1"]),
-        ({"a.txt": b"w1\nw2\n", "b.txt": b"w3\nw4\n"}, "a.txt,b.txt", {"max_docs": 3}, ["w1", "w2", "w3"]),
-        ({"a.txt": b"w1\nw2\n", "b.txt": b"w3\nw4\n"}, "a.txt,b.txt", {"max_docs": 2}, ["w1", "w2"]),
-        ({"a.txt": b"w1\nw2\n"}, "a.txt", {"max_docs": 5}, ["w1", "w2"]),
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize("small", [False, True])
-def test_sources(monkeypatch, files, source, options, expected, small):
-    if small:  # every document a batch of its own, every file a unit
-        monkeypatch.setattr(prepare_c4, "BATCH_CHARS", 1)
-        monkeypatch.setattr(prepare_c4, "UNIT_BYTES", 1)
-    write_files(files)
-    prepare(source=source, val_fraction=0, **options)
-    assert stored() == [ids(text) for text in expected] and stored("val") == []
-    assert only_whole_files() and data.verify("out") > 0
-
-
-def test_a_byte_order_mark_and_line_ends_are_no_part_of_the_text():
-    """BERT's tokenizers would drop them, but the hash that decides about holding out sees the text."""
-    cfg = prepare_c4.PrepareConfig(doc_sep="file")
-    write_files({"a.txt": b"\xef\xbb\xbfw1  w2 \r\nw3\n\xef\xbb\xbfw4\rw5\r\n", "b.txt.gz": gzip.compress(b"\xef\xbb\xbfw1\r\n")})
-    assert list(prepare_c4.documents("file", "a.txt", cfg, Counter())) == ["w1  w2 \nw3\n\ufeffw4\rw5"]
-    assert list(prepare_c4.documents("file", "b.txt.gz", cfg, Counter())) == ["w1"]
-
-
-def test_a_file_name_with_brackets_is_no_pattern():
-    write_files({"a[1].txt": b"w1\n", "d[2]/b.txt": b"w2\n", "a1.txt": b"w3\n"})
-    prepare(source="a[1].txt,d[2]", val_fraction=0)
-    assert texts_of(stored()) == ["w1", "w2"]
-
-
-def test_half_a_surrogate_pair_is_no_traceback():
-    """JSON may spell one, no UTF-8 can hold it: left out, replaced or refused, but the other documents are right."""
-    write_files({"a.jsonl": b'{"text": "w1"}\n{"text": "\\ud800 w2"}\n{"text": "w3"}\n'})
-    try:
-        prepare(source="a.jsonl", val_fraction=0, skip_bad_lines=1)
-    except SystemExit as stopped:
-        assert stopped.code == 2
-    else:
-        assert [document for document in stored() if document[0] in ids("w1 w3")] == [ids("w1"), ids("w3")]
-
-
-def test_the_standard_library(monkeypatch):
-    """A small one: docstrings of what is not skipped, and pydoc's topics."""
-    long = "w1 w2 w3 w4 w5 w6 w7 w8 w9 w10 w11 w12 w13 w14"
-    write_files(
-        {
-            "lib/m.py": f'"""{long} w20"""\nclass C:\n    """{long} w21"""\n    def f():\n        """Short."""\n'.encode(),
-            "lib/p/n.py": f'async def f():\n    """{long} w22\n\n    w23"""\n'.encode(),
-            "lib/p/same.py": f'"""{long} w20"""\n'.encode(),
-            "lib/p/latin.py": f'# coding: latin-1\n"""{long} \xe9"""\n'.encode("latin-1"),
-            "lib/p/broken.py": b"def\n",
-            "lib/p/nul.py": b"\0",
-            "lib/site-packages/m.py": f'"""{long} w30"""\n'.encode(),
-            "lib/test/m.py": f'"""{long} w31"""\n'.encode(),
-        }
-    )
-    monkeypatch.setattr(prepare_c4.sysconfig, "get_path", lambda name: "lib")
-    uncached = functools.cache(prepare_c4.stdlib_documents.__wrapped__)
-    monkeypatch.setattr(prepare_c4, "stdlib_documents", uncached)
-    texts = uncached()
-    assert [text for text in texts if text.startswith("w1")] == [f"{long} {end}" for end in ("w20", "w21", "w22\n\nw23", "é")]
-    assert len(texts) > 50 and texts == sorted(texts)
-    prepare(source="stdlib", train_tokenizer=300, val_docs=4, max_docs=40)
-    assert data.verify("out") == 2 and len(stored("val")) == 4 and len(stored()) == 36
-
-
-def test_the_standard_library_of_this_python():
-    texts = prepare_c4.stdlib_documents()
-    assert len(texts) > 3000 and sum("Return" in text for text in texts) > 500
-    assert not any("\ufeff" in text or text != text.strip("\n") for text in texts)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Units, interruption
@@ -218,7 +45,6 @@ def test_the_number_of_processes_does_not_matter(corpus, capsys):
     prepare(**corpus)
     prepare(**corpus, workers=2, out="two")
     assert files_of("two") == files_of() and only_whole_files("two")
-    assert "unit 4 of 4 done" in capsys.readouterr().err
     assert len({name[:11] for name in files_of() if name.startswith("train")}) == 4
     assert sorted(texts_of(stored() + stored("val"))) == sorted(text for i in range(4) for text in make_texts(30, seed=i))
 
@@ -344,10 +170,6 @@ def test_another_option_is_refused(corpus, monkeypatch, capsys, finished, option
     assert error.startswith("error: out: made with other ") and option in error and state_of("out") == before
 
 
-def raise_interrupt(*_):
-    raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize("change", ["grown", "added", "removed"])
 def test_other_source_files_are_refused(corpus, capsys, change):
     prepare(**corpus)
@@ -450,7 +272,7 @@ def test_shard_tokens(corpus):
     prepare(source="a.txt", val_fraction=0.3, shard_tokens=100)
     for split in ("train", "val"):
         assert stored(split) == stored(split, "one")
-        sizes = [int(offsets[-1]) for offsets, _ in data.Samples("out", split, 128).shards]
+        sizes = [shard.num_tokens for shard in data.Samples("out", split, 128).shards]
         assert len(sizes) > 5 and all(100 <= size < 130 for size in sizes[:-1]) and sizes[-1] > 0
     manifest = json.loads(Path("out/manifest.json").read_text())
     assert data.verify("out") == len(manifest["shards"]) == len(list(Path("out").glob("*.bin")))
@@ -465,7 +287,7 @@ def test_a_large_vocabulary_takes_four_bytes_a_token(size, width):
     write_texts("a.txt", [f"w1 {last} w2"])
     prepare(source="a.txt", val_fraction=0)
     assert stored() == [[VOCAB.index("w1"), size - 1, VOCAB.index("w2")]]
-    assert data.Samples("out", "train", 128).shards[0][1].itemsize == width and text_report()["vocab_size"] == size
+    assert data.Samples("out", "train", 128).shards[0].bytes_per_token == width and text_report()["vocab_size"] == size
 
 
 TOKENIZER_TEXTS = [
@@ -535,81 +357,6 @@ def test_a_tokenizer_is_not_trained_on_what_is_held_out():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# C4, without the network
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """A hub with two training files and a validation file, as (texts, breaks, calls, waits).
-
-    breaks: {file: places where reading fails, one after the other}. calls: what load_dataset got. waits: seconds slept.
-    """
-    datasets = pytest.importorskip("datasets")
-    texts = {name: [f"{text} w{i}" for text in make_texts(6, seed=i)] for i, name in enumerate(["en/t0", "en/t1", "en/v0"])}
-    breaks, calls, waits = {name: [] for name in texts}, [], []
-
-    def load_dataset(*arguments, **options):
-        calls.append((arguments, options))
-        name = options["data_files"]["train"]
-        stop = breaks[name].pop(0) if breaks[name] else None
-        if stop == "at once":
-            raise ConnectionError("no route\nto host")
-
-        def rows():
-            for i, text in enumerate(texts[name]):
-                if i == stop:
-                    raise ConnectionError("reset by peer")
-                yield {"text": text, "url": "http://w1"}
-
-        return datasets.IterableDataset.from_generator(rows)
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(prepare_c4.time, "sleep", waits.append)
-    monkeypatch.setattr(prepare_c4, "C4_FILES", {"train": ("en/t%d", 2), "val": ("en/v%d", 1)})
-    return texts, breaks, calls, waits
-
-
-def test_c4(hub):
-    texts, _, calls, waits = hub
-    prepare(source="c4")
-    assert texts_of(stored()) == texts["en/t0"] + texts["en/t1"] and texts_of(stored("val")) == texts["en/v0"]
-    expected = {"split": "train", "streaming": True}
-    assert calls == [(("allenai/c4",), {"data_files": {"train": name}, **expected}) for name in texts] and not waits
-    assert {"train_00000_000.bin", "train_00001_000.bin", "val_00002_000.bin"} < set(os.listdir("out"))
-
-
-def test_c4_beside_other_files(hub):
-    """The files' share is held out by hash, C4's by file."""
-    texts = hub[0]
-    write_texts("a.txt", make_texts(40, seed=9))
-    prepare(source="a.txt,c4", val_docs=8)
-    held_out = set(texts_of(stored("val")))
-    assert set(texts["en/v0"]) < held_out and len(held_out) == 6 + 8
-    assert held_out - set(texts["en/v0"]) < set(make_texts(40, seed=9))
-
-
-def test_a_broken_connection_loses_and_doubles_nothing(hub):
-    texts, breaks, calls, waits = hub
-    breaks.update({"en/t0": [0, "at once", 3, 3], "en/t1": [5], "en/v0": [1, 2]})
-    prepare(source="c4")
-    assert texts_of(stored()) == texts["en/t0"] + texts["en/t1"] and texts_of(stored("val")) == texts["en/v0"]
-    assert waits == [1, 2, 4, 8, 1, 1, 2] and len(calls) == 5 + 2 + 3
-
-
-def test_a_file_of_the_hub_that_cannot_be_read(hub, capsys):
-    texts, breaks, calls, waits = hub
-    breaks["en/t1"] = [2, 2, 2, 2, "at once"]
-    error = prepare_fails(capsys, source="c4")
-    assert error.startswith("error: allenai/c4 en/t1: cannot be read: ConnectionError: no route to host (5 attempts")
-    assert waits == [1, 2, 4, 8] and len(calls) == 1 + prepare_c4.READ_ATTEMPTS
-    assert not os.path.exists("out/manifest.json")
-    calls.clear()
-    prepare(source="c4")
-    assert [options["data_files"]["train"] for _, options in calls] == ["en/t1", "en/v0"]  # goes on where it stopped
-    assert texts_of(stored()) == texts["en/t0"] + texts["en/t1"] and texts_of(stored("val")) == texts["en/v0"]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Mistakes, and the report
 
 
@@ -624,7 +371,8 @@ PACKED = random.Random(0).randbytes(5000).hex().encode()  # text that does not s
         ({}, {"out": None}, "--out: not given"),
         ({}, {"source": "a.txt,no.txt"}, "no.txt: no such source"),
         ({}, {"source": "no/*.txt"}, "no/*.txt: no such source"),
-        ({"b.csv": b"w1"}, {"source": "b.csv"}, "b.csv: unknown kind of file"),
+        ({"b.tar": b"w1"}, {"source": "b.tar"}, "b.tar: unknown kind of file"),
+        ({"b.parquet.gz": b"w1"}, {"source": "b.parquet.gz"}, "b.parquet.gz: unknown kind of file"),
         ({"b.gz": b"w1"}, {"source": "b.gz"}, "b.gz: unknown kind of file"),
         ({"d/b.md": b"w1"}, {"source": "d"}, "d: no such source"),
         ({"b.jsonl": JSON_LINES + b"w3\n"}, {"source": "b.jsonl"}, "b.jsonl:3: not valid JSON: "),
@@ -715,10 +463,253 @@ def test_report(capsys):
     expected = {
         "documents": 4, "documents_held_out": 1, "documents_empty": 2, "bad_lines_skipped": 1,
         "tokens": 210, "tokens_held_out": len(held_out), "vocab_size": len(VOCAB),
+        "documents_duplicate": 0, "duplicates_removed": False, "bytes_per_token": round((len("w1w1 ? w2W3 w4 w5 w6xy") + len(words)) / 210, 4),
         "tokens_per_word": round(210 / 208, 4), "unknown_percent": round(100 / 210, 4),
         "fill_at_128": round((3 + 5 + 8 + 128) / (4 * 128), 4), "fill_at_512": round((3 + 5 + 8 + 202) / (4 * 512), 4),
-        "lengths": {"1-1": 1, "2-3": 1, "4-7": 1, "128-255": 1}, "characters": sum(map(len, texts)),
+        "lengths": {"1-1": 1, "2-3": 1, "4-7": 1, "128-255": 1}, "characters": sum(map(len, texts)) - 1,
     }  # fmt: skip
     assert {name: report[name] for name in expected} == expected
-    assert set(report) - set(expected) == {"seconds", "tokens_per_second", "megabytes_per_second"}
+    assert set(report) - set(expected) == {"longest", "seconds", "tokens_per_second", "megabytes_per_second"}
+    assert [(entry["characters"], entry["document"]) for entry in report["longest"]] == [(len(words), 4), (13, 3), (7, 2), (2, 1)]
+    assert report["longest"][0] == {
+        "characters": len(words), "file": "a.jsonl", "from_byte": 0, "document": 4, "text": words[:80]
+    }  # fmt: skip
     assert all(name in printed for name in report)
+
+
+def test_report_and_copy_with_duplicates(corpus):
+    """Equal documents, in one file and in several: counted, and with --dedup only the first is kept, wherever it is."""
+    texts = make_texts(100)
+    for i in range(4):
+        write_texts(f"{i}.txt", [*texts[20 * i : 20 * i + 40], *texts[20 * i : 20 * i + 3], "", f"w{i} w{i}"])
+    options = {**corpus, "val_docs": 5}
+    prepare(**options)
+    assert (text_report()["documents"], text_report()["documents_duplicate"]) == (4 * 44, 4 * 44 - 104)
+    prepare(**options, dedup=True, out="once")
+    report = json.loads(Path("once/report.json").read_text())
+    first = list(dict.fromkeys(texts_of(stored() + stored("val"))))
+    kept = texts_of(stored(out="once")), texts_of(stored("val", out="once"))
+    assert sorted(kept[0] + kept[1]) == sorted(first) and len(kept[1]) == 5
+    assert kept[0] == [text for text in dict.fromkeys(texts_of(stored())) if text not in kept[1]]
+    assert (report["documents"], report["documents_duplicate"], report["duplicates_removed"]) == (104, 4 * 44 - 104, True)
+    prepare(**options, dedup=True, workers=2, out="two")
+    assert files_of("two") == files_of("once")
+
+
+def test_compare_tokenizer(capsys):
+    """A vocabulary without whole words beside one that has them."""
+    write_vocab([*SPECIAL, *LETTERS, *(f"##{letter}" for letter in LETTERS), *"0123456789", *(f"##{i}" for i in range(10))], "small.txt")
+    write_texts("a.txt", ["w1 w22 w7", "w300 w4 \u4e2d\u00e9?"])
+    prepare(source="a.txt", val_fraction=0, compare_tokenizer="small.txt", max_doc_tokens=3)
+    compared = text_report()["compared"]
+    assert (compared["with"], compared["bytes"]) == ("small.txt", 23)
+    # Here w300 and e (for \u00e9) are pieces or unknown; there each letter is a token, and \u4e2d and ? are unknown.
+    assert compared["other"] == {
+        "tokens_per_word": round(16 / 6, 4), "bytes_per_token": round(23 / 16, 4), "unknown_percent": round(100 * 2 / 16, 4),
+    }  # fmt: skip
+    assert compared["this"]["tokens_per_word"] < 1.5 and text_report()["tokens"] == 6
+    assert "tokens_per_word" in capsys.readouterr().out and not os.path.exists("out/.work")
+
+
+def test_a_text_in_parts_has_the_same_tokens(monkeypatch):
+    tokenizer = Tokenizer.from_str(vocabulary.read_tokenizer("vocab.txt"))
+    texts = [*LONG_TEXTS, " w1  w2\t\tw3\n", "w1"]
+    expected = [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
+    for chars in (1, 2, 5, 100, 3001):
+        monkeypatch.setattr(vocabulary, "PART_CHARS", chars)
+        assert vocabulary.encode(tokenizer, texts)[1] == expected
+
+
+def test_a_new_vocabulary_knows_the_characters_of_any_script():
+    """3,000 Chinese characters, and in an English text some that hardly ever come."""
+    rng = random.Random(0)
+    chinese = ["".join(chr(0x4E00 + min(2999, int(rng.expovariate(1 / 600)))) for _ in range(50)) for _ in range(3000)]
+    assert 2500 < vocabulary.alphabet_size(chinese, 8000) < 3000
+    assert vocabulary.alphabet_size(chinese, 4000) == 2000  # half the entries remain for words
+    rare = ["the cat sat " * 1000 + "".join(map(chr, range(0x4E00, 0x4E00 + 3000)))] + ["the cat sat " * 10**4] * 300
+    assert vocabulary.alphabet_size(rare, 30_000) == vocabulary.MIN_ALPHABET
+    write_texts("a.txt", chinese)
+    prepare(source="a.txt", train_tokenizer=8000, val_docs=30, tokenizer=None)
+    assert text_report()["unknown_percent"] < 0.05
+
+
+def test_a_new_vocabulary_is_made_from_all_sources(monkeypatch):
+    """Of more text than is used, each file gives its share."""
+    for i, letter in enumerate("abc"):
+        write_texts(f"{i}.txt", [f"{letter * n} " * 20 for n in range(2, 40)])
+    units = prepare_c4.group_units(sources.list_pieces("0.txt,1.txt,2.txt"), whole=False)
+    cfg = prepare_c4.PrepareConfig()
+    texts = list(prepare_c4.training_texts(units, cfg, 0, 9000))
+    counts = Counter("".join(texts))
+    assert all(2500 < counts[letter] < 5000 for letter in "abc") and sum(map(len, texts)) < 14_000
+    assert len(list(prepare_c4.training_texts(units, cfg, 0, 10**6))) == 3 * 38
+
+
+@pytest.mark.parametrize("missing", SPECIAL)
+@pytest.mark.parametrize("name", ["given.json", "given.txt"])
+def test_a_tokenizer_without_a_special_token_is_refused(capsys, missing, name):
+    write_texts("a.txt", ["w1"])
+    rest = [token for token in SPECIAL if token != missing]
+    if name.endswith(".txt"):
+        write_vocab([*rest, *WORDS], name)
+    else:
+        tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*rest, "w1"])}, unk_token="w1"))
+        tokenizer.save(name)
+    assert prepare_fails(capsys, source="a.txt", tokenizer=name).startswith(f"error: {name}: has no {missing} token")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Disk, progress, other processes
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
+@pytest.mark.parametrize("max_doc_tokens", [0, 5])
+def test_the_estimate_of_the_shards_size(monkeypatch, suffix, max_doc_tokens):
+    """Within a tenth, from a fifth of the text."""
+    pack = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}[suffix]
+    for i in range(8):
+        Path(f"{i}.txt{suffix}").write_bytes(pack("\n".join(make_texts(1000, seed=i)).encode()))
+    monkeypatch.setattr(prepare_c4, "SAMPLE_CHARS", 60_000 if not suffix else 10**6)
+    prepare(source=f"?.txt{suffix}", val_fraction=0, max_doc_tokens=max_doc_tokens)
+    cfg = prepare_c4.PrepareConfig(max_doc_tokens=max_doc_tokens)
+    units = prepare_c4.group_units(sources.list_pieces(f"?.txt{suffix}"), whole=False)
+    estimate = prepare_c4.estimate_bytes(units, cfg, data.load_tokenizer("out/tokenizer.json")[0])
+    actual = sum(path.stat().st_size for path in Path("out").glob("*.bin"))
+    assert abs(estimate / actual - 1) < 0.1
+
+
+def test_too_small_a_disk_is_refused_before_the_work(corpus, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_c4.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+        error = prepare_fails(capsys, **corpus)
+    assert "are still to be written, but 0.0 MB are free (choose another --out, or keep less of each document" in error
+    assert not list(Path("out").glob("*.bin"))
+    prepare(**corpus)
+    assert only_whole_files()
+
+
+def test_a_full_disk_is_one_line_and_leaves_what_was_finished(monkeypatch, capsys):
+    """A limit on the size of files stands for the disk: the second, larger unit does not fit."""
+    monkeypatch.setattr(prepare_c4, "UNIT_BYTES", 1)
+    write_texts("0.txt", make_texts(30))
+    write_texts("1.txt", make_texts(3000, seed=1))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
+    try:
+        error = prepare_fails(capsys, source="?.txt", val_fraction=0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error == "error: out: File too large (finished units are kept; the same command goes on)\n"
+    assert sorted(path.name for path in Path("out").rglob("*.*")) == [
+        ".work", "hashes_00000.npz", "plan.json", "tokenizer.json", "train_00000_000.bin", "unit_00000.json"
+    ]  # fmt: skip
+    prepare(source="?.txt", val_fraction=0)
+    assert "1 of 2 units were done before" in capsys.readouterr().out
+    prepare(source="?.txt", val_fraction=0, out="whole")
+    assert files_of() == files_of("whole")
+
+
+def test_progress(corpus, monkeypatch, capsys):
+    monkeypatch.setattr(prepare_c4, "REPORT_SECONDS", -1)
+    monkeypatch.setattr(prepare_c4, "BATCH_CHARS", 500)
+    prepare(**corpus)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "; " in line and "% of" in line]
+    pattern = (
+        r"([\d,]+) documents, [\d.]+ M tokens, [\d.]+ M tokens/s, [\d.]+ MB/s; (\d+)% of 0.0 MB read, \d:\d\d:\d\d left; "
+        r"0.0 MB of about 0.0 MB written"
+    )
+    found = [re.fullmatch(pattern, line) for line in lines]
+    assert len(lines) > 8 and all(found) and (found[-1][1], found[-1][2]) == ("120", "100")
+    shares = [int(match[2]) for match in found]
+    assert shares == sorted(shares) and shares[0] < 50
+
+
+def test_a_second_live_run_is_refused(corpus, capsys):
+    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_c4, "write_shard", raise_interrupt)
+        prepare(**corpus)
+    lock = os.open("out", os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    assert prepare_fails(capsys, **corpus) == "error: out: in use by a live run (choose another --out)\n"
+    os.close(lock)
+    prepare(**corpus)
+
+
+def test_a_failing_worker_stops_the_others(corpus, capsys):
+    """One line names the fault, whichever process met it; what the others had finished is kept."""
+    write_texts("4.txt", ["w1"])
+    Path("3.txt").write_bytes(b"\xff\n")
+    assert prepare_fails(capsys, **corpus, workers=3) == "error: 3.txt:1: not UTF-8: invalid start byte (convert the file first)\n"
+    write_texts("3.txt", make_texts(30, seed=3))
+
+
+def start(out, workers, **options):
+    """prepare_c4.py as a user starts it, in a process group of its own."""
+    options = {"tokenizer": "vocab.txt", "out": out, "workers": workers, **options}
+    code = "import prepare_c4, sys; prepare_c4.UNIT_BYTES = 1; prepare_c4.main(sys.argv[1:])"
+    argv = [sys.executable, "-c", code, *(f"--{name}={value}" for name, value in options.items())]
+    environment = {**os.environ, "PYTHONPATH": str(Path(prepare_c4.__file__).parent)}
+    return subprocess.Popen(argv, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("whole_group", [True, False])
+def test_killed_at_random_and_run_again(kills, whole_group):
+    """SIGKILL at random moments, to all processes or to the first one alone; then the bytes of an undisturbed run.
+
+    A directory that is finished before it has been killed often enough is followed by another.
+    """
+    for i in range(24):
+        write_texts(f"{i:02d}.txt", make_texts(150, seed=i))
+    options = {"source": "*.txt", "val_docs": 20, "dedup": True, "shard_tokens": 1000}
+    begun = time.monotonic()
+    assert start("whole", 2, **options).wait() == 0
+    seconds = time.monotonic() - begun
+    expected, rng, number, killed = files_of("whole"), random.Random(kills), 0, 0
+    while killed < kills:
+        process = start(f"out{number}", 2, **options)
+        try:
+            process.wait(rng.uniform(0.3, 1.0) * seconds)
+        except subprocess.TimeoutExpired:
+            (os.killpg if whole_group else os.kill)(process.pid, signal.SIGKILL)
+            process.wait()
+            killed += 1
+        else:
+            assert process.returncode == 0, process.stderr.read()
+            assert files_of(f"out{number}") == expected and only_whole_files(f"out{number}")
+            number += 1
+        process.stderr.close()
+        for path in Path(f"out{number}").glob("*.bin"):  # nothing half-written has the name of a shard
+            digest = bytes.fromhex(data.file_digest(f"out{number}/tokenizer.json"))
+            data.open_shard(str(path), digest, len(VOCAB))
+    assert start(f"out{number}", 8, **options).wait() == 0
+    assert files_of(f"out{number}") == expected and only_whole_files(f"out{number}")
+
+
+def test_eight_workers_give_the_same_bytes(corpus):
+    for i in range(4, 10):
+        write_texts(f"{i}.txt", make_texts(30, seed=i))
+    prepare(**corpus)
+    for workers in (2, 8):
+        assert start(f"out{workers}", workers, **corpus).wait() == 0
+        assert files_of(f"out{workers}") == files_of()
+
+
+def test_workers_end_with_a_parent_that_was_killed(corpus):
+    """Else they would go on, and wait for work for ever."""
+    for i in range(10, 60):
+        write_texts(f"{i}.txt", make_texts(2000, seed=i))
+    process = start("out", 2, **{**corpus, "source": "*.txt"})
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not list(Path().glob("out/*.bin")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    workers = children.read_text().split()
+    process.kill()
+    process.wait()
+    process.stderr.close()
+    deadline = time.monotonic() + 60
+    while any(os.path.exists(f"/proc/{worker}") for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert len(workers) >= 2
