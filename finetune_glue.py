@@ -163,7 +163,8 @@ class Encoded:
         lengths = self.lengths[which]
         cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
         index = np.repeat(self.starts[which] - cu_seqlens[:-1], lengths) + np.arange(cu_seqlens[-1])
-        filling = np.zeros(round_up(len(index), 64) - len(index), np.int32)  # [PAD] after the last: whole tiles
+        multiple = 64 if len(index) < 2048 else 256  # whole tiles and few shapes: [PAD] after the last
+        filling = np.zeros(round_up(len(index), multiple) - len(index), np.int32)
         ids, types = (torch.from_numpy(np.concatenate([x[index], filling])) for x in (self.ids, self.types))
         cu_seqlens = torch.from_numpy(cu_seqlens.astype(np.int32))
         labels = None if self.labels is None else torch.from_numpy(self.labels[which])

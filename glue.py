@@ -62,7 +62,8 @@ class Settings:
 
 # "mosaic": the original's (mosaicml/examples, benchmarks/bert, glue/finetuning_jobs.py). Its decoupled weight decay is
 # given as AdamW's, divided by lr: 5e-6 / 5e-5 = 0.1; RTE's, 1e-5 / 1e-5 = 1, is ten times the others' there too.
-# "fast": larger batches and fewer epochs, for a look within minutes.
+# "fast": larger batches and fewer epochs where that costs nothing. STS-B keeps the original's settings: with batches of
+# 64, 6e-5 and 6 epochs it lost 3.2 points (results/README.md), more than seeds differ by.
 RECIPES = {
     "mosaic": {
         "mnli": Settings(5e-5, 0.1, 48, 3, 1),
@@ -83,7 +84,7 @@ RECIPES = {
         "sst2": Settings(6e-5, 0.1, 64, 2, 3),
         "mrpc": Settings(8e-5, 0.1, 32, 5, 5),
         "cola": Settings(7e-5, 0.1, 64, 6, 4),
-        "stsb": Settings(6e-5, 0.1, 64, 6, 5),
+        "stsb": Settings(3e-5, 0.1, 32, 10, 5),
         "own": Settings(1e-4, 0.1, 128, 3, 1),
     },
 }

@@ -84,3 +84,23 @@ def test_figures_are_those_of_the_log():
     ]
     text = (ROOT / "README.md").read_text()
     assert end["event"] == "end" and not [figure for figure in figures if figure not in text]
+
+
+@pytest.mark.parametrize("recipe", ["mosaic", "fast"])
+def test_glue_scores_are_those_of_the_runs(recipe):
+    results = json.loads((ROOT / "results" / "glue_h100" / recipe / "glue.json").read_text())
+    row = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(f"| `{recipe}`"))
+    tasks = [results["tasks"][name] for name in ("cola", "sst2", "mrpc", "stsb", "rte")]
+    assert row.split(" | ")[1:] == [f"{task['score']:.2f} ± {task['score_ci95']:.2f}" for task in tasks][:-1] + [
+        f"{tasks[-1]['score']:.2f} ± {tasks[-1]['score_ci95']:.2f} |"
+    ]
+    for task in tasks:  # and each score is the mean of what every seed's run logged
+        assert task["score"] == pytest.approx(sum(task["scores"]) / len(task["scores"]))
+
+
+def test_comparison_with_transformers_is_that_of_the_runs():
+    compared = json.loads((ROOT / "results" / "glue_h100" / "minilm" / "compare.json").read_text())
+    text = (ROOT / "results" / "README.md").read_text()
+    for name, result in compared.items():
+        ours, theirs = (100 * sum(result[who]) / len(result[who]) for who in ("ours", "transformers"))
+        assert f"| {ours:.2f} | {theirs:.2f} | {abs(result['difference_points']):.2f} ± {result['ci95_points']:.2f} |" in text
