@@ -140,7 +140,7 @@ class RunDirectory:
         self.log_file = open(log_path, "ab", buffering=0)
 
     def log(self, event, **values):
-        """Append one JSON object to log.jsonl. Raises: UserError, also when the checkpoint before could not be written."""
+        """Append one JSON object to log.jsonl. Raises: UserError, also when the last checkpoint was not written."""
         if self.saving and self.saving.done():
             self.wait()
         line = (json.dumps({"event": event, **values}) + "\n").encode()
@@ -169,7 +169,9 @@ class RunDirectory:
         moments = optimizer.state_dict()["state"]
         names = [name for name, _ in model.named_parameters()]
         optimizer_tensors = {
-            f"{moment}.{name}": moments[i][moment] for i, name in enumerate(names) for moment in ("exp_avg", "exp_avg_sq")
+            f"{moment}.{name}": moments[i][moment]
+            for i, name in enumerate(names)
+            for moment in ("exp_avg", "exp_avg_sq")
         }
         contents = pack(
             tensors={"model.safetensors": weights_of(model), "optimizer.safetensors": optimizer_tensors},
@@ -333,7 +335,7 @@ def step_of(path):
 
 
 def remove_old(out_dir, step, keep):
-    """Remove all but the newest `keep` checkpoints up to `step`. Later ones are damaged, or it would not be written now."""
+    """Remove all but the newest `keep` checkpoints up to `step`, and any later, which must be damaged."""
     numbers = steps(out_dir)
     for number in [n for n in numbers if n > step] + [n for n in numbers if n <= step][keep:]:
         shutil.rmtree(os.path.join(out_dir, f"step_{number:08d}"), ignore_errors=True)

@@ -42,7 +42,7 @@ class UserError(Exception):
 
 
 def command(main):
-    """Decorate a script's main(argv): a UserError or OSError becomes one `error: ...` line on stderr and exit status 2."""
+    """Decorate a script's main(argv): a UserError or OSError becomes one `error: ...` line and exit status 2."""
 
     @functools.wraps(main)
     def wrapped(argv=None):

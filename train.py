@@ -87,7 +87,7 @@ class TrainConfig(ModelConfig):
     log_interval: int = 0  # steps between log lines; 0: about every 10 seconds
     checkpoint_interval: int = 1000  # steps between checkpoints; one is always written after the last step
     keep_checkpoints: int = 2  # how many to keep
-    on_save_error: Literal["stop", "continue"] = "stop"  # what a checkpoint that cannot be written does, as on a full disk
+    on_save_error: Literal["stop", "continue"] = "stop"  # when a checkpoint cannot be written, as on a full disk
     price_per_gpu_hour: float = 0.0  # dollars for one GPU (or process); 0: unknown
     # How to run
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one

@@ -1,7 +1,8 @@
 """What ends a run before its last step: a signal, a process that hangs, a process that is lost.
 
 SIGTERM, SIGINT and SIGUSR1 ask a run to stop. One process that is asked is enough: all of them stop after the same
-step, with a checkpoint. In start-up, when nothing is lost, and at a second SIGINT the process ends at once. Exit status:
+step, with a checkpoint. In start-up, when nothing is lost, and at a second SIGINT the process ends at once.
+Exit status:
 
     0          finished
     2          an error, named in one line
@@ -161,7 +162,8 @@ class Watch:
             return f"all processes are at step {self.step}"
         (step, passes), ranks = min(places.items())
         who = f"rank {ranks[0]} is" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} are"
-        return f"{who} behind, at step {step} after {passes} forward passes; others are at {max(places)[0]} after {max(places)[1]}"
+        others = "others are at {} after {}".format(*max(places))
+        return f"{who} behind, at step {step} after {passes} forward passes; {others}"
 
     def _end(self, reason):
         try:
@@ -171,6 +173,7 @@ class Watch:
         except RuntimeError:
             first, text = True, "the rendezvous store is gone with its process"
         if first:
-            print(f"error: {reason}: {text} (the same command goes on from the newest checkpoint)", file=sys.stderr, flush=True)
+            hint = "the same command goes on from the newest checkpoint"
+            print(f"error: {reason}: {text} ({hint})", file=sys.stderr, flush=True)
         time.sleep(2 * TICK)  # until the others have heard that it is said, as torchrun ends all when one ends
         os._exit(LOST)

@@ -15,6 +15,7 @@ import torch
 
 import checkpoint
 import train
+import watch
 
 
 def together(*faults):
@@ -70,6 +71,11 @@ def slow_start(seconds):
         return setup_processes(cfg)
 
     train.setup_processes = slow
+
+
+def slow_watch(seconds):
+    """Look at the other processes this rarely."""
+    watch.TICK = seconds
 
 
 def slow_evaluation(seconds):

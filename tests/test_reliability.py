@@ -184,8 +184,9 @@ def test_a_signal_in_evaluation(data_dir, tmp_path, max_steps):
     ranks.signal(signal.SIGTERM, [1])
     assert ranks.wait() == [143, 143], ranks.output()
     assert checkpoint.steps(tmp_path / "run")[0] == 5 and read_log(tmp_path / "run", "eval") == []
-    # Again while it makes up for it, before there is anything new to save.
-    ranks = Ranks(toy_argv(data_dir, tmp_path / "run", **options), 2, tmp_path, slow)
+    # Again while it makes up for it, before there is anything new to save: training must not begin without.
+    slower = dict.fromkeys(range(2), partial(faults.together, slow[0], partial(faults.slow_watch, 4)))
+    ranks = Ranks(toy_argv(data_dir, tmp_path / "run", **options), 2, tmp_path, slower)
     while len(read_log(tmp_path / "run", "start")) == 1:
         assert ranks.alive(), ranks.output()
         time.sleep(0.01)
@@ -384,6 +385,12 @@ def test_other_damage_is_found(finished, tmp_path, capsys, kind, data_dir):
 def test_a_damaged_checkpoint_of_a_later_step_never_costs_a_sound_one(data_dir, finished, tmp_path, capsys):
     """keep_checkpoints=1: the damaged newest one does not count as the one to keep."""
     run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "step_00000010" / "state.json").write_text("{}")
+    shutil.copytree(run / "step_00000008", run / "step_00000009")
+    checkpoint.remove_old(run, step=9, keep=1)
+    assert checkpoint.steps(run) == [9]
+    shutil.rmtree(run)
     shutil.copytree(finished, run)
     (run / "step_00000010" / "state.json").write_text("{}")
     train.main(toy_argv(data_dir, run, **SMALL, keep_checkpoints=1, checkpoint_interval=9))
