@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
 import finetune_glue
 import train
-from toy import ROOT, make_documents, make_run, make_shards, make_tokenizer, toy_argv, train_environment
+from toy import ROOT, make_documents, make_run, make_shards, make_tokenizer, reseal, toy_argv, train_environment
 
 TEXT = "".join(f"w{i} w{i + 1} w{i + 2}\n" for i in range(50)).encode()
 ROWS = "text\tlabel\n" + "".join(f"w{i} w{i + 1}\t{'yes' if i % 2 else 'no'}\n" for i in range(20))
@@ -90,9 +89,7 @@ def run_with(name, contents):
     def make():
         path = Path(make_run(Path("r"))) / "step_00000001"
         (path / name).write_bytes(contents)
-        files = {file.name: file.read_bytes() for file in path.iterdir() if file.name != checkpoint.DIGESTS}
-        entries = {n: checkpoint.digest_entry(len(b), checkpoint.hashlib.sha256(b).hexdigest()) for n, b in files.items()}
-        (path / checkpoint.DIGESTS).write_text(checkpoint.digests_text(entries))
+        reseal(path)
 
     return make
 

@@ -9,7 +9,7 @@ import torch
 import bits_per_byte
 import vocabulary
 from corpus import workplace, write_texts, write_vocab  # noqa: F401
-from toy import SPECIAL, make_run
+from toy import SPECIAL, make_run, reseal
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 PIECES = [*SPECIAL, *LETTERS, *(f"##{letter}" for letter in LETTERS), *".,"]
@@ -24,7 +24,7 @@ def make_reader(path, entries):
     checkpoint = next(path.glob("step_*"))
     for place in (path, checkpoint):
         (place / "tokenizer.json").write_text(text)
-    (checkpoint / "digests.json").write_text(bits_per_byte.convert_hf.checkpoint.digests(checkpoint))
+    reseal(checkpoint)
     return bits_per_byte.Reader(str(path), torch.device("cpu"))
 
 

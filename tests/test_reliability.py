@@ -24,7 +24,7 @@ import prepare_c4
 import train
 from config import UserError
 from ranks import Ranks, run_ranks
-from toy import ROOT, files_of, make_documents, make_shards, read_log, run_train, toy_argv, train_command, train_environment
+from toy import ROOT, files_of, make_documents, make_shards, read_log, reseal, run_train, toy_argv, train_command, train_environment
 
 
 SMALL = {"num_layers": 1, "hidden_size": 8, "num_heads": 1, "intermediate_size": 8}
@@ -410,13 +410,6 @@ def test_old_checkpoints_are_removed_only_after_the_new_one_verifies(data_dir, t
     assert "step_00000010/optimizer.safetensors: damaged, though just written" in line
     assert checkpoint.steps(tmp_path / "run") == [10, 8, 4]
     assert checkpoint.newest(tmp_path / "run").endswith("step_00000008")
-
-
-def reseal(path):
-    """Make the digests right again, as an attacker would."""
-    files = {file.name: file.read_bytes() for file in path.iterdir() if file.name != checkpoint.DIGESTS}
-    entries = {name: checkpoint.digest_entry(len(b), checkpoint.hashlib.sha256(b).hexdigest()) for name, b in files.items()}
-    (path / checkpoint.DIGESTS).write_text(checkpoint.digests_text(entries))
 
 
 class Bomb:
