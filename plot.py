@@ -381,14 +381,12 @@ def too_many(labels):
 @command
 def main(argv):
     cfg = load_config(PlotConfig, argv)
-    kinds = {"loss": plot_loss, "glue": plot_glue, "pareto": plot_pareto, "kernels": plot_kernels}
+    kinds = {
+        "loss": plot_loss, "glue": plot_glue, "pareto": plot_pareto, "lengths": plot_lengths, "kernels": plot_kernels,
+    }  # fmt: skip
     asked = [draw for name, draw in kinds.items() if getattr(cfg, name)]
     if len(asked) != 1:
-        raise UserError("give one of --loss, --glue, --pareto and --kernels")
-    drawn = {"loss": plot_loss, "glue": plot_glue, "pareto": plot_pareto, "lengths": plot_lengths}
-    drawn = [draw for name, draw in drawn.items() if getattr(cfg, name)]
-    if len(drawn) != 1:
-        raise UserError("give one of --loss, --glue, --pareto and --lengths")
+        raise UserError("give one of --loss, --glue, --pareto, --lengths and --kernels")
     for path in cfg.out.split(","):
         if not path.endswith((".svg", ".png", ".pdf")):
             raise UserError(f"{path}: unknown suffix (expected .svg, .png or .pdf)")
@@ -401,7 +399,6 @@ def main(argv):
     from matplotlib import pyplot
 
     figure = asked[0](cfg, pyplot)
-    figure = drawn[0](cfg, pyplot)
     for path in cfg.out.split(","):
         try:
             os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
