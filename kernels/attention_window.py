@@ -46,8 +46,9 @@ WINDOW_MULTIPLE = 32  # windows are filled up by empty ones, so that there are f
 
 HEAD_SIZES = (16, 32, 64)  # of 2-byte elements
 MANY_WINDOWS = 264  # two for each SM of an H100
-# The fastest of 26 variants on an H100 with Triton 3.6 that spill no registers: 2.3 + 5.6 ns a token for 12 heads of 64,
-# full windows, where the memory's own speed allows 5.6. A program a head, without tiles on their way: 10.7.
+# The fastest of 26 variants on an H100 with Triton 3.6 (results/kernel_variants_h100.txt) that spill no registers: 2.3 +
+# 5.1 ns a token for 12 heads of 64 and full windows, of which memory takes 5.6. A program a head, each waiting for its
+# loads: 2.7 + 7.3; the kernels of any length: 2.3 + 7.8.
 LAUNCH = {"forward": {"STAGES": 3, "num_warps": 8}, "backward": {"STAGES": 2, "num_warps": 8}}
 
 
