@@ -185,7 +185,7 @@ def test_a_signal_in_evaluation(data_dir, tmp_path, max_steps):
     assert ranks.wait() == [143, 143], ranks.output()
     assert checkpoint.steps(tmp_path / "run")[0] == 5 and read_log(tmp_path / "run", "eval") == []
     # Again while it makes up for it, before there is anything new to save: training must not begin without.
-    slower = dict.fromkeys(range(2), partial(faults.together, slow[0], partial(faults.slow_watch, 4)))
+    slower = dict.fromkeys(range(2), partial(faults.together, slow[0], partial(faults.slow_watch, 1.5)))
     ranks = Ranks(toy_argv(data_dir, tmp_path / "run", **options), 2, tmp_path, slower)
     while len(read_log(tmp_path / "run", "start")) == 1:
         assert ranks.alive(), ranks.output()
