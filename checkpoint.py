@@ -142,7 +142,7 @@ class RunDirectory:
 
     def log(self, event, **values):
         """Append one JSON object to log.jsonl. Raises: UserError, also when the last checkpoint was not written."""
-        if self.saving and self.saving.done():
+        if (saving := self.saving) and saving.done():
             self.wait()
         line = (json.dumps({"event": event, **values}) + "\n").encode()
         with self.log_lock:  # the thread that writes checkpoints logs too
@@ -188,9 +188,9 @@ class RunDirectory:
             os.fsync(self.log_file.fileno())
             with copied:
                 contents = pack(tensors, texts)
-            del tensors  # room on the device again
+            tensors.clear()  # room on the device again; the executor still holds the dictionary itself
             self.newest = write(self.path, step, contents)
-        except UserError as error:
+        except (UserError, OSError) as error:  # OSError: of the log's fsync, where quotas and network disks fail
             return self.failed(error)
         remove_old(self.path, step, keep)
         self.log("checkpoint", step=step, path=self.newest, seconds=round(time.perf_counter() - start, 3))
@@ -288,8 +288,8 @@ def versions():
 def snapshot(tensors):
     """(copies, context): copies of {file name: {name: tensor}}, to be read inside the context by another thread.
 
-    On a GPU the copies stay there, 12 bytes a parameter, for which choosing the micro-batch leaves room: that takes
-    milliseconds, and the context is a stream of its own, so that training does not wait for the way to the CPU either.
+    On a GPU the copies stay there, 12 bytes a parameter, for which choosing the micro-batch leaves room, and the context
+    is a stream of its own, so that the GPU does not wait for the way to the CPU.
     Where memory is short after all, they go to the CPU at once, which on an H100 held base up for some seconds.
     """
     device = next(iter(next(iter(tensors.values())).values())).device

@@ -95,7 +95,7 @@ class TrainConfig(ModelConfig):
     kernels: Literal["auto", "triton", "torch"] = "auto"  # auto: this project's Triton kernels on GPUs, else PyTorch
     compile: bool = False  # torch.compile the model
     profile: str = ""  # steps "a:b" to trace into out_dir, and to say how busy the GPU is in
-    hang_timeout: int = 300  # seconds without progress of a process after which all end, above any pass's; 0: never
+    hang_timeout: int = 300  # seconds of one process without progress that end all; above any pass and save; 0: never
     eval_only: bool = False  # evaluate the newest checkpoint, and stop
     dry_run: bool = False  # check everything, print an estimate of memory, hours and price, and stop
 
@@ -380,7 +380,8 @@ def main(argv):
         if process.rank == 0 and not cfg.dry_run:
             run = checkpoint.RunDirectory(cfg.out_dir, cfg.on_save_error)
         train(cfg, process, run, guard, *samples)
-    except torch.OutOfMemoryError:
+    except torch.OutOfMemoryError as error:
+        traceback.clear_frames(error.__traceback__)  # as below
         tried = cfg.micro_batch_tokens or "the value chosen from the GPU's memory"
         less = max(cfg.seq_length, (cfg.micro_batch_tokens or 65536) // 2)
         text = f"out of GPU memory with micro_batch_tokens={tried} (try --micro_batch_tokens={less})"
@@ -470,7 +471,10 @@ def train(cfg, process, run, guard, train_samples, val_samples):
     if cfg.eval_only:
         if not (resumed_from or cfg.init_from):
             raise UserError(f"{cfg.out_dir}: no checkpoint to evaluate (train first, or give --init_from)")
-        say(eval_line(state["step"], evaluate(raw_model, val_samples, cfg, process, micro_batch_tokens, guard)))
+        result = evaluate(raw_model, val_samples, cfg, process, micro_batch_tokens, guard)
+        if result is None:
+            guard.leave(process)
+        say(eval_line(state["step"], result))
         return
     if state["step"] >= cfg.max_steps and not eval_missing:
         say(f"{cfg.out_dir}: finished, {state['step']} of {cfg.max_steps} steps")

@@ -24,7 +24,7 @@ import prepare_c4
 import train
 from config import UserError
 from ranks import Ranks, run_ranks
-from toy import ROOT, files_of, make_documents, make_shards, read_log, reseal, run_train, toy_argv, train_command, train_environment
+from toy import ROOT, files_of, make_documents, make_shards, read_log, reseal, toy_argv, train_command, train_environment
 
 
 SMALL = {"num_layers": 1, "hidden_size": 8, "num_heads": 1, "intermediate_size": 8}
