@@ -72,6 +72,7 @@ def read_all(directory, chunk):
 
 def main(directory, count):
     warnings.simplefilter("error")
+    warnings.simplefilter("ignore", ResourceWarning)  # a shard's file is closed when the shard is no longer used
     path = Path(directory) / "train_00000.bin"
     contents, rng, counts = path.read_bytes(), random.Random(count), {"refused": 0, "read": 0}
     for i in range(count):
