@@ -19,9 +19,10 @@ import numpy as np
 import torch
 
 import convert_hf
+import kernels
 from config import UserError, command, load_config
 from data import hash64, load_tokenizer
-from model import make_masked_lm
+from model import MAX_POSITIONS, make_masked_lm
 from prepare_c4 import text_hash
 from sources import documents, list_pieces
 
@@ -133,7 +134,11 @@ def main(argv):
     if cfg.words < 1 or not 0 < cfg.mask_prob < 1:
         raise UserError(f"words={cfg.words}, mask_prob={cfg.mask_prob}: at least 1, and between 0 and 1")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kernels.set_backend("torch")  # float32 and any head size; the kernels' speed is not needed here
     readers = [Reader(path.strip(), device) for path in cfg.checkpoints.split(",")]
+    for reader in readers:
+        if reader.model.cfg.model == "bert" and cfg.max_tokens > MAX_POSITIONS:
+            raise UserError(f"max_tokens={cfg.max_tokens}: {reader.path} is a BERT of {MAX_POSITIONS} positions")
     counts = compare(cfg, readers)
     if not counts["words"]:
         raise UserError(f"{cfg.files}: no stretch of {cfg.words} words that all models can read (try --words=16)")

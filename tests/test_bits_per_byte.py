@@ -97,3 +97,10 @@ def test_refused(tmp_path, capsys, argv, says):
         bits_per_byte.main(argv)
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.startswith(f"error: {says}") and error.count("\n") == 1
+
+
+def test_a_bert_has_so_many_positions(tmp_path, workplace, capsys):  # noqa: F811
+    make_run(tmp_path / "bert", "bert")
+    with pytest.raises(SystemExit):
+        bits_per_byte.main([f"--checkpoints={tmp_path}/bert", "--files=a.txt", "--max_tokens=600"])
+    assert "max_tokens=600: " in capsys.readouterr().err
