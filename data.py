@@ -137,6 +137,14 @@ class Shard:
             tokens = np.memmap(self.path, self.token_type, "r", self.tokens_at, (self.num_tokens,))
         return np.asarray(offsets), np.asarray(tokens)
 
+    def check(self, vocab_size):
+        """Read every offset and token. Raises: UserError when they cannot be right."""
+        offsets, tokens = self.arrays()
+        if (offsets[1:] < offsets[:-1]).any():
+            raise UserError(f"{self.path}: offsets do not cover the tokens in order (damaged; prepare again)")
+        if self.num_tokens and (highest := tokens.max()) >= vocab_size:
+            raise UserError(f"{self.path}: token id {highest} outside the vocabulary of {vocab_size} (damaged shard)")
+
 
 def open_shard(path, tokenizer_digest, vocab_size, check_all=True):
     """A Shard, after checking its size, header, and outer offsets.
@@ -166,11 +174,7 @@ def open_shard(path, tokenizer_digest, vocab_size, check_all=True):
     if ends[0] != 0 or ends[1] != num_tokens:
         raise UserError(f"{path}: offsets do not cover the tokens in order (damaged; prepare again)")
     if check_all:
-        offsets, tokens = shard.arrays()
-        if (offsets[1:] < offsets[:-1]).any():
-            raise UserError(f"{path}: offsets do not cover the tokens in order (damaged; prepare again)")
-        if num_tokens and (highest := tokens.max()) >= vocab_size:
-            raise UserError(f"{path}: token id {highest} outside the vocabulary of {vocab_size} (damaged shard)")
+        shard.check(vocab_size)
     if hasattr(os, "posix_fadvise"):  # samples come in random order: reading ahead would read 30 times as much
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
     return shard
@@ -526,10 +530,13 @@ class Samples:
         bounds = cut(length + 2, micro_batch_tokens, world_size if equal else 1)
         return [slice(bounds[i], bounds[i + 1]) for i in range(rank, len(bounds) - 1, world_size)]
 
+    def of_step(self, step, global_batch_size, seed):
+        """(samples, epochs) of training step `step`, counted from 0, over all processes."""
+        return self.at(np.arange(step * global_batch_size, (step + 1) * global_batch_size), seed)
+
     def train_step(self, step, global_batch_size, seed, mask_prob, micro_batch_tokens, rank=0, world_size=1):
         """This rank's micro-batches of training step `step`, counted from 0, as a list."""
-        positions = np.arange(step * global_batch_size, (step + 1) * global_batch_size)
-        samples, epochs = self.at(positions, seed)
+        samples, epochs = self.of_step(step, global_batch_size, seed)
         located = np.stack(self.locate(samples))
         parts = self.parts(samples, micro_batch_tokens, rank, world_size, located=located)
         return [self.micro_batch(samples[part], epochs[part], seed, mask_prob, located[:, part]) for part in parts]
@@ -668,11 +675,7 @@ def verify(data_dir):
         for entry, path, shard in zip(entries, samples.paths, samples.shards):
             if file_digest(path) != entry["sha256"]:
                 raise UserError(f"{path}: digest differs from the manifest's (damaged; prepare again)")
-            offsets, tokens = shard.arrays()
-            if (offsets[1:] < offsets[:-1]).any():
-                raise UserError(f"{path}: offsets out of order (prepare again)")
-            if len(tokens) and tokens.max() >= samples.vocab_size:
-                raise UserError(f"{path}: token id {tokens.max()} outside the vocabulary of {samples.vocab_size}")
+            shard.check(samples.vocab_size)
     return len(manifest["shards"])
 
 

@@ -450,9 +450,9 @@ def train(cfg, process, run, guard, train_samples, val_samples):
     if rank == 0:
         defaults = dataclasses.asdict(TrainConfig())
         run.adopt(saved_config(cfg, train_samples), defaults, differing_schedule(cfg), train_samples.tokenizer_text)
-        resumed_from = run.newest
-        eval_missing = bool(resumed_from) and is_eval_step(cfg, checkpoint.step_of(resumed_from))
-        eval_missing = eval_missing and not run.evaluated(checkpoint.step_of(resumed_from))  # it was asked to stop then
+        if resumed_from := run.newest:
+            step = checkpoint.step_of(resumed_from)
+            eval_missing = is_eval_step(cfg, step) and not run.evaluated(step)  # it was asked to stop then
     if world_size > 1:
         found = [resumed_from, eval_missing]
         dist.broadcast_object_list(found, device=device)
@@ -513,8 +513,7 @@ def train(cfg, process, run, guard, train_samples, val_samples):
 
     def samples_of(step, ranks):
         """The numbers of the training samples that these processes have in a step, as a list."""
-        positions = np.arange((step - 1) * cfg.global_batch_size, step * cfg.global_batch_size)
-        samples, _ = train_samples.at(positions, cfg.seed)
+        samples, _ = train_samples.of_step(step - 1, cfg.global_batch_size, cfg.seed)
         parts = [train_samples.parts(samples, micro_batch_tokens, r, world_size) for r in ranks]
         return [sample for part in sum(parts, []) for sample in samples[part].tolist()]
 

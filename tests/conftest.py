@@ -93,3 +93,19 @@ def assert_close(got, own, exact):
             if not error <= bound:  # also for NaN
                 failed.append(f"{name}: {kind} error {error:.3e} is over {bound:.3e}")
     assert not failed, "; ".join(failed)
+
+
+class Faulty:
+    """A real kernel, called with arguments changed by `fault(list of them)`; what that returns is called afterwards."""
+
+    def __init__(self, kernel, fault):
+        self.kernel, self.fault = kernel, fault
+
+    def __getitem__(self, grid):
+        def launch(*args, **cfg):
+            finish = self.fault(args := list(args))
+            self.kernel[grid](*args, **cfg)
+            if finish:
+                finish()
+
+        return launch

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from conftest import assert_close
+from conftest import Faulty, assert_close
 from kernels import linear_cross_entropy, linear_cross_entropy_reference
 
 module = sys.modules["kernels.cross_entropy"]
@@ -113,21 +113,6 @@ def test_gradient_scales_exactly(device, triton_backend):
 def test_no_rows(device, triton_backend):
     got = run(linear_cross_entropy, *make_inputs(0, 16, 70, torch.float32, device))
     assert got["dhidden"].shape == (0, 16) and all((value == 0).all() for value in got.values())
-
-
-class Faulty:
-    """The real kernels, called with arguments changed by `fault(list of arguments)`."""
-
-    def __init__(self, kernel, fault):
-        self.kernel, self.fault = kernel, fault
-
-    def __getitem__(self, grid):
-        def launch(*args, **cfg):
-            finish = self.fault(args := list(args))
-            self.kernel[grid](*args, **cfg)
-            finish()
-
-        return launch
 
 
 def neighbouring_labels(args):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from conftest import assert_close
+from conftest import Faulty, assert_close
 from kernels import embedding_layernorm, embedding_layernorm_reference
 
 module = sys.modules["kernels.embedding"]
@@ -100,20 +100,6 @@ def test_dropout(device, triton_backend):
     again = run(embedding_layernorm, *inputs, dropout_prob=0.1)
     assert all(torch.equal(got[name], again[name]) for name in got)
     assert not torch.equal(run(embedding_layernorm, *inputs, dropout_prob=0.1)["out"], got["out"])
-
-
-class Faulty:
-    """The real backward kernel, called with arguments changed by `fault(list of arguments)`."""
-
-    def __init__(self, kernel, fault):
-        self.kernel, self.fault = kernel, fault
-
-    def __getitem__(self, grid):
-        def launch(*args, **cfg):
-            self.fault(args := list(args))
-            self.kernel[grid](*args, **cfg)
-
-        return launch
 
 
 def second_gradient_dropped(args):

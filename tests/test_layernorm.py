@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from conftest import assert_close
+from conftest import Faulty, assert_close
 from kernels import dropout_add_layernorm, dropout_add_layernorm_reference
 
 module = sys.modules["kernels.layernorm"]
@@ -204,21 +204,6 @@ def test_either_result_may_be_unused(backend, device, triton_backend):
     second = run(swapped, dy, None, *inputs)
     halves = run(dropout_add_layernorm, dy / 2, dy / 2, *inputs)
     assert all(torch.equal(first[name], second[name]) and torch.equal(first[name], halves[name]) for name in first)
-
-
-class Faulty:
-    """The real backward kernel, called with arguments changed by `fault(list of arguments)`."""
-
-    def __init__(self, kernel, fault):
-        self.kernel, self.fault = kernel, fault
-
-    def __getitem__(self, grid):
-        def launch(*args, **cfg):
-            finish = self.fault(args := list(args))
-            self.kernel[grid](*args, **cfg)
-            finish()
-
-        return launch
 
 
 def sums_in_half_precision(args):
