@@ -638,14 +638,14 @@ def forward_backward(model, batches, num_masked, cfg, process, step):
     num_masked: of the global batch, a tensor on the device.
     """
     loss = torch.zeros((), device=process.device)
-    for micro_step, batch in enumerate(batches):
-        batch = batch.to(process.device)
-        # All dropout follows from this seed, so a resumed run draws what the first one would have drawn.
-        torch.manual_seed(int(hash64(cfg.seed, step, process.rank, micro_step)[0] >> np.uint64(1)))
-        if process.world_size > 1:
-            # Gradients are reduced with the last micro-step. DDP reads this in forward already.
-            model.require_backward_grad_sync = micro_step == len(batches) - 1
-        with autocast(process):
+    with autocast(process):  # around all micro-steps, so that the weights are cast once
+        for micro_step, batch in enumerate(batches):
+            batch = batch.to(process.device)
+            # All dropout follows from this seed, so a resumed run draws what the first one would have drawn.
+            torch.manual_seed(int(hash64(cfg.seed, step, process.rank, micro_step)[0] >> np.uint64(1)))
+            if process.world_size > 1:
+                # Gradients are reduced with the last micro-step. DDP reads this in forward already.
+                model.require_backward_grad_sync = micro_step == len(batches) - 1
             loss_sum = model(
                 batch.input_ids,
                 batch.cu_seqlens,
@@ -654,9 +654,10 @@ def forward_backward(model, batches, num_masked, cfg, process, step):
                 batch.labels,
                 batch.windows,
             )
-        share = loss_sum / num_masked
-        (share * process.world_size).backward()  # DDP divides by world_size again
-        loss += share.detach()
+            share = loss_sum / num_masked
+            with torch.autocast(process.device.type, enabled=False):  # backward has the dtypes of forward
+                (share * process.world_size).backward()  # DDP divides by world_size again
+            loss += share.detach()
     return loss
 
 

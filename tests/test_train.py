@@ -54,6 +54,23 @@ def test_a_run_learns_and_leaves_what_the_contract_says(data_dir, tmp_path, caps
     assert "finished" in capsys.readouterr().out and (out / "log.jsonl").read_bytes() == before
 
 
+def test_casting_weights_once_a_step_changes_no_bit(data_dir):
+    """bf16: the micro-batches of a step together, and each in an autocast region of its own."""
+    cfg = train.TrainConfig(**{name: TOY_OPTIONS[name] for name in ("hidden_size", "num_layers", "num_heads", "intermediate_size")})
+    cfg.hidden_dropout = 0.0
+    batches = train.Samples(data_dir, "train", 32).train_step(0, 16, 0, 0.3, 128)
+    assert len(batches) > 2
+    process = train.Process(0, 1, torch.device("cpu"), torch.bfloat16)
+    models = []
+    for groups in ([batches], [[batch] for batch in batches]):
+        torch.manual_seed(0)
+        models.append(train.MaskedLM(cfg, 100))
+        for group in groups:
+            train.forward_backward(models[-1], group, torch.tensor(7.0), cfg, process, 1)
+    for together, apart in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(together.grad, apart.grad) if together.grad is not None else apart.grad is None
+
+
 def test_the_speed_in_the_log_counts_the_wait_for_the_gpu(data_dir, tmp_path, monkeypatch):
     """Python is ahead of a GPU; the collective before a report waits for it. That belongs to the steps it reports."""
     gather = train.Process.gather
