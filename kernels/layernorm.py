@@ -247,19 +247,19 @@ WARPS_PER_SM = 8  # of backward, all at work at once: its up to 255 registers a 
 PROGRAMS_ON_CPU = 4  # of backward, under the interpreter
 
 
-def launch_config(C):
-    """The constants of both kernels."""
+def launch_config(C, warps=1):
+    """The constants of both kernels, for programs of at least so many warps."""
     BLOCK_C = triton.next_power_of_2(C) if C <= 256 else max(256, triton.next_power_of_2(triton.cdiv(C, 4)))
     BLOCK_C = max(8, BLOCK_C)  # the elements of one generator call
-    num_warps = max(1, BLOCK_C // 256)
-    return {"C": C, "BLOCK_R": max(1, 256 // BLOCK_C), "BLOCK_C": BLOCK_C, "num_warps": num_warps}
+    num_warps = max(warps, BLOCK_C // 256)
+    return {"C": C, "BLOCK_R": max(1, 256 * num_warps // BLOCK_C), "BLOCK_C": BLOCK_C, "num_warps": num_warps}
 
 
-def backward_programs(C, device):
+def backward_programs(num_warps, device):
     """How many programs share the rows in backward: always as many on one kind of GPU, for the sake of equal sums."""
     if device.type != "cuda":
         return PROGRAMS_ON_CPU
-    return WARPS_PER_SM // launch_config(C)["num_warps"] * torch.cuda.get_device_properties(device).multi_processor_count
+    return WARPS_PER_SM // num_warps * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def dropout_args(dropout_prob):
@@ -323,13 +323,14 @@ def layernorm_backward_op(
     # Autograd may hand over any layout: sum() gives an expanded scalar.
     dy, dnext = dy.contiguous(), None if dnext is None else dnext.contiguous()
     dz, dx = empty_gradients(z, seed, has_residual)
-    programs = backward_programs(dy.shape[1], dy.device)
+    cfg = launch_config(dy.shape[1])
+    programs = backward_programs(cfg["num_warps"], dy.device)
     partial = torch.empty((2 + has_x_bias, programs, dy.shape[1]), dtype=torch.float32, device=dy.device)
     backward_kernel[(programs,)](
         *(dy, dnext, z, weight, seed, mean, rstd, dz if len(dz) else None, dx if len(dx) else None, partial),
         *(len(dy), *dropout_args(dropout_prob)),
         SUM_DX=has_x_bias,
-        **launch_config(dy.shape[1]),
+        **cfg,
     )
     return dz, dx, partial.sum(1)
 
