@@ -39,7 +39,7 @@ from config import UserError, command, load_config
 LENGTHS = {"mosaicbert": (128, 256, 512, 1024), "bert": (128, 256, 512)}  # BERT has 512 positions
 RESULTS = ("log.jsonl", "glue.json", "runs.jsonl", "lengths.json")
 PUBLISHED_FACTOR = 2.38  # MosaicML's blog: hours of BERT-Base over those of MosaicBERT-Base to 83.2 on GLUE
-DRAWS = 100_000  # of the interval's simulation
+DRAWS = 20_000  # of the interval's simulation
 
 
 @dataclass
@@ -226,10 +226,7 @@ class Driver:
             with self.lock:
                 if self.stopped:
                     raise RuntimeError("stopped")
-                child = subprocess.Popen(
-                    [sys.executable, *words], stdout=output, stderr=subprocess.STDOUT, env=environment,
-                    cwd=os.path.dirname(os.path.abspath(__file__)),
-                )  # fmt: skip
+                child = subprocess.Popen([sys.executable, *words], stdout=output, stderr=subprocess.STDOUT, env=environment)
                 self.children.add(child)
             status = child.wait()
             with self.lock:
@@ -244,7 +241,7 @@ class Driver:
         """One file with all results so far."""
         partial = f"{self.cfg.out}/race.tar.gz.tmp"
         with tarfile.open(partial, "w:gz") as archive:
-            for path in sorted(glob.glob(f"{glob.escape(self.cfg.out)}/*/*")):
+            for path in sorted(glob.glob(f"{glob.escape(self.cfg.out)}/*/*") + glob.glob(f"{glob.escape(self.cfg.out)}/*.json")):
                 archive.add(path, os.path.relpath(path, self.cfg.out))
         os.replace(partial, f"{self.cfg.out}/race.tar.gz")
 
@@ -253,15 +250,12 @@ class Driver:
 
 
 def all_logs(directory):
-    """The logs of fine-tuning as one text, each line with the name of its run; of training lines, each tenth."""
+    """The logs of fine-tuning as one text, each line with the name of its run."""
     lines = []
     for path in sorted(glob.glob(f"{glob.escape(directory)}/*.jsonl")):
-        name, count = os.path.basename(path).removesuffix(".jsonl"), 0
+        name = os.path.basename(path).removesuffix(".jsonl")
         with open(path, encoding="utf-8") as file:
-            for record in map(json.loads, file):
-                count += record["event"] == "train"
-                if record["event"] != "train" or count % 10 == 1:
-                    lines.append(json.dumps({"run": name, **record}) + "\n")
+            lines += [json.dumps({"run": name, **json.loads(line)}) + "\n" for line in file]
     return "".join(lines)
 
 
@@ -273,8 +267,8 @@ def read_run(directory):
     """Of a finished run: model, minutes, seed, the log's records, and, where it was fine-tuned, glue.json."""
     records = plot.read_log(f"{directory}/log.jsonl")
     config = next(record["config"] for record in records if record["event"] == "start")
-    if not config.get("budget_minutes"):
-        raise UserError(f"{directory}/log.jsonl: not a run of race.py (it has no --budget_minutes)")
+    if not config.get("budget_minutes") or records[-1]["event"] != "end":
+        raise UserError(f"{directory}/log.jsonl: not a finished run of race.py")
     path = f"{directory}/glue.json"
     return {
         "model": config["model"],
@@ -412,6 +406,8 @@ def main(argv):
     parse_runs(cfg)
     if cfg.gpus < 0:
         raise UserError(f"gpus={cfg.gpus}: must be at least 0")
+    if not os.path.exists("finetune_glue.py"):
+        raise UserError("race.py calls the scripts beside it (start it in their directory)")
     for path in (cfg.data_dir, *([cfg.glue_dir] if cfg.tasks else [])):
         if not os.path.isdir(path):
             raise UserError(f"{path}: no such directory (see the top of race.py)")
