@@ -199,7 +199,8 @@ class Driver:
             shutil.copy(f"{place}_glue/glue.json", kept)
             checkpoint.write_text(f"{kept}/runs.jsonl", all_logs(f"{place}_glue/runs"))
         checkpoint.write_text(f"{kept}/commands.txt", "".join(f"{shlex.join(['python', *c])}\n" for c in commands))
-        checkpoint.write_text(f"{kept}/lengths.json", json.dumps(at_lengths, indent=1))  # the last: now it is finished
+        lengths = {"model": run.model, "minutes": run.minutes, "seed": run.seed, "lengths": at_lengths}
+        checkpoint.write_text(f"{kept}/lengths.json", json.dumps(lengths, indent=1))  # the last: now it is finished
         for path in glob.glob(f"{glob.escape(place)}*"):
             if os.path.isdir(path):
                 shutil.rmtree(path)
