@@ -126,9 +126,11 @@ def measure(cfg, process, trial_step, step_batches, evaluate, num_val_samples, t
 def time_steps(of_steps, process, budget_seconds, first):
     """Seconds of a step: warm up, then time late and long enough. of_steps(n): carry out n of them."""
     timed(lambda: of_steps(first), process)
-    one = timed(lambda: of_steps(1), process)
-    heat = max(1, round(min(HEAT_SECONDS, HEAT_SHARE * budget_seconds) / one))
-    one = min(one, timed(lambda: of_steps(heat), process) / heat)
+    heat, one, count = min(HEAT_SECONDS, HEAT_SHARE * budget_seconds), math.inf, 1
+    while heat > 0:
+        one = min(one, timed(lambda: of_steps(count), process) / count)
+        heat -= count * one  # not the time that went by: a GPU that waits for a compilation stays cool
+        count = max(1, min(2 * count, round(heat / one)))
     count = max(1, round(min(TIMED_SECONDS, TIMED_SHARE * budget_seconds) / ROUNDS / one))
     return statistics.median(timed(lambda: of_steps(count), process) / count for _ in range(ROUNDS))
 

@@ -37,7 +37,6 @@ import plot
 from config import UserError, command, load_config
 
 LENGTHS = {"mosaicbert": (128, 256, 512, 1024), "bert": (128, 256, 512)}  # BERT has 512 positions
-RESULTS = ("log.jsonl", "glue.json", "runs.jsonl", "lengths.json")
 PUBLISHED_FACTOR = 2.38  # MosaicML's blog: hours of BERT-Base over those of MosaicBERT-Base to 83.2 on GLUE
 DRAWS = 20_000  # of the interval's simulation
 
@@ -53,13 +52,13 @@ class RaceConfig:
     # What
     runs: str = "8x17,4x17,4x18,2x17,2x18"  # MINUTESxSEED of pretraining, for each model
     models: str = "mosaicbert,bert"  # one of them or both
-    mosaicbert: str = "configs/base.py"  # options of train.py, beside those for both
+    mosaicbert: str = "configs/base.py"  # options of train.py beside those for both, which they override
     bert: str = "configs/bert_base.py --compile=true"  # the same
-    # The recipes' batch of 4,096 leaves two minutes some 130 steps, and 6 % of warm-up 8 of them: a post-LN model does not
-    # learn so (results/README.md). An eighth of the batch and a quarter of the steps are the same for both models.
+    # The recipes' batch of 4,096 leaves two minutes some 130 steps, and 6 % of them are 8 to warm up: post-LN does not
+    # learn so (results/README.md). An eighth of the batch, and a quarter of the steps to warm up, for both models.
     both: str = "--chunk=true --global_batch_size=512 --warmup_fraction=0.25 --eval_interval=250 --log_interval=50"
     price_per_gpu_hour: float = 2.5  # dollars
-    tasks: str = "cola:3,mrpc:3,stsb:3,rte:3,sst2:1"  # of finetune_glue.py; empty: pretrain only
+    tasks: str = "cola:3,mrpc:3,stsb:3,rte:3,sst2:1"  # of finetune_glue.py; empty: pretrain only, as for choosing settings
     finetune: str = "--recipe=mosaic --jobs=8"  # further options of finetune_glue.py
     bench: bool = False  # also time transformers' compiled BertForMaskedLM: needs that package, takes 2 minutes
     # Or what came out
@@ -119,7 +118,7 @@ def bench_command(cfg):
 
 
 def model_options(cfg, run):
-    return [*shlex.split(getattr(cfg, run.model)), *shlex.split(cfg.both)]
+    return [*shlex.split(cfg.both), *shlex.split(getattr(cfg, run.model))]  # of an option given twice the last counts
 
 
 class Driver:
@@ -159,7 +158,7 @@ class Driver:
             raise UserError(f"failed: {', '.join(self.failed)} (the same command tries again)")
 
     def finished(self, run):
-        wanted = RESULTS if self.cfg.tasks else ("log.jsonl", "lengths.json")
+        wanted = ("commands.txt", "glue.json") if self.cfg.tasks else ("commands.txt",)
         return all(os.path.exists(f"{self.cfg.out}/{run.name}/{name}") for name in wanted)
 
     def work(self, gpu):
@@ -178,32 +177,30 @@ class Driver:
 
     def one(self, run, gpu):
         """Pretrain, then fine-tune and evaluate, keep what is small, remove the rest."""
-        cfg, place = self.cfg, f"{self.cfg.work_dir}/{run.name}"
-        commands = [pretrain_command(cfg, run), *(length_command(cfg, run, n) for n in LENGTHS[run.model])]
+        cfg, place, kept = self.cfg, f"{self.cfg.work_dir}/{run.name}", f"{self.cfg.out}/{run.name}"
+        commands = [pretrain_command(cfg, run)]
         self.call(commands[0], run.name, gpu)
-        at_lengths = {}
-        beside = [threading.Thread(target=self.evaluate, args=(run, gpu, at_lengths))]
-        beside[0].start()
-        try:
-            if cfg.tasks:
-                commands.insert(1, finetune_command(cfg, run))
-                self.call(commands[1], f"{run.name}_glue", gpu)
-        finally:
-            beside[0].join()
-        if len(at_lengths) < len(LENGTHS[run.model]):
-            raise RuntimeError("held-out loss at all lengths could not be had")
-        kept = f"{cfg.out}/{run.name}"
         os.makedirs(kept, exist_ok=True)
-        shutil.copy(f"{place}/log.jsonl", kept)
         if cfg.tasks:
-            shutil.copy(f"{place}_glue/glue.json", kept)
+            commands += [finetune_command(cfg, run), *(length_command(cfg, run, length) for length in LENGTHS[run.model])]
+            at_lengths = {}
+            beside = threading.Thread(target=self.evaluate, args=(run, gpu, at_lengths))
+            beside.start()
+            try:
+                self.call(commands[1], f"{run.name}_glue", gpu)
+            finally:
+                beside.join()
+            if len(at_lengths) < len(LENGTHS[run.model]):
+                raise RuntimeError("the held-out loss at some length is missing")
+            result = {"model": run.model, "minutes": run.minutes, "seed": run.seed, "lengths": at_lengths}
+            checkpoint.write_text(f"{kept}/lengths.json", json.dumps(result, indent=1))
             checkpoint.write_text(f"{kept}/runs.jsonl", all_logs(f"{place}_glue/runs"))
+            shutil.copy(f"{place}_glue/glue.json", kept)
+        shutil.copy(f"{place}/log.jsonl", kept)
+        # The last file: now the run is finished.
         checkpoint.write_text(f"{kept}/commands.txt", "".join(f"{shlex.join(['python', *c])}\n" for c in commands))
-        lengths = {"model": run.model, "minutes": run.minutes, "seed": run.seed, "lengths": at_lengths}
-        checkpoint.write_text(f"{kept}/lengths.json", json.dumps(lengths, indent=1))  # the last: now it is finished
-        for path in glob.glob(f"{glob.escape(place)}*"):
-            if os.path.isdir(path):
-                shutil.rmtree(path)
+        for path in (place, f"{place}_glue", f"{place}_lengths"):
+            shutil.rmtree(path, ignore_errors=True)
         with self.lock:
             self.pack()
         self.say(f"{run.name}: finished, {summary_of(read_run(kept))}")
