@@ -217,7 +217,9 @@ class Driver:
 
     def call(self, words, name, gpu):
         """Run a command on one GPU; its output, also in work_dir/NAME.txt. Raises: RuntimeError with its last line."""
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu) if self.cfg.gpus else "", "PYTHONUNBUFFERED": "1"}
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(self.cfg.gpus)))
+        visible = visible.split(",")[gpu] if self.cfg.gpus else ""
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": visible, "PYTHONUNBUFFERED": "1"}
         self.say(f"{name}: {shlex.join(['python', *words])}")
         path = f"{self.cfg.work_dir}/{name}.txt"
         with open(path, "w", encoding="utf-8") as output:
@@ -402,8 +404,9 @@ def main(argv):
     if cfg.table:
         return print("\n".join(results_text(cfg.table)))
     parse_runs(cfg)
-    if cfg.gpus < 0:
-        raise UserError(f"gpus={cfg.gpus}: must be at least 0")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not 0 <= cfg.gpus <= (len(visible.split(",")) if visible else cfg.gpus):
+        raise UserError(f"gpus={cfg.gpus}: must be at least 0, and no more than CUDA_VISIBLE_DEVICES={visible}")
     if not os.path.exists("finetune_glue.py"):
         raise UserError("race.py calls the scripts beside it (start it in their directory)")
     for path in (cfg.data_dir, *([cfg.glue_dir] if cfg.tasks else [])):
