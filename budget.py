@@ -76,8 +76,11 @@ def text_of(cfg):
 
 def total_seconds(num_steps, cfg, costs):
     """What a run of so many steps takes. Checkpoints before the last one are written while training goes on."""
-    evaluations = 1 + (num_steps - 1) // cfg.eval_interval if cfg.eval_interval else 1
-    return num_steps * costs.step + evaluations * costs.evaluation + costs.save
+    return num_steps * costs.step + num_evaluations(num_steps, cfg) * costs.evaluation + costs.save
+
+
+def num_evaluations(num_steps, cfg):
+    return 1 + (num_steps - 1) // cfg.eval_interval if cfg.eval_interval else 1
 
 
 def affordable_steps(cfg, costs, seconds):
@@ -131,6 +134,8 @@ def time_steps(of_steps, process, budget_seconds, first):
         one = min(one, timed(lambda: of_steps(count), process) / count)
         heat -= count * one  # not the time that went by: a GPU that waits for a compilation stays cool
         count = max(1, min(2 * count, round(heat / one)))
+    if one * LEAST_STEPS > budget_seconds:
+        return one  # too few fit in any case
     count = max(1, round(min(TIMED_SECONDS, TIMED_SHARE * budget_seconds) / ROUNDS / one))
     return statistics.median(timed(lambda: of_steps(count), process) / count for _ in range(ROUNDS))
 
@@ -148,12 +153,12 @@ def longest(seconds, process):
     return max(row[0] for row in process.gather([seconds]))
 
 
-def planned_text(cfg, costs, num_steps):
-    """What the run says when it has planned itself."""
-    seconds = total_seconds(num_steps, cfg, costs)
+def planned_text(cfg, costs, num_steps, seconds):
+    """What the run says when it has planned itself, for `seconds`."""
     return (
-        f"budget of {text_of(cfg)}: {num_steps:,} steps of {costs.step:.4g} s, with evaluations of "
-        f"{costs.evaluation:.3g} s and {costs.save:.3g} s for the last checkpoint {seconds / 60:.2f} minutes"
+        f"budget of {text_of(cfg)}: {num_steps:,} steps of {costs.step:.4g} s, {num_evaluations(num_steps, cfg)} x "
+        f"{costs.evaluation:.3g} s of evaluation, {costs.save:.3g} s for the last checkpoint: "
+        f"{total_seconds(num_steps, cfg, costs):.1f} s (timing that took {seconds:.0f} s, which do not count)"
     )
 
 

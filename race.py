@@ -37,6 +37,7 @@ import plot
 from config import UserError, command, load_config
 
 LENGTHS = {"mosaicbert": (128, 256, 512, 1024), "bert": (128, 256, 512)}  # BERT has 512 positions
+INTERVALS = ("--eval_interval=250", "--log_interval=50", "--checkpoint_interval=2000", "--keep_checkpoints=1")
 PUBLISHED_FACTOR = 2.38  # MosaicML's blog: hours of BERT-Base over those of MosaicBERT-Base to 83.2 on GLUE
 DRAWS = 20_000  # of the interval's simulation
 
@@ -52,11 +53,9 @@ class RaceConfig:
     # What
     runs: str = "8x17,4x17,4x18,2x17,2x18"  # MINUTESxSEED of pretraining, for each model
     models: str = "mosaicbert,bert"  # one of them or both
-    mosaicbert: str = "configs/base.py"  # options of train.py beside those for both, which they override
+    mosaicbert: str = "configs/base.py"  # further ones; of an option given twice this one counts
     bert: str = "configs/bert_base.py --compile=true"  # the same
-    # The recipes' batch of 4,096 leaves two minutes some 130 steps, and 6 % of them are 8 to warm up: post-LN does not
-    # learn so (results/README.md). An eighth of the batch, and a quarter of the steps to warm up, for both models.
-    both: str = "--chunk=true --global_batch_size=512 --warmup_fraction=0.25 --eval_interval=250 --log_interval=50"
+    both: str = "--chunk=true --global_batch_size=512 --warmup_fraction=0.25"  # options of train.py for both: see below
     price_per_gpu_hour: float = 2.5  # dollars
     tasks: str = "cola:3,mrpc:3,stsb:3,rte:3,sst2:1"  # of finetune_glue.py; empty: pretrain only, as for choosing settings
     finetune: str = "--recipe=mosaic --jobs=8"  # further options of finetune_glue.py
@@ -66,7 +65,9 @@ class RaceConfig:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Running
+# Running. Of the recipes, batch and warm-up are scaled for both models alike: 4,096 samples a step leave two minutes some
+# 130 steps, and 6 % of them are 8 to warm up, with which a post-LN model does not learn (results/README.md). So an eighth
+# of the batch, and a quarter of the steps to warm up.
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def parse_runs(cfg):
 def pretrain_command(cfg, run):
     options = [f"--data_dir={cfg.data_dir}", f"--out_dir={cfg.work_dir}/{run.name}", f"--seed={run.seed}"]
     options += [f"--budget_minutes={run.minutes:g}", f"--price_per_gpu_hour={cfg.price_per_gpu_hour:g}"]
-    return ["train.py", *model_options(cfg, run), *options, "--keep_checkpoints=1"]
+    return ["train.py", *INTERVALS, *model_options(cfg, run), *options]
 
 
 def length_command(cfg, run, length):
@@ -118,7 +119,7 @@ def bench_command(cfg):
 
 
 def model_options(cfg, run):
-    return [*shlex.split(cfg.both), *shlex.split(getattr(cfg, run.model))]  # of an option given twice the last counts
+    return [*shlex.split(cfg.both), *shlex.split(getattr(cfg, run.model))]
 
 
 class Driver:

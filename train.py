@@ -552,12 +552,13 @@ def train(cfg, process, run, guard, train_samples, val_samples):
             some = dataclasses.replace(cfg, eval_samples=count)
             evaluate(raw_model, val_samples, some, process, micro_batch_tokens, guard)
 
+        begun = time.perf_counter()
         trial_save = (lambda: run.trial_save(raw_model)) if rank == 0 else (lambda: 0.0)
         costs = budget.measure(
             cfg, process, partial(train_step, trial=True), step_batches, trial_evaluation, len(val_samples), trial_save
         )
         steps = budget.steps_to_train(cfg, process, costs)
-        say(budget.planned_text(cfg, costs, steps))
+        say(budget.planned_text(cfg, costs, steps, time.perf_counter() - begun))
         return steps
 
     def samples_of(step, ranks):

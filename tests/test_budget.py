@@ -79,6 +79,8 @@ def test_steps_are_timed_late(monkeypatch):
     clock = Clock(lambda done, now: 60.0)
     monkeypatch.setattr(budget, "clock", clock)
     assert budget.time_steps(clock.steps, ALONE, 3600, 3) == pytest.approx(60) and clock.done == 3 + 1 + budget.ROUNDS
+    clock.done = 0
+    assert budget.time_steps(clock.steps, ALONE, 600, 3) == pytest.approx(60) and clock.done == 3 + 1  # refused anyway
 
 
 def test_evaluation_is_scaled_and_the_longest_process_counts(monkeypatch):
@@ -108,10 +110,18 @@ def test_evaluation_is_scaled_and_the_longest_process_counts(monkeypatch):
     assert evaluated[-1] == 300
 
 
-@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0, "model": "bert", "attention_dropout": 0.1}])
-def test_trials_change_nothing(data_dir, tmp_path, monkeypatch, capsys, options):  # noqa: F811
-    """A run by a budget ends with the bytes of one with the same max_steps given by hand, moments included."""
+@pytest.fixture
+def few_trials(monkeypatch):
+    """As few trial steps as there can be, however slow the machine, and 25 steps as what the budget buys."""
+    monkeypatch.setattr(budget, "HEAT_SHARE", 1e-9)
+    monkeypatch.setattr(budget, "TIMED_SHARE", 1e-9)
     monkeypatch.setattr(budget, "steps_to_train", lambda *_: 25)
+    return budget.FIRST_STEPS + 1 + budget.ROUNDS
+
+
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0, "model": "bert", "attention_dropout": 0.1}])
+def test_trials_change_nothing(data_dir, tmp_path, few_trials, monkeypatch, capsys, options):  # noqa: F811
+    """A run by a budget ends with the bytes of one with the same max_steps given by hand, moments included."""
     seen = []
     real = budget.measure
 
@@ -123,25 +133,24 @@ def test_trials_change_nothing(data_dir, tmp_path, monkeypatch, capsys, options)
         return real(cfg, process, step, *rest)
 
     monkeypatch.setattr(budget, "measure", watching)
-    train.main(toy_argv(data_dir, tmp_path / "budget", **{**options, "max_steps": 70000, "budget_minutes": 0.01}))
+    train.main(toy_argv(data_dir, tmp_path / "budget", **{**options, "max_steps": 70000, "budget_minutes": 100}))
     train.main(toy_argv(data_dir, tmp_path / "hand", **{**options, "max_steps": 25}))
-    assert "budget of 0.01 minutes: 25 steps" in capsys.readouterr().out
+    assert "budget of 100 minutes: 25 steps" in capsys.readouterr().out
     assert weights(tmp_path / "budget", 25) == weights(tmp_path / "hand", 25)
     logs = [[(r["loss"], r["grad_norm"], r["lr"]) for r in read_log(tmp_path / name)] for name in ("budget", "hand")]
     assert logs[0] == logs[1] and len(logs[0]) == 25
     # They were the run's own steps, on its first weights.
-    assert [number for number, *_ in seen] == list(range(1, len(seen) + 1)) and len(seen) > budget.ROUNDS
+    assert [number for number, *_ in seen] == list(range(1, few_trials + 1))
     assert seen[0][1:] == pytest.approx((logs[0][0][0], logs[0][0][1]))
     assert not (tmp_path / "budget" / "trial").exists()
     assert json.loads((tmp_path / "budget" / "config.json").read_text())["max_steps"] == 25
     assert read_log(tmp_path / "budget", "start")[0]["config"]["max_steps"] == 25
 
 
-def test_a_trial_that_trained_would_be_seen(data_dir, tmp_path, monkeypatch):  # noqa: F811
+def test_a_trial_that_trained_would_be_seen(data_dir, tmp_path, few_trials, monkeypatch):  # noqa: F811
     """The test above can fail: with trials that update, the bytes differ."""
-    monkeypatch.setattr(budget, "steps_to_train", lambda *_: 25)
     monkeypatch.setattr(torch, "ones_like", torch.zeros_like)
-    train.main(toy_argv(data_dir, tmp_path / "budget", max_steps=70000, budget_minutes=0.01))
+    train.main(toy_argv(data_dir, tmp_path / "budget", max_steps=70000, budget_minutes=100))
     monkeypatch.undo()
     train.main(toy_argv(data_dir, tmp_path / "hand", max_steps=25))
     assert weights(tmp_path / "budget", 25) != weights(tmp_path / "hand", 25)
@@ -166,14 +175,14 @@ def test_two_processes_agree(data_dir, tmp_path):  # noqa: F811
     # A look at the slower clock takes 0.04 s, whatever lies between: a step, an evaluation.
     steps = read_log(tmp_path / "budget", "end")[0]["step"]
     assert steps == int((1.2 * 0.99 - 0.04 - 0.1) / 0.04)
-    assert f"{steps} steps of 0.04 s, with evaluations of 0.04 s and 0.1 s for the last checkpoint" in output
+    assert f"{steps} steps of 0.04 s, 1 x 0.04 s of evaluation, 0.1 s for the last checkpoint: " in output
     argv = toy_argv(data_dir, tmp_path / "hand", max_steps=steps, eval_interval=0)
     statuses, output = run_ranks(argv, 2, tmp_path / "ranks2")
     assert statuses == [0, 0], output
     assert weights(tmp_path / "budget", steps) == weights(tmp_path / "hand", steps)
 
 
-def test_a_resume_keeps_the_plan(data_dir, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_resume_keeps_the_plan(data_dir, tmp_path, few_trials, monkeypatch, capsys):  # noqa: F811
     argv = toy_argv(data_dir, tmp_path / "run", max_steps=70000, budget_minutes=0.01)
     monkeypatch.setattr(budget, "steps_to_train", lambda *_: 22)
     train.main(argv)
