@@ -171,6 +171,8 @@ class Driver:
             name = run.name if run else "bench"
             try:
                 self.one(run, gpu) if run else self.call(bench_command(self.cfg), "bench", gpu)
+                with self.lock:
+                    self.pack()
             except Exception as error:  # the others go on
                 if not self.stopped:
                     self.failed.append(name)
@@ -202,8 +204,6 @@ class Driver:
         checkpoint.write_text(f"{kept}/commands.txt", "".join(f"{shlex.join(['python', *c])}\n" for c in commands))
         for path in (place, f"{place}_glue", f"{place}_lengths"):
             shutil.rmtree(path, ignore_errors=True)
-        with self.lock:
-            self.pack()
         self.say(f"{run.name}: finished, {summary_of(read_run(kept))}")
 
     def evaluate(self, run, gpu, found):
@@ -415,9 +415,11 @@ def main(argv):
             raise UserError(f"{path}: no such directory (see the top of race.py)")
     for path in (cfg.out, cfg.work_dir):
         os.makedirs(path, exist_ok=True)
-    Driver(cfg).race()
-    print(f"{cfg.out}/race.tar.gz")
-    print("\n".join(results_text(cfg.out)))
+    try:
+        Driver(cfg).race()
+    finally:  # what there is, also when something failed
+        if glob.glob(f"{glob.escape(cfg.out)}/*/log.jsonl"):
+            print("\n".join([f"{cfg.out}/race.tar.gz", *results_text(cfg.out)]), flush=True)
 
 
 if __name__ == "__main__":
