@@ -36,7 +36,6 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from safetensors.torch import save as safetensors_bytes
 
 from config import UserError
 from data import file_digest, read_json
@@ -316,9 +315,31 @@ def snapshot(tensors):
 
 
 def pack(tensors, texts):
-    """{file name: bytes} of a checkpoint. tensors: {file name: {name: tensor}}. texts: {file name: str}."""
+    """{file name: its bytes} of a checkpoint. tensors: {file name: {name: tensor}}. texts: {file name: str}."""
     packed = {name: safetensors_bytes(contents) for name, contents in tensors.items()}
     return {**packed, **{name: text.encode() for name, text in texts.items()}}
+
+
+def safetensors_bytes(tensors):
+    """The safetensors file of {name: float32 tensor}, as a uint8 array with the very bytes of the library's `save`.
+
+    The library holds Python's lock for as long as it copies, and so would stop the training that goes on meanwhile.
+    """
+    header, end = {}, 0
+    for name, tensor in sorted(tensors.items()):
+        if tensor.dtype != torch.float32:
+            raise ValueError(f"{name}: a checkpoint holds float32, not {tensor.dtype}")
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [end, end + tensor.nbytes]}
+        end += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    packed = np.empty(8 + len(text) + end, np.uint8)
+    packed[: 8 + len(text)] = np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8)
+    values = torch.from_numpy(packed[8 + len(text) :].view(np.float32))
+    for name, tensor in tensors.items():
+        start, stop = (offset // 4 for offset in header[name]["data_offsets"])
+        values[start:stop].copy_(tensor.reshape(-1))
+    return packed
 
 
 def save(out_dir, step, tensors, texts):
@@ -327,7 +348,7 @@ def save(out_dir, step, tensors, texts):
 
 
 def write(out_dir, step, contents):
-    """Write a checkpoint and return its path. contents: {file name: bytes}.
+    """Write a checkpoint and return its path. contents: {file name: its bytes}.
 
     The directory gets its name when every byte is on disk, so a kill or a full disk leaves no checkpoint rather than
     half of one. Then it is read again, and must have the digests of what was to be written.

@@ -1,8 +1,9 @@
 """A trace of some training steps, and the share of their time in which the GPU was busy: train.py --profile=a:b.
 
-The trace holds what the CPU called and what the GPU ran, in the format of https://ui.perfetto.dev and chrome://tracing.
-The steps a to b are traced with all that comes between them: loading, logging, evaluation, checkpoints. Tracing costs
-the CPU time, so the share is rather too low; it starts and ends with an empty queue, so trace several steps.
+The trace holds what the GPU ran and the calls that launched it, in the format of https://ui.perfetto.dev and
+chrome://tracing. (PyTorch's operators are left out: noting them slows the CPU down so much that the GPU waits for it.)
+The steps a to b are traced with all that comes between them: loading, logging, evaluation, checkpoints. The trace starts
+and ends with an empty queue, so trace several steps.
 
 Read next: kernels/__init__.py
 """
@@ -39,7 +40,8 @@ def profiled(steps, option, out_dir, rank, say):
             finish(profiler, start, option, out_dir, say)
             profiler = None
         if rank == 0 and step == first:
-            profiler = torch.profiler.profile()
+            activity = torch.profiler.ProfilerActivity
+            profiler = torch.profiler.profile(activities=[activity.CUDA if torch.cuda.is_available() else activity.CPU])
             profiler.start()
             wait_for_gpu()
             start = time.perf_counter()

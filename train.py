@@ -628,14 +628,15 @@ def train(cfg, process, run, guard, train_samples, val_samples):
         if not (log_now or eval_now or save_now):
             continue
 
-        # One collective brings every process's losses and counts to all, so that all decide alike.
-        rows = process.gather([*history, local_tokens, local_flops, time.perf_counter() - report_start])
+        # One collective brings every process's losses and counts to all, so that all decide alike. It waits for the GPU,
+        # which may be a step or two behind: the time is read after it.
+        rows = process.gather([*history, local_tokens, local_flops])
+        num_steps, seconds = len(history) // 2, time.perf_counter() - report_start
         for text, record in skipped_updates(rows, step, state, samples_of):
             say(text)
             if rank == 0:
                 run.log("skipped", **record)
-        num_steps, seconds = len(history) // 2, rows[0][-1]
-        tokens, flops = sum(row[-3] for row in rows), sum(row[-2] for row in rows)
+        tokens, flops = sum(row[-2] for row in rows), sum(row[-1] for row in rows)
         state["step"] = step
         state["tokens"] += int(tokens)
         state["samples"] += num_steps * cfg.global_batch_size
@@ -644,9 +645,9 @@ def train(cfg, process, run, guard, train_samples, val_samples):
         if rank == 0 and log_now:
             record = {
                 "step": step,
-                "loss": finite(sum(row[-5] for row in rows)),
+                "loss": finite(sum(row[-4] for row in rows)),
                 "lr": lr_at(cfg, step),
-                "grad_norm": finite(rows[0][-4]),
+                "grad_norm": finite(rows[0][-3]),
                 "skipped": state["skipped"],
                 "tokens": state["tokens"],
                 "samples": state["samples"],
@@ -689,14 +690,14 @@ def forward_backward(model, batches, num_masked, cfg, process, step):
     num_masked: of the global batch, a tensor on the device.
     """
     loss = torch.zeros((), device=process.device)
-    for micro_step, batch in enumerate(batches):
-        batch = batch.to(process.device)
-        # All dropout follows from this seed, so a resumed run draws what the first one would have drawn.
-        torch.manual_seed(int(hash64(cfg.seed, step, process.rank, micro_step)[0] >> np.uint64(1)))
-        if process.world_size > 1:
-            # Gradients are reduced with the last micro-step. DDP reads this in forward already.
-            model.require_backward_grad_sync = micro_step == len(batches) - 1
-        with autocast(process):
+    with autocast(process):  # around all micro-steps, so that the weights are cast once
+        for micro_step, batch in enumerate(batches):
+            batch = batch.to(process.device)
+            # All dropout follows from this seed, so a resumed run draws what the first one would have drawn.
+            torch.manual_seed(int(hash64(cfg.seed, step, process.rank, micro_step)[0] >> np.uint64(1)))
+            if process.world_size > 1:
+                # Gradients are reduced with the last micro-step. DDP reads this in forward already.
+                model.require_backward_grad_sync = micro_step == len(batches) - 1
             loss_sum = model(
                 batch.input_ids,
                 batch.cu_seqlens,
@@ -705,19 +706,20 @@ def forward_backward(model, batches, num_masked, cfg, process, step):
                 batch.labels,
                 batch.windows,
             )
-        share = loss_sum / num_masked
-        (share * process.world_size).backward()  # DDP divides by world_size again
-        loss += share.detach()
+            share = loss_sum / num_masked
+            with torch.autocast(process.device.type, enabled=False):  # backward has the dtypes of forward
+                (share * process.world_size).backward()  # DDP divides by world_size again
+            loss += share.detach()
     return loss
 
 
 def skipped_updates(rows, step, state, samples_of):
     """Yield (text, log record) for each step since the last report whose update was skipped, and count it in `state`.
 
-    rows: of each process, the (loss, grad_norm) pairs of the steps up to `step`, then three other numbers.
+    rows: of each process, the (loss, grad_norm) pairs of the steps up to `step`, then two other numbers.
     samples_of(step, ranks): the samples they had. Raises: UserError, in all processes alike, after too many in a row.
     """
-    num_steps = (len(rows[0]) - 3) // 2
+    num_steps = (len(rows[0]) - 2) // 2
     for i in range(num_steps):
         this_step, grad_norm = step - num_steps + 1 + i, rows[0][2 * i + 1]
         if math.isfinite(grad_norm):

@@ -115,25 +115,25 @@ def base_checkpoints(cfg, scratch):
         size = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48, "global_batch_size": 16}
     data = make_data(scratch / "base_data", 1000 if cfg.toy else 30522, 2000 if cfg.toy else 20000, 126)
     out = scratch / "base"
-    argv = options({"data_dir": data, "out_dir": out, "max_steps": 1000, "log_interval": 1, "eval_interval": 0, "checkpoint_interval": 8, **size})
+    argv = options({"data_dir": data, "out_dir": out, "max_steps": 1000, "log_interval": 1, "eval_interval": 0, "checkpoint_interval": 14, **size})
     held_up, written, verified = [], [], []
     originals = checkpoint.RunDirectory.save, checkpoint.write, checkpoint.damage
     checkpoint.RunDirectory.save = timed(checkpoint.RunDirectory.save, held_up)
     checkpoint.write = timed(checkpoint.write, written)
     checkpoint.damage = timed(checkpoint.damage, verified)
     try:
-        status, after_sigterm = run(argv, stop_at=20)
+        status, after_sigterm = run(argv, stop_at=30)  # while the second checkpoint is being written
     finally:
         checkpoint.RunDirectory.save, checkpoint.write, checkpoint.damage = originals
-    assert status == 128 + signal.SIGTERM and checkpoint.steps(out)[0] == 20, (status, checkpoint.steps(out))
+    assert status == 128 + signal.SIGTERM and checkpoint.steps(out)[0] == 30, (status, checkpoint.steps(out))
     steps = {record["step"]: record for record in read_log(out)}
     ms = {step: 1000 / record["samples_per_second"] * size["global_batch_size"] for step, record in steps.items()}
-    path = out / "step_00000020"
+    path = out / "step_00000030"
     return {
         "parameters": read_log(out, "start")[0]["num_params"],
         "bytes": sum(file.stat().st_size for file in path.iterdir()),
-        "step_ms": median(ms[step] for step in (4, 5, 6, 7, 8)),
-        "step_ms_while_writing": median(ms[step] for step in (9, 10, 11)),
+        "step_ms": median(ms[step] for step in range(7, 14)),
+        "step_ms_while_writing": median(ms[step] for step in range(15, 20)),
         "save_holds_up_seconds": held_up[:2],
         "write_and_verify_seconds": written,
         "verify_seconds": verified[-len(written) :],

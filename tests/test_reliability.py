@@ -403,13 +403,20 @@ def test_old_checkpoints_are_removed_only_after_the_new_one_verifies(data_dir, t
 
     def lying(path, contents):
         late = "step_00000010" in str(path) and str(path).endswith("optimizer.safetensors")
-        write_file(path, contents[:-1] + bytes([contents[-1] ^ 1]) if late else contents)
+        write_file(path, bytes(contents[:-1]) + bytes([contents[-1] ^ 1]) if late else contents)
 
     monkeypatch.setattr(checkpoint, "write_file", lying)
     line = fails(toy_argv(data_dir, tmp_path / "run"), capsys)
     assert "step_00000010/optimizer.safetensors: damaged, though just written" in line
     assert checkpoint.steps(tmp_path / "run") == [10, 8, 4]
     assert checkpoint.newest(tmp_path / "run").endswith("step_00000008")
+
+
+def test_files_have_the_bytes_that_the_library_would_write():
+    tensors = {"b.x": torch.randn(3, 4), "a": torch.randn(()), 'é"q': torch.randn(5, 2).T, "z": torch.empty(0, 3)}
+    assert checkpoint.safetensors_bytes(tensors).tobytes() == safetensors.torch.save({k: t.contiguous() for k, t in tensors.items()})
+    with pytest.raises(ValueError, match="a: a checkpoint holds float32"):
+        checkpoint.safetensors_bytes({"a": torch.zeros(2, dtype=torch.bfloat16)})
 
 
 class Bomb:

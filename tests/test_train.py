@@ -54,6 +54,36 @@ def test_a_run_learns_and_leaves_what_the_contract_says(data_dir, tmp_path, caps
     assert "finished" in capsys.readouterr().out and (out / "log.jsonl").read_bytes() == before
 
 
+def test_casting_weights_once_a_step_changes_no_bit(data_dir):
+    """bf16: the micro-batches of a step together, and each in an autocast region of its own."""
+    cfg = train.TrainConfig(**{name: TOY_OPTIONS[name] for name in ("hidden_size", "num_layers", "num_heads", "intermediate_size")})
+    cfg.hidden_dropout = 0.0
+    batches = train.Samples(data_dir, "train", 32).train_step(0, 16, 0, 0.3, 128)
+    assert len(batches) > 2
+    process = train.Process(0, 1, torch.device("cpu"), torch.bfloat16)
+    models = []
+    for groups in ([batches], [[batch] for batch in batches]):
+        torch.manual_seed(0)
+        models.append(train.MaskedLM(cfg, 100))
+        for group in groups:
+            train.forward_backward(models[-1], group, torch.tensor(7.0), cfg, process, 1)
+    for together, apart in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(together.grad, apart.grad) if together.grad is not None else apart.grad is None
+
+
+def test_the_speed_in_the_log_counts_the_wait_for_the_gpu(data_dir, tmp_path, monkeypatch):
+    """Python is ahead of a GPU; the collective before a report waits for it. That belongs to the steps it reports."""
+    gather = train.Process.gather
+
+    def late(self, values):
+        time.sleep(0.2)
+        return gather(self, values)
+
+    monkeypatch.setattr(train.Process, "gather", late)
+    train.main(toy_argv(data_dir, tmp_path, max_steps=4, log_interval=2, eval_interval=0))
+    assert all(2 * 16 / record["samples_per_second"] > 0.2 for record in read_log(tmp_path))
+
+
 @pytest.mark.parametrize("options", [{}, {"model": "bert", "attention_dropout": 0.1, "chunk": True}])
 def test_killed_and_resumed_equals_uninterrupted(data_dir, tmp_path, options):
     """SIGKILL in the middle of a run with dropout, then the same command: every byte as if nothing had happened."""
