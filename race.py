@@ -213,8 +213,9 @@ class Driver:
                 output = self.call(length_command(self.cfg, run, length), f"{run.name}_{length}", gpu)
             except RuntimeError as error:
                 return self.say(f"{run.name}: {error}")
-            loss, percent, masked = re.search(r"held-out loss ([\d.]+), accuracy ([\d.]+)% of ([\d,]+)", output).groups()
-            found[length] = {"loss": float(loss), "accuracy": float(percent) / 100, "num_masked": int(masked.replace(",", ""))}
+            said = re.search(r"held-out loss ([\d.]+), accuracy ([\d.]+)% of ([\d,]+)", output)
+            loss, percent, num_masked = (float(number.replace(",", "")) for number in said.groups())
+            found[length] = {"loss": loss, "accuracy": percent / 100, "num_masked": int(num_masked)}
 
     def call(self, words, name, gpu):
         """Run a command on one GPU; its output, also in work_dir/NAME.txt. Raises: RuntimeError with its last line."""
@@ -227,7 +228,8 @@ class Driver:
             with self.lock:
                 if self.stopped:
                     raise RuntimeError("stopped")
-                child = subprocess.Popen([sys.executable, *words], stdout=output, stderr=subprocess.STDOUT, env=environment)
+                argv = [sys.executable, *words]
+                child = subprocess.Popen(argv, stdout=output, stderr=subprocess.STDOUT, env=environment)
                 self.children.add(child)
             status = child.wait()
             with self.lock:
@@ -242,7 +244,9 @@ class Driver:
         """One file with all results so far."""
         partial = f"{self.cfg.out}/race.tar.gz.tmp"
         with tarfile.open(partial, "w:gz") as archive:
-            for path in sorted(glob.glob(f"{glob.escape(self.cfg.out)}/*/*") + glob.glob(f"{glob.escape(self.cfg.out)}/*.json")):
+            out = glob.escape(self.cfg.out)
+            found = glob.glob(f"{out}/*/*") + glob.glob(f"{out}/*.json")
+            for path in sorted(found):
                 archive.add(path, os.path.relpath(path, self.cfg.out))
         os.replace(partial, f"{self.cfg.out}/race.tar.gz")
 
@@ -381,7 +385,8 @@ def factor_text(result):
     if math.isinf(result["minutes"]):
         text = f"MosaicBERT did not reach {bert} within its own longest run"
     elif result["factor"] >= limit:
-        text = f"MosaicBERT reached {bert} within its shortest run, {result['minutes']:g} minutes: at least {limit:.1f} times sooner"
+        shortest = f"within its shortest run, {result['minutes']:g} minutes"
+        text = f"MosaicBERT reached {bert} {shortest}: at least {limit:.1f} times sooner"
     else:
         text = f"MosaicBERT reached {bert} in {result['minutes']:.1f} minutes: {result['factor']:.2f} times sooner"
     if result["low"] is not None:
