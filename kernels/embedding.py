@@ -209,7 +209,7 @@ def embedding_backward_op(
     """(dz, (3, C) dweight, dbias and the sum of dz over rows), fp32."""
     dout, dnext = dout.contiguous(), None if dnext is None else dnext.contiguous()
     dz = torch.empty(dout.shape, dtype=torch.float32, device=dout.device)
-    programs = backward_programs(dout.device)
+    programs = backward_programs(words.shape[1], dout.device)
     partial = torch.empty((3, programs, words.shape[1]), dtype=torch.float32, device=dout.device)
     backward_kernel[(programs,)](
         *(dout, dnext, ids, type_ids, words, types, weight, seed, mean, rstd, dz, partial),

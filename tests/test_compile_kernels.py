@@ -28,7 +28,7 @@ MATRIX_INSTRUCTION = {**dict.fromkeys(ARCHITECTURES, "HMMA"), 90: "HGMMA", 100: 
 TYPES = {  # of arguments; pointers not named here point to the tensors' dtype, and other scalars are i32
     **dict.fromkeys(("slopes_ptr", "lse_ptr", "delta_ptr"), "*fp32"),
     **dict.fromkeys(("weight_ptr", "bias_ptr", "x_bias_ptr", "mean_ptr", "rstd_ptr", "partial_ptr"), "*fp32"),
-    **dict.fromkeys(("words_ptr", "types_ptr", "dembedding_ptr", "loss_ptr", "log_sum_ptr"), "*fp32"),
+    **dict.fromkeys(("words_ptr", "types_ptr", "dembedding_ptr", "loss_ptr"), "*fp32"),
     **dict.fromkeys(("keep_scale", "eps"), "fp32"),
     **dict.fromkeys(("cu_seqlens_ptr", "windows_ptr"), "*i32"),
     "seed_ptr": "*i64",
@@ -67,7 +67,7 @@ def configurations(everything):
                 for none in kinds if everything else ((),) if dtype == "bf16" else ():
                     found += [("embedding", kernel, arch, dtype, C, none) for kernel in ("forward", "backward")]
             for V in (64, 30_528, 32_768) if everything else (30_528,) if dtype == "bf16" else ():
-                found += [("cross_entropy", kernel, arch, dtype, V, ()) for kernel in ("log_sum", "gradient")]
+                found.append(("cross_entropy", "cross_entropy", arch, dtype, V, ()))
             for F in (48, 3072, 4096) if everything else (3072,):
                 for none in ((), ("seed_ptr",))[: None if everything else 1]:
                     found += [("geglu", kernel, arch, dtype, F, none) for kernel in ("forward", "backward")]
@@ -88,7 +88,7 @@ def compile_one(configuration):
     elif file == "attention_window":
         launch = {"H": 12, "D": size, "BLOCK": module.BLOCK, **module.LAUNCH[name]}
     else:
-        launch = module.launch_config(size, name) if file == "cross_entropy" else module.launch_config(size)
+        launch = module.launch_config(size)
         if (file, name) == ("layernorm", "backward"):
             launch["SUM_DX"] = True
     options = {key: launch.pop(key) for key in ("num_warps", "num_stages", "maxnreg") if key in launch}
