@@ -85,7 +85,7 @@ class RunDirectory:
     def adopt(self, config, defaults, differing_schedule, tokenizer_text):
         """Find the newest checkpoint, and refuse if it is that of a run with another result.
 
-        config: what config.json is to hold. defaults: of options, for a run from before there was one.
+        config: what config.json is to hold; a max_steps of None is filled in, if it is known. defaults: of options, for a run from before there was one.
         differing_schedule(earlier max_steps, step): whether max_steps matters.
         """
         self.config, self.tokenizer_text = config, tokenizer_text
@@ -97,7 +97,9 @@ class RunDirectory:
             hint = f"train on from it with --init_from={self.path} and another --out_dir"
             raise UserError(f"{self.path}: holds a converted or fine-tuned model ({hint})")
         names = [name for name in config if name not in FREE_FIELDS and earlier.get(name) != config[name]]
-        if self.newest and differing_schedule(earlier["max_steps"], step_of(self.newest)):
+        if config["max_steps"] is None:
+            config["max_steps"] = earlier["max_steps"]  # chosen when the run began, and kept
+        elif self.newest and differing_schedule(earlier["max_steps"], step_of(self.newest)):
             names.append("max_steps")  # and the schedule has begun to decay
         if names:
             differing = ", ".join(f"{name} was {earlier.get(name)!r} and is {config[name]!r}" for name in names)
@@ -110,6 +112,15 @@ class RunDirectory:
         if free < needed:
             hint = "free some, choose another --out_dir, or lower --keep_checkpoints"
             raise UserError(f"{self.path}: {size(free)} free, but checkpoints will take {size(needed)} more ({hint})")
+
+    def trial_save(self, model):
+        """Seconds that a checkpoint will take to write, from a trial with a third of it: the weights without moments."""
+        path = os.path.join(self.path, "trial")
+        start = time.perf_counter()
+        save(path, 0, {"model.safetensors": weights_of(model)}, {})
+        seconds = time.perf_counter() - start
+        shutil.rmtree(path)
+        return 3 * seconds
 
     def read_log(self):
         """(line, record) of each whole line of log.jsonl."""

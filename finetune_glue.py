@@ -50,7 +50,7 @@ LOG_SECONDS = 10
 class GlueConfig:
     # What
     checkpoint: str = ""  # run or step_* directory, or a directory or hub id in Hugging Face form
-    tasks: str = ",".join(glue.GLUE_TASKS)  # of GLUE, comma-separated
+    tasks: str = ",".join(glue.GLUE_TASKS)  # of GLUE, comma-separated; sst2:1 gives a task its own number of seeds
     data_dir: str = ""  # GLUE's TSV files, TASK/train.tsv and TASK/dev.tsv; empty: nyu-mll/glue from the hub
     out: str = ""  # result directory; the same command again goes on in it
     # Your own data, instead of GLUE
@@ -92,12 +92,22 @@ class GlueConfig:
             raise UserError("give --train_file and --val_file together")
         if len(self.text_columns.split(",")) > 2:
             raise UserError(f"text_columns={self.text_columns}: one, or two for pairs")
-        tasks = self.tasks.split(",")
+        tasks = self.seeds_of_tasks()
         for task in tasks:
             if task not in glue.GLUE_TASKS:
                 raise UserError(f"tasks={self.tasks}: no task {task!r} (there are {', '.join(glue.GLUE_TASKS)})")
         if self.submission and (self.train_file or set(tasks) != set(glue.GLUE_TASKS)):
             raise UserError("--submission: the server takes all eight tasks together (leave --tasks out)")
+
+    def seeds_of_tasks(self):
+        """{task: its number of seeds, 0 for the recipe's}, in the order given. Raises: UserError."""
+        counts = {}
+        for part in self.tasks.split(","):
+            task, colon, count = part.partition(":")
+            if colon and not (count.isdecimal() and int(count)):
+                raise UserError(f"tasks={self.tasks}: {part!r} is no TASK:SEEDS (such as sst2:1)")
+            counts[task] = int(count) if colon else self.seeds
+        return counts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -248,13 +258,14 @@ def read_examples(cfg, task):
 
 def make_plan(cfg, pretrained):
     """The list of Runs, those that others wait for and long ones first, after every file has been read once."""
-    tasks = [glue.own_task(cfg)] if cfg.train_file else [glue.GLUE_TASKS[name] for name in cfg.tasks.split(",")]
+    counts = {"own": cfg.seeds} if cfg.train_file else cfg.seeds_of_tasks()
+    tasks = [glue.own_task(cfg)] if cfg.train_file else [glue.GLUE_TASKS[name] for name in counts]
     names = [task.name for task in tasks]
     plan = []
     for task in tasks:
         examples = read_examples(cfg, task)
         settings = glue.RECIPES[cfg.recipe][task.name]
-        given = {"lr": cfg.lr, "batch_size": cfg.batch_size, "epochs": cfg.epochs, "num_seeds": cfg.seeds}
+        given = {"lr": cfg.lr, "batch_size": cfg.batch_size, "epochs": cfg.epochs, "num_seeds": counts[task.name]}
         settings = dataclasses.replace(settings, **{name: value for name, value in given.items() if value})
         init = "mnli" if "mnli" in names and task.name in glue.FROM_MNLI else "pretrained"
         init = "random" if cfg.random_weights else init
@@ -638,7 +649,8 @@ def pretraining_cost(path):
         gpu_hours = state["seconds"] * start["world_size"] / 3600
         price = start["config"]["price_per_gpu_hour"]
         dollars = gpu_hours * price if price else None
-        return {**state, "gpu_hours": gpu_hours, "dollars": dollars, "device": start["device"]}
+        budget = {name: start["config"].get(name, 0) for name in ("budget_minutes", "budget_dollars")}
+        return {**state, "gpu_hours": gpu_hours, "dollars": dollars, **budget, "device": start["device"]}
     except (OSError, ValueError, KeyError, UserError):
         return None
 

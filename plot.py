@@ -3,7 +3,9 @@
     python plot.py --loss=out/base --x=gpu_hours --out=loss.svg
     python plot.py --glue=results/mosaic/glue.json,results/fast/glue.json --labels=mosaic,fast --out=glue.svg
     python plot.py --lengths=data/mine/report.json --out=lengths.svg
-    python plot.py --pareto='results/race/*/glue.json' --x=dollars --tasks=true --out=pareto.svg,pareto.png
+    python plot.py --pareto='results/race/*/glue.json' --x=gpu_minutes --tasks=true --out=pareto.svg,pareto.png
+    python plot.py --loss='results/race/*/log.jsonl' --held_out=true --x=gpu_minutes --out=race_loss.svg
+    python plot.py --at_lengths='results/race/*/lengths.json' --out=race_lengths.svg
     python plot.py --kernels=out/bench.json --out=kernels.svg
 
 Needs matplotlib. Curves differ in marker and line style as well as colour, bars in hatching, so that all can be read in
@@ -42,7 +44,10 @@ PUBLISHED_TASKS = {  # MosaicBERT-Base's last point, five pretraining seeds, tas
     "stsb": 89.27,
 }  # fmt: skip
 
-X_LABELS = {"step": "steps", "tokens": "tokens", "gpu_hours": "GPU-hours", "dollars": "US dollars"}
+X_LABELS = {
+    "step": "steps", "tokens": "tokens", "gpu_hours": "GPU-hours", "gpu_minutes": "GPU-minutes", "dollars": "US dollars",
+}  # fmt: skip
+DOLLAR_PARTS = {"gpu_hours": 1, "gpu_minutes": 60}  # of a GPU-hour
 TASK_NAMES = {name: task.folder for name, task in GLUE_TASKS.items()}
 MODEL_NAMES = {"mosaicbert": "MosaicBERT", "bert": "BERT"}
 STYLES = (  # colour, marker, line, hatch; the colours' greys are 30, 60, 45 and 75 % bright
@@ -57,10 +62,12 @@ class PlotConfig:
     glue: str = ""  # glue.json of finetune_glue.py: a bar for each task, with 95 % intervals
     kernels: str = ""  # JSON of kernels.bench: a panel for each row, operators in ns a token, steps in samples/s
     pareto: str = ""  # glue.json: the mean score against the cost of pretraining, with MosaicML's published points
+    at_lengths: str = ""  # lengths.json of race.py: held-out loss against the length of the pieces of text
     lengths: str = ""  # report.json of prepare_c4.py: a histogram of the documents' lengths
     # How
-    x: Literal["auto", "step", "tokens", "gpu_hours", "dollars"] = "auto"  # auto: step for losses, gpu_hours for GLUE
+    x: Literal["auto", "step", "tokens", "gpu_hours", "gpu_minutes", "dollars"] = "auto"  # auto: step, GLUE: gpu_hours
     tasks: bool = False  # with --pareto: a panel for each task, too
+    held_out: bool = False  # with --loss: held-out losses alone, a curve for each run, the runs of a model alike
     labels: str = ""  # one for each file, comma-separated; files with the same label make one curve
     title: str = ""  # of the figure
     out: str = "figure.svg"  # .svg, .png or .pdf files, comma-separated
@@ -117,8 +124,15 @@ def labels_for(cfg, paths, default):
     return labels
 
 
+def bert_last(paths, labels):
+    """Both in another order, so that MosaicBERT looks the same in every figure that has BERT in it."""
+    return zip(*sorted(zip(paths, labels), key=lambda pair: pair[1].startswith(MODEL_NAMES["bert"])))
+
+
 def number_of(record, x, path):
     """What a record holds for the x axis. Raises: UserError where it is not known."""
+    if x == "gpu_minutes":
+        return 60 * number_of(record, "gpu_hours", path)
     if record.get(x) is None:
         raise UserError(f"{path}: holds no {x} (dollars need train.py --price_per_gpu_hour; try another --x)")
     return record[x]
@@ -133,6 +147,8 @@ def seed_scores(results, tasks):
 def curves(paths, labels, x, tasks):
     """{label: [(x, mean, lowest, highest)]}, one point for each pretraining length; pretraining seeds are averaged.
 
+    Runs of one budget have one length, others those of equally many steps.
+
     The mean is that of all results; lowest and highest are those of single seeds, of pretraining and fine-tuning.
     """
     scores = {}
@@ -141,8 +157,9 @@ def curves(paths, labels, x, tasks):
         if not results["pretraining"]:
             raise UserError(f"{path}: says nothing of what pretraining cost (its checkpoint is not of train.py)")
         place = number_of(results["pretraining"], x, path)
-        steps = results["pretraining"]["step"]  # seeds of one length differ by seconds, not by steps
-        scores.setdefault(label, {}).setdefault(steps, []).append((place, seed_scores(results, tasks)))
+        budgets = [results["pretraining"].get(name, 0) for name in ("budget_minutes", "budget_dollars")]
+        length = (*budgets, 0 if any(budgets) else results["pretraining"]["step"])
+        scores.setdefault(label, {}).setdefault(length, []).append((place, seed_scores(results, tasks)))
     points = {}
     for label, of_length in scores.items():
         points[label] = []
@@ -163,7 +180,16 @@ def draw_curves(axes, points):
 
 
 def published_x(x, step, hours):
-    return {"step": step, "gpu_hours": hours * PUBLISHED_GPUS, "dollars": hours * PUBLISHED_GPUS * PUBLISHED_PRICE}[x]
+    gpu_hours = hours * PUBLISHED_GPUS
+    places = {"gpu_hours": gpu_hours, "gpu_minutes": 60 * gpu_hours, "dollars": gpu_hours * PUBLISHED_PRICE}
+    return {"step": step, **places}[x]
+
+
+def price_of(paths):
+    """Dollars of a GPU-hour, if it is the same in all results, else None."""
+    costs = [read_glue(path)["pretraining"] or {} for path in paths]
+    prices = {round(cost["dollars"] / cost["gpu_hours"], 4) if cost.get("dollars") else None for cost in costs}
+    return prices.pop() if len(prices) == 1 else None
 
 
 def plot_pareto(cfg, pyplot):
@@ -173,9 +199,11 @@ def plot_pareto(cfg, pyplot):
     paths = find(cfg.pareto, "glue.json")
     labels = labels_for(cfg, paths, lambda path: model_label(read_glue(path)))
     too_many(labels)
+    paths, labels = bert_last(paths, labels)
     common = [task for task in GLUE_TASKS if all(task in read_glue(path)["tasks"] for path in paths)]
     if not common:
         raise UserError("--pareto: no task that all results have")
+    price = price_of(paths)
     panels = [common, *([task] for task in common if cfg.tasks)]
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
@@ -198,6 +226,11 @@ def plot_pareto(cfg, pyplot):
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.set_xlabel(f"{X_LABELS[x]} of pretraining")
+        if tasks is common and x in DOLLAR_PARTS and price == PUBLISHED_PRICE:  # then one scale is right for both
+            scale = price / DOLLAR_PARTS[x]
+            top = axes.secondary_xaxis("top", functions=(lambda v: v * scale, lambda v: v / scale))
+            top.set_xlabel(f"US dollars, at ${price:.2f} a GPU-hour")
+            top.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.set_ylabel("score" if len(panels) > 1 else f"mean of {', '.join(TASK_NAMES[task] for task in common)}")
         axes.grid(alpha=0.3)
     for axes in grid.flat[len(panels) :]:
@@ -237,8 +270,9 @@ def plot_glue(cfg, pyplot):
 def plot_loss(cfg, pyplot):
     x = "step" if cfg.x == "auto" else cfg.x
     paths = find(cfg.loss, "log.jsonl")
-    labels = labels_for(cfg, paths, log_label)
+    labels = labels_for(cfg, paths, model_of_log if cfg.held_out else log_label)
     too_many(labels)
+    paths, labels = bert_last(paths, labels)
     figure, axes = pyplot.subplots(figsize=(6.4, 4.4), layout="constrained")
     styles = {}
     for path, label in zip(paths, labels):
@@ -248,13 +282,19 @@ def plot_loss(cfg, pyplot):
         train = [record for record in records if record["event"] == "train"]
         places = [number_of(record, x, path) for record in train]
         losses = [math.nan if record["loss"] is None else record["loss"] for record in train]  # of a skipped update
-        axes.plot(places, losses, color=colour, linestyle=line, linewidth=1.2, label=label if new else None)
+        if not cfg.held_out:
+            axes.plot(places, losses, color=colour, linestyle=line, linewidth=1.2, label=label if new else None)
         held_out = [record for record in records if record["event"] == "eval"]
         at = np.interp([record["step"] for record in held_out], [record["step"] for record in train], places)
         losses, name = [record["loss"] for record in held_out], f"{label}, held out (15 % masked)" if new else None
-        axes.plot(at, losses, marker, color=colour, markeredgecolor="black", markersize=6, label=name)
+        if cfg.held_out:
+            axes.plot(at, losses, color=colour, linestyle=line, linewidth=1, alpha=0.6)
+            end = at[-1:], losses[-1:]
+            axes.plot(*end, color=colour, linestyle=line, marker=marker, markersize=7, label=label if new else None)
+        else:
+            axes.plot(at, losses, marker, color=colour, markeredgecolor="black", markersize=6, label=name)
     axes.set_xlabel(X_LABELS[x])
-    axes.set_ylabel("masked-language-model loss (nats)")
+    axes.set_ylabel("held-out loss, 15 % masked (nats)" if cfg.held_out else "masked-language-model loss (nats)")
     axes.set_title(cfg.title)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -364,6 +404,51 @@ def plot_lengths(cfg, pyplot):
     return figure
 
 
+def read_lengths(path):
+    """A lengths.json as a dictionary. Raises: UserError."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            result = json.load(file)
+        places = sorted((int(length), found["loss"]) for length, found in result["lengths"].items())
+        return {"model": result["model"], "minutes": result["minutes"], "places": places}
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror} (expected a lengths.json of race.py)") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: not a lengths.json of race.py") from None
+
+
+def plot_at_lengths(cfg, pyplot):
+    """Held-out loss against length, a line for each model and budget; the mean of its seeds."""
+    groups = {}
+    for path in find(cfg.at_lengths, "lengths.json"):
+        result = read_lengths(path)
+        groups.setdefault((result["model"], result["minutes"]), []).append(result["places"])
+    figure, axes = pyplot.subplots(figsize=(6.4, 4.4), layout="constrained")
+    styles = dict(zip(sorted({model for model, _ in groups}, reverse=True), STYLES))
+    for (model, minutes), seeds in sorted(groups.items(), reverse=True):
+        colour, marker, line, _ = styles[model]
+        lengths = [length for length, _ in seeds[0]]
+        means = np.mean([[loss for _, loss in places] for places in seeds], 0)
+        label = MODEL_NAMES[model] if minutes == max(m for other, m in groups if other == model) else None  # once
+        axes.plot(lengths, means, color=colour, marker=marker, linestyle=line, label=label)
+        beside = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "fontsize": "small"}
+        axes.annotate(f"{minutes:g} min", (lengths[-1], means[-1]), **beside)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_xlabel("tokens in a piece of text, at most")
+    axes.set_ylabel("held-out loss, 15 % masked (nats)")
+    axes.set_title(cfg.title)
+    axes.margins(x=0.12)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def model_of_log(path):
+    start = next((record for record in read_log(path) if record["event"] == "start"), {"config": {}})
+    return MODEL_NAMES.get(start["config"].get("model"), log_label(path))
+
+
 def log_label(path):
     name = os.path.splitext(os.path.basename(path))[0]
     return os.path.basename(os.path.dirname(os.path.abspath(path))) if name in ("log", "report") else name
@@ -383,10 +468,11 @@ def main(argv):
     cfg = load_config(PlotConfig, argv)
     kinds = {
         "loss": plot_loss, "glue": plot_glue, "pareto": plot_pareto, "lengths": plot_lengths, "kernels": plot_kernels,
+        "at_lengths": plot_at_lengths,
     }  # fmt: skip
     asked = [draw for name, draw in kinds.items() if getattr(cfg, name)]
     if len(asked) != 1:
-        raise UserError("give one of --loss, --glue, --pareto, --lengths and --kernels")
+        raise UserError("give one of --loss, --glue, --pareto, --at_lengths, --lengths and --kernels")
     for path in cfg.out.split(","):
         if not path.endswith((".svg", ".png", ".pdf")):
             raise UserError(f"{path}: unknown suffix (expected .svg, .png or .pdf)")

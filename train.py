@@ -18,6 +18,7 @@ import time
 import traceback
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -25,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+import budget
 import checkpoint
 import convert_hf
 import gpu_trace
@@ -68,7 +70,7 @@ class TrainConfig(ModelConfig):
     out_dir: str = "out"  # log and checkpoints; the same command again resumes from it
     init_from: str = ""  # run, or directory or hub id in Hugging Face form, to take the first weights from
     seed: int = 17  # of weights, data order, masks and dropout
-    max_steps: int = 70000  # optimizer steps
+    max_steps: int = 70000  # optimizer steps; a budget, below, takes their place
     global_batch_size: int = 4096  # samples in a step, over all processes; a multiple of their number
     micro_batch_tokens: int = 0  # tokens a process handles at once, at most; 0: chosen from the GPU's memory
     lr: float = 5e-4  # peak learning rate
@@ -88,7 +90,10 @@ class TrainConfig(ModelConfig):
     checkpoint_interval: int = 1000  # steps between checkpoints; one is always written after the last step
     keep_checkpoints: int = 2  # how many to keep
     on_save_error: Literal["stop", "continue"] = "stop"  # when a checkpoint cannot be written, as on a full disk
+    # Cost
     price_per_gpu_hour: float = 0.0  # dollars for one GPU (or process); 0: unknown
+    budget_minutes: float = 0.0  # minutes of training that max_steps is chosen for, by timing steps first; 0: none
+    budget_dollars: float = 0.0  # the same in dollars, by price_per_gpu_hour; 0: none
     # How to run
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products and activations; weights are float32
@@ -122,6 +127,7 @@ class TrainConfig(ModelConfig):
         if self.schedule == "wsd" and self.warmup_fraction + self.decay_fraction > 1:
             raise UserError("warmup_fraction + decay_fraction is above 1 (they are shares of max_steps)")
         gpu_trace.first_and_last(self.profile)
+        budget.check(self)
         if self.global_batch_size % world_size:
             raise UserError(f"global_batch_size={self.global_batch_size} is not a multiple of {world_size} processes")
         if 0 < self.micro_batch_tokens < self.seq_length:
@@ -278,32 +284,48 @@ def choose_micro_batch_tokens(cfg, process, num_params, vocab_size):
     return max(cfg.seq_length, min(most, cfg.global_batch_size * cfg.seq_length // process.world_size))
 
 
-def print_estimate(cfg, process, num_params, train_samples, micro_batch_tokens):
-    """What --dry_run says: size, data, memory, and the hours and dollars at some shares of a GPU's peak."""
+def print_estimate(cfg, process, num_params, train_samples, val_samples, micro_batch_tokens):
+    """What --dry_run says: size, data, memory, and the hours and dollars at some shares of a GPU's peak.
+
+    With a budget: how many steps it should buy, by the share that was measured before.
+    """
     order, _ = train_samples.at(np.arange(min(len(train_samples), 20_000)), cfg.seed)
     lengths = train_samples.locate(order)[2] + 2
-    tokens = cfg.max_steps * cfg.global_batch_size * lengths.mean()
-    squares = cfg.max_steps * cfg.global_batch_size * (lengths.astype(float) ** 2).mean()
-    vocab_size = train_samples.vocab_size
-    flops = matrix_flops(cfg, vocab_size, tokens, squares, cfg.mask_prob * tokens)
-    epochs = cfg.max_steps * cfg.global_batch_size / len(train_samples)
+    tokens, squares = lengths.mean(), (lengths.astype(float) ** 2).mean()  # of a sample
+    flops = matrix_flops(cfg, train_samples.vocab_size, tokens, squares, cfg.mask_prob * tokens)
     fused = kernels.uses_triton(process.device) and cfg.model == "mosaicbert"
-    memory = memory_bytes(cfg, num_params, vocab_size, micro_batch_tokens, process.dtype.itemsize, fused)
+    memory = memory_bytes(cfg, num_params, train_samples.vocab_size, micro_batch_tokens, process.dtype.itemsize, fused)
+
+    def seen(num_steps):
+        samples = num_steps * cfg.global_batch_size
+        return f"{num_steps:,} steps see {samples * tokens:.3g} tokens, {samples / len(train_samples):.2f} epochs"
+
+    def price(hours):
+        return f", ${hours * process.world_size * cfg.price_per_gpu_hour:,.2f}" if cfg.price_per_gpu_hour else ""
+
+    budgeted = budget.seconds_of(cfg, process.world_size)
     print(f"parameters  {num_params:,}")
-    print(f"data        {len(train_samples):,} samples; {cfg.max_steps:,} steps see {tokens:.3g} tokens, {epochs:.2f} epochs")
+    print(f"data        {len(train_samples):,} samples{'' if budgeted else '; ' + seen(cfg.max_steps)}")
     if len(train_samples.sources) > 1:
         for source, quota in zip(train_samples.sources, train_samples.quotas / MIXTURE_PERIOD):
-            epochs = quota * cfg.max_steps * cfg.global_batch_size / len(source)
-            print(f"  {quota:6.1%}    {source.directory}: {len(source):,} samples, {epochs:.2f} epochs")
+            epochs = "" if budgeted else f", {quota * cfg.max_steps * cfg.global_batch_size / len(source):.2f} epochs"
+            print(f"  {quota:6.1%}    {source.directory}: {len(source):,} samples{epochs}")
     print(f"memory      about {memory / 1e9:.1f} GB for micro-batches of at most {micro_batch_tokens:,} tokens")
     print(f"disk        about {12e-9 * num_params * (cfg.keep_checkpoints + 1):.1f} GB for checkpoints")
-    print(f"work        {flops:.3g} FLOP in matrix products")
     here = {device_name(process.device): peak_flops(process.device)} if peak_flops(process.device) else {}
-    for name, peak in (here or {"A100": PEAK_FLOPS["A100"], "H100": PEAK_FLOPS["H100"]}).items():
+    gpus = here or {"A100": PEAK_FLOPS["A100"], "H100": PEAK_FLOPS["H100"]}
+    if budgeted:
+        num_val = min(cfg.eval_samples or len(val_samples), len(val_samples))
+        for name, peak in gpus.items():
+            plan = budget.expected_text(cfg, process.world_size, name, peak, flops, num_val, num_params, seen)
+            print(f"budget      {plan}{price(budgeted / 3600)}")
+        return
+    flops *= cfg.max_steps * cfg.global_batch_size
+    print(f"work        {flops:.3g} FLOP in matrix products")
+    for name, peak in gpus.items():
         for mfu in (0.3, 0.4, 0.5):
-            hours = flops / (peak * mfu) / 3600
-            price = f", ${hours * cfg.price_per_gpu_hour:,.2f}" if cfg.price_per_gpu_hour else ""
-            print(f"time        {hours / process.world_size:.2f} h on {process.world_size} x {name} at {mfu:.0%} MFU{price}")
+            hours = flops / (peak * mfu) / 3600 / process.world_size
+            print(f"time        {hours:.2f} h on {process.world_size} x {name} at {mfu:.0%} MFU{price(hours)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -431,7 +453,7 @@ def train(cfg, process, run, guard, train_samples, val_samples):
     micro_batch_tokens = choose_micro_batch_tokens(cfg, process, num_params, vocab_size)
     if cfg.dry_run:
         if rank == 0:
-            print_estimate(cfg, process, num_params, train_samples, micro_batch_tokens)
+            print_estimate(cfg, process, num_params, train_samples, val_samples, micro_batch_tokens)
         return
 
     optimizer = torch.optim.AdamW(
@@ -446,17 +468,21 @@ def train(cfg, process, run, guard, train_samples, val_samples):
     # Go on from the newest checkpoint, if there is one and it is this run's.
     state = {"step": 0, "tokens": 0, "samples": 0, "seconds": 0.0}  # since the first step, resumes included
     state |= {"skipped": 0, "skipped_in_a_row": 0}  # updates that were not finite
-    resumed_from, eval_missing = None, False
+    resumed_from, eval_missing, max_steps = None, False, None
     if rank == 0:
         defaults = dataclasses.asdict(TrainConfig())
-        run.adopt(saved_config(cfg, train_samples), defaults, differing_schedule(cfg), train_samples.tokenizer_text)
+        wanted = dataclasses.replace(cfg, max_steps=None) if budget.seconds_of(cfg, world_size) else cfg
+        run.adopt(saved_config(wanted, train_samples), defaults, differing_schedule(cfg), train_samples.tokenizer_text)
+        max_steps = run.config["max_steps"]  # None: the budget has yet to choose it
         if resumed_from := run.newest:
             step = checkpoint.step_of(resumed_from)
-            eval_missing = is_eval_step(cfg, step) and not run.evaluated(step)  # it was asked to stop then
+            evaluates = step == max_steps or is_eval_step(cfg, step)
+            eval_missing = evaluates and not run.evaluated(step)  # it was asked to stop then
     if world_size > 1:
-        found = [resumed_from, eval_missing]
+        found = [resumed_from, eval_missing, max_steps]
         dist.broadcast_object_list(found, device=device)
-        resumed_from, eval_missing = found
+        resumed_from, eval_missing, max_steps = found
+    cfg = dataclasses.replace(cfg, max_steps=max_steps or cfg.max_steps)
     if resumed_from:
         checkpoint.restore(resumed_from, state, raw_model, optimizer, process)
 
@@ -476,26 +502,11 @@ def train(cfg, process, run, guard, train_samples, val_samples):
             guard.leave(process)
         say(eval_line(state["step"], result))
         return
-    if state["step"] >= cfg.max_steps and not eval_missing:
-        say(f"{cfg.out_dir}: finished, {state['step']} of {cfg.max_steps} steps")
+    if max_steps and state["step"] >= max_steps and not eval_missing:
+        say(f"{cfg.out_dir}: finished, {state['step']} of {max_steps} steps")
         return
     if rank == 0:
         run.check_space(num_params, cfg.keep_checkpoints)
-        run.begin(state["step"])
-        run.log(
-            "start",
-            time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            config=dataclasses.asdict(cfg),
-            **checkpoint.versions(),
-            device=device_name(device),
-            num_params=num_params,
-            world_size=world_size,
-            kernels=backend,
-            dtype=dtype,
-            micro_batch_tokens=micro_batch_tokens,
-            resumed_from=resumed_from,
-            init=started,
-        )
 
     def evaluated(step):
         """Evaluate; False when a process was asked to stop before the end."""
@@ -511,14 +522,51 @@ def train(cfg, process, run, guard, train_samples, val_samples):
         )
         return [batch.pinned_for(device) for batch in batches]
 
+    def train_step(step, batches, trial=False):
+        """One optimizer step: (loss, gradient norm, how many processes were asked to stop), on the device. A trial does
+        all the work, and leaves weights, moments and random state as they are: AdamW skips its update."""
+        # The loss is exact: a sum over all masked tokens of the global batch, divided by their number. On the way the
+        # processes learn whether one of them was asked to stop. From pinned memory, or the host would wait for the GPU.
+        counts = [float(sum(batch.num_masked for batch in batches)), float(guard.signal > 0)]
+        counts = torch.tensor(counts, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+        if world_size > 1:
+            dist.all_reduce(counts)
+        num_masked, asked_to_stop = counts
+        loss = forward_backward(model, batches, num_masked.clamp(min=1), cfg, process, step)
+        grad_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in raw_model.parameters()])
+        if cfg.max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(raw_model.parameters(), cfg.max_grad_norm, grad_norm)
+        # AdamW skips an update whose gradient is not finite. The norm is that of the reduced gradient, so all processes
+        # do alike, and nothing waits for it.
+        optimizer.found_inf = torch.ones_like(grad_norm) if trial else (~grad_norm.isfinite()).float()
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(cfg, step)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=world_size == 1)  # DDP's gradients are views of its buckets
+        return loss, grad_norm, asked_to_stop
+
+    def budget_steps():
+        """max_steps for the budget, from trials of steps, evaluation and saving."""
+
+        def trial_evaluation(count):
+            some = dataclasses.replace(cfg, eval_samples=count)
+            evaluate(raw_model, val_samples, some, process, micro_batch_tokens, guard)
+
+        begun = time.perf_counter()
+        trial_save = (lambda: run.trial_save(raw_model)) if rank == 0 else (lambda: 0.0)
+        costs = budget.measure(
+            cfg, process, partial(train_step, trial=True), step_batches, trial_evaluation, len(val_samples), trial_save
+        )
+        steps = budget.steps_to_train(cfg, process, costs)
+        say(budget.planned_text(cfg, costs, steps, time.perf_counter() - begun))
+        return steps
+
     def samples_of(step, ranks):
         """The numbers of the training samples that these processes have in a step, as a list."""
         samples, _ = train_samples.of_step(step - 1, cfg.global_batch_size, cfg.seed)
         parts = [train_samples.parts(samples, micro_batch_tokens, r, world_size) for r in ranks]
         return [sample for part in sum(parts, []) for sample in samples[part].tolist()]
 
-    if eval_missing and not evaluated(state["step"]):
-        guard.leave(process)
     model = torch.compile(raw_model) if cfg.compile else raw_model
     model.train()
     if world_size > 1:
@@ -529,6 +577,27 @@ def train(cfg, process, run, guard, train_samples, val_samples):
         forward_backward(model, step_batches(state["step"] + 1)[:1], torch.ones((), device=device), cfg, process, 0)
         optimizer.zero_grad(set_to_none=False)
         model.register_forward_hook(guard.progress)
+    if not max_steps:
+        cfg = dataclasses.replace(cfg, max_steps=budget_steps())
+    if rank == 0:
+        run.config = saved_config(cfg, train_samples)
+        run.begin(state["step"])
+        run.log(
+            "start",
+            time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            config=dataclasses.asdict(cfg),
+            **checkpoint.versions(),
+            device=device_name(device),
+            num_params=num_params,
+            world_size=world_size,
+            kernels=backend,
+            dtype=dtype,
+            micro_batch_tokens=micro_batch_tokens,
+            resumed_from=resumed_from,
+            init=started,
+        )
+    if eval_missing and not evaluated(state["step"]):
+        guard.leave(process)
 
     # Losses and gradient norms stay on the device until a report is due: nothing else waits for it.
     history = []  # (loss, grad_norm) of each step since the last report
@@ -543,24 +612,7 @@ def train(cfg, process, run, guard, train_samples, val_samples):
     profiled = gpu_trace.profiled(steps, cfg.profile, cfg.out_dir, rank, say)
     for step, batches in zip(profiled, prefetch(step_batches, steps)):
         guard.at(step)
-        # The loss is exact: a sum over all masked tokens of the global batch, divided by their number. On the way the
-        # processes learn whether one of them was asked to stop. From pinned memory, or the host would wait for the GPU.
-        counts = [float(sum(batch.num_masked for batch in batches)), float(guard.signal > 0)]
-        counts = torch.tensor(counts, pin_memory=device.type == "cuda").to(device, non_blocking=True)
-        if world_size > 1:
-            dist.all_reduce(counts)
-        num_masked, asked_to_stop = counts
-        loss = forward_backward(model, batches, num_masked.clamp(min=1), cfg, process, step)
-        grad_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in raw_model.parameters()])
-        if cfg.max_grad_norm:
-            torch.nn.utils.clip_grads_with_norm_(raw_model.parameters(), cfg.max_grad_norm, grad_norm)
-        # AdamW skips an update whose gradient is not finite. The norm is that of the reduced gradient, so all processes
-        # do alike, and nothing waits for it.
-        optimizer.found_inf = (~grad_norm.isfinite()).float()
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at(cfg, step)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=world_size == 1)  # DDP's gradients are views of its buckets
+        loss, grad_norm, asked_to_stop = train_step(step, batches)
         history += [loss, grad_norm]
         local_tokens += sum(batch.num_tokens for batch in batches)
         local_flops += sum(

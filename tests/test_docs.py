@@ -10,6 +10,9 @@ from statistics import median
 
 import pytest
 
+import race
+from test_race import write_race
+
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "results/README.md", "results/reliability.md"]
 OPTIONS = {
@@ -17,7 +20,7 @@ OPTIONS = {
     "finetune_glue": "GlueConfig", "plot": "PlotConfig",
     "convert_hf": "ConvertConfig", "torture": "TortureConfig", "gpu_reliability": "GpuReliabilityConfig",
     "bits_per_byte": "BitsConfig", "bench_data": "BenchConfig", "compare_finetuning": "CompareConfig",
-    "full_size_glue": "FullSizeConfig",
+    "full_size_glue": "FullSizeConfig", "race": "RaceConfig",
 }  # fmt: skip
 
 
@@ -104,3 +107,27 @@ def test_comparison_with_transformers_is_that_of_the_runs():
     for name, result in compared.items():
         ours, theirs = (100 * sum(result[who]) / len(result[who]) for who in ("ours", "transformers"))
         assert f"| {ours:.2f} | {theirs:.2f} | {abs(result['difference_points']):.2f} ± {result['ci95_points']:.2f} |" in text
+
+
+def missing(lines, text):
+    """Lines that a page lacks; with a single other digit a line is another one."""
+    return [line for line in lines if line not in text.splitlines()]
+
+
+def test_race_is_that_of_the_runs():
+    """The README has the race's table line by line, or says that there is none."""
+    text = (ROOT / "README.md").read_text()
+    section = text.partition("## MosaicBERT against BERT\n")[2].partition("\n## ")[0]
+    if (ROOT / "results" / "race").exists():
+        assert not missing(race.results_text(str(ROOT / "results" / "race")), text) and "not measured" not in section
+    else:
+        assert "not measured" in section and "| MosaicBERT |" not in text
+
+
+def test_a_wrong_number_of_the_race_would_be_seen(tmp_path):
+    lines = race.results_text(str(write_race(tmp_path)))
+    assert len(lines) == 2 + 6 + 2 and not missing(lines, "\n".join(lines))
+    for i, line in enumerate(lines):
+        for match in re.finditer(r"\d", line):  # every digit
+            wrong = line[: match.start()] + str((int(match[0]) + 1) % 10) + line[match.end() :]
+            assert missing(lines, "\n".join([*lines[:i], wrong, *lines[i + 1 :]])) == [line]

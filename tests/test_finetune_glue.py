@@ -164,6 +164,13 @@ def test_training_is_that_of_a_plain_transformers_loop(tmp_path):
         torch.testing.assert_close(weight, theirs.state_dict()[name], rtol=0, atol=2e-5)
 
 
+def test_a_task_may_have_its_own_number_of_seeds(pretrained, tmp_path):
+    data = write_glue(tmp_path / "data", ("cola", "rte"))
+    results = suite(pretrained, data, tmp_path / "out", "--tasks=cola:1,rte")
+    assert {name: len(task["scores"]) for name, task in results["tasks"].items()} == {"cola": 1, "rte": 2}
+    assert results["tasks"]["cola"]["seeds"] == [19] and results["pretraining"]["budget_minutes"] == 0
+
+
 def test_tasks_start_from_the_mnli_weights(pretrained, tmp_path, monkeypatch):
     starts = {}
     original = finetune_glue.Worker.classifier
@@ -290,6 +297,7 @@ def test_dry_run_writes_nothing(pretrained, tmp_path, capsys):
         ([], "--checkpoint: not given"),
         (["--checkpoint=RUN"], "--out: not given"),
         (["--checkpoint=RUN", "--out=OUT", "--tasks=colla"], "no task 'colla'"),
+        (["--checkpoint=RUN", "--out=OUT", "--tasks=cola:none"], "'cola:none' is no TASK:SEEDS"),
         (["--checkpoint=RUN", "--out=OUT", "--tasks=cola", "--submission"], "all eight tasks"),
         (["--checkpoint=RUN", "--out=OUT", "--tasks=cola", "--data_dir=nowhere"], "no dev|no train"),
         (["--checkpoint=RUN", "--out=OUT", "--train_file=a.csv"], "together"),

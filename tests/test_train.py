@@ -339,7 +339,7 @@ def test_micro_batch_fits_common_cards():
 
 
 def test_every_option_is_used():
-    source = "".join(Path(train.__file__).with_name(name).read_text() for name in ("train.py", "model.py"))
+    source = "".join(Path(train.__file__).with_name(name).read_text() for name in ("train.py", "model.py", "budget.py"))
     for name in TOY_OPTIONS.keys() | {field.name for field in train.dataclasses.fields(train.TrainConfig)}:
         assert f"cfg.{name}" in source or f"self.{name}" in source or f'"{name}"' in source, name
 

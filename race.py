@@ -1,0 +1,431 @@
+"""The race: MosaicBERT-Base against BERT-Base with equal minutes on one GPU, scored on GLUE.
+
+    python race.py --data_dir=data/race --glue_dir=data/glue --out=out/race --gpus=2
+    python race.py --table=results/race                # what came out, as the README shows it
+
+Each run is pretrained alone on its GPU, with a schedule that decays within its minutes, and then fine-tuned at once,
+several jobs sharing the GPU (start nvidia-cuda-mps-control -d first). Everything is a command of train.py or
+finetune_glue.py, printed and kept beside its results: each can be given again alone. The same command again leaves out
+what is finished, and goes on with what was not; --runs picks a part, so that several machines can share the work.
+
+Of each run, OUT/MODEL_MINUTESmin_seedSEED holds log.jsonl, glue.json, fine-tuning's runs.jsonl, lengths.json and
+commands.txt, and OUT/race.tar.gz holds all of that. Checkpoints lie in --work_dir until they have been fine-tuned.
+
+Read next: results/README.md, for how the settings were chosen
+"""
+
+import glob
+import json
+import math
+import os
+import queue
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+import checkpoint
+import plot
+from config import UserError, command, load_config
+
+LENGTHS = {"mosaicbert": (128, 256, 512, 1024), "bert": (128, 256, 512)}  # BERT has 512 positions
+INTERVALS = ("--eval_interval=250", "--log_interval=50", "--checkpoint_interval=2000", "--keep_checkpoints=1")
+PUBLISHED_FACTOR = 2.38  # MosaicML's blog: hours of BERT-Base over those of MosaicBERT-Base to 83.2 on GLUE
+DRAWS = 20_000  # of the interval's simulation
+
+
+@dataclass
+class RaceConfig:
+    # Where
+    data_dir: str = "data/race"  # token shards, made by prepare_c4.py
+    glue_dir: str = "data/glue"  # GLUE's TSV files
+    out: str = "out/race"  # logs and scores: small files
+    work_dir: str = "out/race_work"  # checkpoints, until they have been fine-tuned: 4 GB a GPU
+    gpus: int = 1  # so many of this machine's; 0: none, all on the CPU
+    # What
+    runs: str = "8x17,4x17,4x18,2x17,2x18"  # MINUTESxSEED of pretraining, for each model
+    models: str = "mosaicbert,bert"  # one of them or both
+    mosaicbert: str = "configs/base.py"  # further ones; of an option given twice this one counts
+    bert: str = "configs/bert_base.py --compile=true"  # the same
+    both: str = "--chunk=true --global_batch_size=512 --warmup_fraction=0.25"  # options of train.py for both: see below
+    price_per_gpu_hour: float = 2.5  # dollars
+    tasks: str = "cola:3,mrpc:3,stsb:3,rte:3,sst2:1"  # of finetune_glue.py; empty: pretrain only, as for choosing settings
+    finetune: str = "--recipe=mosaic --jobs=8"  # further options of finetune_glue.py
+    bench: bool = False  # also time transformers' compiled BertForMaskedLM: needs that package, takes 2 minutes
+    # Or what came out
+    table: str = ""  # a directory of finished runs: print its table and the factor
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running. Of the recipes, batch and warm-up are scaled for both models alike: 4,096 samples a step leave two minutes some
+# 130 steps, and 6 % of them are 8 to warm up, with which a post-LN model does not learn (results/README.md). So an eighth
+# of the batch, and a quarter of the steps to warm up.
+
+
+@dataclass(frozen=True)
+class Run:
+    model: str
+    minutes: float
+    seed: int
+
+    @property
+    def name(self):
+        return f"{self.model}_{self.minutes:g}min_seed{self.seed}"
+
+
+def parse_runs(cfg):
+    """The Runs asked for, longest first. Raises: UserError."""
+    runs = []
+    for model in cfg.models.split(","):
+        if model not in LENGTHS:
+            raise UserError(f"models={cfg.models}: no model {model!r} (there are {', '.join(LENGTHS)})")
+        for part in cfg.runs.split(","):
+            match = re.fullmatch(r"(\d+|\d*\.\d+)x(\d+)", part.strip())
+            if not match or not float(match[1]):
+                raise UserError(f"runs={cfg.runs}: {part!r} is no MINUTESxSEED (such as 8x17)")
+            runs.append(Run(model, float(match[1]), int(match[2])))
+    return sorted(runs, key=lambda run: -run.minutes)
+
+
+def pretrain_command(cfg, run):
+    options = [f"--data_dir={cfg.data_dir}", f"--out_dir={cfg.work_dir}/{run.name}", f"--seed={run.seed}"]
+    options += [f"--budget_minutes={run.minutes:g}", f"--price_per_gpu_hour={cfg.price_per_gpu_hour:g}"]
+    return ["train.py", *INTERVALS, *model_options(cfg, run), *options]
+
+
+def length_command(cfg, run, length):
+    """Evaluate on the held-out texts, cut into pieces of at most `length` tokens."""
+    options = [f"--data_dir={cfg.data_dir}", f"--init_from={cfg.work_dir}/{run.name}", f"--seq_length={length}"]
+    options += [f"--out_dir={cfg.work_dir}/{run.name}_lengths", "--eval_only", "--micro_batch_tokens=32768"]
+    return ["train.py", *model_options(cfg, run), *options]
+
+
+def finetune_command(cfg, run):
+    options = [f"--checkpoint={cfg.work_dir}/{run.name}", f"--data_dir={cfg.glue_dir}", f"--tasks={cfg.tasks}"]
+    return ["finetune_glue.py", *options, *shlex.split(cfg.finetune), f"--out={cfg.work_dir}/{run.name}_glue"]
+
+
+def bench_command(cfg):
+    toy = [] if cfg.gpus else ["--toy"]
+    return ["-m", "kernels.bench", "--only=step_full/bert_default", f"--out={cfg.out}/bench.json", *toy]
+
+
+def model_options(cfg, run):
+    return [*shlex.split(cfg.both), *shlex.split(getattr(cfg, run.model))]
+
+
+class Driver:
+    """The race under way: a thread for each GPU takes the next run that nobody has."""
+
+    def __init__(self, cfg):
+        self.cfg, self.begun = cfg, time.monotonic()
+        self.todo, self.lock = queue.Queue(), threading.Lock()
+        self.children, self.stopped, self.failed = set(), False, []
+
+    def race(self):
+        """All runs that are not finished. Raises: UserError when some failed."""
+        runs = parse_runs(self.cfg)
+        for run in runs:
+            if self.finished(run):
+                self.say(f"{run.name}: finished")
+            else:
+                self.todo.put(run)
+        if self.cfg.bench and not os.path.exists(f"{self.cfg.out}/bench.json"):
+            self.todo.put(None)
+        previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        workers = [threading.Thread(target=self.work, args=(gpu,)) for gpu in range(max(1, self.cfg.gpus))]
+        try:
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                worker.join()
+        finally:  # also when interrupted: leave no child behind
+            self.stopped = True
+            with self.lock:
+                for child in self.children:
+                    child.terminate()
+            for worker in workers:
+                worker.join()
+            signal.signal(signal.SIGTERM, previous)
+        if self.failed:
+            raise UserError(f"failed: {', '.join(self.failed)} (the same command tries again)")
+
+    def finished(self, run):
+        wanted = ("commands.txt", "glue.json") if self.cfg.tasks else ("commands.txt",)
+        return all(os.path.exists(f"{self.cfg.out}/{run.name}/{name}") for name in wanted)
+
+    def work(self, gpu):
+        while not self.stopped:
+            try:
+                run = self.todo.get_nowait()
+            except queue.Empty:
+                return
+            name = run.name if run else "bench"
+            try:
+                self.one(run, gpu) if run else self.call(bench_command(self.cfg), "bench", gpu)
+                with self.lock:
+                    self.pack()
+            except Exception as error:  # the others go on
+                if not self.stopped:
+                    self.failed.append(name)
+                    self.say(f"{name}: {error or type(error).__name__}")
+
+    def one(self, run, gpu):
+        """Pretrain, then fine-tune and evaluate, keep what is small, remove the rest."""
+        cfg, place, kept = self.cfg, f"{self.cfg.work_dir}/{run.name}", f"{self.cfg.out}/{run.name}"
+        commands = [pretrain_command(cfg, run)]
+        self.call(commands[0], run.name, gpu)
+        os.makedirs(kept, exist_ok=True)
+        if cfg.tasks:
+            commands += [finetune_command(cfg, run), *(length_command(cfg, run, length) for length in LENGTHS[run.model])]
+            at_lengths = {}
+            beside = threading.Thread(target=self.evaluate, args=(run, gpu, at_lengths))
+            beside.start()
+            try:
+                self.call(commands[1], f"{run.name}_glue", gpu)
+            finally:
+                beside.join()
+            if len(at_lengths) < len(LENGTHS[run.model]):
+                raise RuntimeError("the held-out loss at some length is missing")
+            result = {"model": run.model, "minutes": run.minutes, "seed": run.seed, "lengths": at_lengths}
+            checkpoint.write_text(f"{kept}/lengths.json", json.dumps(result, indent=1))
+            checkpoint.write_text(f"{kept}/runs.jsonl", all_logs(f"{place}_glue/runs"))
+            shutil.copy(f"{place}_glue/glue.json", kept)
+        shutil.copy(f"{place}/log.jsonl", kept)
+        # The last file: now the run is finished.
+        checkpoint.write_text(f"{kept}/commands.txt", "".join(f"{shlex.join(['python', *c])}\n" for c in commands))
+        for path in (place, f"{place}_glue", f"{place}_lengths"):
+            shutil.rmtree(path, ignore_errors=True)
+        self.say(f"{run.name}: finished, {summary_of(read_run(kept))}")
+
+    def evaluate(self, run, gpu, found):
+        """Fill `found` with {length: {"loss", "accuracy", "num_masked"}} of a run's checkpoint."""
+        for length in LENGTHS[run.model]:
+            try:
+                output = self.call(length_command(self.cfg, run, length), f"{run.name}_{length}", gpu)
+            except RuntimeError as error:
+                return self.say(f"{run.name}: {error}")
+            said = re.search(r"held-out loss ([\d.]+), accuracy ([\d.]+)% of ([\d,]+)", output)
+            loss, percent, num_masked = (float(number.replace(",", "")) for number in said.groups())
+            found[length] = {"loss": loss, "accuracy": percent / 100, "num_masked": int(num_masked)}
+
+    def call(self, words, name, gpu):
+        """Run a command on one GPU; its output, also in work_dir/NAME.txt. Raises: RuntimeError with its last line."""
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(self.cfg.gpus)))
+        visible = visible.split(",")[gpu] if self.cfg.gpus else ""
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": visible, "PYTHONUNBUFFERED": "1"}
+        self.say(f"{name}: {shlex.join(['python', *words])}")
+        path = f"{self.cfg.work_dir}/{name}.txt"
+        with open(path, "w", encoding="utf-8") as output:
+            with self.lock:
+                if self.stopped:
+                    raise RuntimeError("stopped")
+                argv = [sys.executable, *words]
+                child = subprocess.Popen(argv, stdout=output, stderr=subprocess.STDOUT, env=environment)
+                self.children.add(child)
+            status = child.wait()
+            with self.lock:
+                self.children.remove(child)
+        with open(path, encoding="utf-8", errors="replace") as output:
+            text = output.read()
+        if status:
+            raise RuntimeError(f"status {status}: {(text.strip().splitlines() or ['no output'])[-1]} (see {path})")
+        return text
+
+    def pack(self):
+        """One file with all results so far."""
+        partial = f"{self.cfg.out}/race.tar.gz.tmp"
+        with tarfile.open(partial, "w:gz") as archive:
+            out = glob.escape(self.cfg.out)
+            found = glob.glob(f"{out}/*/*") + glob.glob(f"{out}/*.json")
+            for path in sorted(found):
+                archive.add(path, os.path.relpath(path, self.cfg.out))
+        os.replace(partial, f"{self.cfg.out}/race.tar.gz")
+
+    def say(self, text):
+        print(f"{(time.monotonic() - self.begun) / 60:6.1f} min  {text}", flush=True)
+
+
+def all_logs(directory):
+    """The logs of fine-tuning as one text, each line with the name of its run."""
+    lines = []
+    for path in sorted(glob.glob(f"{glob.escape(directory)}/*.jsonl")):
+        name = os.path.basename(path).removesuffix(".jsonl")
+        with open(path, encoding="utf-8") as file:
+            lines += [json.dumps({"run": name, **json.loads(line)}) + "\n" for line in file]
+    return "".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What came out
+
+
+def read_run(directory):
+    """Of a finished run: model, minutes, seed, the log's records, and, where it was fine-tuned, glue.json."""
+    records = plot.read_log(f"{directory}/log.jsonl")
+    config = next(record["config"] for record in records if record["event"] == "start")
+    if not config.get("budget_minutes") or records[-1]["event"] != "end":
+        raise UserError(f"{directory}/log.jsonl: not a finished run of race.py")
+    path = f"{directory}/glue.json"
+    return {
+        "model": config["model"],
+        "minutes": config["budget_minutes"],
+        "seed": config["seed"],
+        "held_out": [record["loss"] for record in records if record["event"] == "eval"][-1],
+        "samples_per_second": float(np.median([r["samples_per_second"] for r in records if r["event"] == "train"])),
+        **{name: records[-1][name] for name in ("step", "seconds", "dollars")},
+        "glue": plot.read_glue(path) if os.path.exists(path) else None,
+    }
+
+
+def read_runs(directory):
+    """Every finished run below a directory. Raises: UserError when there is none."""
+    paths = sorted(os.path.dirname(path) for path in glob.glob(f"{glob.escape(directory)}/*/log.jsonl"))
+    if not paths:
+        raise UserError(f"{directory}: no finished runs of race.py here (expected MODEL_MINUTESmin_seedSEED/log.jsonl)")
+    return [read_run(path) for path in paths]
+
+
+def summary_of(run):
+    score = f"; GLUE {run['glue']['average']:.2f}" if run["glue"] else ""
+    return f"{run['step']} steps in {run['seconds']:.0f} s, held-out loss {run['held_out']:.3f}{score}"
+
+
+def mean_and_spread(values, digits=1):
+    """The mean, and the standard deviation of single values where there are several."""
+    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{spread}"
+
+
+def table(directory):
+    """The results as lines of Markdown: a row for each model and budget, over its pretraining and fine-tuning seeds.
+
+    ± is the standard deviation of single runs; of the mean, of single seeds over all tasks.
+    """
+    runs = read_runs(directory)
+    tasks = [task for task in ("cola", "sst2", "mrpc", "stsb", "rte") if all(task in tasks_of(run) for run in runs)]
+    names = [plot.TASK_NAMES[task] for task in tasks] + ["mean"] * bool(tasks)
+    lines = ["| " + " | ".join(["model", "minutes", "price", "seeds", *names, "held-out loss", "samples/s"]) + " |"]
+    lines.append("|---" * (len(names) + 6) + "|")
+    for model, minutes in sorted({(run["model"], run["minutes"]) for run in runs}, key=lambda key: (key[1], key[0])):
+        group = [run for run in runs if (run["model"], run["minutes"]) == (model, minutes)]
+        scores = [[score for run in group for score in tasks_of(run)[task]["scores"]] for task in tasks]
+        if tasks:
+            scores.append([score for run in group for score in plot.seed_scores(run["glue"], tasks)])
+        cells = [plot.MODEL_NAMES[model], f"{minutes:g}", price_of(group), f"{len(group)}", *map(mean_and_spread, scores)]
+        cells += [mean_and_spread([run["held_out"] for run in group], 3)]
+        cells += [f"{np.mean([run['samples_per_second'] for run in group]):,.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def tasks_of(run):
+    return run["glue"]["tasks"] if run["glue"] else {}
+
+
+def price_of(group):
+    dollars = [run["dollars"] for run in group]
+    return "-" if None in dollars else f"${np.mean(dollars):.3f}"
+
+
+def minutes_to_reach(points, target):
+    """Where a curve of (minutes, score) points, straight over the logarithm of minutes, first reaches a score.
+
+    The first point's minutes if it is there already (an upper limit), infinity if it is never reached.
+    """
+    if points[0][1] >= target:
+        return points[0][0]
+    for (x0, y0), (x1, y1) in zip(points, points[1:]):
+        if y1 >= target:
+            return math.exp(math.log(x0) + (target - y0) / (y1 - y0) * math.log(x1 / x0))
+    return math.inf
+
+
+def factor(runs):
+    """How much sooner MosaicBERT has the score of BERT's longest run, with a 95 % interval.
+
+    Returns {"score", "minutes", "bert_minutes", "factor", "low", "high", "limit", "sd", "df"}. limit: the largest factor
+    that can be seen, since no run is shorter. Uncertainty: the means of pretraining runs differ between seeds with
+    standard deviation sd, pooled over the budgets with several (df degrees of freedom); every point is drawn with it
+    from Student's t, divided by the root of its number of runs. None where nothing was run twice.
+    """
+    scores = {}
+    for run in runs:
+        scores.setdefault(run["model"], {}).setdefault(run["minutes"], []).append(run["glue"]["average"])
+    ours, theirs = ([(minutes, v) for minutes, v in sorted(scores[model].items())] for model in ("mosaicbert", "bert"))
+    bert_minutes, last = theirs[-1]
+    groups = [values for _, values in ours + theirs]
+    df = sum(len(values) - 1 for values in groups)
+    sd = math.sqrt(sum(np.var(v) * len(v) for v in groups) / df) if df else None
+    minutes = minutes_to_reach([(x, np.mean(v)) for x, v in ours], np.mean(last))
+    result = {"score": float(np.mean(last)), "minutes": minutes, "bert_minutes": bert_minutes, "sd": sd, "df": df}
+    result |= {"factor": bert_minutes / minutes, "limit": bert_minutes / ours[0][0], "low": None, "high": None}
+    if df:
+        rng = np.random.default_rng(0)
+        noise = [rng.standard_t(df, DRAWS) * sd / math.sqrt(len(v)) for _, v in [*ours, (0, last)]]
+        drawn = np.stack([np.mean(v) + n for (_, v), n in zip(ours, noise)], 1)
+        targets = np.mean(last) + noise[-1]
+        places = [x for x, _ in ours]
+        factors = [bert_minutes / minutes_to_reach(list(zip(places, row)), t) for row, t in zip(drawn.tolist(), targets)]
+        result["low"], result["high"] = (float(np.quantile(factors, q)) for q in (0.025, 0.975))
+    return result
+
+
+def factor_text(result):
+    """One sentence about `factor`."""
+    bert, limit = f"BERT's {result['bert_minutes']:g}-minute score ({result['score']:.1f})", result["limit"]
+    if math.isinf(result["minutes"]):
+        text = f"MosaicBERT did not reach {bert} within its own longest run"
+    elif result["factor"] >= limit:
+        shortest = f"within its shortest run, {result['minutes']:g} minutes"
+        text = f"MosaicBERT reached {bert} {shortest}: at least {limit:.1f} times sooner"
+    else:
+        text = f"MosaicBERT reached {bert} in {result['minutes']:.1f} minutes: {result['factor']:.2f} times sooner"
+    if result["low"] is not None:
+        low = f"{result['low']:.2f}" if result["low"] else "never"
+        high = f"{result['high']:.2f}" if result["high"] < limit else f"more than {limit:g}"
+        text += f" (95 % interval {low} to {high})"
+    return f"{text}. Published, on eight tasks and C4: {PUBLISHED_FACTOR}."
+
+
+def results_text(directory):
+    """All lines that the README shows: the table, and the factor where both models were fine-tuned."""
+    lines, runs = table(directory), [run for run in read_runs(directory) if run["glue"]]
+    if {run["model"] for run in runs} == set(LENGTHS):
+        lines += ["", factor_text(factor(runs))]
+    return lines
+
+
+@command
+def main(argv):
+    cfg = load_config(RaceConfig, argv)
+    if cfg.table:
+        return print("\n".join(results_text(cfg.table)))
+    parse_runs(cfg)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not 0 <= cfg.gpus <= (len(visible.split(",")) if visible else cfg.gpus):
+        raise UserError(f"gpus={cfg.gpus}: must be at least 0, and no more than CUDA_VISIBLE_DEVICES={visible}")
+    if not os.path.exists("finetune_glue.py"):
+        raise UserError("race.py calls the scripts beside it (start it in their directory)")
+    for path in (cfg.data_dir, *([cfg.glue_dir] if cfg.tasks else [])):
+        if not os.path.isdir(path):
+            raise UserError(f"{path}: no such directory (see the top of race.py)")
+    for path in (cfg.out, cfg.work_dir):
+        os.makedirs(path, exist_ok=True)
+    try:
+        Driver(cfg).race()
+    finally:  # what there is, also when something failed
+        if glob.glob(f"{glob.escape(cfg.out)}/*/log.jsonl"):
+            print("\n".join([f"{cfg.out}/race.tar.gz", *results_text(cfg.out)]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
