@@ -7,6 +7,7 @@
     python plot.py --loss='results/race/*/log.jsonl' --held_out=true --x=gpu_minutes --out=race_loss.svg
     python plot.py --at_lengths='results/race/*/lengths.json' --out=race_lengths.svg
     python plot.py --kernels=out/bench.json --out=kernels.svg
+    python plot.py --scaling=out/scaling.json --out=scaling.svg
 
 Needs matplotlib. Curves differ in marker and line style as well as colour, bars in hatching, so that all can be read in
 grey. Equal inputs give equal bytes.
@@ -28,7 +29,7 @@ from glue import GLUE_TASKS
 
 # What MosaicML published (README of mosaicml/examples, benchmarks/bert, and the blog's figure): means over eight tasks
 # on eight A100-80GB at $2.50 a GPU-hour. The steps are read off the points' spacing, 70,000 being the last.
-PUBLISHED_GPUS, PUBLISHED_PRICE = 8, 2.50
+PUBLISHED_GPUS, PUBLISHED_PRICE, PUBLISHED_BATCH = 8, 2.50, 4096
 PUBLISHED = {  # model: [(step, hours, GLUE)]
     "MosaicBERT-Base": [
         (3500, 0.49, 76.09), (10500, 1.45, 80.65), (17500, 2.41, 81.80), (24500, 3.37, 82.52), (31500, 4.35, 82.95),
@@ -63,6 +64,7 @@ class PlotConfig:
     kernels: str = ""  # JSON of kernels.bench: a panel for each row, operators in ns a token, steps in samples/s
     pareto: str = ""  # glue.json: the mean score against the cost of pretraining, with MosaicML's published points
     at_lengths: str = ""  # lengths.json of race.py: held-out loss against the length of the pieces of text
+    scaling: str = ""  # JSON of scaling.py: samples/s and MFU by the number of GPUs, measured and predicted
     lengths: str = ""  # report.json of prepare_c4.py: a histogram of the documents' lengths
     # How
     x: Literal["auto", "step", "tokens", "gpu_hours", "gpu_minutes", "dollars"] = "auto"  # auto: step, GLUE: gpu_hours
@@ -368,6 +370,73 @@ def draw_row(axes, records):
     axes.margins(x=0.15)
 
 
+def plot_scaling(cfg, pyplot):
+    """Samples/s and MFU (or efficiency, where no MFU is known) by GPUs, for both ways to set the batch.
+
+    Full lines and markers are measured, dashed lines and empty markers predicted; grey is one GPU's rate times their
+    number.
+    """
+    import scaling  # here, as it brings PyTorch
+
+    results = scaling.read(cfg.scaling)
+    if "predicted" not in results:
+        raise UserError(f"{cfg.scaling}: no prediction (python scaling.py --predict={cfg.scaling} --out={cfg.scaling})")
+    measured = [row for row in results["rows"] if "ms" in row and row["batch"] != "curve"]
+    predicted = [row for row in results["predicted"] if row["measured_ms"] is None]
+    lower = "mfu" if any(row["mfu"] for row in measured) else "efficiency"
+    titles = {
+        "global": f"{results['global_batch_size']:,} samples, shared",
+        "per_gpu": f"{results['per_gpu']:,} samples on each GPU",
+    }
+    figure, grid = pyplot.subplots(2, 2, figsize=(9.6, 6.8), sharex=True, layout="constrained")
+    models = [name for name in scaling.TITLES if any(row["model"] == name for row in measured)]
+    for column, batch in zip(grid.T, titles):
+        for model, (colour, marker, _, _) in zip(models, STYLES):
+            label = scaling.TITLES[model]
+            draw_scaling(column, measured, predicted, (model, batch), (lower, label, colour, marker))
+        if batch == "global":
+            for (name, points), face in zip(PUBLISHED.items(), ("#555555", "none")):
+                step, hours, _ = points[-1]
+                rate, label = step * PUBLISHED_BATCH / hours / 3600, f"{name}, published: A100, with evaluation"
+                column[0].plot(PUBLISHED_GPUS, rate, "*", color="#555555", markerfacecolor=face, markersize=9, label=label)
+        column[0].set_yscale("log")
+        column[0].set_ylabel("samples/s")
+        column[1].set_ylabel("MFU (%)" if lower == "mfu" else "efficiency (%)")
+        column[1].set_ylim(0, None)
+        column[1].set_xscale("log", base=2)
+        column[1].xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        column[1].set_xlabel("GPUs")
+        column[0].set_title(titles[batch], fontsize="medium")
+        for axes in column:
+            axes.grid(alpha=0.3)
+    figure.suptitle(cfg.title or f"{results['device']}; measured full, predicted dashed")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small")
+    return figure
+
+
+def draw_scaling(column, measured, predicted, what, how):
+    """One model with one way to set the batch, in the upper and the lower panel."""
+    lower, label, colour, marker = how
+    rows, more = (
+        sorted((row for row in found if (row["model"], row["batch"]) == what), key=lambda row: row["gpus"])
+        for found in (measured, predicted)
+    )
+    if not rows:
+        return
+    ideal = [rows[0]["samples_per_second"] * n for n in (1, max(row["gpus"] for row in [*rows, *more]))]
+    column[0].plot([1, ideal[1] / ideal[0]], ideal, color="#bbbbbb", linewidth=0.8)
+    more = [row for row in more if row["gpus"] > rows[-1]["gpus"]]
+    for axes, key, factor in ((column[0], "samples_per_second", 1), (column[1], lower, 100)):
+        # One GPU is measured beside each number of them: all those points are drawn, and the line takes the last.
+        places = [(row["gpus"], factor * (row.get(key) or 1)) for row in rows]
+        line = sorted(dict(places).items())
+        axes.plot(*zip(*places), marker, color=colour)
+        axes.plot(*zip(*line), "-", color=colour, marker=marker, label=label)
+        dashed = [line[-1], *((row["gpus"], factor * row[key]) for row in more)]
+        axes.plot(*zip(*dashed), "--", color=colour, linewidth=1)
+        axes.plot(*zip(*dashed[1:]), marker, color=colour, markerfacecolor="white", markersize=4) if more else None
+
+
 def read_report(path):
     """How many documents of which length a report.json tells of: {(shortest, longest): documents}. Raises: UserError."""
     try:
@@ -469,10 +538,11 @@ def main(argv):
     kinds = {
         "loss": plot_loss, "glue": plot_glue, "pareto": plot_pareto, "lengths": plot_lengths, "kernels": plot_kernels,
         "at_lengths": plot_at_lengths,
+        "scaling": plot_scaling,
     }  # fmt: skip
     asked = [draw for name, draw in kinds.items() if getattr(cfg, name)]
     if len(asked) != 1:
-        raise UserError("give one of --loss, --glue, --pareto, --at_lengths, --lengths and --kernels")
+        raise UserError("give one of --loss, --glue, --pareto, --at_lengths, --lengths, --kernels and --scaling")
     for path in cfg.out.split(","):
         if not path.endswith((".svg", ".png", ".pdf")):
             raise UserError(f"{path}: unknown suffix (expected .svg, .png or .pdf)")

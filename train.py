@@ -524,26 +524,10 @@ def train(cfg, process, run, guard, train_samples, val_samples):
 
     def train_step(step, batches, trial=False):
         """One optimizer step: (loss, gradient norm, how many processes were asked to stop), on the device. A trial does
-        all the work, and leaves weights, moments and random state as they are: AdamW skips its update."""
-        # The loss is exact: a sum over all masked tokens of the global batch, divided by their number. On the way the
-        # processes learn whether one of them was asked to stop. From pinned memory, or the host would wait for the GPU.
-        counts = [float(sum(batch.num_masked for batch in batches)), float(guard.signal > 0)]
-        counts = torch.tensor(counts, pin_memory=device.type == "cuda").to(device, non_blocking=True)
-        if world_size > 1:
-            dist.all_reduce(counts)
-        num_masked, asked_to_stop = counts
+        all the work, and leaves weights, moments and random state as they are."""
+        num_masked, asked_to_stop = sum_counts(batches, guard.signal > 0, process)
         loss = forward_backward(model, batches, num_masked.clamp(min=1), cfg, process, step)
-        grad_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in raw_model.parameters()])
-        if cfg.max_grad_norm:
-            torch.nn.utils.clip_grads_with_norm_(raw_model.parameters(), cfg.max_grad_norm, grad_norm)
-        # AdamW skips an update whose gradient is not finite. The norm is that of the reduced gradient, so all processes
-        # do alike, and nothing waits for it.
-        optimizer.found_inf = torch.ones_like(grad_norm) if trial else (~grad_norm.isfinite()).float()
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at(cfg, step)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=world_size == 1)  # DDP's gradients are views of its buckets
-        return loss, grad_norm, asked_to_stop
+        return loss, update(raw_model, optimizer, cfg, process, step, skip=trial), asked_to_stop
 
     def budget_steps():
         """max_steps for the budget, from trials of steps, evaluation and saving."""
@@ -570,8 +554,7 @@ def train(cfg, process, run, guard, train_samples, val_samples):
     model = torch.compile(raw_model) if cfg.compile else raw_model
     model.train()
     if world_size > 1:
-        device_ids = [device.index] if device.type == "cuda" else None
-        model = DistributedDataParallel(model, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        model = data_parallel(model, process)
         # DDP sorts its gradient buckets anew after its first backward pass, and the order of a sum over three or more
         # processes depends on them. One pass for nothing makes a resumed run add up as an uninterrupted one does.
         forward_backward(model, step_batches(state["step"] + 1)[:1], torch.ones((), device=device), cfg, process, 0)
@@ -684,10 +667,27 @@ def train(cfg, process, run, guard, train_samples, val_samples):
         run.log("end", step=state["step"], seconds=round(state["seconds"], 3), **cost(cfg, state, world_size))
 
 
+def data_parallel(model, process):
+    """The model with its gradients averaged over the processes, bucket by bucket while the backward pass goes on."""
+    device_ids = [process.device.index] if process.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def sum_counts(batches, asked_to_stop, process):
+    """(masked tokens of the global batch, how many processes were asked to stop): 0-dim tensors on the device."""
+    counts = [float(sum(batch.num_masked for batch in batches)), float(asked_to_stop)]
+    # From pinned memory, or the host would wait for the GPU.
+    counts = torch.tensor(counts, pin_memory=process.device.type == "cuda").to(process.device, non_blocking=True)
+    if process.world_size > 1:
+        dist.all_reduce(counts)
+    return counts.unbind()
+
+
 def forward_backward(model, batches, num_masked, cfg, process, step):
     """Add up the gradients of this process's micro-batches; returns their share of the loss, on the device.
 
-    num_masked: of the global batch, a tensor on the device.
+    num_masked: of the global batch, a tensor on the device. The loss is exact: a sum over all masked tokens of the
+    global batch, divided by their number.
     """
     loss = torch.zeros((), device=process.device)
     with autocast(process):  # around all micro-steps, so that the weights are cast once
@@ -711,6 +711,23 @@ def forward_backward(model, batches, num_masked, cfg, process, step):
                 (share * process.world_size).backward()  # DDP divides by world_size again
             loss += share.detach()
     return loss
+
+
+def update(model, optimizer, cfg, process, step, skip=False):
+    """AdamW's step from the gradients, which are then cleared; returns their norm, on the device.
+
+    AdamW skips an update whose gradient is not finite, or with `skip` any, and then leaves everything as it was.
+    """
+    grad_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
+    if cfg.max_grad_norm:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), cfg.max_grad_norm, grad_norm)
+    # The norm is that of the reduced gradient, so all processes do alike, and nothing waits for it.
+    optimizer.found_inf = torch.ones_like(grad_norm) if skip else (~grad_norm.isfinite()).float()
+    for group in optimizer.param_groups:
+        group["lr"] = lr_at(cfg, step)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=process.world_size == 1)  # DDP's gradients are views of its buckets
+    return grad_norm
 
 
 def skipped_updates(rows, step, state, samples_of):

@@ -9,12 +9,13 @@ Exit status:
     3          another process hangs or is lost; the same command goes on from the newest checkpoint
     128 + n    stopped by signal n, with a checkpoint; the same command goes on (torchrun itself then ends with 1)
 
-All of it is done by one thread beside the training, which also notes this process's step in the rendezvous store, so
+All of it is done by a thread beside the training, which also notes this process's step in the rendezvous store, so
 that those that survive can say who is behind.
 
 Read next: checkpoint.py
 """
 
+import contextlib
 import datetime
 import os
 import select
@@ -29,6 +30,7 @@ import torch.distributed as dist
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 TICK = 0.5  # seconds between looks at the other processes
+STORE_SECONDS = 5  # in which a store that is gone is known to be
 LOST = 3  # exit status
 
 
@@ -41,6 +43,7 @@ class Watch:
         self.training = False  # set once there is something to save
         self.step, self.passes, self.since = 0, 0, time.monotonic()  # progress, and when there last was some
         self.rank, self.world_size, self.store = 0, 1, None
+        self.turn, self.asking = threading.Lock(), threading.Thread()  # see _ask
         self.asked = None  # see all_stop
         # torchrun's processes must not outlive it: nobody would see them, and they would hold out_dir.
         self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
@@ -70,7 +73,7 @@ class Watch:
         self.rank, self.world_size = rank, world_size
         if world_size > 1:
             store = dist.distributed_c10d._get_default_store().clone()  # of this thread alone, as the clone's docs say
-            store.set_timeout(datetime.timedelta(seconds=5))  # in which a store that is gone is known to be
+            store.set_timeout(datetime.timedelta(seconds=STORE_SECONDS))
             store.set(f"watch/{rank}", self._place())
             self.store = store
 
@@ -140,14 +143,36 @@ class Watch:
 
     def _exchange(self):
         """Note where this process is, and hear whether another was asked to stop."""
-        try:
+
+        def exchange():
             self.store.set(f"watch/{self.rank}", self._place())
             if self.signal:
                 self.store.set("watch/signal", str(int(self.signal)))
             elif self.store.check(["watch/signal"]):
-                self._stop(int(self.store.get("watch/signal")))
-        except RuntimeError:  # the store's host is gone; if the others are too, there will be no progress
-            pass
+                return int(self.store.get("watch/signal"))
+
+        if heard := self._ask(exchange):  # without the store's host nothing is heard, and there will be no progress
+            self._stop(heard)
+
+    def _ask(self, question):
+        """question(), which uses the store; None when that is gone.
+
+        A store whose host is cut off lets one wait for ever, whatever its timeout. So a thread asks, and while it waits
+        nothing else is asked.
+        """
+        answers = []
+
+        def ask():
+            with contextlib.suppress(RuntimeError):
+                answers.append(question())
+
+        with self.turn:
+            if self.asking.is_alive():
+                return None
+            self.asking = threading.Thread(target=ask, name="store", daemon=True)
+            self.asking.start()
+            self.asking.join(STORE_SECONDS + 1)
+            return answers[0] if answers else None
 
     def _place(self):
         return f"{self.step} {self.passes}"
@@ -166,13 +191,10 @@ class Watch:
         return f"{who} behind, at step {step} after {passes} forward passes; {others}"
 
     def _end(self, reason):
-        try:
-            self._exchange()
-            first = self.store.add("watch/ended", 1) == 1
-            text = self._behind()
-        except RuntimeError:
-            first, text = True, "the rendezvous store is gone with its process"
-        if first:
+        self._exchange()
+        first = self._ask(lambda: self.store.add("watch/ended", 1) == 1)
+        text = self._ask(self._behind) or "the rendezvous store is gone with its process, or cut off with its host"
+        if first is not False:
             hint = "the same command goes on from the newest checkpoint"
             print(f"error: {reason}: {text} ({hint})", file=sys.stderr, flush=True)
         time.sleep(2 * TICK)  # until the others have heard that it is said, as torchrun ends all when one ends

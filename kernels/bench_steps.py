@@ -46,6 +46,7 @@ from model import MaskedLM, ModelConfig, matrix_flops
 TURNS = 3
 TIMED_STEPS = 2  # in a turn, after one that is not timed
 SHORT_SHARE = 0.415  # of the samples, with lengths of 8 to 128: 0.585 + 0.415 * 68 / 128 = 80.5 %
+C4_SHORT_SHARE = 0.261  # with lengths of 30 to 128: the mean of 115 that 1,000 documents of C4 have, cut at 128 tokens
 MASK_PROB = 0.3
 CHECKED_SAMPLES = 8
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -67,7 +68,7 @@ class Data:
         self.directory, self.sizes = directory, sizes
 
     def samples(self, kind, seq_length=128):
-        """kind: "full", "fill80", or "padded": the lengths of fill80, each filled up with [PAD] to a full sequence."""
+        """kind: "full"; "fill80"; "padded", the lengths of fill80, each filled up with [PAD]; or "c4", C4's at 128."""
         path = os.path.join(self.directory, f"{kind}_{seq_length}")
         if not os.path.exists(path):
             self.write(path, kind, seq_length)
@@ -82,8 +83,9 @@ class Data:
         count, longest = self.sizes.samples, seq_length - 2  # without [CLS] and [SEP]
         lengths = np.full(count, longest)
         if kind != "full":
-            short = rng.random(count) < SHORT_SHARE
-            lengths[short] = rng.integers(8, seq_length + 1, short.sum()) - 2
+            share, shortest = (C4_SHORT_SHARE, 30) if kind == "c4" else (SHORT_SHARE, 8)
+            short = rng.random(count) < share
+            lengths[short] = rng.integers(shortest, seq_length + 1, short.sum()) - 2
         documents = [rng.integers(len(SPECIAL), self.sizes.vocab, length) for length in lengths]
         if kind == "padded":
             documents = [np.pad(document, (0, longest - len(document))) for document in documents]

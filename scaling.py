@@ -1,0 +1,637 @@
+"""How much faster training gets with more GPUs: measured on those here, predicted for more.
+
+    python scaling.py                                                # on 1, 2, 4 and 8 GPUs, as far as they are here
+    python scaling.py --gpus=2 --models=base
+    torchrun --nnodes=2 ... scaling.py --out=out/scaling_16.json     # on the processes of a torchrun, several nodes too
+    python scaling.py --predict=out/scaling.json --node_gbits=1600   # the prediction alone, for another network
+    python plot.py --scaling=out/scaling.json --out=scaling.svg
+
+A step is train.py's own, from its micro-batches, made by data.py while the step before runs, to fused AdamW, on random
+tokens with lengths like C4's. For each number of GPUs there are four kinds of steps, taken in turn, so that all see the
+same clock and temperature:
+
+    global     the batch of the recipe, 4,096 samples, shared by all GPUs (strong scaling)
+    per_gpu    512 samples on each GPU, what the recipe's batch gives each of eight
+    and both on each GPU alone, without the others though all are at work: 100 % efficiency is what they do then
+
+A block is some steps in a row after one that is not timed; figures are medians of blocks. Communication is what a step
+takes longer than one that is the same but for DDP and its reduction of gradients; the time in NCCL's kernels, most of
+which the backward pass hides, is from a trace, and holds the wait for the slower GPU.
+
+Read next: plot.py
+"""
+
+import contextlib
+import datetime
+import gc
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import checkpoint
+import train
+import watch
+from config import UserError, command, load_config
+from data import SEQUENCE_MULTIPLE, TOKEN_MULTIPLE, cut, prefetch
+from kernels.bench_steps import Data
+from model import MaskedLM, matrix_flops
+
+ROOT = Path(__file__).resolve().parent
+CONFIGS = {"base": ["configs/base.py"], "large": ["configs/large.py"], "bert": ["configs/bert_base.py", "--compile=true"]}
+TITLES = {"base": "MosaicBERT-Base", "large": "MosaicBERT-Large", "bert": "BERT-Base, compiled"}
+TOY = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48, "compile": "false", "device": "cpu"}
+
+TURNS = 3  # blocks of each kind
+BLOCK_SECONDS = 1.0
+MOST_STEPS = 20  # in a block
+SMALLEST_BATCH = 8  # samples of a GPU among 512 that share 4,096
+STEPS_CUT = 10  # steps whose cut is looked at
+STEP_OF_TABLE = 1000  # steps are numbered from here: past the learning rate of 0, not yet at its peak
+
+# The model of the step time. DDP's buckets are 25 MiB; the backward pass is two thirds of the matrix products.
+BUCKET_BYTES = 25 * 2**20
+BACKWARD = 2 / 3
+NETWORK_SHARE = 0.8  # of a node's network that a reduction reaches: an assumption
+HOP_SECONDS = 10e-6  # of latency for each doubling of nodes, there and back: an assumption
+PREDICTED = [2**i for i in range(10)]
+
+
+@dataclass
+class ScalingConfig:
+    # What is measured
+    gpus: str = "1,2,4,8"  # numbers of GPUs; those that are not here are left out
+    models: str = "base,large,bert"  # MosaicBERT-Base and -Large, and the BERT baseline, compiled
+    global_batch_size: int = 4096  # samples, shared by all GPUs
+    per_gpu: int = 512  # samples of each GPU, where the batch grows with their number
+    micro_batch_tokens: int = 0  # as of train.py; 0: chosen from the GPU's memory
+    out: str = "out/scaling.json"  # results, written anew after each model
+    toy: bool = False  # a tiny model on the CPU: tries the code, and measures nothing
+    # What is predicted
+    predict: str = ""  # results to predict from; nothing is measured then
+    gpus_per_node: int = 8  # of the machines predicted for
+    node_gbits: float = 3200.0  # Gbit/s of a node's network, in each direction: eight adapters of 400
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring, in each process
+
+
+@dataclass
+class Kind:
+    """One kind of steps, and what was measured of it."""
+
+    batch: str  # "global", "per_gpu", or "curve": on one GPU, for the prediction
+    process: train.Process
+    samples: int  # in a step, over all its processes
+    model: torch.nn.Module  # within DDP or without
+    turns: int = TURNS
+    name: str = ""  # alone, together, without_reduction
+
+    def __post_init__(self):
+        self.blocks = []  # of each: [seconds, tokens, FLOPs of a step], of each process
+
+
+class Bench:
+    """One model on the processes of this run."""
+
+    def __init__(self, cfg, name, process, guard, samples):
+        self.cfg, self.name, self.train_cfg = cfg, name, train_config(cfg, name)
+        self.together, self.guard, self.samples = process, guard, samples
+        self.rank, self.gpus, self.device = process.rank, process.world_size, process.device
+        self.alone = train.Process(0, 1, self.device, process.dtype)
+        torch.manual_seed(self.train_cfg.seed)
+        self.raw_model = MaskedLM(self.train_cfg, self.samples.vocab_size).to(self.device).train()
+        self.num_params = sum(parameter.numel() for parameter in self.raw_model.parameters())
+        self.optimizer = torch.optim.AdamW(self.raw_model.parameters(), fused=True)
+        self.next_step = STEP_OF_TABLE
+        self.clocks = []
+        self.kinds = self.make_kinds()
+
+    def make_kinds(self):
+        """Alone, together, without reduction, for each way to set the batch; and smaller batches alone."""
+        single, many = self.raw_model, None
+        if self.train_cfg.compile:
+            # Within DDP the compiler cuts the model at the buckets, without it does not. An option that changes nothing
+            # keeps the two apart, as all that is compiled of one function with equal options is shared.
+            single = torch.compile(self.raw_model, options={"triton.cudagraphs": False})
+        if self.gpus > 1:
+            inner = torch.compile(self.raw_model) if self.train_cfg.compile else self.raw_model
+            many = train.data_parallel(inner, self.together)
+        kinds = []
+        for batch, size in (("global", self.cfg.global_batch_size), ("per_gpu", self.cfg.per_gpu)):
+            kinds.append(Kind(batch, self.alone, size, single, name="alone"))
+            if many:
+                size = size if batch == "global" else size * self.gpus
+                kinds.append(Kind(batch, self.together, size, many, name="together"))
+                kinds.append(Kind(batch, self.together, size, inner, name="without_reduction"))
+        size = self.cfg.global_batch_size // 2
+        while size >= SMALLEST_BATCH and self.name != "bert":
+            kinds.append(Kind("curve", self.alone, size, single, turns=1, name="alone"))
+            size //= 2
+        return kinds
+
+    def micro_batch_tokens(self, kind):
+        """What train.py would choose for this batch and number of processes."""
+        cfg = train_config(self.cfg, self.name, kind.samples)
+        return train.choose_micro_batch_tokens(cfg, kind.process, self.num_params, self.samples.vocab_size)
+
+    def run(self, kind, num_steps):
+        """[seconds, tokens, FLOPs] of a step of this process: the mean of some, after one that is not timed."""
+        cfg, process, most = self.train_cfg, kind.process, self.micro_batch_tokens(kind)
+
+        def make(step):
+            batches = self.samples.train_step(
+                step, kind.samples, cfg.seed, cfg.mask_prob, most, process.rank, process.world_size
+            )
+            return [batch.pinned_for(self.device) for batch in batches]
+
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # micro-batches of another size come
+        if self.gpus > 1:
+            dist.barrier()
+        self.guard.world_size = process.world_size
+        tokens = flops = 0
+        steps = range(self.next_step, self.next_step + 1 + num_steps)
+        self.next_step = steps.stop
+        for step, batches in zip(steps, prefetch(make, steps)):
+            if step == steps.start + 1:
+                self.synchronize()
+                begun = time.perf_counter()
+            self.guard.at(step)
+            num_masked, asked_to_stop = train.sum_counts(batches, self.guard.signal > 0, process)
+            train.forward_backward(kind.model, batches, num_masked.clamp(min=1), cfg, process, step)
+            train.update(self.raw_model, self.optimizer, cfg, process, step)
+            if self.guard.all_stop(asked_to_stop):
+                raise SystemExit(128 + self.guard.signal)
+            if step > steps.start:
+                tokens += sum(batch.num_tokens for batch in batches)
+                flops += sum(
+                    matrix_flops(cfg, self.samples.vocab_size, b.num_tokens, b.sum_squared_lengths, b.num_masked)
+                    for b in batches
+                )
+        self.synchronize()
+        return [(time.perf_counter() - begun) / num_steps, tokens / num_steps, flops / num_steps]
+
+    def synchronize(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def measure(self):
+        """The rows of the result."""
+        counts = []
+        for kind in self.kinds:  # compiles, allocates, and tells how many steps make a block
+            seconds = max(row[0] for row in self.together.gather(self.run(kind, 1)))
+            counts.append(1 if self.cfg.toy else max(1, min(MOST_STEPS, round(BLOCK_SECONDS / seconds))))
+        for turn in range(TURNS):
+            for kind, count in zip(self.kinds, counts):
+                if turn < kind.turns:
+                    with self.clocks_noted(kind):
+                        block = self.run(kind, count)
+                    kind.blocks.append(self.together.gather(block))
+        by_name = {(kind.batch, kind.name): kind for kind in self.kinds if kind.batch != "curve"}
+        alone = {batch: self.alone_row(by_name[batch, "alone"]) for batch in ("global", "per_gpu")}
+        rows = list(alone.values())
+        if self.gpus > 1:
+            for batch in alone:
+                kind = by_name[batch, "together"]
+                rows.append(self.together_row(kind, by_name[batch, "without_reduction"], alone[batch]))
+        return rows + [self.alone_row(kind) for kind in self.kinds if kind.batch == "curve"]
+
+    def alone_row(self, kind):
+        """Of GPUs that work each for itself: the mean of their rates."""
+        of_gpus = [[block[gpu] for block in kind.blocks] for gpu in range(self.gpus)]
+        rows = [self.row(kind, blocks, 1) for blocks in of_gpus]
+        row = rows[0] | {key: statistics.mean(r[key] for r in rows) for key in ("samples_per_second", "tokens_per_second")}
+        row["ms"] = 1e3 * kind.samples / row["samples_per_second"]
+        row["mfu"] = rows[0]["mfu"] and statistics.mean(r["mfu"] for r in rows)
+        return row | {"each_ms": [r["ms"] for r in rows]}
+
+    def together_row(self, kind, without, alone):
+        def slowest(kind):
+            return [[max(row[0] for row in block), *np.sum(block, 0)[1:].tolist()] for block in kind.blocks]
+
+        row, without = self.row(kind, slowest(kind), self.gpus), self.row(without, slowest(without), self.gpus)
+        return row | {
+            # In tokens, as one step's samples are longer than another's.
+            "efficiency": row["tokens_per_second"] / (self.gpus * alone["tokens_per_second"]),
+            "without_reduction_ms": without["ms"],
+            "communication_ms": row["ms"] - without["ms"],
+            "nccl_ms": self.nccl_ms(kind),
+        }
+
+    def row(self, kind, blocks, gpus):
+        """A row of the result from blocks of [seconds, tokens, FLOPs] a step; what it holds are medians."""
+        peak, most = train.peak_flops(self.device), self.micro_batch_tokens(kind)
+        work = filled_rows(self.samples, self.train_cfg, kind.samples, most, gpus)
+        seconds = statistics.median(block[0] for block in blocks)
+        flops = statistics.median(block[2] / block[0] for block in blocks)  # a second
+        return {
+            "model": self.name,
+            "gpus": gpus,
+            "beside": self.gpus,
+            "batch": kind.batch,
+            "samples": kind.samples,
+            "ms": 1e3 * seconds,
+            "blocks_ms": [round(1e3 * block[0], 3) for block in blocks],
+            "samples_per_second": kind.samples / seconds,
+            "tokens_per_second": statistics.median(block[1] / block[0] for block in blocks),
+            "flops_per_second": flops,
+            "mfu": flops / gpus / peak if peak else None,
+            "micro_batch_tokens": most,
+            "micro_steps": len(work) / STEPS_CUT,
+            "imbalance": imbalance(work),
+        }
+
+    def nccl_ms(self, kind):
+        """Of a step, on rank 0: milliseconds in NCCL's kernels; None on a CPU."""
+        if self.device.type == "cpu":
+            return None
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+            self.run(kind, 1)
+        found = [event.self_device_time_total for event in trace.key_averages() if "nccl" in event.key.lower()]
+        return sum(found) / 1e3 / 2  # of both steps
+
+    def link(self):
+        """What the GPUs' link does with gradients: {bytes, seconds of reducing them bucket by bucket, of 8 bytes}."""
+        if self.gpus == 1:
+            return None
+        gradient = torch.zeros(self.num_params, device=self.device)
+
+        def seconds(pieces, repeats):
+            times = []
+            for i in range(repeats + 2):
+                dist.barrier()
+                self.synchronize()
+                begun = time.perf_counter()
+                for piece in pieces:
+                    dist.all_reduce(piece)
+                self.synchronize()
+                times.append(time.perf_counter() - begun)
+            return statistics.median(times[2:])
+
+        small = gradient[:2]
+        return {
+            "gpus": self.gpus,
+            "bytes": 4 * self.num_params,
+            "seconds": seconds(gradient.split(BUCKET_BYTES // 4), 2 if self.cfg.toy else 10),
+            "latency": seconds([small], 2 if self.cfg.toy else 50),
+        }
+
+    @contextlib.contextmanager
+    def clocks_noted(self, kind):
+        """Ask nvidia-smi, while the recipe's steps run, for MHz and watts of the GPUs of this machine."""
+        asked = None
+        if self.rank == 0 and self.device.type == "cuda" and kind.batch == "global":
+            query = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits"]
+            with contextlib.suppress(OSError):
+                asked = subprocess.Popen(query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        yield
+        if asked:
+            self.clocks.append({"kind": kind.name, "mhz_and_watts": asked.communicate()[0].splitlines()})
+
+
+def train_config(cfg, name, samples=None):
+    """The TrainConfig of a shipped configuration, for so many samples in a step."""
+    toy = [f"--{option}={value}" for option, value in TOY.items()] if cfg.toy else []
+    file, *options = CONFIGS[name]
+    argv = [str(ROOT / file), *options, *toy, f"--micro_batch_tokens={cfg.micro_batch_tokens}"]
+    return load_config(train.TrainConfig, [*argv, f"--global_batch_size={samples or cfg.global_batch_size}"])
+
+
+def make_samples(directory, toy=False):
+    """Random tokens; lengths like those of C4, cut at 128."""
+    return Data(directory, SimpleNamespace(samples=256 if toy else 16384, vocab=500 if toy else 30522)).samples("c4")
+
+
+def filled_rows(samples, cfg, count, micro_batch_tokens, gpus, steps=STEPS_CUT):
+    """(micro-steps, gpus) rows that each GPU computes, of some steps: its tokens, or BERT's padded ones."""
+    work = []
+    for step in range(steps):
+        numbers, _ = samples.of_step(step, count, cfg.seed)
+        lengths = samples.locate(numbers)[2] + 2
+        bounds = np.array(cut(lengths, micro_batch_tokens, gpus))
+        if cfg.model == "bert":
+            rows = -(-np.diff(bounds) // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE * cfg.seq_length
+        else:
+            tokens = np.diff(np.concatenate([[0], np.cumsum(lengths)])[bounds])
+            rows = -(-tokens // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+        work.append(rows.reshape(-1, gpus))
+    return np.concatenate(work)
+
+
+def imbalance(work):
+    """How much longer the GPU with the most rows works, over all micro-steps, than if all had equally many."""
+    return float(work.max(1).sum() / work.mean(1).sum() - 1)
+
+
+def measure_here(cfg, names):
+    """In a process of torchrun: rank 0 writes the results of these processes."""
+    any_cfg = train_config(cfg, names[0])
+    guard, results = watch.Watch(any_cfg.hang_timeout), about(cfg)
+    try:
+        process = train.setup_processes(any_cfg)
+        guard.join(process.rank, process.world_size)
+        results["device"] = "toy, times mean nothing" if cfg.toy else train.device_name(process.device)
+        with tempfile.TemporaryDirectory() as directory:
+            samples = make_samples(directory, cfg.toy)
+            for name in names:
+                bench = Bench(cfg, name, process, guard, samples)
+                results["rows"] += bench.measure()
+                last_bytes = 4 * bench.raw_model.bert.embeddings.word_embeddings.weight.numel()
+                facts = {"last_bytes": last_bytes, "link": bench.link(), "clocks": bench.clocks}
+                results["models"][f"{name} {process.world_size}"] = facts
+                if process.rank == 0:
+                    write(cfg.out, results)
+                del bench
+                gc.collect()
+    except BaseException as error:
+        guard.lost(error)
+        traceback.clear_frames(error.__traceback__)  # DDP must go before its process group, or the end may hang
+        raise
+    finally:
+        guard.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Predicting
+
+
+def reduction_seconds(link, gpus, num_bytes, per_node, node_gbits):
+    """Seconds that an all-reduce of so many bytes takes, bucket by bucket.
+
+    Within a node and between nodes a ring moves 2 (n - 1) / n of them through each link, both at once, since NCCL passes
+    on what it has: the slower one counts. Within: at the rate measured here. Between: all adapters of a node together.
+    """
+    n = link["gpus"]
+    link_rate = 2 * (n - 1) / n * link["bytes"] / max(link["seconds"] - buckets(link["bytes"]) * link["latency"], 1e-9)
+    inside, nodes = min(gpus, per_node), math.ceil(gpus / per_node)
+    within = 2 * (inside - 1) / inside * num_bytes / link_rate
+    between = 2 * (nodes - 1) / nodes * num_bytes / (NETWORK_SHARE * node_gbits / 8 * 1e9)
+    return max(within, between) + buckets(num_bytes) * latency_seconds(link, nodes)
+
+
+def latency_seconds(link, nodes):
+    return link["latency"] + 2 * HOP_SECONDS * math.log2(nodes)
+
+
+def buckets(num_bytes):
+    return math.ceil(num_bytes / BUCKET_BYTES)
+
+
+def step_seconds(compute, facts, gpus, micro_steps, imbalance, per_node, node_gbits):
+    """Seconds of a step on so many GPUs.
+
+    compute: measured on one GPU, with the samples that each would have: matrix products, launches, AdamW and all.
+    The GPU with the most rows sets the pace. The reduction goes beside the last micro-step's backward pass, all but the
+    word embedding's gradient, which comes last. The count of masked tokens is summed before anything else.
+    """
+    if gpus == 1:
+        return compute
+    link, nodes = facts["link"], math.ceil(gpus / per_node)
+    reduction = reduction_seconds(link, gpus, link["bytes"], per_node, node_gbits)
+    last = reduction * facts["last_bytes"] / link["bytes"]
+    hidden = BACKWARD * compute / micro_steps
+    return compute * (1 + imbalance) + max(last, reduction - hidden) + latency_seconds(link, nodes)
+
+
+def predict(results, cfg):
+    """Predicted rows, as many as the measurements allow; those that were measured too, with both times."""
+    found = []
+    measured = {(row["model"], row["batch"], row["gpus"]): row for row in results["rows"] if "ms" in row}
+    alone = {(row["model"], row["samples"]): row for row in results["rows"] if row.get("gpus") == 1 and "ms" in row}
+    with tempfile.TemporaryDirectory() as directory:
+        samples = make_samples(directory, results["toy"])
+        for name in CONFIGS:
+            # The link of the most GPUs of one node that were measured.
+            links = [facts for key, facts in results["models"].items() if key.split()[0] == name and facts["link"]]
+            links = [facts for facts in links if facts["link"]["gpus"] <= cfg.gpus_per_node]
+            if not links:
+                continue
+            facts = max(links, key=lambda facts: facts["link"]["gpus"])
+            train_cfg = train_config(cfg, name)
+            for batch, gpus in ((batch, gpus) for batch in ("global", "per_gpu") for gpus in PREDICTED):
+                each = results["global_batch_size"] // gpus if batch == "global" else results["per_gpu"]
+                one = alone.get((name, each))
+                if not one or (gpus == 1 and batch == "global"):
+                    continue
+                most, steps = one["micro_batch_tokens"], one["micro_steps"]
+                unequal = imbalance(filled_rows(samples, train_cfg, each * gpus, most, gpus))
+                place = (facts, gpus, steps, unequal, cfg.gpus_per_node, cfg.node_gbits)
+                seconds = step_seconds(one["ms"] / 1e3, *place)
+                row = measured.get((name, batch, gpus))
+                reference = alone[name, results["global_batch_size"] if batch == "global" else each]
+                rate = each * gpus / seconds
+                efficiency = rate / gpus / reference["samples_per_second"]
+                found.append({
+                    "model": name, "batch": batch, "gpus": gpus, "samples": each * gpus, "ms": 1e3 * seconds,
+                    "measured_ms": row["ms"] if row else None, "samples_per_second": rate,
+                    "efficiency": efficiency, "mfu": reference["mfu"] and reference["mfu"] * efficiency,
+                })  # fmt: skip
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Results
+
+
+def about(cfg):
+    return {
+        "device": "",
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **checkpoint.versions(),
+        "cuda": torch.version.cuda,
+        "toy": cfg.toy,
+        "global_batch_size": cfg.global_batch_size,
+        "per_gpu": cfg.per_gpu,
+        "rows": [],
+        "models": {},
+    }
+
+
+def write(path, results):
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        with open(path + ".tmp", "w", encoding="utf-8") as file:
+            json.dump(results, file, indent=1)
+        os.replace(path + ".tmp", path)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror} (give another --out)") from None
+
+
+def read(path):
+    """Results as a dictionary. Raises: UserError."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            results = json.load(file)
+        [row["model"] for row in results["rows"]], results["models"], results["device"], results["toy"]
+        return results
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror} (expected the JSON of scaling.py)") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: not a result of scaling.py") from None
+
+
+def names_of(text, known, option):
+    """The names of a comma-separated list. Raises: UserError for one that is not known."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            raise UserError(f"--{option}={text}: no {name!r} (known: {', '.join(known)})")
+    if not names:
+        raise UserError(f"--{option}: empty (known: {', '.join(known)})")
+    return names
+
+
+def numbers_of(cfg):
+    """The numbers of GPUs asked for. Raises: UserError."""
+    try:
+        numbers = sorted({int(number) for number in cfg.gpus.split(",")})
+    except ValueError:
+        numbers = [0]
+    if numbers[0] < 1:
+        raise UserError(f"--gpus={cfg.gpus}: expected numbers of GPUs (as --gpus=1,2)")
+    if cfg.global_batch_size % max(numbers):
+        raise UserError(f"--global_batch_size={cfg.global_batch_size} is not a multiple of {max(numbers)} GPUs")
+    return numbers
+
+
+def percent(value):
+    return "n/a" if value is None else f"{100 * value:.1f} %"
+
+
+def number(value):
+    return "n/a" if value is None else f"{value:,.1f}"
+
+
+def table(results):
+    """The measured rows, in Markdown."""
+    lines = [
+        "| model | batch | GPUs | samples/s | tokens/s | MFU | efficiency | ms a step (blocks) | communication | NCCL |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in results["rows"]:
+        if "not_measured" in row:
+            lines.append(f"| {TITLES[row['model']]} | | {row['gpus']} | not measured: {row['not_measured']} |||||||")
+            continue
+        if row["batch"] == "curve":
+            continue
+        beside = f"1, beside {row['beside'] - 1} more" if row["gpus"] < row["beside"] else row["gpus"]
+        blocks = f"{min(row['blocks_ms']):,.1f} to {max(row['blocks_ms']):,.1f}"
+        batch = f"{row['samples']:,}" if row["batch"] == "global" else f"{row['samples'] // row['gpus']:,} a GPU"
+        lines.append(
+            f"| {TITLES[row['model']]} | {batch} | {beside} | {row['samples_per_second']:,.0f} | "
+            f"{row['tokens_per_second']:,.0f} | {percent(row['mfu'])} | {percent(row.get('efficiency'))} | "
+            f"{row['ms']:,.1f} ({blocks}) | {number(row.get('communication_ms'))} | {number(row.get('nccl_ms'))} |"
+        )
+    return "\n".join(lines)
+
+
+def predicted_table(results, cfg):
+    """What the model of the step time says: beside what was measured, then for more GPUs."""
+    lines = ["The model of the step time beside what was measured:", ""]
+    for row in results["predicted"]:
+        if row["measured_ms"] and row["gpus"] > 1:
+            off = row["ms"] / row["measured_ms"] - 1
+            lines.append(
+                f"    {TITLES[row['model']]}, {row['batch']}, {row['gpus']} GPUs: {row['ms']:,.1f} ms predicted, "
+                f"{row['measured_ms']:,.1f} ms measured ({100 * off:+.1f} %)"
+            )
+    lines += [
+        "",
+        f"Predicted, not measured: nodes of {cfg.gpus_per_node} GPUs, {cfg.node_gbits:,.0f} Gbit/s a node, of which "
+        f"{NETWORK_SHARE:.0%} are reached:",
+        "",
+        "| model | batch | GPUs | samples/s | MFU | efficiency | ms a step |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in results["predicted"]:
+        if row["measured_ms"] is None:
+            batch = f"{row['samples']:,}" if row["batch"] == "global" else f"{row['samples'] // row['gpus']:,} a GPU"
+            lines.append(
+                f"| {TITLES[row['model']]} | {batch} | {row['gpus']} | {row['samples_per_second']:,.0f} | "
+                f"{percent(row['mfu'])} | {percent(row['efficiency'])} | {row['ms']:,.1f} |"
+            )
+    return "\n".join(lines)
+
+
+def show(results, cfg):
+    """Predict, print, and write."""
+    results["predicted"] = predict(results, cfg)
+    results["node_gbits"], results["gpus_per_node"] = cfg.node_gbits, cfg.gpus_per_node
+    print(f"\n{table(results)}\n\n{predicted_table(results, cfg)}")
+    write(cfg.out, results)
+    print(f"written to {cfg.out}")
+
+
+def start(cfg, gpus, name, part):
+    """Measure one model on so many GPUs in a torchrun of its own: what goes wrong there ends nothing here."""
+    options = {
+        "models": name, "gpus": gpus, "global_batch_size": cfg.global_batch_size, "per_gpu": cfg.per_gpu,
+        "micro_batch_tokens": cfg.micro_batch_tokens, "toy": str(cfg.toy).lower(), "out": part,
+    }  # fmt: skip
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
+    argv = [str(ROOT / "scaling.py"), *(f"--{option}={value}" for option, value in options.items())]
+    return subprocess.run([*launcher, *argv]).returncode
+
+
+@command
+def main(argv):
+    cfg = load_config(ScalingConfig, argv)
+    if cfg.toy:
+        cfg.global_batch_size, cfg.per_gpu = 64, 16
+    names = names_of(cfg.models, CONFIGS, "models")
+    numbers = numbers_of(cfg)
+    if cfg.predict:
+        results = read(cfg.predict)
+        cfg.toy = results["toy"]
+        return show(results, cfg)
+    if "RANK" in os.environ:  # started by torchrun, by the user's or by our own
+        return measure_here(cfg, names)
+    here = 2 if cfg.toy else torch.cuda.device_count()
+    if not here:
+        raise UserError("scaling.py needs NVIDIA GPUs (--toy tries its code on any machine)")
+    print("".join(f"{n} GPUs: not measured, {here} are here\n" for n in numbers if n > here), end="", flush=True)
+    present = [n for n in numbers if n <= here]
+    present = [n for n in present if n > 1] or present  # one GPU is measured beside the others
+    if not present:
+        raise UserError(f"--gpus={cfg.gpus}: {here} GPUs are here")
+    results, failed = about(cfg), False
+    with tempfile.TemporaryDirectory() as directory:
+        part = os.path.join(directory, "part.json")
+        for gpus in present:
+            for name in names:
+                begun = time.perf_counter()
+                status = start(cfg, gpus, name, part)
+                if status == 0:
+                    measured = read(part)
+                    results["device"] = measured["device"]
+                    results["rows"] += measured["rows"]
+                    results["models"] |= measured["models"]
+                else:
+                    failed = True
+                    results["rows"].append({"model": name, "gpus": gpus, "not_measured": f"ended with status {status}"})
+                print(f"{TITLES[name]} on {gpus}: {time.perf_counter() - begun:.0f} s", flush=True)
+                write(cfg.out, results)
+    show(results, cfg)
+    if failed:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""Whether several GPUs train as one does, and a run killed on several goes on with one; under a minute on two H100s.
+
+    python tests/gpu_scaling.py --out=gpu_scaling          # writes .json
+    python tests/gpu_scaling.py --toy --out=/tmp/try       # the same on a CPU at toy size, to try the script
+
+The base model, without dropout, for 100 steps of 64 samples. What may differ between one GPU and several is the order of
+sums, and the same may differ on one GPU when it cuts the batch into more micro-batches. So the bound is set before
+anything is known of several: twice the largest relative difference of a step's loss between cuts on one GPU, in which
+bf16's rounding shows. All runs go on at the same time, side by side on the same GPUs.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+import checkpoint  # noqa: E402
+from config import UserError, command, load_config  # noqa: E402
+from data import Samples  # noqa: E402
+from torture import descendants  # noqa: E402
+from toy import make_shards, read_log, train_command  # noqa: E402
+from train import TrainConfig, device_name  # noqa: E402
+
+CHECKPOINT, KILLED_AFTER = 40, 50  # steps: of the checkpoint to go on from, and of the kill at the earliest
+SUMS_IN_FP32 = 1e-6  # relative: where all is fp32, cuts may agree by chance
+
+
+@dataclass
+class GpuScalingConfig:
+    gpus: int = 2  # to compare with one
+    steps: int = 100
+    batch: int = 64  # samples in a step
+    out: str = "gpu_scaling"  # results, without the suffix
+    toy: bool = False  # on the CPU, at toy size
+
+
+def make_data(path, vocab_size):
+    """Counting sequences from random places, so that there is something to learn."""
+    rng = np.random.default_rng(0)
+    starts, lengths = rng.integers(0, vocab_size - 5, 8000), rng.integers(30, 127, 8000)
+    documents = [5 + (start + np.arange(n)) % (vocab_size - 5) for start, n in zip(starts, lengths)]
+    return make_shards(path, documents, documents[:64], vocab_size=vocab_size)
+
+
+class Run:
+    """train.py, started, on the GPUs `visible`, cutting a process's share of a step into about so many micro-batches."""
+
+    def __init__(self, cfg, data, out, visible, cuts=1, **options):
+        self.out, tokens = out, cfg.batch * 128 // len(visible) // cuts
+        size = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48, "device": "cpu", "lr": 3e-3}
+        options = {
+            "data_dir": data, "out_dir": out, "max_steps": cfg.steps, "global_batch_size": cfg.batch, "log_interval": 1,
+            "micro_batch_tokens": max(128, tokens), "hidden_dropout": 0, "lr": 1e-4, "warmup_fraction": 0.3,
+            "eval_interval": 0, "eval_samples": 64, "checkpoint_interval": 1000, **(size if cfg.toy else {}), **options,
+        }  # fmt: skip
+        argv = train_command([f"--{name}={value}" for name, value in options.items()], len(visible))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ",".join(map(str, visible))}
+        out.parent.mkdir(parents=True, exist_ok=True)
+        self.output = out.with_suffix(".txt")
+        with open(self.output, "w") as file:
+            self.process = subprocess.Popen(argv, env=environment, stdout=file, stderr=file)
+
+    def kill(self):
+        for pid in [self.process.pid, *descendants(self.process.pid)]:
+            os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+    def check(self):
+        if status := self.process.wait():
+            raise UserError(f"train.py ended with {status}: {self.output.read_text()[-3000:]}")
+
+    def records(self):
+        return read_log(self.out) if (self.out / "log.jsonl").exists() else []
+
+
+def same_samples_and_masks(cfg, data):
+    """Whether the processes have, all together, the tokens, masks and labels that one process has, in every step."""
+    samples = Samples(data, "train", 128)
+
+    def of_step(step, world_size):
+        shares = [samples.train_step(step, cfg.batch, 17, 0.3, 2048, rank, world_size) for rank in range(world_size)]
+        batches = [shares[i % world_size][i // world_size] for i in range(world_size * len(shares[0]))]
+        ids = torch.cat([batch.input_ids[: batch.num_tokens] for batch in batches])
+        return ids, torch.cat([batch.labels[: batch.num_masked] for batch in batches])
+
+    return all(
+        torch.equal(one, many)
+        for step in range(cfg.steps)
+        for one, many in zip(of_step(step, 1), of_step(step, cfg.gpus))
+    )
+
+
+def largest_difference(records, others):
+    """The largest relative difference of two runs' losses at the same step."""
+    losses, others = ({record["step"]: record["loss"] for record in run} for run in (records, others))
+    assert losses.keys() == others.keys()
+    return max(abs(others[step] / losses[step] - 1) for step in losses)
+
+
+@command
+def main(argv):
+    cfg = load_config(GpuScalingConfig, argv)
+    if not cfg.toy and torch.cuda.device_count() < cfg.gpus:
+        raise UserError(f"--gpus={cfg.gpus}: {torch.cuda.device_count()} are here (--toy tries the code on any machine)")
+    begun, everywhere = time.perf_counter(), list(range(cfg.gpus))
+    with tempfile.TemporaryDirectory() as scratch:
+        scratch = Path(scratch)
+        data = make_data(scratch / "data", 500 if cfg.toy else 30522)
+        killed = Run(cfg, data, scratch / "killed", everywhere, checkpoint_interval=CHECKPOINT)
+        many = Run(cfg, data, scratch / "many", everywhere)
+        one, three, five = (
+            Run(cfg, data, scratch / f"cut_{cuts}", [i % cfg.gpus], cuts) for i, cuts in enumerate((1, 3, 5))
+        )
+        same = same_samples_and_masks(cfg, data)
+        while not (killed.out / f"step_{CHECKPOINT:08d}").exists() or len(killed.records()) < KILLED_AFTER:
+            if killed.process.poll() is not None:
+                raise UserError(f"ended before it was to be killed: {killed.output.read_text()[-3000:]}")
+            time.sleep(0.01)
+        killed.kill()
+        killed_at = len(killed.records())
+        resumed = Run(cfg, data, killed.out, [0], checkpoint_interval=CHECKPOINT)
+        for run in (one, three, five, many, resumed):
+            run.check()
+        starts = read_log(killed.out, "start")
+        tokens = [[record["tokens"] for record in run.records()] for run in (one, many, resumed)]
+        spread = max(largest_difference(one.records(), run.records()) for run in (three, five))
+        results = {
+            "device": device_name(torch.device("cpu" if cfg.toy else "cuda")),
+            **checkpoint.versions(),
+            "gpus": cfg.gpus,
+            "steps": cfg.steps,
+            "samples_and_masks_equal": same,
+            "tokens_equal": tokens[0] == tokens[1] == tokens[2],
+            "first_loss": one.records()[0]["loss"],
+            "last_loss": one.records()[-1]["loss"],
+            "spread_of_cuts_on_one": spread,
+            "bound": 2 * spread + SUMS_IN_FP32,
+            "largest_difference_of_several": largest_difference(one.records(), many.records()),
+            "largest_difference_of_resumed": largest_difference(one.records(), resumed.records()),
+            "killed_after_step": killed_at,
+            "resumed_from": Path(starts[-1]["resumed_from"]).name,
+            "processes": [start["world_size"] for start in starts],
+            "seconds": round(time.perf_counter() - begun, 1),
+        }
+    text = json.dumps(results, indent=1)
+    Path(f"{cfg.out}.json").write_text(text + "\n")
+    print(text)
+    assert results["samples_and_masks_equal"] and results["tokens_equal"]
+    assert results["processes"] == [cfg.gpus, 1] and starts[-1]["resumed_from"]
+    assert len(tokens[0]) == cfg.steps
+    for name in ("several", "resumed"):
+        assert results[f"largest_difference_of_{name}"] <= results["bound"], name
+
+
+if __name__ == "__main__":
+    main()
