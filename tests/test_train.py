@@ -374,4 +374,4 @@ def test_processes_report_after_the_same_steps(data_dir, tmp_path):
     argv = toy_argv(data_dir, tmp_path / "run", log_interval=0, max_steps=40, eval_interval=0, hang_timeout=10)
     statuses, output = run_ranks(argv, 2, tmp_path / "ranks", {0: own_clock, 1: own_clock})
     assert statuses == [0, 0], output
-    assert 2 < len(read_log(tmp_path / "run")) < 40
+    assert read_log(tmp_path / "run")[-1]["step"] == 40
