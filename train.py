@@ -613,24 +613,24 @@ def train(cfg, process, run, guard, train_samples, val_samples):
 
         # One collective brings every process's losses and counts to all, so that all decide alike. It waits for the GPU,
         # which may be a step or two behind: the time is read after it.
-        rows = process.gather([*history, local_tokens, local_flops])
+        rows = process.gather([*history, local_tokens, local_flops, time.perf_counter() - report_start])
         num_steps, seconds = len(history) // 2, time.perf_counter() - report_start
         for text, record in skipped_updates(rows, step, state, samples_of):
             say(text)
             if rank == 0:
                 run.log("skipped", **record)
-        tokens, flops = sum(row[-2] for row in rows), sum(row[-1] for row in rows)
+        tokens, flops = sum(row[-3] for row in rows), sum(row[-2] for row in rows)
         state["step"] = step
         state["tokens"] += int(tokens)
         state["samples"] += num_steps * cfg.global_batch_size
         state["seconds"] = seconds_before + time.perf_counter() - loop_start
-        next_report = step + max(1, int(TARGET_LOG_SECONDS * num_steps / seconds))
+        next_report = step + max(1, int(TARGET_LOG_SECONDS * num_steps / rows[0][-1]))  # rank 0's clock: all report alike
         if rank == 0 and log_now:
             record = {
                 "step": step,
-                "loss": finite(sum(row[-4] for row in rows)),
+                "loss": finite(sum(row[-5] for row in rows)),
                 "lr": lr_at(cfg, step),
-                "grad_norm": finite(rows[0][-3]),
+                "grad_norm": finite(rows[0][-4]),
                 "skipped": state["skipped"],
                 "tokens": state["tokens"],
                 "samples": state["samples"],
@@ -733,10 +733,10 @@ def update(model, optimizer, cfg, process, step, skip=False):
 def skipped_updates(rows, step, state, samples_of):
     """Yield (text, log record) for each step since the last report whose update was skipped, and count it in `state`.
 
-    rows: of each process, the (loss, grad_norm) pairs of the steps up to `step`, then two other numbers.
+    rows: of each process, the (loss, grad_norm) pairs of the steps up to `step`, then three other numbers.
     samples_of(step, ranks): the samples they had. Raises: UserError, in all processes alike, after too many in a row.
     """
-    num_steps = (len(rows[0]) - 2) // 2
+    num_steps = (len(rows[0]) - 3) // 2
     for i in range(num_steps):
         this_step, grad_norm = step - num_steps + 1 + i, rows[0][2 * i + 1]
         if math.isfinite(grad_norm):

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import train
+from ranks import run_ranks
 from toy import TOY_OPTIONS, files_of, make_documents, make_shards, read_log, run_train, toy_argv
 from toy import train_command, train_environment
 
@@ -358,3 +359,19 @@ def test_help_lists_every_option(capsys):
     printed = capsys.readouterr().out
     for field in train.dataclasses.fields(train.TrainConfig):
         assert f"--{field.name}=" in printed, field.name
+
+
+def own_clock():
+    """In the second of two processes a step seems to take three times as long; reports are often due in both."""
+    train.TARGET_LOG_SECONDS = 0.1
+    if os.environ["RANK"] == "1":
+        clock = time.perf_counter
+        time.perf_counter = lambda: 3 * clock()
+
+
+def test_processes_report_after_the_same_steps(data_dir, tmp_path):
+    """Whose clock says when, with log_interval=0: had each its own, one would wait for a report and the other go on."""
+    argv = toy_argv(data_dir, tmp_path / "run", log_interval=0, max_steps=40, eval_interval=0, hang_timeout=10)
+    statuses, output = run_ranks(argv, 2, tmp_path / "ranks", {0: own_clock, 1: own_clock})
+    assert statuses == [0, 0], output
+    assert read_log(tmp_path / "run")[-1]["step"] == 40
