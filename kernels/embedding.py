@@ -157,9 +157,6 @@ def backward_kernel(
     store_sums(sums, partial_ptr, 3, C, BLOCK_C)
 
 
-WARPS = 4  # of a program; backward with one of its own spills registers
-
-
 @torch.library.custom_op("mosaicbert::embedding_layernorm", mutates_args=())
 def embedding_op(
     ids: Tensor,
@@ -175,7 +172,7 @@ def embedding_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, mean, rstd)"""
     out, mean, rstd = empty_outputs(ids, words, dtype)
-    cfg = launch_config(words.shape[1], WARPS)
+    cfg = launch_config(words.shape[1])
     forward_kernel[(triton.cdiv(len(ids), cfg["BLOCK_R"]),)](
         *(ids, type_ids, words, types, weight, bias, seed, out, mean, rstd),
         *(len(ids), *dropout_args(dropout_prob), eps),
@@ -212,13 +209,12 @@ def embedding_backward_op(
     """(dz, (3, C) dweight, dbias and the sum of dz over rows), fp32."""
     dout, dnext = dout.contiguous(), None if dnext is None else dnext.contiguous()
     dz = torch.empty(dout.shape, dtype=torch.float32, device=dout.device)
-    cfg = launch_config(words.shape[1], WARPS)
-    programs = backward_programs(cfg["num_warps"], dout.device)
+    programs = backward_programs(dout.device)
     partial = torch.empty((3, programs, words.shape[1]), dtype=torch.float32, device=dout.device)
     backward_kernel[(programs,)](
         *(dout, dnext, ids, type_ids, words, types, weight, seed, mean, rstd, dz, partial),
         *(len(ids), *dropout_args(dropout_prob)),
-        **cfg,
+        **launch_config(words.shape[1]),
     )
     return dz, partial.sum(1)
 

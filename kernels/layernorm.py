@@ -239,27 +239,29 @@ def backward_kernel(
 
 
 # One row a warp for C up to 1,024; tests/test_compile_kernels.py shows what spills. Measured on an H100 with 131,072 rows
-# of 768 in bf16, ns a row: forward 2.12 (97 % of a copy's speed; one to eight warps, one or two rows each, differ by
-# 0.8 %); backward with dropout and all sums 2.79 (93 %), without dropout 2.20 (94 %). Four warps a program cost backward
-# 4 to 5 %, programs that had to wait for others 5 to 12 %, loads a step ahead 30 %.
+# of 768 in bf16, ns a row: forward 2.13 (96 % of a copy's speed; one to eight warps, one or two rows each, differ by
+# 0.8 %); backward with dropout, both gradients and all sums 2.84 (90 %). There, programs of one warp, whose kernel alone
+# is 3 % faster, take 3.15 with the sum over eight times as many; programs that wait for others cost 5 to 12 %, and loads
+# a step ahead 30 %.
 MAX_C = 8192
-WARPS_PER_SM = 8  # of backward, all at work at once: its up to 255 registers a thread allow as many
+WARPS = 4  # of a program; BLOCK_R is as many rows as they take at once
+PROGRAMS_PER_SM = 2  # of backward, all at work at once: its up to 255 registers a thread allow as many
 PROGRAMS_ON_CPU = 4  # of backward, under the interpreter
 
 
-def launch_config(C, warps=1):
-    """The constants of both kernels, for programs of at least so many warps."""
+def launch_config(C):
+    """The constants of both kernels."""
     BLOCK_C = triton.next_power_of_2(C) if C <= 256 else max(256, triton.next_power_of_2(triton.cdiv(C, 4)))
     BLOCK_C = max(8, BLOCK_C)  # the elements of one generator call
-    num_warps = max(warps, BLOCK_C // 256)
+    num_warps = max(WARPS, BLOCK_C // 256)
     return {"C": C, "BLOCK_R": max(1, 256 * num_warps // BLOCK_C), "BLOCK_C": BLOCK_C, "num_warps": num_warps}
 
 
-def backward_programs(num_warps, device):
+def backward_programs(device):
     """How many programs share the rows in backward: always as many on one kind of GPU, for the sake of equal sums."""
     if device.type != "cuda":
         return PROGRAMS_ON_CPU
-    return WARPS_PER_SM // num_warps * torch.cuda.get_device_properties(device).multi_processor_count
+    return PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def dropout_args(dropout_prob):
@@ -323,14 +325,13 @@ def layernorm_backward_op(
     # Autograd may hand over any layout: sum() gives an expanded scalar.
     dy, dnext = dy.contiguous(), None if dnext is None else dnext.contiguous()
     dz, dx = empty_gradients(z, seed, has_residual)
-    cfg = launch_config(dy.shape[1])
-    programs = backward_programs(cfg["num_warps"], dy.device)
+    programs = backward_programs(dy.device)
     partial = torch.empty((2 + has_x_bias, programs, dy.shape[1]), dtype=torch.float32, device=dy.device)
     backward_kernel[(programs,)](
         *(dy, dnext, z, weight, seed, mean, rstd, dz if len(dz) else None, dx if len(dx) else None, partial),
         *(len(dy), *dropout_args(dropout_prob)),
         SUM_DX=has_x_bias,
-        **cfg,
+        **launch_config(dy.shape[1]),
     )
     return dz, dx, partial.sum(1)
 

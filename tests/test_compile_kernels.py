@@ -86,7 +86,7 @@ def compile_one(configuration):
     elif file == "attention_window":
         launch = {"H": 12, "D": size, "BLOCK": module.BLOCK, **module.LAUNCH[name]}
     else:
-        launch = module.launch_config(size, *([module.WARPS] if file == "embedding" else []))
+        launch = module.launch_config(size)
         if (file, name) == ("layernorm", "backward"):
             launch["SUM_DX"] = True
     options = {key: launch.pop(key) for key in ("num_warps", "num_stages", "maxnreg") if key in launch}
