@@ -14,9 +14,9 @@ same clock and temperature:
     per_gpu    512 samples on each GPU, what the recipe's batch gives each of eight
     and both on each GPU alone, without the others though all are at work: 100 % efficiency is what they do then
 
-A block is some steps in a row after one that is not timed; figures are medians of blocks. Communication is what a step
-takes longer than one that is the same but for DDP and its reduction of gradients; the time in NCCL's kernels, most of
-which the backward pass hides, is from a trace, and holds the wait for the slower GPU.
+A block is some steps in a row after two that are not timed; figures are medians of blocks. Exposed communication is what
+a step takes longer, in ms, than one that is the same but for DDP and its reduction of gradients; the time in NCCL's
+kernels, most of which the backward pass hides, is from a trace, and holds the wait for the slower GPU.
 
 Read next: plot.py
 """
@@ -50,13 +50,19 @@ from kernels.bench_steps import Data
 from model import MaskedLM, matrix_flops
 
 ROOT = Path(__file__).resolve().parent
-CONFIGS = {"base": ["configs/base.py"], "large": ["configs/large.py"], "bert": ["configs/bert_base.py", "--compile=true"]}
+CONFIGS = {
+    "base": ["configs/base.py"],
+    "large": ["configs/large.py"],
+    "bert": ["configs/bert_base.py", "--compile=true"],
+}
 TITLES = {"base": "MosaicBERT-Base", "large": "MosaicBERT-Large", "bert": "BERT-Base, compiled"}
 TOY = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48, "compile": "false", "device": "cpu"}
 
 TURNS = 3  # blocks of each kind
 BLOCK_SECONDS = 1.0
 MOST_STEPS = 20  # in a block
+TRACED_STEPS = 3
+UNTIMED_STEPS = 2  # before each block
 SMALLEST_BATCH = 8  # samples of a GPU among 512 that share 4,096
 STEPS_CUT = 10  # steps whose cut is looked at
 STEP_OF_TABLE = 1000  # steps are numbered from here: past the learning rate of 0, not yet at its peak
@@ -101,7 +107,7 @@ class Kind:
     name: str = ""  # alone, together, without_reduction
 
     def __post_init__(self):
-        self.blocks = []  # of each: [seconds, tokens, FLOPs of a step], of each process
+        self.blocks = []  # of each block, what `run` returned in each process
 
 
 class Bench:
@@ -139,7 +145,9 @@ class Bench:
                 kinds.append(Kind(batch, self.together, size, inner, name="without_reduction"))
         size = self.cfg.global_batch_size // 2
         while size >= SMALLEST_BATCH and self.name != "bert":
-            kinds.append(Kind("curve", self.alone, size, single, turns=1, name="alone"))
+            checked = size * self.gpus == self.cfg.global_batch_size  # against it, the prediction
+            if size != self.cfg.per_gpu:
+                kinds.append(Kind("curve", self.alone, size, single, TURNS if checked else 1, name="alone"))
             size //= 2
         return kinds
 
@@ -148,8 +156,11 @@ class Bench:
         cfg = train_config(self.cfg, self.name, kind.samples)
         return train.choose_micro_batch_tokens(cfg, kind.process, self.num_params, self.samples.vocab_size)
 
-    def run(self, kind, num_steps):
-        """[seconds, tokens, FLOPs] of a step of this process: the mean of some, after one that is not timed."""
+    def run(self, kind, num_steps, trace=None):
+        """[seconds, tokens, FLOPs, calls of cudaMalloc] of a step of this process: the mean of some, after two untimed.
+
+        trace: a torch.profiler.profile that is to see the timed ones.
+        """
         cfg, process, most = self.train_cfg, kind.process, self.micro_batch_tokens(kind)
 
         def make(step):
@@ -158,33 +169,39 @@ class Bench:
             )
             return [batch.pinned_for(self.device) for batch in batches]
 
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # micro-batches of another size come
         if self.gpus > 1:
             dist.barrier()
         self.guard.world_size = process.world_size
         tokens = flops = 0
-        steps = range(self.next_step, self.next_step + 1 + num_steps)
+        steps = range(self.next_step, self.next_step + UNTIMED_STEPS + num_steps)
         self.next_step = steps.stop
         for step, batches in zip(steps, prefetch(make, steps)):
-            if step == steps.start + 1:
+            timed = step >= steps.start + UNTIMED_STEPS
+            if step == steps.start + UNTIMED_STEPS:
                 self.synchronize()
-                begun = time.perf_counter()
+                if trace:
+                    trace.start()
+                    dist.barrier()  # starting takes each process another time
+                allocations, begun = self.allocations(), time.perf_counter()
             self.guard.at(step)
             num_masked, asked_to_stop = train.sum_counts(batches, self.guard.signal > 0, process)
             train.forward_backward(kind.model, batches, num_masked.clamp(min=1), cfg, process, step)
             train.update(self.raw_model, self.optimizer, cfg, process, step)
             if self.guard.all_stop(asked_to_stop):
                 raise SystemExit(128 + self.guard.signal)
-            if step > steps.start:
+            if timed:
                 tokens += sum(batch.num_tokens for batch in batches)
                 flops += sum(
                     matrix_flops(cfg, self.samples.vocab_size, b.num_tokens, b.sum_squared_lengths, b.num_masked)
                     for b in batches
                 )
         self.synchronize()
-        return [(time.perf_counter() - begun) / num_steps, tokens / num_steps, flops / num_steps]
+        sums = [time.perf_counter() - begun, tokens, flops, self.allocations() - allocations]
+        return [value / num_steps for value in sums]
+
+    def allocations(self):
+        """How often memory was asked of the GPU so far: not at all in steady training."""
+        return torch.cuda.memory_stats()["num_device_alloc"] if self.device.type == "cuda" else 0
 
     def synchronize(self):
         if self.device.type == "cuda":
@@ -215,7 +232,8 @@ class Bench:
         """Of GPUs that work each for itself: the mean of their rates."""
         of_gpus = [[block[gpu] for block in kind.blocks] for gpu in range(self.gpus)]
         rows = [self.row(kind, blocks, 1) for blocks in of_gpus]
-        row = rows[0] | {key: statistics.mean(r[key] for r in rows) for key in ("samples_per_second", "tokens_per_second")}
+        rates = ("samples_per_second", "tokens_per_second")
+        row = rows[0] | {key: statistics.mean(r[key] for r in rows) for key in rates}
         row["ms"] = 1e3 * kind.samples / row["samples_per_second"]
         row["mfu"] = rows[0]["mfu"] and statistics.mean(r["mfu"] for r in rows)
         return row | {"each_ms": [r["ms"] for r in rows]}
@@ -234,7 +252,7 @@ class Bench:
         }
 
     def row(self, kind, blocks, gpus):
-        """A row of the result from blocks of [seconds, tokens, FLOPs] a step; what it holds are medians."""
+        """A row of the result from blocks of what `run` returns; what it holds are medians."""
         peak, most = train.peak_flops(self.device), self.micro_batch_tokens(kind)
         work = filled_rows(self.samples, self.train_cfg, kind.samples, most, gpus)
         seconds = statistics.median(block[0] for block in blocks)
@@ -254,16 +272,18 @@ class Bench:
             "micro_batch_tokens": most,
             "micro_steps": len(work) / STEPS_CUT,
             "imbalance": imbalance(work),
+            "allocations": max(block[3] for block in blocks),
         }
 
     def nccl_ms(self, kind):
         """Of a step, on rank 0: milliseconds in NCCL's kernels; None on a CPU."""
         if self.device.type == "cpu":
             return None
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
-            self.run(kind, 1)
+        trace = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+        self.run(kind, TRACED_STEPS, trace)
+        trace.stop()
         found = [event.self_device_time_total for event in trace.key_averages() if "nccl" in event.key.lower()]
-        return sum(found) / 1e3 / 2  # of both steps
+        return sum(found) / 1e3 / TRACED_STEPS
 
     def link(self):
         """What the GPUs' link does with gradients: {bytes, seconds of reducing them bucket by bucket, of 8 bytes}."""
@@ -375,8 +395,8 @@ def measure_here(cfg, names):
 def reduction_seconds(link, gpus, num_bytes, per_node, node_gbits):
     """Seconds that an all-reduce of so many bytes takes, bucket by bucket.
 
-    Within a node and between nodes a ring moves 2 (n - 1) / n of them through each link, both at once, since NCCL passes
-    on what it has: the slower one counts. Within: at the rate measured here. Between: all adapters of a node together.
+    Within a node and between nodes a ring moves 2 (n - 1) / n of them through each link, both at once, since NCCL
+    passes on what it has: the slower one counts. Within: at the rate measured here. Between: all adapters of a node together.
     """
     n = link["gpus"]
     link_rate = 2 * (n - 1) / n * link["bytes"] / max(link["seconds"] - buckets(link["bytes"]) * link["latency"], 1e-9)
@@ -394,12 +414,14 @@ def buckets(num_bytes):
     return math.ceil(num_bytes / BUCKET_BYTES)
 
 
-def step_seconds(compute, facts, gpus, micro_steps, imbalance, per_node, node_gbits):
+def step_seconds(compute, facts, gpus, micro_steps, imbalance, several, per_node, node_gbits):
     """Seconds of a step on so many GPUs.
 
     compute: measured on one GPU, with the samples that each would have: matrix products, launches, AdamW and all.
-    The GPU with the most rows sets the pace. The reduction goes beside the last micro-step's backward pass, all but the
-    word embedding's gradient, which comes last. The count of masked tokens is summed before anything else.
+    imbalance: by how much the slowest GPU, or the one with the most rows, is behind. several: what a step of several
+    processes takes longer, reduction aside, as measured with `per_gpu` samples on each; mostly waiting for each other.
+    The reduction goes beside the last micro-step's backward pass, all but the word embedding's gradient, which comes
+    last. The count of masked tokens is summed before anything else.
     """
     if gpus == 1:
         return compute
@@ -407,14 +429,17 @@ def step_seconds(compute, facts, gpus, micro_steps, imbalance, per_node, node_gb
     reduction = reduction_seconds(link, gpus, link["bytes"], per_node, node_gbits)
     last = reduction * facts["last_bytes"] / link["bytes"]
     hidden = BACKWARD * compute / micro_steps
-    return compute * (1 + imbalance) + max(last, reduction - hidden) + latency_seconds(link, nodes)
+    return compute * (1 + imbalance) + several + max(last, reduction - hidden) + latency_seconds(link, nodes)
 
 
 def predict(results, cfg):
     """Predicted rows, as many as the measurements allow; those that were measured too, with both times."""
     found = []
     measured = {(row["model"], row["batch"], row["gpus"]): row for row in results["rows"] if "ms" in row}
-    alone = {(row["model"], row["samples"]): row for row in results["rows"] if row.get("gpus") == 1 and "ms" in row}
+    alone = {}
+    for row in results["rows"]:
+        if row["gpus"] == 1 and "ms" in row:
+            alone.setdefault((row["model"], row["samples"]), row)  # of GPUs beside fewer others
     with tempfile.TemporaryDirectory() as directory:
         samples = make_samples(directory, results["toy"])
         for name in CONFIGS:
@@ -425,6 +450,8 @@ def predict(results, cfg):
                 continue
             facts = max(links, key=lambda facts: facts["link"]["gpus"])
             train_cfg = train_config(cfg, name)
+            many, one = measured[name, "per_gpu", facts["link"]["gpus"]], alone[name, results["per_gpu"]]
+            several = max(0.0, many["without_reduction_ms"] - max(one["each_ms"])) / 1e3
             for batch, gpus in ((batch, gpus) for batch in ("global", "per_gpu") for gpus in PREDICTED):
                 each = results["global_batch_size"] // gpus if batch == "global" else results["per_gpu"]
                 one = alone.get((name, each))
@@ -432,7 +459,8 @@ def predict(results, cfg):
                     continue
                 most, steps = one["micro_batch_tokens"], one["micro_steps"]
                 unequal = imbalance(filled_rows(samples, train_cfg, each * gpus, most, gpus))
-                place = (facts, gpus, steps, unequal, cfg.gpus_per_node, cfg.node_gbits)
+                unequal += max(one["each_ms"]) / one["ms"] - 1  # as far as the measured GPUs differ
+                place = (facts, gpus, steps, unequal, several, cfg.gpus_per_node, cfg.node_gbits)
                 seconds = step_seconds(one["ms"] / 1e3, *place)
                 row = measured.get((name, batch, gpus))
                 reference = alone[name, results["global_batch_size"] if batch == "global" else each]
@@ -522,7 +550,7 @@ def number(value):
 def table(results):
     """The measured rows, in Markdown."""
     lines = [
-        "| model | batch | GPUs | samples/s | tokens/s | MFU | efficiency | ms a step (blocks) | communication | NCCL |",
+        "| model | batch | GPUs | samples/s | tokens/s | MFU | efficiency | ms a step (blocks) | exposed | NCCL |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in results["rows"]:

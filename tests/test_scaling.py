@@ -1,0 +1,121 @@
+"""scaling.py: the model of the step time by hand, the measurement at toy size, and what wrong options end in."""
+
+import json
+
+import pytest
+import torch
+
+import scaling
+from ranks import Ranks
+from toy import ROOT
+
+LINK = {"gpus": 2, "bytes": 100 * 2**20, "seconds": 0.0021 + 4 * 25e-6, "latency": 25e-6}  # four buckets
+FACTS = {"last_bytes": 20 * 2**20, "link": LINK}
+NODES = {"per_node": 8, "node_gbits": 3200.0}
+
+
+def step_ms(gpus, compute=0.1, micro_steps=1, imbalance=0.0, several=0.0, **nodes):
+    return 1e3 * scaling.step_seconds(compute, FACTS, gpus, micro_steps, imbalance, several, **{**NODES, **nodes})
+
+
+def test_the_model_of_the_step_time():
+    """Two GPUs moved 100 MiB in 2.1 ms without latencies. Here is what follows, from arithmetic by hand."""
+    num_bytes = LINK["bytes"]
+    assert scaling.reduction_seconds(LINK, 2, num_bytes, 8, 3200) == pytest.approx(2.2e-3)
+    # Eight pass 7/4 of the bytes where two pass one; the latency is that of a node.
+    assert scaling.reduction_seconds(LINK, 8, num_bytes, 8, 3200) == pytest.approx(1.75 * 2.1e-3 + 1e-4)
+    # Two nodes with 8 Gbit/s each: 100 MiB at 0.8 GB/s, and one doubling of nodes there and back in each bucket.
+    slow = num_bytes / 0.8e9 + 4 * (25e-6 + 20e-6)
+    assert scaling.reduction_seconds(LINK, 16, num_bytes, 8, 8) == pytest.approx(slow)
+    # A fifth of the gradient comes last, after which nothing hides it; and the count is summed first.
+    assert step_ms(1) == 100
+    assert step_ms(2) == pytest.approx(100 + 2.2 / 5 + 0.025)
+    assert step_ms(2, imbalance=0.01, several=0.002) == pytest.approx(101 + 2 + 2.2 / 5 + 0.025)
+    # With a slow network what the last backward pass does not cover is seen: a third of 100 ms in two micro-steps.
+    assert step_ms(16, micro_steps=2, node_gbits=8) == pytest.approx(100 + 1e3 * slow - 100 / 3 + 0.045)
+
+
+def test_imbalance_of_rows():
+    """Two micro-steps of two GPUs: 3 + 4 rows are waited for, 2.5 + 4 are the means."""
+    assert scaling.imbalance(torch.tensor([[2.0, 3.0], [4.0, 4.0]]).numpy()) == pytest.approx(7 / 6.5 - 1)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """What two processes of a toy measure, and the tables printed from it."""
+    directory = tmp_path_factory.mktemp("scaling")
+    out = directory / "scaling.json"
+    ranks = Ranks(["--toy", "--models=base", f"--out={out}"], 2, directory, script="scaling")
+    assert ranks.wait() == [0, 0], ranks.output()
+    return out
+
+
+def test_what_is_measured(measured, tmp_path, capsys):
+    results = json.loads(measured.read_text())
+    rows = {(row["batch"], row["gpus"], row["samples"]): row for row in results["rows"]}
+    assert set(rows) == {
+        ("global", 1, 64), ("global", 2, 64), ("per_gpu", 1, 16), ("per_gpu", 2, 32), ("curve", 1, 32), ("curve", 1, 8),
+    }  # fmt: skip
+    for (batch, gpus, samples), row in rows.items():
+        assert row["samples_per_second"] == pytest.approx(1e3 * samples / row["ms"])
+        # Samples have 115 tokens on average, 30 to 128 each.
+        assert 30 < row["tokens_per_second"] / row["samples_per_second"] < 128
+        assert len(row["blocks_ms"]) == (1 if (batch, samples) == ("curve", 8) else scaling.TURNS)
+        if gpus == 1:
+            assert len(row["each_ms"]) == 2
+        else:
+            reference = rows[batch, 1, 64 if batch == "global" else 16]["tokens_per_second"]
+            assert row["efficiency"] == pytest.approx(row["tokens_per_second"] / (2 * reference))
+            assert row["communication_ms"] == pytest.approx(row["ms"] - row["without_reduction_ms"])
+    link = results["models"]["base 2"]["link"]
+    cfg = scaling.train_config(scaling.ScalingConfig(toy=True), "base")
+    num_params = sum(parameter.numel() for parameter in scaling.MaskedLM(cfg, 500).parameters())
+    assert link["gpus"] == 2 and link["bytes"] == 4 * num_params and link["seconds"] > 0
+
+    predicted = tmp_path / "predicted.json"
+    scaling.main([f"--predict={measured}", f"--out={predicted}", "--gpus_per_node=4"])
+    printed = capsys.readouterr().out
+    assert "toy" in results["device"] and "Predicted, not measured: nodes of 4 GPUs" in printed
+    assert printed.count("ms predicted") == 2 and "| MosaicBERT-Base | 64 | 8 |" in printed
+    rows = json.loads(predicted.read_text())["predicted"]
+    assert {(row["batch"], row["gpus"]) for row in rows if row["measured_ms"] is None} == {
+        ("global", 4), ("global", 8), *(("per_gpu", 2**i) for i in range(2, 10)),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "option, says",
+    [
+        ("--gpus=two", "expected numbers of GPUs"), ("--gpus=0", "expected numbers of GPUs"),
+        ("--gpus=3 --global_batch_size=4096", "not a multiple of 3 GPUs"), ("--models=huge", "no 'huge'"),
+        ("--models=,", "empty"), ("--predict=nowhere.json", "nowhere.json: No such file"),
+        (f"--predict={ROOT}/README.md", "not a result of scaling.py"),
+    ],
+)  # fmt: skip
+def test_mistakes_end_in_one_line(capsys, option, says):
+    with pytest.raises(SystemExit) as stopped:
+        scaling.main(option.split())
+    captured = capsys.readouterr()
+    assert stopped.value.code == 2 and captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert says in captured.err
+
+
+@pytest.mark.slow
+def test_the_whole_command(tmp_path, capfd):
+    """It starts torchrun for each model; the tables are printed, and the file holds them."""
+    out = tmp_path / "scaling.json"
+    scaling.main(["--toy", "--models=base,large", f"--out={out}"])
+    printed = capfd.readouterr().out
+    assert "4 GPUs: not measured, 2 are here" in printed and "| MosaicBERT-Large | 16 a GPU | 2 |" in printed
+    assert {row["model"] for row in json.loads(out.read_text())["rows"]} == {"base", "large"}
+
+
+@pytest.mark.slow
+def test_several_processes_against_one_and_a_kill(tmp_path):
+    """tests/gpu_scaling.py at toy size: samples, masks, 100 losses, and a run of two killed and resumed with one."""
+    import gpu_scaling
+
+    gpu_scaling.main(["--toy", f"--out={tmp_path}/checked"])
+    results = json.loads((tmp_path / "checked.json").read_text())
+    assert results["samples_and_masks_equal"] and results["processes"] == [2, 1]
+    assert results["last_loss"] < results["first_loss"] - 0.5
