@@ -109,7 +109,7 @@ def test_killed_and_resumed_equals_uninterrupted(data_dir, tmp_path, options):
 
 
 def test_two_processes_equal_one_and_micro_batches_do_not_matter(data_dir, tmp_path):
-    options = {"hidden_dropout": 0, "max_steps": 8}
+    options = {"hidden_dropout": 0, "max_steps": 100, "eval_interval": 50}
     runs = {}
     for name, processes, micro in (("one", 1, 0), ("small", 1, 40), ("two", 2, 100)):
         result = run_train(toy_argv(data_dir, tmp_path / name, micro_batch_tokens=micro, **options), processes)
