@@ -402,7 +402,7 @@ def plot_scaling(cfg, pyplot):
         column[0].set_yscale("log")
         column[0].set_ylabel("samples/s")
         column[1].set_ylabel("MFU (%)" if lower == "mfu" else "efficiency (%)")
-        column[1].set_ylim(0, None)
+        column[1].set_ylim(0, 1.05 * column[1].get_ylim()[1])
         column[1].set_xscale("log", base=2)
         column[1].xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         column[1].set_xlabel("GPUs")

@@ -20,7 +20,7 @@ OPTIONS = {
     "finetune_glue": "GlueConfig", "plot": "PlotConfig",
     "convert_hf": "ConvertConfig", "torture": "TortureConfig", "gpu_reliability": "GpuReliabilityConfig",
     "bits_per_byte": "BitsConfig", "bench_data": "BenchConfig", "compare_finetuning": "CompareConfig",
-    "full_size_glue": "FullSizeConfig", "race": "RaceConfig",
+    "full_size_glue": "FullSizeConfig", "scaling": "ScalingConfig", "gpu_scaling": "GpuScalingConfig", "race": "RaceConfig",
 }  # fmt: skip
 
 

@@ -48,6 +48,49 @@ def write_bench(path):
     return str(path)
 
 
+def scaling_row(model, batch, gpus, samples, **values):
+    rate = samples * 10
+    return {
+        "model": model, "batch": batch, "gpus": gpus, "samples": samples, "ms": 100.0, "samples_per_second": rate,
+        "mfu": None, "measured_ms": None, "efficiency": None if gpus == 1 else 0.9, **values,
+    }  # fmt: skip
+
+
+def write_scaling(path, predicted=True):
+    """A result of scaling.py: two models on one and two GPUs, one of them predicted for more."""
+    rows = [
+        scaling_row(model, batch, gpus, 64 if batch == "global" else 16 * gpus)
+        for model in ("base", "bert")
+        for batch in ("global", "per_gpu")
+        for gpus in (1, 2)
+    ]
+    rows.append({"model": "large", "gpus": 2, "not_measured": "ended with status 1"})
+    results = {"device": "Some GPU", "toy": False, "global_batch_size": 64, "per_gpu": 16, "rows": rows, "models": {}}
+    if predicted:
+        results["predicted"] = [
+            scaling_row("base", "global", 2, 64, measured_ms=90.0, samples_per_second=1),
+            *(scaling_row("base", "global", gpus, 64) for gpus in (4, 8)),
+        ]
+    path.write_text(json.dumps(results))
+    return str(path)
+
+
+def test_scaling(tmp_path, capsys):
+    """What was measured is drawn as measured, and only what was not as predicted."""
+    from matplotlib import pyplot
+
+    figure = plot.plot_scaling(plot.PlotConfig(scaling=write_scaling(tmp_path / "scaling.json")), pyplot)
+    upper = figure.axes[0]
+    lines = [(line.get_linestyle(), list(line.get_xdata())) for line in upper.get_lines()]
+    assert ("-", [1, 2]) in lines and ("--", [2, 4, 8]) in lines
+    labels = upper.get_legend_handles_labels()[1]
+    assert labels[:2] == ["MosaicBERT-Base", "BERT-Base, compiled"] and "published" in labels[2]
+    assert figure.axes[2].get_ylabel() == "efficiency (%)"  # this GPU's peak is not known
+    pyplot.close(figure)
+    line = fails(capsys, f"--scaling={write_scaling(tmp_path / 'measured.json', predicted=False)}")
+    assert "no prediction" in line and "scaling.py --predict=" in line
+
+
 def fails(capsys, *argv):
     with pytest.raises(SystemExit) as stop:
         plot.main(argv)
