@@ -559,7 +559,7 @@ def train(cfg, process, run, guard, train_samples, val_samples):
         # DDP sorts its gradient buckets anew after its first backward pass, and the order of a sum over three or more
         # processes depends on them. One pass for nothing makes a resumed run add up as an uninterrupted one does.
         forward_backward(model, step_batches(state["step"] + 1)[:1], torch.ones((), device=device), cfg, process, 0)
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=False)
         model.register_forward_hook(guard.progress)
     if not max_steps:
         cfg = dataclasses.replace(cfg, max_steps=budget_steps())
@@ -727,9 +727,7 @@ def update(model, optimizer, cfg, process, step, skip=False):
     for group in optimizer.param_groups:
         group["lr"] = lr_at(cfg, step)
     optimizer.step()
-    # To None, not to zeros: DDP then writes each gradient into its bucket divided already, in one pass over memory
-    # instead of three.
-    optimizer.zero_grad()
+    optimizer.zero_grad(set_to_none=process.world_size == 1)  # DDP's gradients are views of its buckets
     return grad_norm
 
 
