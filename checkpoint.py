@@ -85,7 +85,8 @@ class RunDirectory:
     def adopt(self, config, defaults, differing_schedule, tokenizer_text):
         """Find the newest checkpoint, and refuse if it is that of a run with another result.
 
-        config: what config.json is to hold; a max_steps of None is filled in, if it is known. defaults: of options, for a run from before there was one.
+        config: what config.json is to hold; a max_steps of None is filled in, if it is known. defaults: of options, for a
+        run from before there was one.
         differing_schedule(earlier max_steps, step): whether max_steps matters.
         """
         self.config, self.tokenizer_text = config, tokenizer_text

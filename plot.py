@@ -86,17 +86,25 @@ def find(patterns, name):
     return paths
 
 
-def read_glue(path):
-    """A glue.json as a dictionary. Raises: UserError."""
+def read_result(path, what, interpret):
+    """interpret(the JSON in a file). Raises: UserError where it is no `what`, as in "glue.json of finetune_glue.py"."""
     try:
         with open(path, encoding="utf-8") as file:
-            results = json.load(file)
+            return interpret(json.load(file))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror} (expected a {what})") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: not a {what}") from None
+
+
+def read_glue(path):
+    """A glue.json as a dictionary. Raises: UserError."""
+
+    def interpret(results):
         results["tasks"], results["model"]
         return results
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror} (expected a glue.json of finetune_glue.py)") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: not a glue.json of finetune_glue.py") from None
+
+    return read_result(path, "glue.json of finetune_glue.py", interpret)
 
 
 def read_log(path):
@@ -150,7 +158,6 @@ def curves(paths, labels, x, tasks):
     """{label: [(x, mean, lowest, highest)]}, one point for each pretraining length; pretraining seeds are averaged.
 
     Runs of one budget have one length, others those of equally many steps.
-
     The mean is that of all results; lowest and highest are those of single seeds, of pretraining and fine-tuning.
     """
     scores = {}
@@ -305,15 +312,12 @@ def plot_loss(cfg, pyplot):
 
 def read_bench(path):
     """The JSON of kernels.bench as a dictionary. Raises: UserError."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            results = json.load(file)
+
+    def interpret(results):
         [row["entry"] for row in results["rows"]], results["device"]
         return results
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror} (expected the JSON of python -m kernels.bench)") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: not a result of python -m kernels.bench") from None
+
+    return read_result(path, "result of python -m kernels.bench", interpret)
 
 
 def plot_kernels(cfg, pyplot):
@@ -439,14 +443,11 @@ def draw_scaling(column, measured, predicted, what, how):
 
 def read_report(path):
     """How many documents of which length a report.json tells of: {(shortest, longest): documents}. Raises: UserError."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            lengths = json.load(file)["lengths"]
-        return {tuple(map(int, name.split("-"))): int(count) for name, count in lengths.items()}
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror} (expected a report.json of prepare_c4.py)") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path}: not a report.json of prepare_c4.py") from None
+
+    def interpret(report):
+        return {tuple(map(int, name.split("-"))): int(count) for name, count in report["lengths"].items()}
+
+    return read_result(path, "report.json of prepare_c4.py", interpret)
 
 
 def plot_lengths(cfg, pyplot):
@@ -475,15 +476,12 @@ def plot_lengths(cfg, pyplot):
 
 def read_lengths(path):
     """A lengths.json as a dictionary. Raises: UserError."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            result = json.load(file)
+
+    def interpret(result):
         places = sorted((int(length), found["loss"]) for length, found in result["lengths"].items())
         return {"model": result["model"], "minutes": result["minutes"], "places": places}
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror} (expected a lengths.json of race.py)") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path}: not a lengths.json of race.py") from None
+
+    return read_result(path, "lengths.json of race.py", interpret)
 
 
 def plot_at_lengths(cfg, pyplot):

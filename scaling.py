@@ -24,7 +24,6 @@ Read next: plot.py
 import contextlib
 import datetime
 import gc
-import json
 import math
 import os
 import statistics
@@ -42,10 +41,12 @@ import torch
 import torch.distributed as dist
 
 import checkpoint
+import plot
 import train
 import watch
 from config import UserError, command, load_config
 from data import SEQUENCE_MULTIPLE, TOKEN_MULTIPLE, cut, prefetch
+from kernels.bench import write_results
 from kernels.bench_steps import Data
 from model import MaskedLM, matrix_flops
 
@@ -375,7 +376,7 @@ def measure_here(cfg, names):
                 facts = {"last_bytes": last_bytes, "link": bench.link(), "clocks": bench.clocks}
                 results["models"][f"{name} {process.world_size}"] = facts
                 if process.rank == 0:
-                    write(cfg.out, results)
+                    write_results(cfg.out, results)
                 del bench
                 gc.collect()
     except BaseException as error:
@@ -492,27 +493,14 @@ def about(cfg):
     }
 
 
-def write(path, results):
-    try:
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        with open(path + ".tmp", "w", encoding="utf-8") as file:
-            json.dump(results, file, indent=1)
-        os.replace(path + ".tmp", path)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror} (give another --out)") from None
-
-
 def read(path):
     """Results as a dictionary. Raises: UserError."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            results = json.load(file)
+
+    def interpret(results):
         [row["model"] for row in results["rows"]], results["models"], results["device"], results["toy"]
         return results
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror} (expected the JSON of scaling.py)") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: not a result of scaling.py") from None
+
+    return plot.read_result(path, "result of scaling.py", interpret)
 
 
 def names_of(text, known, option):
@@ -603,7 +591,7 @@ def show(results, cfg):
     results["predicted"] = predict(results, cfg)
     results["node_gbits"], results["gpus_per_node"] = cfg.node_gbits, cfg.gpus_per_node
     print(f"\n{table(results)}\n\n{predicted_table(results, cfg)}")
-    write(cfg.out, results)
+    write_results(cfg.out, results)
     print(f"written to {cfg.out}")
 
 
@@ -655,7 +643,7 @@ def main(argv):
                     failed = True
                     results["rows"].append({"model": name, "gpus": gpus, "not_measured": f"ended with status {status}"})
                 print(f"{TITLES[name]} on {gpus}: {time.perf_counter() - begun:.0f} s", flush=True)
-                write(cfg.out, results)
+                write_results(cfg.out, results)
     show(results, cfg)
     if failed:
         raise SystemExit(1)

@@ -268,7 +268,7 @@ def memory_bytes(cfg, num_params, vocab_size, tokens, bytes_per_value, fused):
 
 
 def choose_micro_batch_tokens(cfg, process, num_params, vocab_size):
-    """What is worth it of the tokens that fit into the smallest GPU of the run, of which a tenth and 1 GB stay free."""
+    """The most tokens that fit into the smallest GPU of the run, of which a tenth and 1 GB stay free, and are of use."""
     if cfg.micro_batch_tokens:
         return cfg.micro_batch_tokens
     most = CPU_MICRO_BATCH_TOKENS

@@ -154,16 +154,7 @@ class Bench:
         self.results["rows"].append(values)
         self.results["seconds"] = round(self.elapsed(), 1)
         print(line_of(values), flush=True)
-        self.save()
-
-    def save(self):
-        try:
-            os.makedirs(os.path.dirname(os.path.abspath(self.cfg.out)), exist_ok=True)
-            with open(self.cfg.out + ".tmp", "w", encoding="utf-8") as file:
-                json.dump(self.results, file, indent=1)
-            os.replace(self.cfg.out + ".tmp", self.cfg.out)
-        except OSError as error:
-            raise UserError(f"{self.cfg.out}: {error.strerror} (give another --out)") from None
+        write_results(self.cfg.out, self.results)
 
     # Time
 
@@ -232,6 +223,17 @@ class Busy:
 
     def __exit__(self, *_):
         del self.source, self.target
+
+
+def write_results(path, results):
+    """Write a dictionary as JSON, the whole file or none of it. Raises: UserError."""
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        with open(path + ".tmp", "w", encoding="utf-8") as file:
+            json.dump(results, file, indent=1)
+        os.replace(path + ".tmp", path)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror} (give another --out)") from None
 
 
 def line_of(values):

@@ -183,7 +183,7 @@ class Ours:
 
 
 class OursWithCopies(peers.PlainStep):
-    """This project's model with its layers' matrices in bf16 beside fp32 masters; train.py casts all each micro-step."""
+    """This project's model with its layers' matrices in bf16 beside fp32 masters; train.py casts all once a step."""
 
     def __init__(self, work):
         super().__init__(work, "ours", "eager")
