@@ -58,7 +58,7 @@ class RaceConfig:
     both: str = "--chunk=true --global_batch_size=512 --warmup_fraction=0.25"  # options of train.py for both: see below
     price_per_gpu_hour: float = 2.5  # dollars
     tasks: str = "cola:3,mrpc:3,stsb:3,rte:3,sst2:1"  # of finetune_glue.py; empty: pretrain only, as for choosing settings
-    finetune: str = "--recipe=mosaic --jobs=8"  # further options of finetune_glue.py
+    finetune: str = "--recipe=fast --jobs=8"  # further options of finetune_glue.py
     bench: bool = False  # also time transformers' compiled BertForMaskedLM: needs that package, takes 2 minutes
     # Or what came out
     table: str = ""  # a directory of finished runs: print its table and the factor
@@ -102,10 +102,10 @@ def pretrain_command(cfg, run):
 
 
 def length_command(cfg, run, length):
-    """Evaluate on the held-out texts, cut into pieces of at most `length` tokens."""
+    """Evaluate on the held-out texts, cut into pieces of at most `length` tokens; to compile would take longer than that."""
     options = [f"--data_dir={cfg.data_dir}", f"--init_from={cfg.work_dir}/{run.name}", f"--seq_length={length}"]
-    options += [f"--out_dir={cfg.work_dir}/{run.name}_lengths", "--eval_only", "--micro_batch_tokens=32768"]
-    return ["train.py", *model_options(cfg, run), *options]
+    options += [f"--out_dir={cfg.work_dir}/{run.name}_lengths", "--eval_only", "--compile=false"]
+    return ["train.py", *model_options(cfg, run), "--micro_batch_tokens=32768", *options]
 
 
 def finetune_command(cfg, run):

@@ -67,7 +67,7 @@ def test_commands():
     assert [run.minutes for run in runs] == [8] * 2 + [4] * 4 + [2] * 4  # longest first
     words = race.pretrain_command(RaceConfig(), Run("bert", 8, 17))
     assert words[0] == "train.py" and {"configs/bert_base.py", "--compile=true", "--budget_minutes=8", "--seed=17"} < set(words)
-    assert "--recipe=mosaic" in race.finetune_command(RaceConfig(), Run("bert", 8, 17))
+    assert "--recipe=fast" in race.finetune_command(RaceConfig(), Run("bert", 8, 17))
     assert "--seq_length=1024" in race.length_command(RaceConfig(), Run("mosaicbert", 8, 17), 1024)
     # A model's own options override those for both.
     own = race.pretrain_command(RaceConfig(bert="configs/bert_base.py --global_batch_size=1024"), Run("bert", 8, 17))
