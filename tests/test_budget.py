@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import statistics
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import budget
 import train
 from ranks import run_ranks
 from test_train import data_dir, fails  # noqa: F401, a fixture
-from toy import files_of, make_shards, read_log, toy_argv
+from toy import ROOT, files_of, make_shards, read_log, toy_argv
 from train import Process, TrainConfig
 
 ALONE = Process(0, 1, torch.device("cpu"), torch.float32)
@@ -228,7 +229,7 @@ def test_dry_run_plans_by_what_was_measured(tmp_path, capsys):
     train.main([*argv, "--price_per_gpu_hour=2.5", "--dry_run"])
     printed = capsys.readouterr().out
     line = next(line for line in printed.splitlines() if "H100" in line)
-    assert line.startswith("budget      16 minutes on 1 x H100 at 43.0% MFU (results/glue_h100/pretrain.jsonl): ")
+    assert line.startswith("budget      16 minutes on 1 x H100 at 46.4% MFU (results/scaling_h100/scaling.json): ")
     assert line.endswith("epochs, 0.267 h, $0.67") and "steps see" in line
     assert "A100 at 29.8% MFU (published" in printed and "70,000" not in printed and not (tmp_path / "run").exists()
     train.main([*argv, "--hidden_size=384", "--dry_run"])
@@ -236,11 +237,16 @@ def test_dry_run_plans_by_what_was_measured(tmp_path, capsys):
 
 
 def test_expected_steps_are_those_of_the_measured_run():
-    """The run behind the H100's figure, 1,500 steps on two of them in 173 s, of which a save held it up for 3.9 s: saves
-    in the middle no longer do."""
-    cfg = TrainConfig(budget_minutes=(173.017 - 3.9) / 60, global_batch_size=1024, eval_interval=500)
-    tokens = 125.8  # of a sample: 1.22 M tokens/s over 9,665 samples/s
-    flops = train.matrix_flops(cfg, 30_522, tokens, tokens**2, 0.3 * tokens)
-    text = budget.expected_text(cfg, 2, "NVIDIA H100 80GB HBM3", 989.4e12, flops, 2600, 137_400_384, "{} steps".format)
-    steps = int(text.split(" samples; ")[1].split()[0])
-    assert steps == pytest.approx(1500, rel=0.03)
+    """The run behind BERT's figure: two minutes on an H100, 1,059 steps, within 3 % of the budget."""
+    with open(ROOT / "results/race_settings/bert_512_5e-4.jsonl") as file:
+        records = [json.loads(line) for line in file]
+    start, end = records[0], records[-1]
+    cfg = TrainConfig(**start["config"])
+    seconds = 60 * cfg.budget_minutes
+    assert end["event"] == "end" and abs(end["seconds"] / seconds - 1) < 0.03
+    rates = [record["tokens"] / record["samples"] for record in records if record["event"] == "train"]
+    tokens = statistics.median(rates)  # of a sample
+    flops = train.matrix_flops(cfg, 30_522, tokens, tokens**2, cfg.mask_prob * tokens)
+    place = (1, start["device"], 989.4e12, flops, 2700, start["num_params"])
+    steps = int(budget.expected_text(cfg, *place, "{} steps".format).split(" samples; ")[1].split()[0])
+    assert steps == pytest.approx(end["step"], rel=0.03)
