@@ -11,6 +11,7 @@ from statistics import median
 import pytest
 
 import race
+import scaling
 from test_race import write_race
 
 ROOT = Path(__file__).parent.parent
@@ -144,7 +145,7 @@ def test_speeds_are_those_of_the_benchmark():
     text = (ROOT / "README.md").read_text().partition("## Speed")[2].partition("\n## ")[0]
     shown = re.findall(r"^\| .* \| ([\d,]+) \| ([\d.]+) \|$", text, re.MULTILINE)
     entries = {}
-    for name in ("bench", "bench_others", "bench_512"):
+    for name in ("bench", "bench_others", "bench_512", "bench_large"):
         for row in json.loads((ROOT / "results" / "kernels_h100" / f"{name}.json").read_text())["rows"]:
             entries.setdefault((name, row["row"], row["entry"]), row)
     tuned = [entries["bench", "step_full", name] for name in ("flex_t2", "varlen_t2")]
@@ -154,8 +155,32 @@ def test_speeds_are_those_of_the_benchmark():
     for key in (
         ("bench", "step_full", "ours"), ("bench", "step_fill80", "ours"), ("bench", "step_fill80", "varlen_t2"),
         ("bench_512", "step_512", "ours"), ("bench_512", "step_512", "varlen_t2"),
+        ("bench_large", "step_large", "ours"), ("bench_large", "step_large", "flex_t2"),
     ):  # fmt: skip
         assert f"{entries[key]['samples_per_second']:,.0f}" in text, key
+
+
+def test_scaling_is_what_was_measured():
+    """README "Many GPUs" and results/README.md "scaling_h100": each row of the tables, measured and predicted."""
+    results = json.loads((ROOT / "results" / "scaling_h100" / "scaling.json").read_text())
+    readme = (ROOT / "README.md").read_text().partition("## Many GPUs")[2].partition("\n## ")[0]
+    details = (ROOT / "results" / "README.md").read_text().partition("## scaling_h100")[2].partition("\n## ")[0]
+    several = [row for row in results["rows"] if row["gpus"] > 1]
+    for row in several:
+        figures = f"{row['samples_per_second']:,.0f} | {row['tokens_per_second']:,.0f} | {row['mfu']:.1%}".replace("%", " %")
+        figures += f" | {row['efficiency']:.1%} |".replace("%", " %")
+        name, batch = scaling.TITLES[row["model"]], "4,096" if row["batch"] == "global" else "512"
+        for text, name in ((readme, name), (details, name.removeprefix("MosaicBERT-"))):
+            rows = [line for line in text.splitlines() if line.startswith(f"| {name} | {batch}") and line.endswith(figures)]
+            assert len(rows) == 1, figures
+    shown = re.findall(r"^\| .* \| 2 \| [\d,]+ \| [\d,]+ \| .* \|$", readme, re.MULTILINE)
+    assert len(shown) == len(several)
+    predicted = {(row["model"], row["batch"], row["gpus"]): row for row in results["predicted"]}
+    lines = re.findall(r"^\| (4,096|512 a GPU) \| (\d+) \| (\S+) \| (\S+) % \| (\S+) \| (\S+) % \|$", details, re.MULTILINE)
+    assert len(lines) == 10
+    for batch, gpus, *cells in lines:
+        rows = [predicted[model, "global" if batch == "4,096" else "per_gpu", int(gpus)] for model in ("base", "large")]
+        assert cells == [cell for r in rows for cell in (f"{r['samples_per_second']:,.0f}", f"{100 * r['efficiency']:.1f}")]
 
 
 def test_both_paths_end_with_these_losses():
