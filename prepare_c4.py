@@ -109,7 +109,7 @@ def check_same(out, plan, earlier):
     """Raises: UserError if the earlier plan would make other shards."""
     differing = [name for name in plan["options"] if earlier["options"].get(name) != plan["options"][name]]
     if earlier["sources"] != plan["sources"]:
-        differing.append("the source files")
+        differing.append("source files")
     if differing:
         raise UserError(f"{out}: made with other {', '.join(differing)} (choose another --out, or remove it)")
 
@@ -545,6 +545,8 @@ def main(argv):
     pieces = list_pieces(cfg.source, cfg.doc_sep, earlier["sources"] if earlier else ())
     options = {name: value for name, value in asdict(cfg).items() if name not in FREE_OPTIONS}
     plan = {"options": options, "sources": pieces}
+    if earlier and not finished and os.listdir(cfg.out) == [".work"] and os.listdir(work_path(cfg.out, "")) == ["plan.json"]:
+        earlier = None  # it failed before there was anything to keep
     if earlier:
         check_same(cfg.out, plan, earlier)
     if finished:

@@ -6,7 +6,7 @@ Read next: prepare_c4.py, which puts the ids into shards
 import re
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from config import UserError
 from data import load_tokenizer
@@ -15,6 +15,9 @@ SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 PART_CHARS = 2**20  # a longer text is tokenized in parts, or one of 50 MB would take gigabytes
 MIN_ALPHABET = 1000  # characters that a new vocabulary has room for, at least
 ALPHABET_COVERAGE = 0.9999  # share of a text's characters that a new vocabulary knows, if half its entries suffice
+# WordPiece makes [UNK] of such words in any case, and training takes the square of their length: minutes for a million
+# letters, as of a picture in base64.
+LONG_WORD = Regex("^.{101,}$")
 SPACE = re.compile(r"[ \t\n\r]")  # where every BERT tokenizer splits; its normalizer removes \f and \x85
 
 
@@ -45,11 +48,14 @@ def train_tokenizer(texts, size, cased):
     keep the result.
     """
     tokenizer = wordpiece(cased)
+    words = tokenizer.pre_tokenizer
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.Split(LONG_WORD, "removed")])
     trainer = trainers.WordPieceTrainer(
         vocab_size=size, min_frequency=2, limit_alphabet=alphabet_size(texts(), size), special_tokens=SPECIAL_TOKENS,
         show_progress=False,
     )  # fmt: skip
     tokenizer.train_from_iterator(texts(), trainer)
+    tokenizer.pre_tokenizer = words
     finish(tokenizer)
     return tokenizer.to_str(pretty=True)
 
