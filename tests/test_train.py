@@ -173,6 +173,28 @@ def fails(argv, capsys):
     return captured.err
 
 
+def test_half_of_what_torchrun_sets_is_refused(data_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.delenv("RANK", raising=False)
+    assert "start it with torchrun, or unset WORLD_SIZE" in fails(toy_argv(data_dir, tmp_path / "run"), capsys)
+
+
+def test_a_run_without_an_undamaged_checkpoint_does_not_begin_anew_over_them(data_dir, tmp_path, capsys):
+    """Days of training may be on a backup, or on a disk that is only not mounted."""
+    out = tmp_path / "run"
+    train.main(toy_argv(data_dir, out))
+    for step in train.checkpoint.steps(out):
+        (out / f"step_{step:08d}" / "model.safetensors").unlink()
+    before, log = sorted(out.rglob("*")), (out / "log.jsonl").read_bytes()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        train.main(toy_argv(data_dir, out))
+    *warnings, error = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and len(warnings) == 2 and all("passed over" in line for line in warnings)
+    assert error.startswith(f"error: {out}: no undamaged checkpoint is left of 2 (")
+    assert (sorted(out.rglob("*")), (out / "log.jsonl").read_bytes()) == (before, log)
+
+
 @pytest.mark.parametrize(
     "option, says",
     [
