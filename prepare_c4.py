@@ -56,7 +56,7 @@ class PrepareConfig:
     skip_bad_lines: int = 0  # lines that may be left out because they cannot be read, before it is an error
     dedup: bool = False  # keep only the first of equal documents; reads all twice, in 3 bytes of memory a document
     # Tokenizer
-    tokenizer: str = "google-bert/bert-base-uncased"  # tokenizer.json, BERT vocab.txt, or hub id
+    tokenizer: str = "google-bert/bert-base-uncased"  # tokenizer.json or a directory with one, BERT vocab.txt, or hub id
     train_tokenizer: int = 0  # make a WordPiece vocabulary of so many entries from the training text first; 0: do not
     cased: bool = False  # keep capitals and accents, for a vocab.txt or a new vocabulary
     compare_tokenizer: str = ""  # a second tokenizer: the report says how many tokens it would have taken

@@ -15,8 +15,8 @@ import math
 import os
 import platform
 import time
-import warnings
 import traceback
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial

@@ -3,6 +3,7 @@
 Read next: prepare_c4.py, which puts the ids into shards
 """
 
+import os
 import re
 
 import numpy as np
@@ -73,7 +74,12 @@ def alphabet_size(texts, size):
 
 
 def read_tokenizer(name, cased=False):
-    """The contents of a tokenizer.json: of that file, or made from a BERT vocab.txt, or from the hub. Raises: UserError."""
+    """The contents of a tokenizer.json: of that file or directory, made from a BERT vocab.txt, or from the hub.
+
+    Raises: UserError.
+    """
+    if os.path.isdir(name):  # of shards, a checkpoint or a model: nothing to ask the hub for
+        name = os.path.join(name, "tokenizer.json")
     if name.endswith(".json"):
         load_tokenizer(name)
         with open(name, encoding="utf-8") as file:
@@ -88,7 +94,7 @@ def read_tokenizer(name, cased=False):
         with open(name, encoding="utf-8", newline="\n") as file:
             entries = [line.rstrip("\r\n") for line in file]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{name}: {error} (expected a vocabulary, one entry a line)") from None
+        raise UserError(f"{name}: {getattr(error, 'strerror', None) or error} (expected a vocabulary, one entry a line)") from None
     vocab = {entry: i for i, entry in enumerate(entries)}
     if len(vocab) < len(entries):
         line = next(i for i, entry in enumerate(entries) if vocab[entry] != i) + 1

@@ -334,6 +334,8 @@ def test_a_tokenizer_json_is_taken_as_it_is():
     prepare(source="a.txt", val_fraction=0, tokenizer="given.json")
     assert stored() == [[6, 7, 8], [99]]
     assert Path("out/tokenizer.json").read_bytes() == Path("given.json").read_bytes()
+    prepare(source="a.txt", val_fraction=0, tokenizer="out", out="of_a_directory")  # that of other shards, or a checkpoint
+    assert files_of("of_a_directory")["tokenizer.json"] == files_of()["tokenizer.json"]
 
 
 @pytest.mark.parametrize("cased", [False, True])

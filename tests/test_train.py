@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import train
+from model import SequenceClassifier, model_config
 from ranks import run_ranks
-from toy import TOY_OPTIONS, files_of, make_documents, make_shards, read_log, run_train, toy_argv
+from toy import TOY_OPTIONS, files_of, make_documents, make_run, make_shards, read_log, run_train, toy_argv
 from toy import train_command, train_environment
 
 
@@ -287,6 +288,19 @@ def test_a_second_live_run_is_refused(data_dir, tmp_path, capsys):
     fcntl.flock(held, fcntl.LOCK_EX)
     assert "in use" in fails(toy_argv(data_dir, out), capsys)
     os.close(held)
+
+
+def test_init_from_a_fine_tuned_model(data_dir, tmp_path, capsys):
+    """Its classifier is left out, and a masked-language-model head is made, as fill_mask.py's message promises."""
+    run = Path(make_run(tmp_path / "tuned"))
+    config, texts = train.checkpoint.read_config(run / "step_00000001"), {}
+    for name in ("config.json", "tokenizer.json", "state.json"):
+        texts[name] = (run / "step_00000001" / name).read_text()
+    weights = train.checkpoint.weights_of(SequenceClassifier(model_config(config), config["vocab_size"], 3))
+    assert "classifier.weight" in weights and not any(name.startswith("cls.") for name in weights)
+    train.checkpoint.save(str(run), 2, {"model.safetensors": weights}, texts)
+    train.main(toy_argv(data_dir, tmp_path / "second", init_from=run, max_steps=1, warmup_fraction=1))
+    assert "with a new masked-language-model head" in capsys.readouterr().out
 
 
 def test_init_from_and_eval_only(data_dir, tmp_path, capsys):
