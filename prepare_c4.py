@@ -545,7 +545,7 @@ def main(argv):
     pieces = list_pieces(cfg.source, cfg.doc_sep, earlier["sources"] if earlier else ())
     options = {name: value for name, value in asdict(cfg).items() if name not in FREE_OPTIONS}
     plan = {"options": options, "sources": pieces}
-    if earlier and not finished and os.listdir(cfg.out) == [".work"] and os.listdir(work_path(cfg.out, "")) == ["plan.json"]:
+    if earlier and os.listdir(cfg.out) == [".work"] and os.listdir(work_path(cfg.out, "")) == ["plan.json"]:
         earlier = None  # it failed before there was anything to keep
     if earlier:
         check_same(cfg.out, plan, earlier)

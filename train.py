@@ -225,7 +225,8 @@ def setup_processes(cfg):
     """Join the processes that torchrun started, if it did."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1 and "RANK" not in os.environ:
-        raise UserError(f"WORLD_SIZE={world_size} in the environment, and no RANK (start it with torchrun, or unset WORLD_SIZE)")
+        hint = "start it with torchrun, or unset WORLD_SIZE"
+        raise UserError(f"WORLD_SIZE={world_size} in the environment, and no RANK ({hint})")
     device, dtype = setup_device(cfg, cfg)
     if world_size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"

@@ -94,7 +94,8 @@ def read_tokenizer(name, cased=False):
         with open(name, encoding="utf-8", newline="\n") as file:
             entries = [line.rstrip("\r\n") for line in file]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{name}: {getattr(error, 'strerror', None) or error} (expected a vocabulary, one entry a line)") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{name}: {reason} (expected a vocabulary, one entry a line)") from None
     vocab = {entry: i for i, entry in enumerate(entries)}
     if len(vocab) < len(entries):
         line = next(i for i, entry in enumerate(entries) if vocab[entry] != i) + 1
