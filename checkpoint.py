@@ -69,9 +69,9 @@ class RunDirectory:
             self.lock = os.open(path, os.O_RDONLY)
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go when the process ends
         except BlockingIOError:
-            raise UserError(f"{path}: in use by a live run (choose another --out_dir)") from None
+            raise UserError(f"{path}: in use by a live run (choose another directory)") from None
         except OSError as error:
-            raise UserError(f"{path}: {error.strerror} (choose another --out_dir)") from None
+            raise UserError(f"{path}: {error.strerror} (choose another directory)") from None
 
     def close(self):
         """Let go of the directory, once the checkpoint that is being written is on disk."""
@@ -91,6 +91,9 @@ class RunDirectory:
         """
         self.config, self.tokenizer_text = config, tokenizer_text
         self.newest = newest(self.path)
+        if not self.newest and steps(self.path):
+            hint = "restore one, or remove them all to begin anew"
+            raise UserError(f"{self.path}: no undamaged checkpoint is left of {len(steps(self.path))} ({hint})")
         if not self.newest and not os.path.exists(os.path.join(self.path, "config.json")):
             return
         earlier = {**defaults, **read_config(self.newest or self.path)}  # a checkpoint's is covered by its digests

@@ -274,14 +274,15 @@ def start_from(model, path, tokenizer_path):
     """Give a new MaskedLM the weights of read_model(path), for training with the tokenizer at `tokenizer_path`.
 
     Entries of a new vocabulary get the embedding of the same word in the old one; those that are new there, and a
-    missing head, keep the random weights they have. Returns what was done, as text. Raises: UserError.
+    missing head, keep the random weights they have; a pooler or classifier is left out. Returns what was done, as text.
+    Raises: UserError.
     """
     config, tensors, old_text = read_model(path)
     for name, value in asdict(model_config(config)).items():
         if "dropout" not in name and value != getattr(model.cfg, name):
             raise UserError(f"{path}: {name} is {value}, that of this run {getattr(model.cfg, name)} (set --{name}={value})")
     fresh, per_word = checkpoint.weights_of(model), {WORDS, DECODER_BIAS, "cls.predictions.bias"}
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("bert.pooler.")}
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(("bert.pooler.", "classifier."))}
     done = f"started from {path}"
     with open(tokenizer_path, encoding="utf-8") as file:
         new_text = file.read()

@@ -255,6 +255,9 @@ def json_rows(path, columns, cfg):
         except (KeyError, TypeError):
             skip_or_fail(cfg, bad_lines, f"{path}:{number}: not an object with {', '.join(map(repr, columns))}")
         else:
+            if None in cells:
+                skip_or_fail(cfg, bad_lines, f"{path}:{number}: {columns[cells.index(None)]!r} is null")
+                continue
             yield number, [cell if isinstance(cell, str) else json.dumps(cell) for cell in cells]
 
 
@@ -263,6 +266,9 @@ def own_task(cfg):
     regression. cfg.problem decides otherwise."""
     columns = tuple(cfg.text_columns.split(","))
     rows = read_own(cfg.train_file, columns, cfg.label_column, cfg)
+    for number, cells in rows:
+        if not cells[-1].strip():
+            raise UserError(f"{cfg.train_file}:{number}: the label is empty (label the row, or leave it out)")
     words = {cells[-1] for _, cells in rows}
     try:
         numbers = [float(word) for word in words]

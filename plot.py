@@ -265,7 +265,8 @@ def plot_glue(cfg, pyplot):
             score, spread = tasks[name]["score"], tasks[name]["score_ci95"]
             left = place + (i - (len(paths) - 1) / 2) * width
             axes.bar(left, score, width * 0.92, color=colour, hatch=hatch, edgecolor="white", label=label)
-            axes.errorbar(left, score, spread or 0, color="black", capsize=3, linewidth=1)
+            if spread is not None:  # of one seed nothing is known
+                axes.errorbar(left, score, spread, color="black", capsize=3, linewidth=1)
             axes.annotate(f"{score:.1f}", (left, score + (spread or 0) + 1), ha="center", fontsize="small")
             label = None  # in the legend once
     axes.set_xticks(range(len(names)), [TASK_NAMES.get(name, name) for name in names])
@@ -456,7 +457,9 @@ def plot_lengths(cfg, pyplot):
     labels = labels_for(cfg, paths, log_label)
     too_many(labels)
     reports = [read_report(path) for path in paths]
-    bins = sorted({bounds for report in reports for bounds in report})
+    ends = [end for report in reports for bounds in report for end in bounds]
+    powers = range(min(ends).bit_length() - 1, max(ends).bit_length())  # also those that no document has
+    bins = [(2**power, 2 ** (power + 1) - 1) for power in powers]
     figure, axes = pyplot.subplots(figsize=(2.4 + 0.5 * len(bins), 4.0), layout="constrained")
     width = 0.8 / len(paths)
     for i, (label, report, (colour, *_, hatch)) in enumerate(zip(labels, reports, STYLES)):
@@ -465,7 +468,7 @@ def plot_lengths(cfg, pyplot):
         shares = [100 * report.get(bounds, 0) / total for bounds in bins]
         label = f"{label}: {total:,} documents"
         axes.bar(places, shares, width * 0.92, color=colour, hatch=hatch, edgecolor="white", label=label)
-    axes.set_xticks(range(len(bins)), [f"{low:,}" for low, _ in bins], rotation=45)
+    axes.set_xticks(range(len(bins)), [f"{low:,}" for low, _ in bins], rotation=45, ha="right", rotation_mode="anchor")
     axes.set_xlabel("tokens in a document, from this number to twice it")
     axes.set_ylabel("% of documents")
     axes.set_title(cfg.title)

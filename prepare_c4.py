@@ -56,7 +56,7 @@ class PrepareConfig:
     skip_bad_lines: int = 0  # lines that may be left out because they cannot be read, before it is an error
     dedup: bool = False  # keep only the first of equal documents; reads all twice, in 3 bytes of memory a document
     # Tokenizer
-    tokenizer: str = "google-bert/bert-base-uncased"  # tokenizer.json, BERT vocab.txt, or hub id
+    tokenizer: str = "google-bert/bert-base-uncased"  # tokenizer.json or a directory with one, BERT vocab.txt, or hub id
     train_tokenizer: int = 0  # make a WordPiece vocabulary of so many entries from the training text first; 0: do not
     cased: bool = False  # keep capitals and accents, for a vocab.txt or a new vocabulary
     compare_tokenizer: str = ""  # a second tokenizer: the report says how many tokens it would have taken
@@ -109,7 +109,7 @@ def check_same(out, plan, earlier):
     """Raises: UserError if the earlier plan would make other shards."""
     differing = [name for name in plan["options"] if earlier["options"].get(name) != plan["options"][name]]
     if earlier["sources"] != plan["sources"]:
-        differing.append("the source files")
+        differing.append("source files")
     if differing:
         raise UserError(f"{out}: made with other {', '.join(differing)} (choose another --out, or remove it)")
 
@@ -545,6 +545,8 @@ def main(argv):
     pieces = list_pieces(cfg.source, cfg.doc_sep, earlier["sources"] if earlier else ())
     options = {name: value for name, value in asdict(cfg).items() if name not in FREE_OPTIONS}
     plan = {"options": options, "sources": pieces}
+    if earlier and os.listdir(cfg.out) == [".work"] and os.listdir(work_path(cfg.out, "")) == ["plan.json"]:
+        earlier = None  # it failed before there was anything to keep
     if earlier:
         check_same(cfg.out, plan, earlier)
     if finished:

@@ -16,6 +16,7 @@ import os
 import platform
 import time
 import traceback
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -223,6 +224,9 @@ def setup_device(cfg, model_cfg):
 def setup_processes(cfg):
     """Join the processes that torchrun started, if it did."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1 and "RANK" not in os.environ:
+        hint = "start it with torchrun, or unset WORLD_SIZE"
+        raise UserError(f"WORLD_SIZE={world_size} in the environment, and no RANK ({hint})")
     device, dtype = setup_device(cfg, cfg)
     if world_size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -671,7 +675,9 @@ def train(cfg, process, run, guard, train_samples, val_samples):
 def data_parallel(model, process):
     """The model with its gradients averaged over the processes, bucket by bucket while the backward pass goes on."""
     device_ids = [process.device.index] if process.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    with warnings.catch_warnings():  # torch 2.13 has another name for broadcast_buffers, which 2.11 does not know
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(model, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def sum_counts(batches, asked_to_stop, process):

@@ -3,10 +3,11 @@
 Read next: prepare_c4.py, which puts the ids into shards
 """
 
+import os
 import re
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from config import UserError
 from data import load_tokenizer
@@ -15,6 +16,9 @@ SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 PART_CHARS = 2**20  # a longer text is tokenized in parts, or one of 50 MB would take gigabytes
 MIN_ALPHABET = 1000  # characters that a new vocabulary has room for, at least
 ALPHABET_COVERAGE = 0.9999  # share of a text's characters that a new vocabulary knows, if half its entries suffice
+# WordPiece makes [UNK] of such words in any case, and training takes the square of their length: minutes for a million
+# letters, as of a picture in base64.
+LONG_WORD = Regex("^.{101,}$")
 SPACE = re.compile(r"[ \t\n\r]")  # where every BERT tokenizer splits; its normalizer removes \f and \x85
 
 
@@ -45,11 +49,14 @@ def train_tokenizer(texts, size, cased):
     keep the result.
     """
     tokenizer = wordpiece(cased)
+    words = tokenizer.pre_tokenizer
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.Split(LONG_WORD, "removed")])
     trainer = trainers.WordPieceTrainer(
         vocab_size=size, min_frequency=2, limit_alphabet=alphabet_size(texts(), size), special_tokens=SPECIAL_TOKENS,
         show_progress=False,
     )  # fmt: skip
     tokenizer.train_from_iterator(texts(), trainer)
+    tokenizer.pre_tokenizer = words
     finish(tokenizer)
     return tokenizer.to_str(pretty=True)
 
@@ -67,7 +74,12 @@ def alphabet_size(texts, size):
 
 
 def read_tokenizer(name, cased=False):
-    """The contents of a tokenizer.json: of that file, or made from a BERT vocab.txt, or from the hub. Raises: UserError."""
+    """The contents of a tokenizer.json: of that file or directory, made from a BERT vocab.txt, or from the hub.
+
+    Raises: UserError.
+    """
+    if os.path.isdir(name):  # of shards, a checkpoint or a model: nothing to ask the hub for
+        name = os.path.join(name, "tokenizer.json")
     if name.endswith(".json"):
         load_tokenizer(name)
         with open(name, encoding="utf-8") as file:
@@ -82,7 +94,8 @@ def read_tokenizer(name, cased=False):
         with open(name, encoding="utf-8", newline="\n") as file:
             entries = [line.rstrip("\r\n") for line in file]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{name}: {error} (expected a vocabulary, one entry a line)") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{name}: {reason} (expected a vocabulary, one entry a line)") from None
     vocab = {entry: i for i, entry in enumerate(entries)}
     if len(vocab) < len(entries):
         line = next(i for i, entry in enumerate(entries) if vocab[entry] != i) + 1

@@ -1,7 +1,8 @@
 """What ends a run before its last step: a signal, a process that hangs, a process that is lost.
 
 SIGTERM, SIGINT and SIGUSR1 ask a run to stop. One process that is asked is enough: all of them stop after the same
-step, with a checkpoint. In start-up, when nothing is lost, and at a second SIGINT the process ends at once.
+step, with a checkpoint. In start-up, when nothing is lost, and at a second SIGINT the process ends at once. Launchers such
+as `timeout -s INT` pass on what the process got already: a SIGINT within the same second is the first one still.
 Exit status:
 
     0          finished
@@ -30,6 +31,7 @@ import torch.distributed as dist
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 TICK = 0.5  # seconds between looks at the other processes
+SAME_SECONDS = 1  # in which another SIGINT is the same one, passed on by a launcher
 STORE_SECONDS = 5  # in which a store that is gone is known to be
 LOST = 3  # exit status
 
@@ -39,7 +41,7 @@ class Watch:
 
     def __init__(self, hang_timeout):
         self.hang_timeout = hang_timeout
-        self.signal = 0  # that asked this process to stop
+        self.signal, self.asked_at = 0, 0.0  # that asked this process to stop, and when it first did
         self.training = False  # set once there is something to save
         self.step, self.passes, self.since = 0, 0, time.monotonic()  # progress, and when there last was some
         self.rank, self.world_size, self.store = 0, 1, None
@@ -131,9 +133,10 @@ class Watch:
                 self._end(f"no progress for {self.hang_timeout} s")
 
     def _stop(self, number):
-        if self.signal and number == signal.SIGINT:
+        if self.signal and number == signal.SIGINT and time.monotonic() - self.asked_at > SAME_SECONDS:
             os._exit(128 + number)
-        self.signal = self.signal or number
+        if not self.signal:
+            self.signal, self.asked_at = number, time.monotonic()
         if not self.training:
             if self.store:
                 self._exchange()

@@ -143,7 +143,7 @@ def test_figures_are_drawn_and_equal_inputs_give_equal_bytes(tmp_path, capsys):
         ),
         "lengths": (
             [f"--lengths={tmp_path}/one/report.json,{tmp_path}/two"],
-            ["one: 3 documents", "two: 40 documents", "2,048", "% of documents", "tokens in a document"],
+            ["one: 3 documents", "two: 40 documents", "512", "2,048", "% of documents", "tokens in a document"],
         ),
         "tasks": ([f"--pareto={a},{b},{c}", "--tasks=true", "--x=dollars"], ["mean of 2 tasks", "CoLA", "US dollars"]),
     }

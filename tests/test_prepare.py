@@ -180,8 +180,18 @@ def test_other_source_files_are_refused(corpus, capsys, change):
         write_texts("4.txt", ["w1"])
     else:
         os.remove("3.txt")
-    assert prepare_fails(capsys, **corpus).startswith("error: out: made with other the source files")
+    assert prepare_fails(capsys, **corpus).startswith("error: out: made with other source files")
     assert state_of("out") == before
+
+
+def test_a_file_mended_before_anything_was_made_is_taken(capsys):
+    """The user mends the file that the message names, and gives the same command."""
+    write_files({"1.txt": b"\n".join(text.encode() for text in make_texts(30)), "2.csv": b"id;text\n1;w1\n"})
+    options = {"source": "?.txt,2.csv", "train_tokenizer": 100, "val_fraction": 0.2}
+    assert prepare_fails(capsys, **options).startswith("error: 2.csv:1: no column 'text'")
+    write_files({"2.csv": b"id,text\n1,w1\n"})
+    prepare(**options)
+    assert stored("val") and len(stored()) + len(stored("val")) == 31
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -324,6 +334,8 @@ def test_a_tokenizer_json_is_taken_as_it_is():
     prepare(source="a.txt", val_fraction=0, tokenizer="given.json")
     assert stored() == [[6, 7, 8], [99]]
     assert Path("out/tokenizer.json").read_bytes() == Path("given.json").read_bytes()
+    prepare(source="a.txt", val_fraction=0, tokenizer="out", out="of_a_directory")  # that of other shards, or a checkpoint
+    assert files_of("of_a_directory")["tokenizer.json"] == files_of()["tokenizer.json"]
 
 
 @pytest.mark.parametrize("cased", [False, True])
@@ -354,6 +366,16 @@ def test_a_tokenizer_is_not_trained_on_what_is_held_out():
     unknown = data.load_tokenizer("out/tokenizer.json")[1]["[UNK]"]
     assert len(stored("val")) == 30 and all(document[0] == unknown for document in stored("val"))
     assert not any(unknown in document for document in stored())
+
+
+def test_a_huge_word_is_not_learnt_and_takes_no_time():
+    """A word of more than 100 characters is [UNK] whatever the vocabulary; learning it takes the square of its length."""
+    write_texts("a.txt", [*make_texts(60), "q" * 300_000, "z" * 100])
+    prepare(source="a.txt", train_tokenizer=200, val_fraction=0, tokenizer=None)  # before: a minute
+    tokenizer, _ = data.load_tokenizer("out/tokenizer.json")
+    of_q, of_z = (tokenizer.encode(letter * 100, add_special_tokens=False).tokens for letter in "qz")
+    assert of_q == ["[UNK]"] and len(of_z) < 100 and "[UNK]" not in of_z
+    assert "Removed" not in Path("out/tokenizer.json").read_text()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

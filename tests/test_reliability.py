@@ -211,6 +211,8 @@ def test_a_signal_in_start_up_and_a_second_interrupt_leave_at_once(data_dir, tmp
     wait_for(ranks, "step 2/")
     ranks.signal(signal.SIGINT)
     time.sleep(0.3)
+    ranks.signal(signal.SIGINT)  # the same one once more, as from `timeout -s INT`
+    time.sleep(1)
     assert ranks.alive()  # it waits for its step
     ranks.signal(signal.SIGINT)
     assert ranks.wait(20) == [130]

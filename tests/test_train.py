@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import train
+from model import SequenceClassifier, model_config
 from ranks import run_ranks
-from toy import TOY_OPTIONS, files_of, make_documents, make_shards, read_log, run_train, toy_argv
+from toy import TOY_OPTIONS, files_of, make_documents, make_run, make_shards, read_log, run_train, toy_argv
 from toy import train_command, train_environment
 
 
@@ -173,6 +174,28 @@ def fails(argv, capsys):
     return captured.err
 
 
+def test_half_of_what_torchrun_sets_is_refused(data_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.delenv("RANK", raising=False)
+    assert "start it with torchrun, or unset WORLD_SIZE" in fails(toy_argv(data_dir, tmp_path / "run"), capsys)
+
+
+def test_a_run_without_an_undamaged_checkpoint_does_not_begin_anew_over_them(data_dir, tmp_path, capsys):
+    """Days of training may be on a backup, or on a disk that is only not mounted."""
+    out = tmp_path / "run"
+    train.main(toy_argv(data_dir, out))
+    for step in train.checkpoint.steps(out):
+        (out / f"step_{step:08d}" / "model.safetensors").unlink()
+    before, log = sorted(out.rglob("*")), (out / "log.jsonl").read_bytes()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        train.main(toy_argv(data_dir, out))
+    *warnings, error = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and len(warnings) == 2 and all("passed over" in line for line in warnings)
+    assert error.startswith(f"error: {out}: no undamaged checkpoint is left of 2 (")
+    assert (sorted(out.rglob("*")), (out / "log.jsonl").read_bytes()) == (before, log)
+
+
 @pytest.mark.parametrize(
     "option, says",
     [
@@ -265,6 +288,19 @@ def test_a_second_live_run_is_refused(data_dir, tmp_path, capsys):
     fcntl.flock(held, fcntl.LOCK_EX)
     assert "in use" in fails(toy_argv(data_dir, out), capsys)
     os.close(held)
+
+
+def test_init_from_a_fine_tuned_model(data_dir, tmp_path, capsys):
+    """Its classifier is left out, and a masked-language-model head is made, as fill_mask.py's message promises."""
+    run = Path(make_run(tmp_path / "tuned"))
+    config, texts = train.checkpoint.read_config(run / "step_00000001"), {}
+    for name in ("config.json", "tokenizer.json", "state.json"):
+        texts[name] = (run / "step_00000001" / name).read_text()
+    weights = train.checkpoint.weights_of(SequenceClassifier(model_config(config), config["vocab_size"], 3))
+    assert "classifier.weight" in weights and not any(name.startswith("cls.") for name in weights)
+    train.checkpoint.save(str(run), 2, {"model.safetensors": weights}, texts)
+    train.main(toy_argv(data_dir, tmp_path / "second", init_from=run, max_steps=1, warmup_fraction=1))
+    assert "with a new masked-language-model head" in capsys.readouterr().out
 
 
 def test_init_from_and_eval_only(data_dir, tmp_path, capsys):
