@@ -73,12 +73,13 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"{path}: {error.strerror} (choose another --out_dir)") from None
 
-    def close(self):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
         """Let go of the directory, once the checkpoint that is being written is on disk."""
         self.writer.shutdown()
-        if self.lock is not None:
-            os.close(self.lock)
-            self.lock = None
+        os.close(self.lock)
         if self.log_file:
             self.log_file.close()
 

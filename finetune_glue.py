@@ -22,6 +22,7 @@ import multiprocessing
 import os
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -702,8 +703,7 @@ def main(argv):
     if cfg.dry_run:
         return print_estimate(cfg, plan)
     rank = int(os.environ.get("RANK", 0))
-    directory = checkpoint.RunDirectory(cfg.out) if rank == 0 else None  # refuses a second live suite
-    try:
+    with checkpoint.RunDirectory(cfg.out) if rank == 0 else nullcontext():  # refuses a second live suite
         for name in ("runs", "predictions"):
             os.makedirs(os.path.join(cfg.out, name), exist_ok=True)
         if cfg.jobs > 1:
@@ -726,9 +726,6 @@ def main(argv):
             print(f"{cfg.out}/model: the fine-tuned model of the first seed")
         if cfg.predict_file:
             predict_own(cfg, os.path.join(cfg.out, "model"))
-    finally:
-        if directory:
-            directory.close()
 
 
 def predict_own(cfg, path):

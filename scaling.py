@@ -30,7 +30,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,7 +41,6 @@ import torch.distributed as dist
 import checkpoint
 import plot
 import train
-import watch
 from config import UserError, command, load_config
 from data import prefetch
 from kernels.bench import write_results
@@ -333,31 +331,23 @@ def make_samples(directory, toy=False):
 def measure_here(cfg, names):
     """In a process of torchrun: rank 0 writes the results of these processes."""
     any_cfg = train_config(cfg, names[0])
-    guard, results = watch.Watch(any_cfg.hang_timeout), about(cfg)
-    try:
-        process = train.setup_processes(any_cfg)
-        guard.join(process.rank, process.world_size)
+    results = about(cfg)
+    with (
+        train.watched_process(train_config(cfg, names[0])) as (process, guard),
+        tempfile.TemporaryDirectory() as directory,
+    ):
         results["device"] = "toy, times mean nothing" if cfg.toy else train.device_name(process.device)
-        with tempfile.TemporaryDirectory() as directory:
-            samples = make_samples(directory, cfg.toy)
-            for name in names:
-                bench = Bench(cfg, name, process, guard, samples)
-                results["rows"] += bench.measure()
-                last_bytes = 4 * bench.raw_model.bert.embeddings.word_embeddings.weight.numel()
-                facts = {"last_bytes": last_bytes, "link": bench.link(), "clocks": bench.clocks}
-                results["models"][f"{name} {process.world_size}"] = facts
-                if process.rank == 0:
-                    write_results(cfg.out, results)
-                del bench
-                gc.collect()
-    except BaseException as error:
-        guard.lost(error)
-        traceback.clear_frames(error.__traceback__)  # DDP must go before its process group, or the end may hang
-        raise
-    finally:
-        guard.close()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        samples = make_samples(directory, cfg.toy)
+        for name in names:
+            bench = Bench(cfg, name, process, guard, samples)
+            results["rows"] += bench.measure()
+            last_bytes = 4 * bench.raw_model.bert.embeddings.word_embeddings.weight.numel()
+            facts = {"last_bytes": last_bytes, "link": bench.link(), "clocks": bench.clocks}
+            results["models"][f"{name} {process.world_size}"] = facts
+            if process.rank == 0:
+                write_results(cfg.out, results)
+            del bench
+            gc.collect()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import os
 import platform
 import time
 import traceback
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -232,6 +232,24 @@ def setup_processes(cfg):
     return Process(int(os.environ.get("RANK", 0)), world_size, device, dtype)
 
 
+@contextmanager
+def watched_process(cfg):
+    """(Process, Watch) of this process, for as long as it trains; then its process group ends, however that went."""
+    guard = watch.Watch(cfg.hang_timeout)
+    try:
+        process = setup_processes(cfg)
+        guard.join(process.rank, process.world_size)
+        yield process, guard
+    except BaseException as error:
+        guard.lost(error)
+        traceback.clear_frames(error.__traceback__)  # DDP must go before its process group, or the end may hang
+        raise
+    finally:
+        guard.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
 def device_name(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
 
@@ -396,31 +414,16 @@ def main(argv):
     cfg = load_config(TrainConfig, argv)
     cfg.check(int(os.environ.get("WORLD_SIZE", 1)))
     samples = open_samples(cfg)
-    guard, run = watch.Watch(cfg.hang_timeout), None
     try:
-        process = setup_processes(cfg)
-        guard.join(process.rank, process.world_size)
-        if process.rank == 0 and not cfg.dry_run:
-            run = checkpoint.RunDirectory(cfg.out_dir, cfg.on_save_error)
-        train(cfg, process, run, guard, *samples)
-    except torch.OutOfMemoryError as error:
-        traceback.clear_frames(error.__traceback__)  # as below
+        with watched_process(cfg) as (process, guard):
+            writes = process.rank == 0 and not cfg.dry_run
+            with checkpoint.RunDirectory(cfg.out_dir, cfg.on_save_error) if writes else nullcontext() as run:
+                train(cfg, process, run, guard, *samples)
+    except torch.OutOfMemoryError:
         tried = cfg.micro_batch_tokens or "the value chosen from the GPU's memory"
         less = max(cfg.seq_length, (cfg.micro_batch_tokens or 65536) // 2)
         text = f"out of GPU memory with micro_batch_tokens={tried} (try --micro_batch_tokens={less})"
         raise UserError(text, this_rank_only=True) from None
-    except BaseException as error:
-        if run:
-            run.close()
-        guard.lost(error)
-        traceback.clear_frames(error.__traceback__)  # DDP must go before its process group, or the end may hang
-        raise
-    finally:
-        if run:
-            run.close()
-        guard.close()
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def open_samples(cfg):
