@@ -38,7 +38,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from config import UserError
-from data import file_digest, read_json
+from data import file_digest, gigabytes, read_json, write_text
 
 DIGESTS = "digests.json"
 # In config.json. 1: no number there, and no count of skipped updates in state.json; read as none. 2: with both.
@@ -113,7 +113,8 @@ class RunDirectory:
         free = shutil.disk_usage(self.path).free
         if free < needed:
             hint = "free some, choose another --out_dir, or lower --keep_checkpoints"
-            raise UserError(f"{self.path}: {size(free)} free, but checkpoints will take {size(needed)} more ({hint})")
+            text = f"{gigabytes(free)} free, but checkpoints will take {gigabytes(needed)} more"
+            raise UserError(f"{self.path}: {text} ({hint})")
 
     def trial_save(self, model):
         """Seconds that a checkpoint will take to write, from a trial with a third of it: the weights without moments."""
@@ -144,8 +145,11 @@ class RunDirectory:
     def begin(self, step):
         """Write the configuration, and open the log without the lines of steps that were lost with their process."""
         for name in os.listdir(self.path):
-            if re.fullmatch(r"step_\d{8,}\.tmp", name):  # a checkpoint that was being written then
-                shutil.rmtree(os.path.join(self.path, name), ignore_errors=True)
+            path = os.path.join(self.path, name)  # of what was being written then
+            if re.fullmatch(r"step_\d{8,}\.tmp", name):
+                shutil.rmtree(path, ignore_errors=True)
+            elif re.fullmatch(r"(tokenizer\.json|config\.json|log\.jsonl)\.\d+\.tmp", name):
+                os.remove(path)
         write_text(os.path.join(self.path, "tokenizer.json"), self.tokenizer_text)
         write_text(os.path.join(self.path, "config.json"), json.dumps(self.config, indent=1))
         log_path = os.path.join(self.path, "log.jsonl")
@@ -165,7 +169,7 @@ class RunDirectory:
                 return
             except OSError as error:
                 os.truncate(self.log_file.name, end)  # no half line
-                fault = f"{self.log_file.name}: {error.strerror} ({size(len(line))} needed; checkpoints are intact)"
+                fault = f"{self.log_file.name}: {error.strerror} ({gigabytes(len(line))} needed; checkpoints are intact)"
         self.failed(fault)
 
     def failed(self, fault):
@@ -363,7 +367,10 @@ def write(out_dir, step, contents):
         os.makedirs(partial)
         entries = {name: digest_entry(len(data), hashlib.sha256(data).hexdigest()) for name, data in contents.items()}
         for name, data in {**contents, DIGESTS: digests_text(entries).encode()}.items():
-            write_file(os.path.join(partial, name), data)
+            with open(os.path.join(partial, name), "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
         sync(partial)
         shutil.rmtree(path, ignore_errors=True)  # a damaged one of this step, or it would not be written again
         os.rename(partial, path)
@@ -371,7 +378,7 @@ def write(out_dir, step, contents):
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         needed, free = sum(map(len, contents.values())), shutil.disk_usage(out_dir).free
-        hint = f"{size(needed)} needed, {size(free)} free; earlier ones are intact"
+        hint = f"{gigabytes(needed)} needed, {gigabytes(free)} free; earlier ones are intact"
         raise UserError(f"{path}: checkpoint not saved: {error.strerror} ({hint})") from None
     if fault := damage(path):
         raise UserError(f"{fault}, though just written (is the disk sound? Earlier checkpoints are intact)")
@@ -473,19 +480,6 @@ def read_tensors(path, name):
         raise UserError(f"{os.path.join(path, name)}: {error} (not a checkpoint of this project)") from None
 
 
-def write_text(path, text):
-    """Write a text file under another name, and rename it when it is on disk."""
-    write_file(f"{path}.tmp", text.encode())
-    os.replace(f"{path}.tmp", path)
-
-
-def write_file(path, data):
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def sync(path):
     """Have the operating system put a directory on disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -493,8 +487,3 @@ def sync(path):
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def size(num_bytes):
-    """As text: 1.64 GB, 12.00 MB or 0.01 MB."""
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.2f} MB"

@@ -67,7 +67,7 @@ KEPT_INDEX_DOCS = 100_000  # documents of a directory for which the index is wor
 
 
 def write_shard(path, documents, bytes_per_token, tokenizer_digest):
-    """Write token arrays as one shard, under another name until it is whole.
+    """Write token arrays as one shard.
 
     documents: list of 1-D integer arrays. tokenizer_digest: 32 bytes. Returns the manifest's entry for the file.
     """
@@ -76,21 +76,11 @@ def write_shard(path, documents, bytes_per_token, tokenizer_digest):
     tokens = np.concatenate([*documents, np.empty(0, np.int64)]).astype(f"<u{bytes_per_token}")
     header = HEADER.pack(MAGIC, VERSION, bytes_per_token, len(documents), len(tokens), tokenizer_digest)
     digest = hashlib.sha256()
-    # write(), not a memmap: on a full disk a store to mapped memory kills the process with SIGBUS. The number keeps a
-    # process that outlived its killed parent for a moment from writing into the same file.
-    partial = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(partial, "wb") as file:
-            for part in (header, offsets, tokens):
-                file.write(part)
-                digest.update(part)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.remove(partial)  # on a full disk, make room for what was finished
-        raise
-    os.replace(partial, path)
+    with whole_file(path) as file:
+        # write(), not a memmap: on a full disk a store to mapped memory kills the process with SIGBUS.
+        for part in (header, offsets, tokens):
+            file.write(part)
+            digest.update(part)
     return {
         "file": os.path.basename(path),
         "num_docs": len(documents),
@@ -188,6 +178,36 @@ def allow_open_files(count):
         if hard != resource.RLIM_INFINITY and hard < needed:
             raise UserError(f"{count} shards, but only {hard} files may be open (raise ulimit -n, or make larger shards)")
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Open a file to write bytes to, under another name until all of them are on disk.
+
+    The other name holds the number of this process: one that outlives its killed parent for a moment may be writing too.
+    """
+    partial = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.remove(partial)  # on a full disk, make room for what was finished
+        raise
+    os.replace(partial, path)
+
+
+def write_text(path, text):
+    """Write a text file, the whole of it or nothing."""
+    with whole_file(path) as file:
+        file.write(text.encode())
+
+
+def gigabytes(num_bytes):
+    """As text: 1,234.5 GB or 0.3 MB."""
+    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"
 
 
 def file_digest(path):
@@ -355,12 +375,10 @@ class Source:
             if index.shape == (count,) and index.dtype == np.int64 and index[0] == 0:
                 return np.asarray(index)
         index = self._make_index()
-        partial = f"{path}.{os.getpid()}.tmp"
         try:
             os.makedirs(where, exist_ok=True)
-            with open(partial, "wb") as file:
+            with whole_file(path) as file:
                 np.save(file, index)
-            os.replace(partial, path)
             return np.asarray(np.load(path, mmap_mode="r"))
         except OSError:  # a place that may only be read: every process makes its own
             return index

@@ -1,7 +1,7 @@
 """How long a step takes on more GPUs than are here: a model of it, from what scaling.py measured.
 
-A step is what one GPU takes for its share, and what comes with more of them: waiting for the GPU with the most rows, and
-the part of the gradients' reduction that the backward pass does not hide.
+A step takes what one GPU takes for its share, and what comes with more of them: waiting for the GPU with the most rows,
+and the part of the gradients' reduction that the backward pass does not hide.
 
 Read next: scaling.py
 """
