@@ -342,13 +342,13 @@ class Source:
             names = [entry["file"] for entry in entries]
             if any(name != os.path.basename(name) or not name for name in names):  # none leads out of the directory
                 raise TypeError
-            self.paths = [os.path.join(directory, name) for name in names]
+            paths = [os.path.join(directory, name) for name in names]
             small = sum(entry["num_tokens"] for entry in entries) < SMALL_CORPUS
         except (KeyError, TypeError):
             raise UserError(f"{directory}/manifest.json: not a manifest of shards ({hint})") from None
-        allow_open_files(len(self.paths))
+        allow_open_files(len(paths))
         digest = bytes.fromhex(self.tokenizer_sha256)
-        self.shards = [open_shard(path, digest, vocab_size, check_all=small) for path in self.paths]
+        self.shards = [open_shard(path, digest, vocab_size, check_all=small) for path in paths]
         num_docs = [shard.num_docs for shard in self.shards]
         self.num_tokens = np.array([shard.num_tokens for shard in self.shards], np.int64)
         self.shard_starts = np.concatenate([[0], np.cumsum(num_docs)]).astype(np.int64)  # in documents
@@ -416,7 +416,7 @@ class Source:
         place = (before <= within[:, None]).sum(1) if self.chunk else np.zeros_like(samples)
         wrong = (lengths < 0).any(1) | (offsets[:, -1] > self.num_tokens[shard]) | (place >= count)
         if wrong.any():
-            path = self.paths[shard[wrong.argmax()]]
+            path = self.shards[shard[wrong.argmax()]].path
             raise UserError(f"{path}: offsets out of order (damaged; prepare again)", True)
         rows = np.arange(len(samples))
         skipped = (within - np.where(place > 0, before[rows, place - 1], 0)) * self.per_sample
@@ -446,9 +446,8 @@ class Samples:
         self.vocab_size, self.tokenizer_sha256 = first.tokenizer.get_vocab_size(), first.tokenizer_sha256
         with open(self.tokenizer_path, encoding="utf-8") as file:
             self.tokenizer_text = file.read()
-        self.data_dir, self.seq_length, self.chunk = data_dir, seq_length, chunk
+        self.seq_length = seq_length
         self.shards = [shard for source in self.sources for shard in source.shards]
-        self.paths = [path for source in self.sources for path in source.paths]
         self.token_type = self.shards[0].token_type if self.shards else np.dtype("<u2")
         self.source_shards = np.cumsum([0] + [len(source.shards) for source in self.sources])
         self.source_starts = np.cumsum([0] + [len(source) for source in self.sources])  # in samples
@@ -517,7 +516,7 @@ class Samples:
             self.shards[s].tokens(begin, stored[to : to + count])
         tokens = stored.astype(np.int32)
         if tokens.max() >= self.vocab_size:
-            path = self.paths[shard[np.searchsorted(cu_seqlens, tokens.argmax(), side="right") - 1]]
+            path = self.shards[shard[np.searchsorted(cu_seqlens, tokens.argmax(), side="right") - 1]].path
             raise UserError(f"{path}: token id {tokens.max()} outside the vocabulary of {self.vocab_size}", True)
 
         places = self.places(samples)
@@ -690,9 +689,9 @@ def verify(data_dir):
     for split in ("train", "val"):
         samples = Samples(data_dir, split, seq_length=128)
         entries = [entry for entry in manifest["shards"] if entry["split"] == split]
-        for entry, path, shard in zip(entries, samples.paths, samples.shards):
-            if file_digest(path) != entry["sha256"]:
-                raise UserError(f"{path}: digest differs from the manifest's (damaged; prepare again)")
+        for entry, shard in zip(entries, samples.shards):
+            if file_digest(shard.path) != entry["sha256"]:
+                raise UserError(f"{shard.path}: digest differs from the manifest's (damaged; prepare again)")
             shard.check(samples.vocab_size)
     return len(manifest["shards"])
 

@@ -185,11 +185,10 @@ class Process:
     def gather(self, values):
         """(world_size, len(values)) nested list: the numbers of each process, on all of them."""
         mine = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values])
-        everyone = [torch.empty_like(mine) for _ in range(self.world_size)]
+        everyone = [mine]
         if self.world_size > 1:
+            everyone = [torch.empty_like(mine) for _ in range(self.world_size)]
             dist.all_gather(everyone, mine)
-        else:
-            everyone = [mine]
         return torch.stack(everyone).tolist()
 
 
@@ -264,7 +263,7 @@ def peak_flops(device):
 # Estimates
 
 
-def memory_bytes(cfg, num_params, vocab_size, tokens, bytes_per_value, fused):
+def memory_bytes(cfg, process, num_params, vocab_size, tokens):
     """About how much GPU memory a micro-batch of `tokens` takes, in bytes.
 
     Weights, gradients and AdamW's moments: 16 bytes a parameter, a copy of the weights in the compute dtype, and 12 more
@@ -276,9 +275,10 @@ def memory_bytes(cfg, num_params, vocab_size, tokens, bytes_per_value, fused):
     without them; with them 27.1 GB in all for micro-batches of 65,536 tokens, where this says 27.8 and the checkpoint's
     1.6.
     """
+    bytes_per_value = process.dtype.itemsize
     layer = (8 * cfg.hidden_size + 3 * cfg.intermediate_size) * bytes_per_value
     logit = bytes_per_value
-    if not fused:
+    if cfg.model == "bert" or not kernels.uses_triton(process.device):
         logit += bytes_per_value + 8
         layer += (cfg.hidden_size + 2.5 * cfg.intermediate_size) * bytes_per_value
         layer += cfg.num_heads * cfg.seq_length * (4 + bytes_per_value)
@@ -293,10 +293,8 @@ def choose_micro_batch_tokens(cfg, process, num_params, vocab_size):
     if process.device.type == "cuda":
         memory = torch.cuda.get_device_properties(process.device).total_memory
         memory = min(row[0] for row in process.gather([memory])) * 0.9 - 1e9
-        bytes_per_value = process.dtype.itemsize
-        fused = kernels.uses_triton(process.device) and cfg.model == "mosaicbert"
-        fixed = memory_bytes(cfg, num_params, vocab_size, 0, bytes_per_value, fused)
-        per_token = memory_bytes(cfg, num_params, vocab_size, 1, bytes_per_value, fused) - fixed
+        fixed = memory_bytes(cfg, process, num_params, vocab_size, 0)
+        per_token = memory_bytes(cfg, process, num_params, vocab_size, 1) - fixed
         most = min(GPU_MICRO_BATCH_TOKENS, int((memory - fixed) / per_token) // 1024 * 1024)
         if most < cfg.seq_length:
             raise UserError(f"{device_name(process.device)}: too little memory for this model (try a smaller one)")
@@ -312,8 +310,7 @@ def print_estimate(cfg, process, num_params, train_samples, val_samples, micro_b
     lengths = train_samples.locate(order)[2] + 2
     tokens, squares = lengths.mean(), (lengths.astype(float) ** 2).mean()  # of a sample
     flops = matrix_flops(cfg, train_samples.vocab_size, tokens, squares, cfg.mask_prob * tokens)
-    fused = kernels.uses_triton(process.device) and cfg.model == "mosaicbert"
-    memory = memory_bytes(cfg, num_params, train_samples.vocab_size, micro_batch_tokens, process.dtype.itemsize, fused)
+    memory = memory_bytes(cfg, process, num_params, train_samples.vocab_size, micro_batch_tokens)
 
     def seen(num_steps):
         samples = num_steps * cfg.global_batch_size
