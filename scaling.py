@@ -323,7 +323,7 @@ def train_config(cfg, name, samples=None):
     return load_config(train.TrainConfig, [*argv, f"--global_batch_size={samples or cfg.global_batch_size}"])
 
 
-def make_samples(directory, toy=False):
+def make_samples(directory, toy):
     """Random tokens; lengths like those of C4, cut at 128."""
     return Data(directory, SimpleNamespace(samples=256 if toy else 16384, vocab=500 if toy else 30522)).samples("c4")
 
