@@ -367,10 +367,7 @@ def write(out_dir, step, contents):
         os.makedirs(partial)
         entries = {name: digest_entry(len(data), hashlib.sha256(data).hexdigest()) for name, data in contents.items()}
         for name, data in {**contents, DIGESTS: digests_text(entries).encode()}.items():
-            with open(os.path.join(partial, name), "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            write_file(os.path.join(partial, name), data)
         sync(partial)
         shutil.rmtree(path, ignore_errors=True)  # a damaged one of this step, or it would not be written again
         os.rename(partial, path)
@@ -478,6 +475,13 @@ def read_tensors(path, name):
         return load_file(os.path.join(path, name))
     except (OSError, SafetensorError) as error:
         raise UserError(f"{os.path.join(path, name)}: {error} (not a checkpoint of this project)") from None
+
+
+def write_file(path, data):
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def sync(path):
