@@ -113,7 +113,7 @@ class RunDirectory:
         free = shutil.disk_usage(self.path).free
         if free < needed:
             hint = "free some, choose another --out_dir, or lower --keep_checkpoints"
-            text = f"{gigabytes(free)} free, but checkpoints will take {gigabytes(needed)} more"
+            text = f"{gigabytes(free, 2)} free, but checkpoints will take {gigabytes(needed, 2)} more"
             raise UserError(f"{self.path}: {text} ({hint})")
 
     def trial_save(self, model):
@@ -169,7 +169,8 @@ class RunDirectory:
                 return
             except OSError as error:
                 os.truncate(self.log_file.name, end)  # no half line
-                fault = f"{self.log_file.name}: {error.strerror} ({gigabytes(len(line))} needed; checkpoints are intact)"
+                hint = f"{gigabytes(len(line), 2)} needed; checkpoints are intact"
+                fault = f"{self.log_file.name}: {error.strerror} ({hint})"
         self.failed(fault)
 
     def failed(self, fault):
@@ -375,7 +376,7 @@ def write(out_dir, step, contents):
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         needed, free = sum(map(len, contents.values())), shutil.disk_usage(out_dir).free
-        hint = f"{gigabytes(needed)} needed, {gigabytes(free)} free; earlier ones are intact"
+        hint = f"{gigabytes(needed, 2)} needed, {gigabytes(free, 2)} free; earlier ones are intact"
         raise UserError(f"{path}: checkpoint not saved: {error.strerror} ({hint})") from None
     if fault := damage(path):
         raise UserError(f"{fault}, though just written (is the disk sound? Earlier checkpoints are intact)")

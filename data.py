@@ -205,9 +205,9 @@ def write_text(path, text):
         file.write(text.encode())
 
 
-def gigabytes(num_bytes):
+def gigabytes(num_bytes, digits=1):
     """As text: 1,234.5 GB or 0.3 MB."""
-    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"
+    return f"{num_bytes / 1e9:,.{digits}f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.{digits}f} MB"
 
 
 def file_digest(path):
