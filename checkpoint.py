@@ -38,7 +38,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from config import UserError
-from data import file_digest, read_json
+from data import file_digest, gigabytes, read_json, write_text
 
 DIGESTS = "digests.json"
 # In config.json. 1: no number there, and no count of skipped updates in state.json; read as none. 2: with both.
@@ -73,12 +73,13 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"{path}: {error.strerror} (choose another directory)") from None
 
-    def close(self):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
         """Let go of the directory, once the checkpoint that is being written is on disk."""
         self.writer.shutdown()
-        if self.lock is not None:
-            os.close(self.lock)
-            self.lock = None
+        os.close(self.lock)
         if self.log_file:
             self.log_file.close()
 
@@ -115,7 +116,8 @@ class RunDirectory:
         free = shutil.disk_usage(self.path).free
         if free < needed:
             hint = "free some, choose another --out_dir, or lower --keep_checkpoints"
-            raise UserError(f"{self.path}: {size(free)} free, but checkpoints will take {size(needed)} more ({hint})")
+            text = f"{gigabytes(free, 2)} free, but checkpoints will take {gigabytes(needed, 2)} more"
+            raise UserError(f"{self.path}: {text} ({hint})")
 
     def trial_save(self, model):
         """Seconds that a checkpoint will take to write, from a trial with a third of it: the weights without moments."""
@@ -146,8 +148,11 @@ class RunDirectory:
     def begin(self, step):
         """Write the configuration, and open the log without the lines of steps that were lost with their process."""
         for name in os.listdir(self.path):
-            if re.fullmatch(r"step_\d{8,}\.tmp", name):  # a checkpoint that was being written then
-                shutil.rmtree(os.path.join(self.path, name), ignore_errors=True)
+            path = os.path.join(self.path, name)  # of what was being written then
+            if re.fullmatch(r"step_\d{8,}\.tmp", name):
+                shutil.rmtree(path, ignore_errors=True)
+            elif re.fullmatch(r"(tokenizer\.json|config\.json|log\.jsonl)\.\d+\.tmp", name):
+                os.remove(path)
         write_text(os.path.join(self.path, "tokenizer.json"), self.tokenizer_text)
         write_text(os.path.join(self.path, "config.json"), json.dumps(self.config, indent=1))
         log_path = os.path.join(self.path, "log.jsonl")
@@ -167,7 +172,8 @@ class RunDirectory:
                 return
             except OSError as error:
                 os.truncate(self.log_file.name, end)  # no half line
-                fault = f"{self.log_file.name}: {error.strerror} ({size(len(line))} needed; checkpoints are intact)"
+                hint = f"{gigabytes(len(line), 2)} needed; checkpoints are intact"
+                fault = f"{self.log_file.name}: {error.strerror} ({hint})"
         self.failed(fault)
 
     def failed(self, fault):
@@ -373,7 +379,7 @@ def write(out_dir, step, contents):
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         needed, free = sum(map(len, contents.values())), shutil.disk_usage(out_dir).free
-        hint = f"{size(needed)} needed, {size(free)} free; earlier ones are intact"
+        hint = f"{gigabytes(needed, 2)} needed, {gigabytes(free, 2)} free; earlier ones are intact"
         raise UserError(f"{path}: checkpoint not saved: {error.strerror} ({hint})") from None
     if fault := damage(path):
         raise UserError(f"{fault}, though just written (is the disk sound? Earlier checkpoints are intact)")
@@ -475,12 +481,6 @@ def read_tensors(path, name):
         raise UserError(f"{os.path.join(path, name)}: {error} (not a checkpoint of this project)") from None
 
 
-def write_text(path, text):
-    """Write a text file under another name, and rename it when it is on disk."""
-    write_file(f"{path}.tmp", text.encode())
-    os.replace(f"{path}.tmp", path)
-
-
 def write_file(path, data):
     with open(path, "wb") as file:
         file.write(data)
@@ -495,8 +495,3 @@ def sync(path):
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def size(num_bytes):
-    """As text: 1.64 GB, 12.00 MB or 0.01 MB."""
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.2f} MB"

@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 
 import checkpoint
 from config import UserError, command, load_config
-from data import load_tokenizer, read_json
+from data import load_tokenizer, read_json, write_text
 from model import LAYER_NORM_EPS, MAX_POSITIONS, MaskedLM, SequenceClassifier, make_masked_lm, model_config
 from vocabulary import finish, read_tokenizer
 
@@ -318,7 +318,7 @@ def from_hf(cfg):
     }
     os.makedirs(cfg.out, exist_ok=True)
     written = checkpoint.save(cfg.out, 0, {"model.safetensors": dict(sorted(tensors.items()))}, texts)
-    checkpoint.write_text(os.path.join(cfg.out, "config.json"), texts["config.json"])
+    write_text(os.path.join(cfg.out, "config.json"), texts["config.json"])
     _, again, _ = read_model(cfg.out)
     if not all(torch.equal(tensor, again[name]) for name, tensor in tensors.items()):
         raise UserError(f"{written}: reads back differently (is the disk sound?)")
@@ -405,9 +405,9 @@ def write_transformers(path, config, tensors, tokenizer_text, labels, card):
     }
     os.makedirs(os.path.join(path, "1_Pooling"))
     for name, contents in files.items():
-        checkpoint.write_text(os.path.join(path, name), json.dumps(contents, indent=2, ensure_ascii=False) + "\n")
-    checkpoint.write_text(os.path.join(path, "tokenizer.json"), hf_tokenizer(tokenizer_text))
-    checkpoint.write_text(os.path.join(path, "README.md"), card)
+        write_text(os.path.join(path, name), json.dumps(contents, indent=2, ensure_ascii=False) + "\n")
+    write_text(os.path.join(path, "tokenizer.json"), hf_tokenizer(tokenizer_text))
+    write_text(os.path.join(path, "README.md"), card)
     if config["model"] == "mosaicbert":
         for name in CODE:
             shutil.copyfile(os.path.join(HERE, "hf", name), os.path.join(path, name))
@@ -444,7 +444,7 @@ def self_check(path, texts, ids, outputs, architecture, onnx=False):
     with tempfile.TemporaryDirectory() as scratch:
         np.save(os.path.join(scratch, "outputs.npy"), outputs)
         about = {"texts": texts, "ids": ids, "architecture": architecture, "onnx": onnx}
-        checkpoint.write_text(os.path.join(scratch, "about.json"), json.dumps(about))
+        write_text(os.path.join(scratch, "about.json"), json.dumps(about))
         # -I: no path of this project. Nothing is fetched, and the copies transformers makes of the code are thrown away.
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": scratch, "TRANSFORMERS_VERBOSITY": "error"}
         script = os.path.join(HERE, "hf", "self_check.py")

@@ -67,7 +67,7 @@ KEPT_INDEX_DOCS = 100_000  # documents of a directory for which the index is wor
 
 
 def write_shard(path, documents, bytes_per_token, tokenizer_digest):
-    """Write token arrays as one shard, under another name until it is whole.
+    """Write token arrays as one shard.
 
     documents: list of 1-D integer arrays. tokenizer_digest: 32 bytes. Returns the manifest's entry for the file.
     """
@@ -76,21 +76,11 @@ def write_shard(path, documents, bytes_per_token, tokenizer_digest):
     tokens = np.concatenate([*documents, np.empty(0, np.int64)]).astype(f"<u{bytes_per_token}")
     header = HEADER.pack(MAGIC, VERSION, bytes_per_token, len(documents), len(tokens), tokenizer_digest)
     digest = hashlib.sha256()
-    # write(), not a memmap: on a full disk a store to mapped memory kills the process with SIGBUS. The number keeps a
-    # process that outlived its killed parent for a moment from writing into the same file.
-    partial = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(partial, "wb") as file:
-            for part in (header, offsets, tokens):
-                file.write(part)
-                digest.update(part)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.remove(partial)  # on a full disk, make room for what was finished
-        raise
-    os.replace(partial, path)
+    with whole_file(path) as file:
+        # write(), not a memmap: on a full disk a store to mapped memory kills the process with SIGBUS.
+        for part in (header, offsets, tokens):
+            file.write(part)
+            digest.update(part)
     return {
         "file": os.path.basename(path),
         "num_docs": len(documents),
@@ -188,6 +178,36 @@ def allow_open_files(count):
         if hard != resource.RLIM_INFINITY and hard < needed:
             raise UserError(f"{count} shards, but only {hard} files may be open (raise ulimit -n, or make larger shards)")
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Open a file to write bytes to, under another name until all of them are on disk.
+
+    The other name holds the number of this process: one that outlives its killed parent for a moment may be writing too.
+    """
+    partial = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.remove(partial)  # on a full disk, make room for what was finished
+        raise
+    os.replace(partial, path)
+
+
+def write_text(path, text):
+    """Write a text file, the whole of it or nothing."""
+    with whole_file(path) as file:
+        file.write(text.encode())
+
+
+def gigabytes(num_bytes, digits=1):
+    """As text: 1,234.5 GB or 0.3 MB."""
+    return f"{num_bytes / 1e9:,.{digits}f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.{digits}f} MB"
 
 
 def file_digest(path):
@@ -322,13 +342,13 @@ class Source:
             names = [entry["file"] for entry in entries]
             if any(name != os.path.basename(name) or not name for name in names):  # none leads out of the directory
                 raise TypeError
-            self.paths = [os.path.join(directory, name) for name in names]
+            paths = [os.path.join(directory, name) for name in names]
             small = sum(entry["num_tokens"] for entry in entries) < SMALL_CORPUS
         except (KeyError, TypeError):
             raise UserError(f"{directory}/manifest.json: not a manifest of shards ({hint})") from None
-        allow_open_files(len(self.paths))
+        allow_open_files(len(paths))
         digest = bytes.fromhex(self.tokenizer_sha256)
-        self.shards = [open_shard(path, digest, vocab_size, check_all=small) for path in self.paths]
+        self.shards = [open_shard(path, digest, vocab_size, check_all=small) for path in paths]
         num_docs = [shard.num_docs for shard in self.shards]
         self.num_tokens = np.array([shard.num_tokens for shard in self.shards], np.int64)
         self.shard_starts = np.concatenate([[0], np.cumsum(num_docs)]).astype(np.int64)  # in documents
@@ -355,12 +375,10 @@ class Source:
             if index.shape == (count,) and index.dtype == np.int64 and index[0] == 0:
                 return np.asarray(index)
         index = self._make_index()
-        partial = f"{path}.{os.getpid()}.tmp"
         try:
             os.makedirs(where, exist_ok=True)
-            with open(partial, "wb") as file:
+            with whole_file(path) as file:
                 np.save(file, index)
-            os.replace(partial, path)
             return np.asarray(np.load(path, mmap_mode="r"))
         except OSError:  # a place that may only be read: every process makes its own
             return index
@@ -398,7 +416,7 @@ class Source:
         place = (before <= within[:, None]).sum(1) if self.chunk else np.zeros_like(samples)
         wrong = (lengths < 0).any(1) | (offsets[:, -1] > self.num_tokens[shard]) | (place >= count)
         if wrong.any():
-            path = self.paths[shard[wrong.argmax()]]
+            path = self.shards[shard[wrong.argmax()]].path
             raise UserError(f"{path}: offsets out of order (damaged; prepare again)", True)
         rows = np.arange(len(samples))
         skipped = (within - np.where(place > 0, before[rows, place - 1], 0)) * self.per_sample
@@ -428,9 +446,8 @@ class Samples:
         self.vocab_size, self.tokenizer_sha256 = first.tokenizer.get_vocab_size(), first.tokenizer_sha256
         with open(self.tokenizer_path, encoding="utf-8") as file:
             self.tokenizer_text = file.read()
-        self.data_dir, self.seq_length, self.chunk = data_dir, seq_length, chunk
+        self.seq_length = seq_length
         self.shards = [shard for source in self.sources for shard in source.shards]
-        self.paths = [path for source in self.sources for path in source.paths]
         self.token_type = self.shards[0].token_type if self.shards else np.dtype("<u2")
         self.source_shards = np.cumsum([0] + [len(source.shards) for source in self.sources])
         self.source_starts = np.cumsum([0] + [len(source) for source in self.sources])  # in samples
@@ -499,7 +516,7 @@ class Samples:
             self.shards[s].tokens(begin, stored[to : to + count])
         tokens = stored.astype(np.int32)
         if tokens.max() >= self.vocab_size:
-            path = self.paths[shard[np.searchsorted(cu_seqlens, tokens.argmax(), side="right") - 1]]
+            path = self.shards[shard[np.searchsorted(cu_seqlens, tokens.argmax(), side="right") - 1]].path
             raise UserError(f"{path}: token id {tokens.max()} outside the vocabulary of {self.vocab_size}", True)
 
         places = self.places(samples)
@@ -672,9 +689,9 @@ def verify(data_dir):
     for split in ("train", "val"):
         samples = Samples(data_dir, split, seq_length=128)
         entries = [entry for entry in manifest["shards"] if entry["split"] == split]
-        for entry, path, shard in zip(entries, samples.paths, samples.shards):
-            if file_digest(path) != entry["sha256"]:
-                raise UserError(f"{path}: digest differs from the manifest's (damaged; prepare again)")
+        for entry, shard in zip(entries, samples.shards):
+            if file_digest(shard.path) != entry["sha256"]:
+                raise UserError(f"{shard.path}: digest differs from the manifest's (damaged; prepare again)")
             shard.check(samples.vocab_size)
     return len(manifest["shards"])
 

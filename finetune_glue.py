@@ -22,6 +22,7 @@ import multiprocessing
 import os
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,7 +35,7 @@ import convert_hf
 import glue
 import kernels
 from config import UserError, command, load_config
-from data import hash_of, load_tokenizer, round_up
+from data import hash_of, load_tokenizer, round_up, write_text
 from kernels import make_windows
 from model import MAX_POSITIONS, ModelConfig, SequenceClassifier, model_config
 from train import Process, autocast, device_name, setup_device
@@ -482,7 +483,7 @@ class Worker:
         for index, pair in enumerate(zip(labels.tolist(), predictions.tolist())):
             label, prediction = [task.labels[value] for value in pair] if task.labels else pair
             lines.append(f"{index}\t{label}\t{prediction}\n")
-        checkpoint.write_text(os.path.join(self.cfg.out, "predictions", file), "".join(lines))
+        write_text(os.path.join(self.cfg.out, "predictions", file), "".join(lines))
 
     def write_test_predictions(self, task, model):
         """What the zip needs from this task, kept until all tasks are done."""
@@ -491,7 +492,7 @@ class Worker:
             examples = glue.read_test(file, self.cfg)
             predictions = outputs(task, predict(model, self.encode(examples), self.process))
             rows = [examples.index, glue.as_words(task, predictions)]
-            checkpoint.write_text(os.path.join(self.cfg.out, "predictions", f"{file}.test.json"), json.dumps(rows))
+            write_text(os.path.join(self.cfg.out, "predictions", f"{file}.test.json"), json.dumps(rows))
 
     def save(self, run, model):
         """Keep the weights: MNLI's in OUT/mnli, for other tasks to start from; an own task's in OUT/model."""
@@ -702,8 +703,7 @@ def main(argv):
     if cfg.dry_run:
         return print_estimate(cfg, plan)
     rank = int(os.environ.get("RANK", 0))
-    directory = checkpoint.RunDirectory(cfg.out) if rank == 0 else None  # refuses a second live suite
-    try:
+    with checkpoint.RunDirectory(cfg.out) if rank == 0 else nullcontext():  # refuses a second live suite
         for name in ("runs", "predictions"):
             os.makedirs(os.path.join(cfg.out, name), exist_ok=True)
         if cfg.jobs > 1:
@@ -713,7 +713,7 @@ def main(argv):
         if rank > 0:
             return
         results = summary(cfg, plan, pretrained)
-        checkpoint.write_text(os.path.join(cfg.out, "glue.json"), json.dumps(results, indent=1))
+        write_text(os.path.join(cfg.out, "glue.json"), json.dumps(results, indent=1))
         print_table(results)
         if cfg.submission:
             predictions = {}
@@ -726,9 +726,6 @@ def main(argv):
             print(f"{cfg.out}/model: the fine-tuned model of the first seed")
         if cfg.predict_file:
             predict_own(cfg, os.path.join(cfg.out, "model"))
-    finally:
-        if directory:
-            directory.close()
 
 
 def predict_own(cfg, path):
@@ -753,7 +750,7 @@ def predict_own(cfg, path):
         lines.append(f"{index}\t{task.labels[output]}\t{probability:.4f}\n" if task.labels else f"{index}\t{output:.4f}\n")
     os.makedirs(cfg.out, exist_ok=True)
     target = os.path.join(cfg.out, "predictions.tsv")
-    checkpoint.write_text(target, "".join(lines))
+    write_text(target, "".join(lines))
     print(f"{target}: {len(rows)} predictions")
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from config import UserError
+from data import whole_file
 from sources import numbered_lines, skip_or_fail, split_suffixes
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -388,11 +389,10 @@ def read_test(file, cfg):
 def write_submission(path, predictions):
     """Write the zip. predictions: {file of SUBMISSION: (indices, words or numbers)}, all but WNLI's, in any order."""
     predictions = {**predictions, "WNLI": (range(SUBMISSION["WNLI"][2]), ["0"] * SUBMISSION["WNLI"][2])}
-    with zipfile.ZipFile(f"{path}.tmp", "w", zipfile.ZIP_DEFLATED) as archive:
+    with whole_file(path) as zipped, zipfile.ZipFile(zipped, "w", zipfile.ZIP_DEFLATED) as archive:
         for file in SUBMISSION:
             lines = [f"{index}\t{prediction}\n" for index, prediction in zip(*predictions[file], strict=True)]
             archive.writestr(f"{file}.tsv", "index\tprediction\n" + "".join(lines))
-    os.replace(f"{path}.tmp", path)
 
 
 def as_words(task, outputs):

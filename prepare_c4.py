@@ -32,7 +32,7 @@ from typing import Literal
 import numpy as np
 
 from config import UserError, command, load_config
-from data import file_digest, load_tokenizer, prefetch, read_json, verify, write_shard
+from data import file_digest, gigabytes, load_tokenizer, prefetch, read_json, verify, whole_file, write_shard, write_text
 from sources import Piece, documents, list_pieces
 from vocabulary import beginning, encode, read_tokenizer, train_tokenizer
 
@@ -127,7 +127,7 @@ def take_directory(out, plan, started):
                 for leftover in glob.glob(os.path.join(glob.escape(directory), "*.tmp")):
                     os.remove(leftover)
         else:
-            write_atomically(work_path(out, "plan.json"), json.dumps(plan))
+            write_text(work_path(out, "plan.json"), json.dumps(plan))
         return lock
     except BaseException as error:
         os.close(lock)
@@ -152,9 +152,9 @@ def make_tokenizer(units, cfg, threshold, path):
     """Write the tokenizer to `path`. It is made once: training is not deterministic, so a resumed run keeps the file."""
     if cfg.train_tokenizer:
         texts = functools.partial(training_texts, units, cfg, threshold, TOKENIZER_TRAIN_CHARS)
-        write_atomically(path, train_tokenizer(texts, cfg.train_tokenizer, cfg.cased))
+        write_text(path, train_tokenizer(texts, cfg.train_tokenizer, cfg.cased))
     else:
-        write_atomically(path, read_tokenizer(cfg.tokenizer, cfg.cased))
+        write_text(path, read_tokenizer(cfg.tokenizer, cfg.cased))
 
 
 def training_texts(units, cfg, threshold, limit):
@@ -219,10 +219,6 @@ def check_disk(out, estimate):
         )
 
 
-def gigabytes(count):
-    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
-
-
 def bytes_per_token(tokenizer):
     return 2 if tokenizer.get_vocab_size() <= 2**16 else 4
 
@@ -273,10 +269,8 @@ def hash_unit(number, unit, cfg, progress):
 
 
 def save_hashes(out, number, hashes, by_hash):
-    path = hash_path(out, number)
-    with open(f"{path}.tmp", "wb") as file:
+    with whole_file(hash_path(out, number)) as file:
         np.savez(file, hashes=np.array(hashes, np.uint64), by_hash=np.array(by_hash, bool))
-    os.replace(f"{path}.tmp", path)
 
 
 def hashes_of(out, number):
@@ -405,7 +399,7 @@ def process_unit(number, unit, cfg, progress, threshold):
         if not os.path.exists(hash_path(cfg.out, number)):
             save_hashes(cfg.out, number, hashes, by_hash)
         result = {"shards": shards, "stats": dict(stats), "longest": longest}
-        write_atomically(unit_path(cfg.out, number), json.dumps(result))
+        write_text(unit_path(cfg.out, number), json.dumps(result))
     except OSError as error:
         raise UserError(f"{cfg.out}: {error.strerror} (finished units are kept; the same command goes on)") from None
     return stats["bad lines"]
@@ -576,7 +570,7 @@ def prepare(cfg, plan, units):
     if not os.path.exists(tokenizer_path):
         make_tokenizer(units, cfg, threshold, tokenizer_path)
     if cfg.compare_tokenizer and not os.path.exists(work_path(cfg.out, "other.json")):
-        write_atomically(work_path(cfg.out, "other.json"), read_tokenizer(cfg.compare_tokenizer, cfg.cased))
+        write_text(work_path(cfg.out, "other.json"), read_tokenizer(cfg.compare_tokenizer, cfg.cased))
     tokenizer, _ = load_tokenizer(tokenizer_path)
     estimate = estimate_bytes(units, cfg, tokenizer)
     check_disk(cfg.out, estimate)
@@ -600,7 +594,7 @@ def prepare(cfg, plan, units):
     stats["duplicates"] = sum(map(len, repeated_documents(cfg.out, len(units))))
     longest = heapq.nlargest(NUM_LONGEST, itertools.chain(*(result["longest"] for result in results)))
     report = make_report(stats, longest, cfg, tokenizer.get_vocab_size(), time.perf_counter() - start)
-    write_atomically(os.path.join(cfg.out, "report.json"), json.dumps(report, indent=1, ensure_ascii=False))
+    write_text(os.path.join(cfg.out, "report.json"), json.dumps(report, indent=1, ensure_ascii=False))
     manifest = {
         "format": 1,
         "tokenizer_sha256": file_digest(tokenizer_path),
@@ -608,7 +602,7 @@ def prepare(cfg, plan, units):
         **plan,
         "shards": [entry for result in results for entry in result["shards"]],
     }
-    write_atomically(os.path.join(cfg.out, "manifest.json"), json.dumps(manifest, indent=1))
+    write_text(os.path.join(cfg.out, "manifest.json"), json.dumps(manifest, indent=1))
     verify(cfg.out)
     shutil.rmtree(os.path.join(cfg.out, ".work"))
     print_report(report)
@@ -683,16 +677,6 @@ def unit_path(out, number):
 
 def hash_path(out, number):
     return work_path(out, f"hashes_{number:05d}.npz")
-
-
-def write_atomically(path, text):
-    """Write a text file under another name, and rename it when it is on disk."""
-    partial = f"{path}.{os.getpid()}.tmp"
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 if __name__ == "__main__":

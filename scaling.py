@@ -18,20 +18,18 @@ A block is some steps in a row after two that are not timed; figures are medians
 a step takes longer, in ms, than one that is the same but for DDP and its reduction of gradients; the time in NCCL's
 kernels, most of which the backward pass hides, is from a trace, and holds the wait for the slower GPU.
 
-Read next: plot.py
+Read next: step_time.py, for the prediction, or plot.py
 """
 
 import contextlib
 import datetime
 import gc
-import math
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,12 +41,12 @@ import torch.distributed as dist
 import checkpoint
 import plot
 import train
-import watch
 from config import UserError, command, load_config
-from data import SEQUENCE_MULTIPLE, TOKEN_MULTIPLE, cut, prefetch
+from data import prefetch
 from kernels.bench import write_results
 from kernels.bench_steps import Data
 from model import MaskedLM, matrix_flops
+from step_time import BUCKET_BYTES, NETWORK_SHARE, STEPS_CUT, filled_rows, imbalance, predict
 
 ROOT = Path(__file__).resolve().parent
 CONFIGS = {
@@ -65,15 +63,7 @@ MOST_STEPS = 20  # in a block
 TRACED_STEPS = 3
 UNTIMED_STEPS = 2  # before each block
 SMALLEST_BATCH = 8  # samples of a GPU among 512 that share 4,096
-STEPS_CUT = 10  # steps whose cut is looked at
 STEP_OF_TABLE = 1000  # steps are numbered from here: past the learning rate of 0, not yet at its peak
-
-# The model of the step time. DDP's buckets are 25 MiB; the backward pass is two thirds of the matrix products.
-BUCKET_BYTES = 25 * 2**20
-BACKWARD = 2 / 3
-NETWORK_SHARE = 0.8  # of a node's network that a reduction reaches: an assumption
-HOP_SECONDS = 10e-6  # of latency for each doubling of nodes, there and back: an assumption
-PREDICTED = [2**i for i in range(10)]
 
 
 @dataclass
@@ -333,146 +323,31 @@ def train_config(cfg, name, samples=None):
     return load_config(train.TrainConfig, [*argv, f"--global_batch_size={samples or cfg.global_batch_size}"])
 
 
-def make_samples(directory, toy=False):
+def make_samples(directory, toy):
     """Random tokens; lengths like those of C4, cut at 128."""
     return Data(directory, SimpleNamespace(samples=256 if toy else 16384, vocab=500 if toy else 30522)).samples("c4")
-
-
-def filled_rows(samples, cfg, count, micro_batch_tokens, gpus, steps=STEPS_CUT):
-    """(micro-steps, gpus) rows that each GPU computes, of some steps: its tokens, or BERT's padded ones."""
-    work = []
-    for step in range(steps):
-        numbers, _ = samples.of_step(step, count, cfg.seed)
-        lengths = samples.locate(numbers)[2] + 2
-        bounds = np.array(cut(lengths, micro_batch_tokens, gpus))
-        if cfg.model == "bert":
-            rows = -(-np.diff(bounds) // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE * cfg.seq_length
-        else:
-            tokens = np.diff(np.concatenate([[0], np.cumsum(lengths)])[bounds])
-            rows = -(-tokens // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
-        work.append(rows.reshape(-1, gpus))
-    return np.concatenate(work)
-
-
-def imbalance(work):
-    """How much longer the GPU with the most rows works, over all micro-steps, than if all had equally many."""
-    return float(work.max(1).sum() / work.mean(1).sum() - 1)
 
 
 def measure_here(cfg, names):
     """In a process of torchrun: rank 0 writes the results of these processes."""
     any_cfg = train_config(cfg, names[0])
-    guard, results = watch.Watch(any_cfg.hang_timeout), about(cfg)
-    try:
-        process = train.setup_processes(any_cfg)
-        guard.join(process.rank, process.world_size)
+    results = about(cfg)
+    with (
+        train.watched_process(train_config(cfg, names[0])) as (process, guard),
+        tempfile.TemporaryDirectory() as directory,
+    ):
         results["device"] = "toy, times mean nothing" if cfg.toy else train.device_name(process.device)
-        with tempfile.TemporaryDirectory() as directory:
-            samples = make_samples(directory, cfg.toy)
-            for name in names:
-                bench = Bench(cfg, name, process, guard, samples)
-                results["rows"] += bench.measure()
-                last_bytes = 4 * bench.raw_model.bert.embeddings.word_embeddings.weight.numel()
-                facts = {"last_bytes": last_bytes, "link": bench.link(), "clocks": bench.clocks}
-                results["models"][f"{name} {process.world_size}"] = facts
-                if process.rank == 0:
-                    write_results(cfg.out, results)
-                del bench
-                gc.collect()
-    except BaseException as error:
-        guard.lost(error)
-        traceback.clear_frames(error.__traceback__)  # DDP must go before its process group, or the end may hang
-        raise
-    finally:
-        guard.close()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Predicting
-
-
-def reduction_seconds(link, gpus, num_bytes, per_node, node_gbits):
-    """Seconds that an all-reduce of so many bytes takes, bucket by bucket.
-
-    Within a node and between nodes a ring moves 2 (n - 1) / n of them through each link, both at once, since NCCL
-    passes on what it has: the slower one counts. Within: at the rate measured here. Between: all adapters of a node together.
-    """
-    n = link["gpus"]
-    link_rate = 2 * (n - 1) / n * link["bytes"] / max(link["seconds"] - buckets(link["bytes"]) * link["latency"], 1e-9)
-    inside, nodes = min(gpus, per_node), math.ceil(gpus / per_node)
-    within = 2 * (inside - 1) / inside * num_bytes / link_rate
-    between = 2 * (nodes - 1) / nodes * num_bytes / (NETWORK_SHARE * node_gbits / 8 * 1e9)
-    return max(within, between) + buckets(num_bytes) * latency_seconds(link, nodes)
-
-
-def latency_seconds(link, nodes):
-    return link["latency"] + 2 * HOP_SECONDS * math.log2(nodes)
-
-
-def buckets(num_bytes):
-    return math.ceil(num_bytes / BUCKET_BYTES)
-
-
-def step_seconds(compute, facts, gpus, micro_steps, imbalance, several, per_node, node_gbits):
-    """Seconds of a step on so many GPUs.
-
-    compute: measured on one GPU, with the samples that each would have: matrix products, launches, AdamW and all.
-    imbalance: by how much the slowest GPU, or the one with the most rows, is behind. several: what a step of several
-    processes takes longer, reduction aside, as measured with `per_gpu` samples on each; mostly waiting for each other.
-    The reduction goes beside the last micro-step's backward pass, all but the word embedding's gradient, which comes
-    last. The count of masked tokens is summed before anything else.
-    """
-    if gpus == 1:
-        return compute
-    link, nodes = facts["link"], math.ceil(gpus / per_node)
-    reduction = reduction_seconds(link, gpus, link["bytes"], per_node, node_gbits)
-    last = reduction * facts["last_bytes"] / link["bytes"]
-    hidden = BACKWARD * compute / micro_steps
-    return compute * (1 + imbalance) + several + max(last, reduction - hidden) + latency_seconds(link, nodes)
-
-
-def predict(results, cfg):
-    """Predicted rows, as many as the measurements allow; those that were measured too, with both times."""
-    found = []
-    measured = {(row["model"], row["batch"], row["gpus"]): row for row in results["rows"] if "ms" in row}
-    alone = {}
-    for row in results["rows"]:
-        if row["gpus"] == 1 and "ms" in row:
-            alone.setdefault((row["model"], row["samples"]), row)  # of GPUs beside fewer others
-    with tempfile.TemporaryDirectory() as directory:
-        samples = make_samples(directory, results["toy"])
-        for name in CONFIGS:
-            # The link of the most GPUs of one node that were measured.
-            links = [facts for key, facts in results["models"].items() if key.split()[0] == name and facts["link"]]
-            links = [facts for facts in links if facts["link"]["gpus"] <= cfg.gpus_per_node]
-            if not links:
-                continue
-            facts = max(links, key=lambda facts: facts["link"]["gpus"])
-            train_cfg = train_config(cfg, name)
-            many, one = measured[name, "per_gpu", facts["link"]["gpus"]], alone[name, results["per_gpu"]]
-            several = max(0.0, many["without_reduction_ms"] - max(one["each_ms"])) / 1e3
-            for batch, gpus in ((batch, gpus) for batch in ("global", "per_gpu") for gpus in PREDICTED):
-                each = results["global_batch_size"] // gpus if batch == "global" else results["per_gpu"]
-                one = alone.get((name, each))
-                if not one or (gpus == 1 and batch == "global"):
-                    continue
-                most, steps = one["micro_batch_tokens"], one["micro_steps"]
-                unequal = imbalance(filled_rows(samples, train_cfg, each * gpus, most, gpus))
-                unequal += max(one["each_ms"]) / one["ms"] - 1  # as far as the measured GPUs differ
-                place = (facts, gpus, steps, unequal, several, cfg.gpus_per_node, cfg.node_gbits)
-                seconds = step_seconds(one["ms"] / 1e3, *place)
-                row = measured.get((name, batch, gpus))
-                reference = alone[name, results["global_batch_size"] if batch == "global" else each]
-                rate = each * gpus / seconds
-                efficiency = rate / gpus / reference["samples_per_second"]
-                found.append({
-                    "model": name, "batch": batch, "gpus": gpus, "samples": each * gpus, "ms": 1e3 * seconds,
-                    "measured_ms": row["ms"] if row else None, "samples_per_second": rate,
-                    "efficiency": efficiency, "mfu": reference["mfu"] and reference["mfu"] * efficiency,
-                })  # fmt: skip
-    return found
+        samples = make_samples(directory, cfg.toy)
+        for name in names:
+            bench = Bench(cfg, name, process, guard, samples)
+            results["rows"] += bench.measure()
+            last_bytes = 4 * bench.raw_model.bert.embeddings.word_embeddings.weight.numel()
+            facts = {"last_bytes": last_bytes, "link": bench.link(), "clocks": bench.clocks}
+            results["models"][f"{name} {process.world_size}"] = facts
+            if process.rank == 0:
+                write_results(cfg.out, results)
+            del bench
+            gc.collect()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -527,6 +402,10 @@ def numbers_of(cfg):
     return numbers
 
 
+def batch_of(row):
+    return f"{row['samples']:,}" if row["batch"] == "global" else f"{row['samples'] // row['gpus']:,} a GPU"
+
+
 def percent(value):
     return "n/a" if value is None else f"{100 * value:.1f} %"
 
@@ -549,9 +428,8 @@ def table(results):
             continue
         beside = f"1, beside {row['beside'] - 1} more" if row["gpus"] < row["beside"] else row["gpus"]
         blocks = f"{min(row['blocks_ms']):,.1f} to {max(row['blocks_ms']):,.1f}"
-        batch = f"{row['samples']:,}" if row["batch"] == "global" else f"{row['samples'] // row['gpus']:,} a GPU"
         lines.append(
-            f"| {TITLES[row['model']]} | {batch} | {beside} | {row['samples_per_second']:,.0f} | "
+            f"| {TITLES[row['model']]} | {batch_of(row)} | {beside} | {row['samples_per_second']:,.0f} | "
             f"{row['tokens_per_second']:,.0f} | {percent(row['mfu'])} | {percent(row.get('efficiency'))} | "
             f"{row['ms']:,.1f} ({blocks}) | {number(row.get('communication_ms'))} | {number(row.get('nccl_ms'))} |"
         )
@@ -578,9 +456,8 @@ def predicted_table(results, cfg):
     ]
     for row in results["predicted"]:
         if row["measured_ms"] is None:
-            batch = f"{row['samples']:,}" if row["batch"] == "global" else f"{row['samples'] // row['gpus']:,} a GPU"
             lines.append(
-                f"| {TITLES[row['model']]} | {batch} | {row['gpus']} | {row['samples_per_second']:,.0f} | "
+                f"| {TITLES[row['model']]} | {batch_of(row)} | {row['gpus']} | {row['samples_per_second']:,.0f} | "
                 f"{percent(row['mfu'])} | {percent(row['efficiency'])} | {row['ms']:,.1f} |"
             )
     return "\n".join(lines)
@@ -588,7 +465,10 @@ def predicted_table(results, cfg):
 
 def show(results, cfg):
     """Predict, print, and write."""
-    results["predicted"] = predict(results, cfg)
+    with tempfile.TemporaryDirectory() as directory:
+        train_configs = {name: train_config(cfg, name) for name in CONFIGS}
+        samples = make_samples(directory, cfg.toy)
+        results["predicted"] = predict(results, train_configs, samples, cfg.gpus_per_node, cfg.node_gbits)
     results["node_gbits"], results["gpus_per_node"] = cfg.node_gbits, cfg.gpus_per_node
     print(f"\n{table(results)}\n\n{predicted_table(results, cfg)}")
     write_results(cfg.out, results)

@@ -471,7 +471,7 @@ def numbered_lines(path, cfg, stats, start=0, end=None):
         raise UserError(f"{path}: {error.strerror}") from None
 
 
-def place(path, number, start=0):
+def place(path, number, start):
     """FILE:LINE of a line that is number `number` of the stretch that starts at byte `start`."""
     if start:
         with open_bytes(path) as file:

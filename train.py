@@ -17,7 +17,7 @@ import platform
 import time
 import traceback
 import warnings
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -186,11 +186,10 @@ class Process:
     def gather(self, values):
         """(world_size, len(values)) nested list: the numbers of each process, on all of them."""
         mine = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values])
-        everyone = [torch.empty_like(mine) for _ in range(self.world_size)]
+        everyone = [mine]
         if self.world_size > 1:
+            everyone = [torch.empty_like(mine) for _ in range(self.world_size)]
             dist.all_gather(everyone, mine)
-        else:
-            everyone = [mine]
         return torch.stack(everyone).tolist()
 
 
@@ -236,6 +235,24 @@ def setup_processes(cfg):
     return Process(int(os.environ.get("RANK", 0)), world_size, device, dtype)
 
 
+@contextmanager
+def watched_process(cfg):
+    """(Process, Watch) of this process, for as long as it trains; then its process group ends, however that went."""
+    guard = watch.Watch(cfg.hang_timeout)
+    try:
+        process = setup_processes(cfg)
+        guard.join(process.rank, process.world_size)
+        yield process, guard
+    except BaseException as error:
+        guard.lost(error)
+        traceback.clear_frames(error.__traceback__)  # DDP must go before its process group, or the end may hang
+        raise
+    finally:
+        guard.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
 def device_name(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
 
@@ -250,7 +267,7 @@ def peak_flops(device):
 # Estimates
 
 
-def memory_bytes(cfg, num_params, vocab_size, tokens, bytes_per_value, fused):
+def memory_bytes(cfg, process, num_params, vocab_size, tokens):
     """About how much GPU memory a micro-batch of `tokens` takes, in bytes.
 
     Weights, gradients and AdamW's moments: 16 bytes a parameter, a copy of the weights in the compute dtype, and 12 more
@@ -262,9 +279,10 @@ def memory_bytes(cfg, num_params, vocab_size, tokens, bytes_per_value, fused):
     without them; with them 27.1 GB in all for micro-batches of 65,536 tokens, where this says 27.8 and the checkpoint's
     1.6.
     """
+    bytes_per_value = process.dtype.itemsize
     layer = (8 * cfg.hidden_size + 3 * cfg.intermediate_size) * bytes_per_value
     logit = bytes_per_value
-    if not fused:
+    if cfg.model == "bert" or not kernels.uses_triton(process.device):
         logit += bytes_per_value + 8
         layer += (cfg.hidden_size + 2.5 * cfg.intermediate_size) * bytes_per_value
         layer += cfg.num_heads * cfg.seq_length * (4 + bytes_per_value)
@@ -279,10 +297,8 @@ def choose_micro_batch_tokens(cfg, process, num_params, vocab_size):
     if process.device.type == "cuda":
         memory = torch.cuda.get_device_properties(process.device).total_memory
         memory = min(row[0] for row in process.gather([memory])) * 0.9 - 1e9
-        bytes_per_value = process.dtype.itemsize
-        fused = kernels.uses_triton(process.device) and cfg.model == "mosaicbert"
-        fixed = memory_bytes(cfg, num_params, vocab_size, 0, bytes_per_value, fused)
-        per_token = memory_bytes(cfg, num_params, vocab_size, 1, bytes_per_value, fused) - fixed
+        fixed = memory_bytes(cfg, process, num_params, vocab_size, 0)
+        per_token = memory_bytes(cfg, process, num_params, vocab_size, 1) - fixed
         most = min(GPU_MICRO_BATCH_TOKENS, int((memory - fixed) / per_token) // 1024 * 1024)
         if most < cfg.seq_length:
             raise UserError(f"{device_name(process.device)}: too little memory for this model (try a smaller one)")
@@ -298,8 +314,7 @@ def print_estimate(cfg, process, num_params, train_samples, val_samples, micro_b
     lengths = train_samples.locate(order)[2] + 2
     tokens, squares = lengths.mean(), (lengths.astype(float) ** 2).mean()  # of a sample
     flops = matrix_flops(cfg, train_samples.vocab_size, tokens, squares, cfg.mask_prob * tokens)
-    fused = kernels.uses_triton(process.device) and cfg.model == "mosaicbert"
-    memory = memory_bytes(cfg, num_params, train_samples.vocab_size, micro_batch_tokens, process.dtype.itemsize, fused)
+    memory = memory_bytes(cfg, process, num_params, train_samples.vocab_size, micro_batch_tokens)
 
     def seen(num_steps):
         samples = num_steps * cfg.global_batch_size
@@ -400,31 +415,16 @@ def main(argv):
     cfg = load_config(TrainConfig, argv)
     cfg.check(int(os.environ.get("WORLD_SIZE", 1)))
     samples = open_samples(cfg)
-    guard, run = watch.Watch(cfg.hang_timeout), None
     try:
-        process = setup_processes(cfg)
-        guard.join(process.rank, process.world_size)
-        if process.rank == 0 and not cfg.dry_run:
-            run = checkpoint.RunDirectory(cfg.out_dir, cfg.on_save_error)
-        train(cfg, process, run, guard, *samples)
-    except torch.OutOfMemoryError as error:
-        traceback.clear_frames(error.__traceback__)  # as below
+        with watched_process(cfg) as (process, guard):
+            writes = process.rank == 0 and not cfg.dry_run
+            with checkpoint.RunDirectory(cfg.out_dir, cfg.on_save_error) if writes else nullcontext() as run:
+                train(cfg, process, run, guard, *samples)
+    except torch.OutOfMemoryError:
         tried = cfg.micro_batch_tokens or "the value chosen from the GPU's memory"
         less = max(cfg.seq_length, (cfg.micro_batch_tokens or 65536) // 2)
         text = f"out of GPU memory with micro_batch_tokens={tried} (try --micro_batch_tokens={less})"
         raise UserError(text, this_rank_only=True) from None
-    except BaseException as error:
-        if run:
-            run.close()
-        guard.lost(error)
-        traceback.clear_frames(error.__traceback__)  # DDP must go before its process group, or the end may hang
-        raise
-    finally:
-        if run:
-            run.close()
-        guard.close()
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def open_samples(cfg):

@@ -36,6 +36,7 @@ import torch
 
 import checkpoint
 from config import UserError, command, load_config
+from data import write_text
 from kernels import bench_kernels, bench_steps, peers
 from kernels.peers import NotMeasured, WrongNumbers
 from train import device_name
@@ -229,9 +230,7 @@ def write_results(path, results):
     """Write a dictionary as JSON, the whole file or none of it. Raises: UserError."""
     try:
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        with open(path + ".tmp", "w", encoding="utf-8") as file:
-            json.dump(results, file, indent=1)
-        os.replace(path + ".tmp", path)
+        write_text(path, json.dumps(results, indent=1))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror} (give another --out)") from None
 

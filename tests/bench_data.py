@@ -148,7 +148,7 @@ def measure(cfg):
         rates.append(sum(batch.num_tokens for batch in batches) / seconds[-1])
     return {
         "bench": "scale", "cpu": cpu(), "chunk": cfg.chunk, "shards": len(samples.shards), "samples": len(samples),
-        "gigabytes": sum(os.path.getsize(path) for path in samples.paths) / 1e9, "open_seconds": round(opened, 3),
+        "gigabytes": sum(os.path.getsize(shard.path) for shard in samples.shards) / 1e9, "open_seconds": round(opened, 3),
         "batch_milliseconds": round(1e3 * float(np.median(seconds[10:])), 2), "tokens_per_second": round(float(np.median(rates[10:]))),
         "batch_cpu_milliseconds": round(1e3 * float(np.median(cpu_seconds[10:])), 2), "memory_mb": round(memory_mb("VmHWM")), "memory_mb_before": round(before), "anonymous_mb": round(memory_mb("RssAnon")),
         "load_average": os.getloadavg()[0],

@@ -29,7 +29,7 @@ from config import UserError, command, load_config  # noqa: E402
 from data import Samples  # noqa: E402
 from torture import descendants  # noqa: E402
 from toy import make_shards, read_log, train_command  # noqa: E402
-from train import TrainConfig, device_name  # noqa: E402
+from train import device_name  # noqa: E402
 
 CHECKPOINT, KILLED_AFTER = 40, 50  # steps: of the checkpoint to go on from, and of the kill at the earliest
 SUMS_IN_FP32 = 1e-6  # relative: where all is fp32, cuts may agree by chance

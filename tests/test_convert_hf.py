@@ -251,7 +251,7 @@ def test_training_goes_on_from_a_converted_model_elsewhere(tmp_path, capsys):
     assert "started from" in read_log(tmp_path / "new", "start")[0]["init"]
 
 
-def test_hub_ids(tmp_path, monkeypatch, capsys):
+def test_hub_ids(tmp_path, monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
     save_bert(tmp_path, transformers.BertModel)
     asked = {}

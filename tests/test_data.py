@@ -199,6 +199,15 @@ def test_ranks_have_equally_many_tokens_in_each_micro_step(ranks, limit):
         assert (totals.max(1) / totals.mean(1)).max() < 1.005
 
 
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.txt"
+    data.write_text(path, "before")
+    with pytest.raises(OSError, match="No space"), data.whole_file(path) as file:
+        file.write(b"half of what ca")
+        raise OSError(28, "No space left on device")
+    assert files_of(tmp_path) == {"a.txt": b"before"}
+
+
 def test_prefetch_keeps_order_and_errors():
     assert list(data.prefetch(lambda x: x * x, range(5))) == [0, 1, 4, 9, 16]
     assert list(data.prefetch(lambda x: x, [])) == []

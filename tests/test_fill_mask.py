@@ -31,7 +31,7 @@ def test_guesses_are_the_models_and_learnt(run_dir, capsys):
     assert lines[1].split()[1] == tokenizer.id_to_token(best)
 
 
-def test_vectors_are_means_of_hidden_states(run_dir, tmp_path, capsys, monkeypatch):
+def test_vectors_are_means_of_hidden_states(run_dir, tmp_path, monkeypatch):
     texts = ["w1 w2 w3", "", "w50 " * 70, "w9"]
     (tmp_path / "texts.txt").write_text("\n".join(texts) + "\n")
     arguments = [f"--checkpoint={run_dir}", f"--embed={tmp_path}/texts.txt", f"--out={tmp_path}/v.npy"]

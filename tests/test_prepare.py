@@ -41,7 +41,7 @@ def corpus(monkeypatch):
     return {"source": "?.txt", "val_fraction": 0.2, "shard_tokens": 150}
 
 
-def test_the_number_of_processes_does_not_matter(corpus, capsys):
+def test_the_number_of_processes_does_not_matter(corpus):
     prepare(**corpus)
     prepare(**corpus, workers=2, out="two")
     assert files_of("two") == files_of() and only_whole_files("two")
@@ -555,7 +555,7 @@ def test_a_new_vocabulary_knows_the_characters_of_any_script():
     assert text_report()["unknown_percent"] < 0.05
 
 
-def test_a_new_vocabulary_is_made_from_all_sources(monkeypatch):
+def test_a_new_vocabulary_is_made_from_all_sources():
     """Of more text than is used, each file gives its share."""
     for i, letter in enumerate("abc"):
         write_texts(f"{i}.txt", [f"{letter * n} " * 20 for n in range(2, 40)])

@@ -384,7 +384,7 @@ def test_other_damage_is_found(finished, tmp_path, capsys, kind, data_dir):
     assert mended["optimizer.safetensors"] == straight["optimizer.safetensors"]
 
 
-def test_a_damaged_checkpoint_of_a_later_step_never_costs_a_sound_one(data_dir, finished, tmp_path, capsys):
+def test_a_damaged_checkpoint_of_a_later_step_never_costs_a_sound_one(data_dir, finished, tmp_path):
     """keep_checkpoints=1: the damaged newest one does not count as the one to keep."""
     run = tmp_path / "run"
     shutil.copytree(finished, run)
@@ -495,6 +495,16 @@ def interrupted(data_dir, out, tmp_path, **options):
     assert run_ranks(argv, 1, tmp_path, {0: partial(faults.die_at, 11)})[0] == [-9]
     assert checkpoint.steps(out)[-1] == 4
     return argv
+
+
+def test_what_a_kill_left_half_written_is_removed(tmp_path):
+    (tmp_path / "step_00000004.tmp").mkdir()
+    for name in ("config.json.71.tmp", "tokenizer.json.71.tmp", "log.jsonl.71.tmp", "mine.tmp"):
+        (tmp_path / name).write_text("half")
+    with checkpoint.RunDirectory(tmp_path) as run:
+        run.config, run.tokenizer_text = {}, "{}"
+        run.begin(0)
+    assert set(os.listdir(tmp_path)) == {"config.json", "tokenizer.json", "log.jsonl", "mine.tmp"}
 
 
 @pytest.mark.parametrize("on_save_error", ["stop", "continue"])

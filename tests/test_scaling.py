@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import scaling
+import step_time
 from ranks import Ranks
 from toy import ROOT
 
@@ -15,18 +16,18 @@ NODES = {"per_node": 8, "node_gbits": 3200.0}
 
 
 def step_ms(gpus, compute=0.1, micro_steps=1, imbalance=0.0, several=0.0, **nodes):
-    return 1e3 * scaling.step_seconds(compute, FACTS, gpus, micro_steps, imbalance, several, **{**NODES, **nodes})
+    return 1e3 * step_time.step_seconds(compute, FACTS, gpus, micro_steps, imbalance, several, **{**NODES, **nodes})
 
 
 def test_the_model_of_the_step_time():
     """Two GPUs moved 100 MiB in 2.1 ms without latencies. Here is what follows, from arithmetic by hand."""
     num_bytes = LINK["bytes"]
-    assert scaling.reduction_seconds(LINK, 2, num_bytes, 8, 3200) == pytest.approx(2.2e-3)
+    assert step_time.reduction_seconds(LINK, 2, num_bytes, 8, 3200) == pytest.approx(2.2e-3)
     # Eight pass 7/4 of the bytes where two pass one; the latency is that of a node.
-    assert scaling.reduction_seconds(LINK, 8, num_bytes, 8, 3200) == pytest.approx(1.75 * 2.1e-3 + 1e-4)
+    assert step_time.reduction_seconds(LINK, 8, num_bytes, 8, 3200) == pytest.approx(1.75 * 2.1e-3 + 1e-4)
     # Two nodes with 8 Gbit/s each: 100 MiB at 0.8 GB/s, and one doubling of nodes there and back in each bucket.
     slow = num_bytes / 0.8e9 + 4 * (25e-6 + 20e-6)
-    assert scaling.reduction_seconds(LINK, 16, num_bytes, 8, 8) == pytest.approx(slow)
+    assert step_time.reduction_seconds(LINK, 16, num_bytes, 8, 8) == pytest.approx(slow)
     # A fifth of the gradient comes last, after which nothing hides it; and the count is summed first.
     assert step_ms(1) == 100
     assert step_ms(2) == pytest.approx(100 + 2.2 / 5 + 0.025)
@@ -37,7 +38,7 @@ def test_the_model_of_the_step_time():
 
 def test_imbalance_of_rows():
     """Two micro-steps of two GPUs: 3 + 4 rows are waited for, 2.5 + 4 are the means."""
-    assert scaling.imbalance(torch.tensor([[2.0, 3.0], [4.0, 4.0]]).numpy()) == pytest.approx(7 / 6.5 - 1)
+    assert step_time.imbalance(torch.tensor([[2.0, 3.0], [4.0, 4.0]]).numpy()) == pytest.approx(7 / 6.5 - 1)
 
 
 @pytest.fixture(scope="module")
