@@ -267,7 +267,7 @@ def peak_flops(device):
 # Estimates
 
 
-def memory_bytes(cfg, process, num_params, vocab_size, tokens):
+def memory_bytes(cfg, dtype, fused, num_params, vocab_size, tokens):
     """About how much GPU memory a micro-batch of `tokens` takes, in bytes.
 
     Weights, gradients and AdamW's moments: 16 bytes a parameter, a copy of the weights in the compute dtype, and 12 more
@@ -279,10 +279,10 @@ def memory_bytes(cfg, process, num_params, vocab_size, tokens):
     without them; with them 27.1 GB in all for micro-batches of 65,536 tokens, where this says 27.8 and the checkpoint's
     1.6.
     """
-    bytes_per_value = process.dtype.itemsize
+    bytes_per_value = dtype.itemsize
     layer = (8 * cfg.hidden_size + 3 * cfg.intermediate_size) * bytes_per_value
     logit = bytes_per_value
-    if cfg.model == "bert" or not kernels.uses_triton(process.device):
+    if cfg.model == "bert" or not fused:
         logit += bytes_per_value + 8
         layer += (cfg.hidden_size + 2.5 * cfg.intermediate_size) * bytes_per_value
         layer += cfg.num_heads * cfg.seq_length * (4 + bytes_per_value)
@@ -290,18 +290,29 @@ def memory_bytes(cfg, process, num_params, vocab_size, tokens):
 
 
 def choose_micro_batch_tokens(cfg, process, num_params, vocab_size):
-    """The most tokens that fit into the smallest GPU of the run, of which a tenth and 1 GB stay free, and are of use."""
+    """The most tokens that fit into the smallest GPU of the run, and are of use."""
     if cfg.micro_batch_tokens:
         return cfg.micro_batch_tokens
     most = CPU_MICRO_BATCH_TOKENS
     if process.device.type == "cuda":
         memory = torch.cuda.get_device_properties(process.device).total_memory
-        memory = min(row[0] for row in process.gather([memory])) * 0.9 - 1e9
-        fixed = memory_bytes(cfg, process, num_params, vocab_size, 0)
-        per_token = memory_bytes(cfg, process, num_params, vocab_size, 1) - fixed
-        most = min(GPU_MICRO_BATCH_TOKENS, int((memory - fixed) / per_token) // 1024 * 1024)
+        memory = min(row[0] for row in process.gather([memory]))
+        fused = kernels.uses_triton(process.device)
+        most = fitting_tokens(cfg, process.dtype, fused, num_params, vocab_size, memory)
         if most < cfg.seq_length:
             raise UserError(f"{device_name(process.device)}: too little memory for this model (try a smaller one)")
+    return useful_tokens(cfg, process, most)
+
+
+def fitting_tokens(cfg, dtype, fused, num_params, vocab_size, memory):
+    """The most tokens of a micro-batch that fit into a GPU of `memory` bytes, of which a tenth and 1 GB stay free."""
+    fixed = memory_bytes(cfg, dtype, fused, num_params, vocab_size, 0)
+    per_token = memory_bytes(cfg, dtype, fused, num_params, vocab_size, 1) - fixed
+    return min(GPU_MICRO_BATCH_TOKENS, int((memory * 0.9 - 1e9 - fixed) / per_token) // 1024 * 1024)
+
+
+def useful_tokens(cfg, process, most):
+    """`most`, but at least one sample, and no more than a process has in a step."""
     return max(cfg.seq_length, min(most, cfg.global_batch_size * cfg.seq_length // process.world_size))
 
 
@@ -314,7 +325,12 @@ def print_estimate(cfg, process, num_params, train_samples, val_samples, micro_b
     lengths = train_samples.locate(order)[2] + 2
     tokens, squares = lengths.mean(), (lengths.astype(float) ** 2).mean()  # of a sample
     flops = matrix_flops(cfg, train_samples.vocab_size, tokens, squares, cfg.mask_prob * tokens)
-    memory = memory_bytes(cfg, process, num_params, train_samples.vocab_size, micro_batch_tokens)
+    dtype, fused, where = process.dtype, kernels.uses_triton(process.device), ""
+    if process.device.type == "cpu":  # someone who is about to rent one
+        dtype, fused, where = torch.bfloat16, cfg.kernels != "torch", ", in bfloat16 on a GPU of 80 GB"
+        most = fitting_tokens(cfg, dtype, fused, num_params, train_samples.vocab_size, 80e9)
+        micro_batch_tokens = cfg.micro_batch_tokens or useful_tokens(cfg, process, most)
+    memory = memory_bytes(cfg, dtype, fused, num_params, train_samples.vocab_size, micro_batch_tokens)
 
     def seen(num_steps):
         samples = num_steps * cfg.global_batch_size
@@ -330,7 +346,7 @@ def print_estimate(cfg, process, num_params, train_samples, val_samples, micro_b
         for source, quota in zip(train_samples.sources, train_samples.quotas / MIXTURE_PERIOD):
             epochs = "" if budgeted else f", {quota * cfg.max_steps * cfg.global_batch_size / len(source):.2f} epochs"
             print(f"  {quota:6.1%}    {source.directory}: {len(source):,} samples{epochs}")
-    print(f"memory      about {memory / 1e9:.1f} GB for micro-batches of at most {micro_batch_tokens:,} tokens")
+    print(f"memory      about {memory / 1e9:.1f} GB for micro-batches of at most {micro_batch_tokens:,} tokens{where}")
     print(f"disk        about {12e-9 * num_params * (cfg.keep_checkpoints + 1):.1f} GB for checkpoints")
     here = {device_name(process.device): peak_flops(process.device)} if peak_flops(process.device) else {}
     gpus = here or {"A100": PEAK_FLOPS["A100"], "H100": PEAK_FLOPS["H100"]}

@@ -370,7 +370,7 @@ def test_micro_batch_fits_common_cards():
             patch.setattr(torch.cuda, "get_device_properties", lambda device: type("P", (), {"total_memory": card.bytes}))
             cfg = train.TrainConfig()
             tokens = train.choose_micro_batch_tokens(cfg, card, 137_400_384, 30_522)
-            assert train.memory_bytes(cfg, card, 137_400_384, 30_522, tokens) < 0.9 * card.bytes
+            assert train.memory_bytes(cfg, card.dtype, True, 137_400_384, 30_522, tokens) < 0.9 * card.bytes
         chosen.append(tokens)
     assert 8192 <= chosen[0] < chosen[1] < chosen[2]
 
