@@ -107,7 +107,8 @@ class RunDirectory:
         elif self.newest and differing_schedule(earlier["max_steps"], step_of(self.newest)):
             names.append("max_steps")  # and the schedule has begun to decay
         if names:
-            differing = ", ".join(f"{name} was {earlier.get(name)!r} and is {config[name]!r}" for name in names)
+            shown = [(name, *(str(values.get(name))[:32] for values in (earlier, config))) for name in names]
+            differing = ", ".join(f"{name} was {before} and is {now}" for name, before, now in shown)
             raise UserError(f"{self.path}: holds a run that differs: {differing} (choose another --out_dir)")
 
     def check_space(self, num_params, keep):

@@ -139,7 +139,9 @@ def read_weights(path, allow_pickle):
     files = [path] if os.path.isfile(path) else [os.path.join(path, f) for f in ("model.safetensors", "pytorch_model.bin")]
     file = next((file for file in files if os.path.exists(file)), None)
     if file is None:
-        raise UserError(f"{path}: no weights here (expected a run, a step_* directory, or model.safetensors)")
+        inside = os.path.join(path, "model")  # where finetune_glue.py leaves its own
+        hint = f"they are in {inside}" if os.path.isdir(inside) else "expected a run, a step_* directory, or model.safetensors"
+        raise UserError(f"{path}: no weights here ({hint})")
     hf = None
     if file.endswith(".safetensors"):
         try:

@@ -703,6 +703,8 @@ def main(argv):
     if cfg.dry_run:
         return print_estimate(cfg, plan)
     rank = int(os.environ.get("RANK", 0))
+    if os.path.exists(os.path.join(cfg.out, "log.jsonl")):
+        raise UserError(f"{cfg.out}: holds a pretraining run (choose another --out)")
     with checkpoint.RunDirectory(cfg.out) if rank == 0 else nullcontext():  # refuses a second live suite
         for name in ("runs", "predictions"):
             os.makedirs(os.path.join(cfg.out, name), exist_ok=True)

@@ -304,12 +304,16 @@ def test_dry_run_writes_nothing(pretrained, tmp_path, capsys):
         (["--checkpoint=RUN", "--out=OUT", "--predict_file=a.csv"], "not fine-tuned here"),
         (["--checkpoint=RUN", "--out=OUT", "--jobs=0"], "jobs=0"),
         (["--checkpoint=OUT", "--out=OUT"], "no weights here"),
+        (["--checkpoint=OUT/labels", "--out=OUT"], "they are in .*out/labels/model"),
+        (["--checkpoint=RUN", "--out=RUN", "--tasks=cola", "--data_dir=GLUE"], "holds a pretraining run"),
     ],
 )
 def test_mistakes_are_one_line(pretrained, tmp_path, capsys, options, reason):
-    (tmp_path / "out").mkdir()
+    places = {"RUN": pretrained, "OUT": str(tmp_path / "out"), "GLUE": str(tmp_path / "glue")}
+    (tmp_path / "out" / "labels" / "model").mkdir(parents=True)
+    write_glue(tmp_path / "glue", ("cola",))
     with pytest.raises(SystemExit) as status:
-        main([o.replace("RUN", pretrained).replace("OUT", str(tmp_path / "out")) for o in options])
+        main([re.sub("RUN|OUT|GLUE", lambda match: places[match[0]], option) for option in options] + CPU)
     error = capsys.readouterr().err
     assert status.value.code == 2 and error.count("\n") == 1 and re.search(reason, error), error
 
