@@ -107,8 +107,7 @@ class RunDirectory:
         elif self.newest and differing_schedule(earlier["max_steps"], step_of(self.newest)):
             names.append("max_steps")  # and the schedule has begun to decay
         if names:
-            shown = [(name, *(str(values.get(name))[:32] for values in (earlier, config))) for name in names]
-            differing = ", ".join(f"{name} was {before} and is {now}" for name, before, now in shown)
+            differing = ", ".join(f"{name} was {short(earlier.get(name))} and is {short(config[name])}" for name in names)
             raise UserError(f"{self.path}: holds a run that differs: {differing} (choose another --out_dir)")
 
     def check_space(self, num_params, keep):
@@ -454,6 +453,11 @@ def damage(path):
     except (OSError, ValueError, AttributeError, RecursionError):
         pass
     return f"{os.path.join(path, DIGESTS)}: damaged or missing"
+
+
+def short(value):
+    """An option's value as text; of a sha256 the first twelve digits."""
+    return value[:12] if re.fullmatch("[0-9a-f]{64}", str(value)) else repr(value)
 
 
 def digest_entry(num_bytes, sha256):

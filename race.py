@@ -32,9 +32,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-import checkpoint
 import plot
 from config import UserError, command, load_config
+from data import write_text
 
 LENGTHS = {"mosaicbert": (128, 256, 512, 1024), "bert": (128, 256, 512)}  # BERT has 512 positions
 INTERVALS = ("--eval_interval=250", "--log_interval=50", "--checkpoint_interval=2000", "--keep_checkpoints=1")
@@ -105,8 +105,8 @@ def pretrain_command(cfg, run):
 def length_command(cfg, run, length):
     """Evaluate on the held-out texts, cut into pieces of at most `length` tokens; to compile would take longer than that."""
     options = [f"--data_dir={cfg.data_dir}", f"--init_from={cfg.work_dir}/{run.name}", f"--seq_length={length}"]
-    options += [f"--out_dir={cfg.work_dir}/{run.name}_lengths", "--eval_only", "--compile=false"]
-    return ["train.py", *model_options(cfg, run), "--micro_batch_tokens=32768", *options]
+    options += [f"--out_dir={cfg.work_dir}/{run.name}_lengths", "--eval_only", "--micro_batch_tokens=32768"]
+    return ["train.py", *model_options(cfg, run), *options, "--compile=false"]
 
 
 def finetune_command(cfg, run):
@@ -197,12 +197,12 @@ class Driver:
             if len(at_lengths) < len(LENGTHS[run.model]):
                 raise RuntimeError("the held-out loss at some length is missing")
             result = {"model": run.model, "minutes": run.minutes, "seed": run.seed, "lengths": at_lengths}
-            checkpoint.write_text(f"{kept}/lengths.json", json.dumps(result, indent=1))
-            checkpoint.write_text(f"{kept}/runs.jsonl", all_logs(f"{place}_glue/runs"))
+            write_text(f"{kept}/lengths.json", json.dumps(result, indent=1))
+            write_text(f"{kept}/runs.jsonl", all_logs(f"{place}_glue/runs"))
             shutil.copy(f"{place}_glue/glue.json", kept)
         shutil.copy(f"{place}/log.jsonl", kept)
         # The last file: now the run is finished.
-        checkpoint.write_text(f"{kept}/commands.txt", "".join(f"{shlex.join(['python', *c])}\n" for c in commands))
+        write_text(f"{kept}/commands.txt", "".join(f"{shlex.join(['python', *c])}\n" for c in commands))
         for path in (place, f"{place}_glue", f"{place}_lengths"):
             shutil.rmtree(path, ignore_errors=True)
         self.say(f"{run.name}: finished, {summary_of(read_run(kept))}")

@@ -330,7 +330,6 @@ def make_samples(directory, toy):
 
 def measure_here(cfg, names):
     """In a process of torchrun: rank 0 writes the results of these processes."""
-    any_cfg = train_config(cfg, names[0])
     results = about(cfg)
     with (
         train.watched_process(train_config(cfg, names[0])) as (process, guard),

@@ -61,7 +61,7 @@ def list_pieces(source, doc_sep="line", known=()):
     known: pieces of an earlier run, from which those of the hub are taken: its files may have changed since, and need
     not be asked for. Raises: UserError.
     """
-    pieces, seen = [], set()
+    pieces = []
     for part in filter(None, (part.strip() for part in source.split(","))):
         if part == "stdlib":
             pieces.append(Piece("stdlib", 0, sum(map(len, stdlib_documents())), ""))
@@ -71,11 +71,13 @@ def list_pieces(source, doc_sep="line", known=()):
         elif (hub := HUB_NAME.fullmatch(part)) and not os.path.exists(part) and split_suffixes(part)[0] not in KINDS:
             pieces += pieces_of_hub(hub[1], hub[2] or "", known)
         else:
-            for path in list_files(part):
-                if os.path.realpath(path) in seen:
-                    raise UserError(f"{path}: twice in --source={source} (name it once)")
-                seen.add(os.path.realpath(path))
-                pieces += pieces_of_file(path, doc_sep)
+            pieces += [piece for path in list_files(part) for piece in pieces_of_file(path, doc_sep)]
+    seen = set()
+    for piece in pieces:
+        place = os.path.realpath(piece.path), piece.start
+        if place in seen:
+            raise UserError(f"{piece.path}: twice in --source={source} (name it once)")
+        seen.add(place)
     return pieces
 
 

@@ -395,6 +395,7 @@ PACKED = random.Random(0).randbytes(5000).hex().encode()  # text that does not s
         ({}, {"source": "no/*.txt"}, "no/*.txt: no such source"),
         ({"b.tar": b"w1"}, {"source": "b.tar"}, "b.tar: unknown kind of file"),
         ({"d/b.txt": b"w1"}, {"source": "d/b.txt,d"}, "d/b.txt: twice in --source=d/b.txt,d"),
+        ({}, {"source": "stdlib,stdlib"}, "stdlib: twice in --source=stdlib,stdlib"),
         ({"b.parquet.gz": b"w1"}, {"source": "b.parquet.gz"}, "b.parquet.gz: unknown kind of file"),
         ({"b.gz": b"w1"}, {"source": "b.gz"}, "b.gz: unknown kind of file"),
         ({"d/b.md": b"w1"}, {"source": "d"}, "d: no such source"),

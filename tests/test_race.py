@@ -87,6 +87,7 @@ def test_both_models_get_the_same_but_for_what_is_documented():
     assert differing == {
         "model", "mask_prob", "attention_dropout", "compile", "out_dir", "global_batch_size", "lr"
     }  # fmt: skip
+    assert [(cfg.global_batch_size, cfg.lr) for cfg in (ours, theirs)] == [(512, 5e-4), (256, 2.5e-4)]
     ours.check(1), theirs.check(1)
 
 
