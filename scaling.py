@@ -123,9 +123,9 @@ class Bench:
         if self.train_cfg.compile:
             # Within DDP the compiler cuts the model at the buckets, without it does not. An option that changes nothing
             # keeps the two apart, as all that is compiled of one function with equal options is shared.
-            single = torch.compile(self.raw_model, options={"triton.cudagraphs": False})
+            single = train.compiled(self.raw_model, **{"triton.cudagraphs": False})
         if self.gpus > 1:
-            inner = torch.compile(self.raw_model) if self.train_cfg.compile else self.raw_model
+            inner = train.compiled(self.raw_model) if self.train_cfg.compile else self.raw_model
             many = train.data_parallel(inner, self.together)
         kinds = []
         for batch, size in (("global", self.cfg.global_batch_size), ("per_gpu", self.cfg.per_gpu)):

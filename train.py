@@ -572,7 +572,7 @@ def train(cfg, process, run, guard, train_samples, val_samples):
         parts = [train_samples.parts(samples, micro_batch_tokens, r, world_size) for r in ranks]
         return [sample for part in sum(parts, []) for sample in samples[part].tolist()]
 
-    model = torch.compile(raw_model) if cfg.compile else raw_model
+    model = compiled(raw_model) if cfg.compile else raw_model
     model.train()
     if world_size > 1:
         model = data_parallel(model, process)
@@ -686,6 +686,18 @@ def train(cfg, process, run, guard, train_samples, val_samples):
         run.wait()
         state["seconds"] = seconds_before + time.perf_counter() - loop_start
         run.log("end", step=state["step"], seconds=round(state["seconds"], 3), **cost(cfg, state, world_size))
+
+
+# PyTorch 2.11 fuses sums along rows with sums along columns (LayerNorm's backward pass), and where the number of rows
+# varies it puts their results together from slices without the parentheses they need: BERT on two GPUs ended with
+# "shape '[1408, 768]' is invalid for input of size 0". 2.12 has the parentheses.
+WITHOUT_FUSED_SUMS = {"triton.mix_order_reduction": False}
+
+
+def compiled(model, **options):
+    """torch.compile(model) with options of its Inductor, and without what this version of it gets wrong."""
+    options |= WITHOUT_FUSED_SUMS if torch.__version__ < "2.12" else {}
+    return torch.compile(model, options=options)
 
 
 def data_parallel(model, process):

@@ -162,6 +162,37 @@ def test_bert_equals_transformers():
     assert difference <= 1e-5
 
 
+def test_bert_trains_as_that_of_transformers():
+    """Without dropout, from the same weights, by AdamW, with padding: the losses of 40 steps."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "intermediate_size": 40}
+    config = transformers.BertConfig(
+        vocab_size=70, hidden_dropout_prob=0, attention_probs_dropout_prob=0, hidden_act="gelu", **sizes
+    )
+    theirs = transformers.BertForMaskedLM(config).train()
+    ours = tiny("bert", hidden_dropout=0.0, attention_dropout=0.0).train()
+    checkpoint.load_weights(ours, theirs.state_dict(), "theirs")
+    optimizers = [torch.optim.AdamW(network.parameters(), 5e-3) for network in (ours, theirs)]
+    keep = torch.arange(40) < torch.tensor([40, 3, 17, 39])[:, None]  # (B, T)
+    longest, cu_seqlens = 40, torch.tensor([0, 40, 43, 60, 99], dtype=torch.int32)
+    for step in range(40):
+        ids = (torch.randint(1, 5, (4, 1)) + torch.arange(40)) * keep  # each token tells the next
+        masked = (torch.rand(4, 40) < 0.3) & keep
+        masked[0, 0] = True
+        labels = torch.where(masked, ids, -100)
+        inputs = torch.where(masked, 5, ids)
+        positions = masked[keep].nonzero()[:, 0]  # in the flat stream
+        loss = ours(inputs[keep], cu_seqlens, longest, positions, ids[masked]) / len(positions)
+        expected = theirs(inputs, attention_mask=keep.long(), labels=labels).loss
+        print(f"step {step}: {loss.item():.6f}, {expected.item():.6f}")
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+        for optimizer, value in zip(optimizers, (loss, expected)):
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+    assert expected < 2.5  # guessing one of 44 would be 3.8
+
+
 @pytest.mark.parametrize("model", ["mosaicbert", "bert"])
 def test_rows_are_those_of_the_whole(model):
     """The last layer's subset, the filling after the last sequence and empty sequences change nothing."""

@@ -334,6 +334,17 @@ def test_compile_gives_the_same_losses(data_dir, tmp_path):
     assert losses(tmp_path / "true") == pytest.approx(losses(tmp_path / "false"), rel=1e-5)
 
 
+def test_what_compiling_leaves_out(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch, "compile", lambda model, options: seen.append(options))
+    for version in ("2.11.0+cu130", "2.12.0", "2.13.0+cpu"):
+        monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+        train.compiled(None, some=1)
+    assert seen == [{"some": 1, **train.WITHOUT_FUSED_SUMS}, {"some": 1}, {"some": 1}]
+    monkeypatch.undo()
+    torch.compile(len, options=train.WITHOUT_FUSED_SUMS)  # refuses names that Inductor does not know
+
+
 def test_learning_rates_of_the_original():
     """Composer's linear_decay_with_warmup for 70,000 steps: t / 4,200, then down over 65,800 steps to alpha_f."""
     cfg = train.TrainConfig(final_lr_fraction=0.02)
