@@ -32,8 +32,8 @@ def test_as_many_steps_as_fit(minutes, eval_interval):
     evaluations = len([step for step in range(1, steps + 1) if train.is_eval_step(dataclasses.replace(cfg, max_steps=steps), step)])
     seconds = steps * 0.108 + evaluations * 0.9 + 4.3
     assert seconds == pytest.approx(budget.total_seconds(steps, cfg, costs))
-    assert 0.97 * 60 * minutes < seconds <= 0.99 * 60 * minutes
-    assert budget.total_seconds(steps + 1, cfg, costs) > 0.99 * 60 * minutes
+    assert 0.97 * 60 * minutes < seconds <= 0.985 * 60 * minutes
+    assert budget.total_seconds(steps + 1, cfg, costs) > 0.985 * 60 * minutes
 
 
 def test_dollars_are_minutes_of_all_gpus():
@@ -175,7 +175,7 @@ def test_two_processes_agree(data_dir, tmp_path):  # noqa: F811
     assert statuses == [0, 0], output
     # A look at the slower clock takes 0.04 s, whatever lies between: a step, an evaluation.
     steps = read_log(tmp_path / "budget", "end")[0]["step"]
-    assert steps == int((1.2 * 0.99 - 0.04 - 0.1) / 0.04)
+    assert steps == int((1.2 * 0.985 - 0.04 - 0.1) / 0.04)
     assert f"{steps} steps of 0.04 s, 1 x 0.04 s of evaluation, 0.1 s for the last checkpoint: " in output
     argv = toy_argv(data_dir, tmp_path / "hand", max_steps=steps, eval_interval=0)
     statuses, output = run_ranks(argv, 2, tmp_path / "ranks2")

@@ -131,6 +131,18 @@ def test_race_is_that_of_the_runs():
         assert "not measured" in section and "| MosaicBERT |" not in text
 
 
+def test_lengths_are_those_of_the_runs():
+    """Each loss in the sentence about longer texts, of the runs of 8 minutes."""
+    text = (ROOT / "README.md").read_text()
+    sentence = text.partition("Trained on 128 tokens,")[2].partition("![held-out")[0]
+    losses = []
+    for model in ("mosaicbert", "bert"):
+        runs = (ROOT / "results" / "race" / f"{model}_8min_seed17" / "lengths.json").read_text()
+        losses += [f"{result['loss']:.3f}" for result in json.loads(runs)["lengths"].values()]
+    shown = re.findall(r"\d\.\d{3}", sentence)
+    assert shown == [losses[i] for i in (0, 2, 3, 4, 6)]  # MosaicBERT's at 128, 512, 1,024; BERT's at 128, 512
+
+
 def test_a_wrong_number_of_the_race_would_be_seen(tmp_path):
     lines = race.results_text(str(write_race(tmp_path)))
     assert len(lines) == 2 + 6 + 2 and not missing(lines, "\n".join(lines))
