@@ -13,6 +13,7 @@ Read next: hf/modeling_mosaic_bert.py
 
 import datetime
 import hashlib
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -454,7 +455,7 @@ def self_check(path, texts, ids, outputs, architecture, onnx=False):
         done = subprocess.run(command_line, env=environment, cwd=scratch, capture_output=True, text=True)
         if done.returncode != 0:
             reason = (done.stderr.strip() or "killed").splitlines()[-1]
-            raise UserError(f"self-check: {reason} (it needs transformers; nothing was written)")
+            raise UserError(f"self-check: {reason} (nothing was written)")
         verdict = read_json(os.path.join(scratch, "verdict.json"), "no verdict")
     print(
         f"self-check in {verdict['by']}: {len(texts)} texts, {len(outputs):,} rows of outputs, largest difference "
@@ -467,6 +468,10 @@ def self_check(path, texts, ids, outputs, architecture, onnx=False):
 
 def to_hf(cfg):
     """--to_hf: write a directory for transformers, or an ONNX model, after its check has passed."""
+    needed = ("transformers", *(("onnx", "onnxscript", "onnxruntime") if cfg.format == "onnx" else ()))
+    missing = [package for package in needed if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UserError(f"--to_hf, format {cfg.format}: needs {', '.join(missing)} (pip install {' '.join(missing)})")
     if os.path.exists(cfg.out) and os.listdir(cfg.out):
         raise UserError(f"{cfg.out}: not empty (choose another --out)")
     config, tensors, tokenizer_text = read_model(cfg.to_hf)
@@ -494,11 +499,8 @@ def to_hf(cfg):
 
 def export_onnx(path, architecture):
     """Turn the transformers directory `path` into model.onnx, of any batch and length, and its tokenizer."""
-    try:
-        import onnxscript  # noqa: F401  torch.onnx needs it
-        import transformers
-    except ImportError as error:
-        raise UserError(f"--format=onnx needs {error.name} (pip install onnx onnxscript onnxruntime)") from None
+    import transformers
+
     auto = getattr(transformers, f"AutoModelFor{architecture.partition('For')[2]}")
     model = auto.from_pretrained(path, trust_remote_code=True).eval()
     model.config.return_dict = False

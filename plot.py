@@ -101,7 +101,7 @@ def read_glue(path):
     """A glue.json as a dictionary. Raises: UserError."""
 
     def interpret(results):
-        results["tasks"], results["model"]
+        results["tasks"], results["model"], results["recipe"]
         return results
 
     return read_result(path, "glue.json of finetune_glue.py", interpret)
@@ -206,7 +206,12 @@ def plot_pareto(cfg, pyplot):
     if x == "tokens":
         raise UserError("--x=tokens: not for --pareto (MosaicML published no tokens)")
     paths = find(cfg.pareto, "glue.json")
-    labels = labels_for(cfg, paths, lambda path: model_label(read_glue(path)))
+    recipes = {path: read_glue(path)["recipe"] for path in paths}
+
+    def label_of(path):
+        return model_label(read_glue(path)) + (f", {recipes[path]}" if len(set(recipes.values())) > 1 else "")
+
+    labels = labels_for(cfg, paths, label_of)
     too_many(labels)
     paths, labels = bert_last(paths, labels)
     common = [task for task in GLUE_TASKS if all(task in read_glue(path)["tasks"] for path in paths)]

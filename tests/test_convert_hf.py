@@ -533,6 +533,17 @@ def test_fill_mask_reads_foreign_directories(tmp_path, capsys):
 # What takes longer, or more packages
 
 
+@pytest.mark.parametrize("format, names", [("onnx", "onnx, onnxscript, onnxruntime"), ("transformers", "transformers")])
+def test_missing_packages_are_named_at_once(tmp_path, capsys, monkeypatch, format, names):
+    missing = names.split(", ")
+    find = convert_hf.importlib.util.find_spec
+    monkeypatch.setattr(convert_hf.importlib.util, "find_spec", lambda name: None if name in missing else find(name))
+    with pytest.raises(SystemExit):
+        convert_hf.main([f"--to_hf={tmp_path / 'no_run'}", f"--out={tmp_path / 'exported'}", f"--format={format}"])
+    error = capsys.readouterr().err
+    assert f"needs {names} (pip install {' '.join(missing)})" in error and error.count("\n") == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["mosaicbert", "bert"])
 def test_onnx(tmp_path, family, capsys):

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 LOG = ROOT / "results" / "base_wikipedia_h100.jsonl"
 
 
-def write_results(path, step=100, cola=(50.0,), rte=(60.0,), model="mosaicbert", **pretraining):
+def write_results(path, step=100, cola=(50.0,), rte=(60.0,), model="mosaicbert", recipe="mosaic", **pretraining):
     pretraining = {"step": step, "gpu_hours": step / 1000, "dollars": step / 400, **pretraining}
     tasks = {
         name: {
@@ -22,9 +22,8 @@ def write_results(path, step=100, cola=(50.0,), rte=(60.0,), model="mosaicbert",
         for name, scores in (("cola", cola), ("rte", rte))
     }
     path.mkdir(parents=True)
-    (path / "glue.json").write_text(
-        json.dumps({"tasks": tasks, "model": model, "num_layers": 12, "pretraining": pretraining})
-    )
+    about = {"recipe": recipe, "model": model, "num_layers": 12, "pretraining": pretraining}
+    (path / "glue.json").write_text(json.dumps({"tasks": tasks, **about}))
     return str(path / "glue.json")
 
 
@@ -111,6 +110,17 @@ def test_curves(tmp_path):
     assert points["x"][0] == pytest.approx((0.2, (51.5 + 56.0) / 2, 50.0, 57.0))
     assert points["x"][1] == pytest.approx((0.2, 61.0, 61.0, 61.0))
     assert plot.curves(paths, ["x", "x", "y"], "dollars", ["cola"])["y"] == [(0.5, 52.0, 52.0, 52.0)]
+
+
+def test_two_recipes_of_one_run_are_two_curves(tmp_path, capsys):
+    from matplotlib import pyplot
+
+    paths = [write_results(tmp_path / recipe, recipe=recipe, cola=(40.0,)) for recipe in ("mosaic", "fast")]
+    for chosen, names in ((paths, ["12 layers, mosaic", "12 layers, fast"]), (paths[:1], ["12 layers"])):
+        figure = plot.plot_pareto(plot.PlotConfig(pareto=",".join(chosen)), pyplot)
+        labels = figure.axes[0].get_legend_handles_labels()[1]
+        assert labels[:-2] == [f"MosaicBERT, {name}" for name in names]
+        pyplot.close(figure)
 
 
 def test_published_points():

@@ -43,7 +43,8 @@ def write_run(directory, model, minutes, seed, score, held_out=3.0, dollars=0.1)
         tasks[task] = {"scores": scores, "score": float(np.mean(scores)), "score_ci95": None}
     pretraining = {"step": 150, "gpu_hours": minutes / 60, "dollars": dollars, "budget_minutes": minutes, "budget_dollars": 0}
     average = float(np.mean([task["score"] for task in tasks.values()]))
-    results = {"tasks": tasks, "average": average, "model": model, "num_layers": 12, "pretraining": pretraining}
+    about = {"model": model, "num_layers": 12, "recipe": "fast", "pretraining": pretraining}
+    results = {"tasks": tasks, "average": average, **about}
     (path / "glue.json").write_text(json.dumps(results))
     lengths = {str(n): {"loss": held_out + n / 1000, "accuracy": 0.5, "num_masked": 100} for n in race.LENGTHS[model]}
     (path / "lengths.json").write_text(json.dumps({"model": model, "minutes": minutes, "seed": seed, "lengths": lengths}))
