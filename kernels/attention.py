@@ -45,7 +45,7 @@ import math
 import torch
 from torch import Tensor
 
-from kernels import tl, triton
+from kernels import operator, tl, triton
 
 LOG2E = tl.constexpr(math.log2(math.e))  # exp(x) = exp2(x * LOG2E), and exp2 is what the hardware has
 
@@ -372,7 +372,7 @@ def grid(block, qkv, cu_seqlens, max_seqlen):
 # The kernels as two PyTorch operators, opaque to torch.compile. Outputs are not initialised: kernels write every row.
 
 
-@torch.library.custom_op("mosaicbert::attention", mutates_args=())
+@operator("attention")
 def attention_op(qkv: Tensor, cu_seqlens: Tensor, slopes: Tensor | None, max_seqlen: int) -> tuple[Tensor, Tensor]:
     """(out, lse)"""
     total_tokens, _, H, D = qkv.shape
@@ -385,7 +385,7 @@ def attention_op(qkv: Tensor, cu_seqlens: Tensor, slopes: Tensor | None, max_seq
     return out, lse
 
 
-@torch.library.custom_op("mosaicbert::attention_backward", mutates_args=())
+@operator("attention_backward")
 def attention_backward_op(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, slopes: Tensor | None, max_seqlen: int
 ) -> Tensor:
@@ -414,17 +414,19 @@ def _(dout, qkv, out, lse, cu_seqlens, slopes, max_seqlen):
     return torch.empty_like(qkv)
 
 
-def setup_context(ctx, inputs, output):
-    qkv, cu_seqlens, slopes, ctx.max_seqlen = inputs
-    ctx.save_for_backward(qkv, *output, cu_seqlens, slopes)
-    ctx.set_materialize_grads(False)  # nobody has a gradient for lse: do not fill one with zeros
+class Attention(torch.autograd.Function):
+    """out, differentiable in qkv."""
 
+    @staticmethod
+    def forward(ctx, qkv, cu_seqlens, slopes, max_seqlen):
+        out, lse = attention_op(qkv, cu_seqlens, slopes, max_seqlen)
+        ctx.max_seqlen = max_seqlen
+        ctx.save_for_backward(qkv, out, lse, cu_seqlens, slopes)
+        return out
 
-def backward(ctx, dout, dlse):
-    return attention_backward_op(dout, *ctx.saved_tensors, ctx.max_seqlen), None, None, None
-
-
-attention_op.register_autograd(backward, setup_context=setup_context)
+    @staticmethod
+    def backward(ctx, dout):
+        return attention_backward_op(dout, *ctx.saved_tensors, ctx.max_seqlen), None, None, None
 
 
 def check_attention(q, k, v, cu_seqlens, slopes, windows=None):

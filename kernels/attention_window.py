@@ -38,7 +38,7 @@ Read next: tests/test_attention.py
 import torch
 from torch import Tensor
 
-from kernels import TensorDescriptor, tl, triton
+from kernels import TensorDescriptor, operator, tl, triton
 from kernels.attention import LOG2E, alibi, compute_capability, load_slope, store_rows, zero_rows
 
 BLOCK = 128  # tokens of a window, and rows and columns of its tile
@@ -237,7 +237,7 @@ def launch(kernel, name, tensors, qkv, cu_seqlens, windows, slopes):
 # The kernels as two PyTorch operators, opaque to torch.compile. Outputs are not initialised: kernels write every row.
 
 
-@torch.library.custom_op("mosaicbert::window_attention", mutates_args=())
+@operator("window_attention")
 def window_attention_op(qkv: Tensor, cu_seqlens: Tensor, windows: Tensor | None, slopes: Tensor | None) -> Tensor:
     """out"""
     total_tokens, _, H, D = qkv.shape
@@ -247,7 +247,7 @@ def window_attention_op(qkv: Tensor, cu_seqlens: Tensor, windows: Tensor | None,
     return out
 
 
-@torch.library.custom_op("mosaicbert::window_attention_backward", mutates_args=())
+@operator("window_attention_backward")
 def window_attention_backward_op(
     dout: Tensor, qkv: Tensor, cu_seqlens: Tensor, windows: Tensor | None, slopes: Tensor | None
 ) -> Tensor:
@@ -270,12 +270,14 @@ def _(dout, qkv, cu_seqlens, windows, slopes):
     return torch.empty_like(qkv)
 
 
-def setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+class WindowAttention(torch.autograd.Function):
+    """out, differentiable in qkv."""
 
+    @staticmethod
+    def forward(ctx, qkv, cu_seqlens, windows, slopes):
+        ctx.save_for_backward(qkv, cu_seqlens, windows, slopes)
+        return window_attention_op(qkv, cu_seqlens, windows, slopes)
 
-def backward(ctx, dout):
-    return window_attention_backward_op(dout, *ctx.saved_tensors), None, None, None
-
-
-window_attention_op.register_autograd(backward, setup_context=setup_context)
+    @staticmethod
+    def backward(ctx, dout):
+        return window_attention_backward_op(dout, *ctx.saved_tensors), None, None, None

@@ -43,7 +43,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import tl, triton
+from kernels import operator, tl, triton
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
@@ -109,7 +109,7 @@ def cross_entropy_(logits, labels):
     return losses
 
 
-@torch.library.custom_op("mosaicbert::linear_cross_entropy", mutates_args=())
+@operator("linear_cross_entropy")
 def linear_cross_entropy_op(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """(loss, dlogits), the gradient without the factor dloss."""
     logits = F.linear(hidden, weight.to(hidden.dtype), bias.to(hidden.dtype))  # (num_rows, V)
@@ -121,22 +121,35 @@ def _(hidden, weight, bias, labels):
     return bias.new_empty(()), hidden.new_empty(hidden.shape[0], weight.shape[0])
 
 
-def setup_context(ctx, inputs, output):
-    hidden, weight, _, _ = inputs
-    ctx.save_for_backward(hidden, weight, output[1])
-    ctx.set_materialize_grads(False)  # only the loss has a gradient
-
-
-def backward(ctx, dloss, _):
-    hidden, weight, dlogits = ctx.saved_tensors
+@operator("linear_cross_entropy_backward")
+def linear_cross_entropy_backward_op(
+    dloss: Tensor, hidden: Tensor, weight: Tensor, dlogits: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dhidden, dweight, dbias)"""
     num_rows, C = hidden.shape
     dhidden = dlogits @ torch.mul(weight, dloss, out=torch.empty_like(weight, dtype=hidden.dtype))
     product = dlogits.T @ torch.cat((hidden, hidden.new_ones(num_rows, ONES)), 1)  # (V, C + ONES)
     dloss = dloss.reshape(1)  # of one dimension it makes the results fp32; of none, it would itself become bf16
-    return dhidden, product[:, :C] * dloss, product[:, C] * dloss, None
+    return dhidden, product[:, :C] * dloss, product[:, C] * dloss
 
 
-linear_cross_entropy_op.register_autograd(backward, setup_context=setup_context)
+@linear_cross_entropy_backward_op.register_fake
+def _(dloss, hidden, weight, dlogits):
+    return torch.empty_like(hidden), torch.empty_like(weight), weight.new_empty(len(weight))
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """loss, differentiable in hidden, weight and bias."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels):
+        loss, dlogits = linear_cross_entropy_op(hidden, weight, bias, labels)
+        ctx.save_for_backward(hidden, weight, dlogits)
+        return loss
+
+    @staticmethod
+    def backward(ctx, dloss):
+        return *linear_cross_entropy_backward_op(dloss, *ctx.saved_tensors), None
 
 
 def check_linear_cross_entropy(hidden, weight, bias, labels):
@@ -161,4 +174,4 @@ def linear_cross_entropy_triton(hidden, weight, bias, labels):
         raise ValueError(f"{limit} hidden in float32, float16 or bfloat16, not {hidden.dtype}")
     if weight.dtype != torch.float32 or bias.dtype != torch.float32:
         raise ValueError(f"{limit} weight and bias in float32, not {weight.dtype} and {bias.dtype}")
-    return linear_cross_entropy_op(hidden, weight, bias, labels)[0]
+    return LinearCrossEntropy.apply(hidden, weight, bias, labels)

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import tl, triton
+from kernels import operator, tl, triton
 from kernels.layernorm import (
     MAX_C,
     backward_programs,
@@ -157,7 +157,7 @@ def backward_kernel(
     store_sums(sums, partial_ptr, 3, C, BLOCK_C)
 
 
-@torch.library.custom_op("mosaicbert::embedding_layernorm", mutates_args=())
+@operator("embedding_layernorm")
 def embedding_op(
     ids: Tensor,
     type_ids: Tensor | None,
@@ -192,7 +192,7 @@ def empty_outputs(ids, words, dtype):
     return out, mean, torch.empty_like(mean)
 
 
-@torch.library.custom_op("mosaicbert::embedding_layernorm_backward", mutates_args=())
+@operator("embedding_layernorm_backward")
 def embedding_backward_op(
     dout: Tensor,
     dnext: Tensor | None,

@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import tl, triton
+from kernels import operator, tl, triton
 from kernels.layernorm import dropout_args, keep_mask
 
 MINUS_HALF_LOG2E = tl.constexpr(-0.5 * math.log2(math.e))
@@ -131,7 +131,7 @@ def grid(num_rows, cfg):
     return (triton.cdiv(num_rows, cfg["BLOCK_R"]) * triton.cdiv(cfg["F_"], cfg["BLOCK_F"]),)
 
 
-@torch.library.custom_op("mosaicbert::geglu", mutates_args=())
+@operator("geglu")
 def geglu_op(x: Tensor, seed: Tensor | None, dropout_prob: float) -> Tensor:
     num_rows, width = x.shape
     out = torch.empty((num_rows, width // 2), dtype=x.dtype, device=x.device)
@@ -146,7 +146,7 @@ def _(x, seed, dropout_prob):
     return x.new_empty(x.shape[0], x.shape[1] // 2)
 
 
-@torch.library.custom_op("mosaicbert::geglu_backward", mutates_args=())
+@operator("geglu_backward")
 def geglu_backward_op(dout: Tensor, x: Tensor, seed: Tensor | None, dropout_prob: float) -> Tensor:
     dx = torch.empty_like(x)
     dout = dout.contiguous()  # autograd may hand over any layout
@@ -161,16 +161,18 @@ def _(dout, x, seed, dropout_prob):
     return torch.empty_like(x)
 
 
-def setup_context(ctx, inputs, output):
-    x, seed, ctx.dropout_prob = inputs
-    ctx.save_for_backward(x, seed)
+class GeGLU(torch.autograd.Function):
+    """out, differentiable in x."""
 
+    @staticmethod
+    def forward(ctx, x, seed, dropout_prob):
+        ctx.dropout_prob = dropout_prob
+        ctx.save_for_backward(x, seed)
+        return geglu_op(x, seed, dropout_prob)
 
-def backward(ctx, dout):
-    return geglu_backward_op(dout, *ctx.saved_tensors, ctx.dropout_prob), None, None
-
-
-geglu_op.register_autograd(backward, setup_context=setup_context)
+    @staticmethod
+    def backward(ctx, dout):
+        return geglu_backward_op(dout, *ctx.saved_tensors, ctx.dropout_prob), None, None
 
 
 def check_geglu(x, dropout_prob):
@@ -188,4 +190,4 @@ def geglu_triton(x, dropout_prob=0.0):
     if not x.is_contiguous():
         raise ValueError("geglu: x must be contiguous; call .contiguous() on it")
     seed = torch.randint(2**62, (1,), device=x.device) if dropout_prob > 0 else None
-    return geglu_op(x, seed, dropout_prob)
+    return GeGLU.apply(x, seed, dropout_prob)

@@ -47,7 +47,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import tl, triton
+from kernels import operator, tl, triton
 
 PHILOX_ROUNDS = tl.constexpr(7)
 DROPOUT_LEVELS = 65536  # 2^16: 16 random bits decide one element
@@ -274,7 +274,7 @@ def dropout_args(dropout_prob):
 # tensor twice: what would equal another tensor comes back empty, and the autograd formula uses that other tensor.
 
 
-@torch.library.custom_op("mosaicbert::dropout_add_layernorm", mutates_args=())
+@operator("dropout_add_layernorm")
 def layernorm_op(
     x: Tensor,
     x_bias: Tensor | None,
@@ -308,7 +308,7 @@ def empty_outputs(x, x_bias, residual, seed):
     return y, z, mean, torch.empty_like(mean)
 
 
-@torch.library.custom_op("mosaicbert::dropout_add_layernorm_backward", mutates_args=())
+@operator("dropout_add_layernorm_backward")
 def layernorm_backward_op(
     dy: Tensor,
     dnext: Tensor | None,

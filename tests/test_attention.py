@@ -235,15 +235,16 @@ def test_faults_are_noticed(kind, helper, fault, dtype, monkeypatch, triton_back
 
 
 def test_operator_contract(device, triton_backend):
-    """torch.library's own test: schema, fake outputs, autograd registration, dynamic shapes under AOTAutograd."""
+    """torch.library's own test: schema, fake outputs, dynamic shapes under AOTAutograd."""
     # No tail: lse, which nobody reads there, is not written there, and NaN equals nothing.
     inputs = make_inputs([10, 5], 2, 16, torch.float32, device, tail=0, kind="windows")
     qkv, _, cu_seqlens, max_seqlen, slopes, windows = inputs
-    torch.library.opcheck(looped.attention_op, (qkv.requires_grad_(), cu_seqlens, slopes, max_seqlen))
-    torch.library.opcheck(looped.attention_op, (qkv, cu_seqlens, None, max_seqlen))
+    qkv = qkv.detach()
+    torch.library.opcheck(torch.ops.mosaicbert.attention, (qkv, cu_seqlens, slopes, max_seqlen))
+    torch.library.opcheck(torch.ops.mosaicbert.attention, (qkv, cu_seqlens, None, max_seqlen))
     if attention_window.fits_window(qkv, max_seqlen):  # not on a GPU, in fp32
-        torch.library.opcheck(attention_window.window_attention_op, (qkv, cu_seqlens, windows, slopes))
-        torch.library.opcheck(attention_window.window_attention_op, (qkv, cu_seqlens, None, None))
+        torch.library.opcheck(torch.ops.mosaicbert.window_attention, (qkv, cu_seqlens, windows, slopes))
+        torch.library.opcheck(torch.ops.mosaicbert.window_attention, (qkv, cu_seqlens, None, None))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -131,8 +131,8 @@ def test_operator_contract(device, triton_backend):
     dout, mean, rstd = torch.randn(6, 64, device=device), *torch.randn(2, 6, device=device)
     for kind, seed, p in ((type_ids, torch.tensor([3], device=device), 0.1), (None, None, 0.0)):
         args = (ids, kind, words, types, weight)
-        torch.library.opcheck(module.embedding_op, (*args, bias, seed, p, 1e-12, torch.float16))
-        torch.library.opcheck(module.embedding_backward_op, (dout, None, *args, seed, mean, rstd, p))
+        torch.library.opcheck(torch.ops.mosaicbert.embedding_layernorm, (*args, bias, seed, p, 1e-12, torch.float16))
+        torch.library.opcheck(torch.ops.mosaicbert.embedding_layernorm_backward, (dout, None, *args, seed, mean, rstd, p))
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])

@@ -126,9 +126,11 @@ def test_any_layout_of_the_gradient(device, triton_backend):
 
 
 def test_operator_contract(device, triton_backend):
-    x = torch.randn(4, 32, device=device, requires_grad=True)
+    x, dout = torch.randn(4, 32, device=device), torch.randn(4, 16, device=device)
     for seed in (None, torch.tensor([5], device=device)):
-        torch.library.opcheck(torch.ops.mosaicbert.geglu, (x, seed, 0.1 if seed is not None else 0.0))
+        args = seed, 0.1 if seed is not None else 0.0
+        torch.library.opcheck(torch.ops.mosaicbert.geglu, (x, *args))
+        torch.library.opcheck(torch.ops.mosaicbert.geglu_backward, (dout, x, *args))
 
 
 @pytest.mark.parametrize(
