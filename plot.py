@@ -101,7 +101,7 @@ def read_glue(path):
     """A glue.json as a dictionary. Raises: UserError."""
 
     def interpret(results):
-        results["tasks"], results["model"], results["recipe"]
+        results["tasks"], results["model"]
         return results
 
     return read_result(path, "glue.json of finetune_glue.py", interpret)
@@ -206,7 +206,7 @@ def plot_pareto(cfg, pyplot):
     if x == "tokens":
         raise UserError("--x=tokens: not for --pareto (MosaicML published no tokens)")
     paths = find(cfg.pareto, "glue.json")
-    recipes = {path: read_glue(path)["recipe"] for path in paths}
+    recipes = {path: read_glue(path).get("recipe") for path in paths}
 
     def label_of(path):
         return model_label(read_glue(path)) + (f", {recipes[path]}" if len(set(recipes.values())) > 1 else "")

@@ -34,8 +34,10 @@ except ImportError:  # as on macOS
 def operator(name):
     """Makes the decorated function a PyTorch operator for torch.compile, to which it stays opaque.
 
-    Elsewhere it is called as it is: going through PyTorch 2.13's dispatcher took 3 of the 18 ms in which a CPU got through
-    a step of 12 layers with kernels that did nothing. The function needs .register_fake, and an autograd.Function around it.
+    Within an autograd.Function, which every such function needs around it, it is called as it is: going through PyTorch
+    2.13's dispatcher took 3 of the 18 ms in which a CPU got through a step of 12 layers with kernels that did nothing.
+    Where gradients are recorded it is the operator again, which has none, so that second derivatives end in an error.
+    It needs .register_fake. Tracing without Dynamo (make_fx, FakeTensorMode) does not know it.
     """
 
     def decorate(function):
@@ -43,7 +45,8 @@ def operator(name):
 
         @functools.wraps(function)
         def call(*args):
-            return op(*args) if torch.compiler.is_compiling() else function(*args)
+            dispatched = torch.compiler.is_compiling() or torch.is_grad_enabled()
+            return op(*args) if dispatched else function(*args)
 
         call.register_fake = op.register_fake
         return call

@@ -135,7 +135,7 @@ def linear_cross_entropy_backward_op(
 
 @linear_cross_entropy_backward_op.register_fake
 def _(dloss, hidden, weight, dlogits):
-    return torch.empty_like(hidden), torch.empty_like(weight), weight.new_empty(len(weight))
+    return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape), weight.new_empty(len(weight))
 
 
 class LinearCrossEntropy(torch.autograd.Function):

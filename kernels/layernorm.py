@@ -348,7 +348,7 @@ def empty_gradients(z, seed, has_residual):
 
 
 class DropoutAddLayerNorm(torch.autograd.Function):
-    """A Function, not an operator with a registered gradient, because only a Function may return one tensor twice."""
+    """Returns one tensor twice, so that its backward pass gets two gradients, and adds them itself."""
 
     @staticmethod
     def forward(ctx, x, residual, weight, bias, seed, dropout_prob, eps, x_bias):

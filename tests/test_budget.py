@@ -25,15 +25,14 @@ def weights(out, step):
 @pytest.mark.parametrize("minutes", [0.5, 2, 16, 600])
 @pytest.mark.parametrize("eval_interval", [0, 1, 250, 2000])
 def test_as_many_steps_as_fit(minutes, eval_interval):
-    """MosaicBERT-Base on an H100 in steps of 512, its evaluation and its checkpoint: never over, less than 3 % under."""
+    """MosaicBERT-Base on an H100 in steps of 512, its evaluation and its checkpoint: not over, and no more would fit."""
     cfg = TrainConfig(budget_minutes=minutes, eval_interval=eval_interval)
     costs = budget.Costs(step=0.108, evaluation=0.9, save=4.3)
     steps = budget.steps_to_train(cfg, ALONE, costs)
     evaluations = len([step for step in range(1, steps + 1) if train.is_eval_step(dataclasses.replace(cfg, max_steps=steps), step)])
     seconds = steps * 0.108 + evaluations * 0.9 + 4.3
     assert seconds == pytest.approx(budget.total_seconds(steps, cfg, costs))
-    assert 0.97 * 60 * minutes < seconds <= 0.985 * 60 * minutes
-    assert budget.total_seconds(steps + 1, cfg, costs) > 0.985 * 60 * minutes
+    assert seconds <= 0.98 * 60 * minutes < budget.total_seconds(steps + 1, cfg, costs)
 
 
 def test_dollars_are_minutes_of_all_gpus():
@@ -175,7 +174,7 @@ def test_two_processes_agree(data_dir, tmp_path):  # noqa: F811
     assert statuses == [0, 0], output
     # A look at the slower clock takes 0.04 s, whatever lies between: a step, an evaluation.
     steps = read_log(tmp_path / "budget", "end")[0]["step"]
-    assert steps == int((1.2 * 0.985 - 0.04 - 0.1) / 0.04)
+    assert steps == int((1.2 * 0.98 - 0.04 - 0.1) / 0.04)
     assert f"{steps} steps of 0.04 s, 1 x 0.04 s of evaluation, 0.1 s for the last checkpoint: " in output
     argv = toy_argv(data_dir, tmp_path / "hand", max_steps=steps, eval_interval=0)
     statuses, output = run_ranks(argv, 2, tmp_path / "ranks2")

@@ -153,9 +153,10 @@ def test_operator_contract(device, triton_backend):
     """torch.library's own test: schema, fake outputs, dynamic shapes under AOTAutograd."""
     *inputs, labels = make_inputs(6, 16, 70, torch.float32, device)
     hidden, weight, bias = (t.detach() for t in inputs)
-    torch.library.opcheck(torch.ops.mosaicbert.linear_cross_entropy, (hidden, weight, bias, labels))
-    args = torch.tensor(2.0, device=device), hidden, weight, torch.randn(6, 70, device=device)
-    torch.library.opcheck(torch.ops.mosaicbert.linear_cross_entropy_backward, args)
+    dloss, dlogits = torch.tensor(2.0, device=device), torch.randn(6, 70, device=device)
+    for h, w in ((hidden, weight), (hidden.T.contiguous().T, weight.T.contiguous().T)):  # of any strides
+        torch.library.opcheck(torch.ops.mosaicbert.linear_cross_entropy, (h, w, bias, labels))
+        torch.library.opcheck(torch.ops.mosaicbert.linear_cross_entropy_backward, (dloss, h, w, dlogits))
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])

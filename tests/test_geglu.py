@@ -158,6 +158,16 @@ def test_on_gpu(num_rows, width, dtype, triton_backend):
     check(*make_inputs(num_rows, width, dtype, "cuda"))
 
 
+def test_compiled_equals_eager(device, triton_backend):
+    compiled = torch.compile(kernels.geglu, backend="aot_eager", fullgraph=True)
+    for num_rows, stance in ((10, "default"), (12, "default"), (15, "fail_on_recompile")):
+        inputs = make_inputs(num_rows, 16, torch.float16, device)
+        with torch.compiler.set_stance(stance):  # the second row count is the last that compiles anything
+            got = run(compiled, *inputs)
+        expected = run(geglu, *inputs)
+        assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
 @pytest.mark.gpu
 def test_repeats_are_bitwise_equal(triton_backend):
     inputs = make_inputs(4096, 3072, torch.bfloat16, "cuda")
