@@ -143,6 +143,17 @@ def test_lengths_are_those_of_the_runs():
     assert shown == [losses[i] for i in (0, 2, 3, 4, 6)]  # MosaicBERT's at 128, 512, 1,024; BERT's at 128, 512
 
 
+def test_plateau_on_a_cpu_is_that_of_the_logs():
+    text = (ROOT / "results" / "README.md").read_text()
+    steps = 500, 1000, 1500, 2000, 4000
+    for title, model, count in (("BERT", "bert", 5), ("MosaicBERT", "mosaicbert", 4)):
+        with open(ROOT / "results" / "race_settings" / f"{model}_cpu.jsonl") as file:
+            records = [json.loads(line) for line in file]
+        losses = {record["step"]: f"{record['loss']:.3f}" for record in records if record["event"] == "eval"}
+        row = re.search(rf"^\| \[{title}\]\(race_settings/{model}_cpu.jsonl\) \|(.*)$", text, re.MULTILINE)[1]
+        assert re.findall(r"[\d.]+", row) == [losses[step] for step in steps[:count]]
+
+
 def test_a_wrong_number_of_the_race_would_be_seen(tmp_path):
     lines = race.results_text(str(write_race(tmp_path)))
     assert len(lines) == 2 + 6 + 2 and not missing(lines, "\n".join(lines))
