@@ -206,15 +206,16 @@ def plot_pareto(cfg, pyplot):
     if x == "tokens":
         raise UserError("--x=tokens: not for --pareto (MosaicML published no tokens)")
     paths = find(cfg.pareto, "glue.json")
-    recipes = {path: read_glue(path).get("recipe") for path in paths}
+    found = {path: read_glue(path) for path in paths}
+    several = len({results.get("recipe") for results in found.values()}) > 1
 
     def label_of(path):
-        return model_label(read_glue(path)) + (f", {recipes[path]}" if len(set(recipes.values())) > 1 else "")
+        return model_label(found[path]) + (f", {found[path].get('recipe')}" if several else "")
 
     labels = labels_for(cfg, paths, label_of)
     too_many(labels)
     paths, labels = bert_last(paths, labels)
-    common = [task for task in GLUE_TASKS if all(task in read_glue(path)["tasks"] for path in paths)]
+    common = [task for task in GLUE_TASKS if all(task in results["tasks"] for results in found.values())]
     if not common:
         raise UserError("--pareto: no task that all results have")
     price = price_of(paths)

@@ -123,7 +123,7 @@ class Bench:
         if self.train_cfg.compile:
             # Within DDP the compiler cuts the model at the buckets, without it does not. An option that changes nothing
             # keeps the two apart, as all that is compiled of one function with equal options is shared.
-            single = train.compiled(self.raw_model, **{"triton.cudagraphs": False})
+            single = train.compiled(self.raw_model, {"triton.cudagraphs": False})
         if self.gpus > 1:
             inner = train.compiled(self.raw_model) if self.train_cfg.compile else self.raw_model
             many = train.data_parallel(inner, self.together)

@@ -694,10 +694,9 @@ def train(cfg, process, run, guard, train_samples, val_samples):
 WITHOUT_FUSED_SUMS = {"triton.mix_order_reduction": False}
 
 
-def compiled(model, **options):
+def compiled(model, options={}):
     """torch.compile(model) with options of its Inductor, and without what this version of it gets wrong."""
-    options |= WITHOUT_FUSED_SUMS if torch.__version__ < "2.12" else {}
-    return torch.compile(model, options=options)
+    return torch.compile(model, options={**options, **(WITHOUT_FUSED_SUMS if torch.__version__ < "2.12" else {})})
 
 
 def data_parallel(model, process):

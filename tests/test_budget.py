@@ -25,14 +25,17 @@ def weights(out, step):
 @pytest.mark.parametrize("minutes", [0.5, 2, 16, 600])
 @pytest.mark.parametrize("eval_interval", [0, 1, 250, 2000])
 def test_as_many_steps_as_fit(minutes, eval_interval):
-    """MosaicBERT-Base on an H100 in steps of 512, its evaluation and its checkpoint: not over, and no more would fit."""
+    """MosaicBERT-Base on an H100 in steps of 512, its evaluation and its checkpoint: never over, less than 3 % under."""
     cfg = TrainConfig(budget_minutes=minutes, eval_interval=eval_interval)
     costs = budget.Costs(step=0.108, evaluation=0.9, save=4.3)
     steps = budget.steps_to_train(cfg, ALONE, costs)
     evaluations = len([step for step in range(1, steps + 1) if train.is_eval_step(dataclasses.replace(cfg, max_steps=steps), step)])
     seconds = steps * 0.108 + evaluations * 0.9 + 4.3
     assert seconds == pytest.approx(budget.total_seconds(steps, cfg, costs))
-    assert seconds <= 0.98 * 60 * minutes < budget.total_seconds(steps + 1, cfg, costs)
+    one_more = budget.total_seconds(steps + 1, cfg, costs)
+    assert seconds <= 0.98 * 60 * minutes < one_more
+    if one_more - seconds < 0.01 * 60 * minutes:  # else a step is a matter of percents
+        assert 0.97 * 60 * minutes < seconds
 
 
 def test_dollars_are_minutes_of_all_gpus():

@@ -10,6 +10,7 @@ from statistics import median
 
 import pytest
 
+import plot
 import race
 import scaling
 from test_race import write_race
@@ -147,8 +148,7 @@ def test_plateau_on_a_cpu_is_that_of_the_logs():
     text = (ROOT / "results" / "README.md").read_text()
     steps = 500, 1000, 1500, 2000, 4000
     for title, model, count in (("BERT", "bert", 5), ("MosaicBERT", "mosaicbert", 4)):
-        with open(ROOT / "results" / "race_settings" / f"{model}_cpu.jsonl") as file:
-            records = [json.loads(line) for line in file]
+        records = plot.read_log(ROOT / "results" / "race_settings" / f"{model}_cpu.jsonl")
         losses = {record["step"]: f"{record['loss']:.3f}" for record in records if record["event"] == "eval"}
         row = re.search(rf"^\| \[{title}\]\(race_settings/{model}_cpu.jsonl\) \|(.*)$", text, re.MULTILINE)[1]
         assert re.findall(r"[\d.]+", row) == [losses[step] for step in steps[:count]]

@@ -239,11 +239,11 @@ def test_operator_contract(device, triton_backend):
     dy, dnext, x, residual, weight, bias, x_bias = make_inputs(5, 64, torch.float32, device)
     for seed, other, following in ((torch.tensor([3], device=device), x_bias, dnext), (None, None, None)):
         p, has = 0.1 if seed is not None else 0.0, other is not None
-        torch.library.opcheck(torch.ops.mosaicbert.dropout_add_layernorm, (x, other, residual if has else None, weight, bias, seed, p, 1e-12))
-        statistics = torch.randn(2, 5, device=device)
-        torch.library.opcheck(
-            torch.ops.mosaicbert.dropout_add_layernorm_backward, (dy, following, x, weight, seed, *statistics, p, has, has)
-        )
+        ops, statistics = torch.ops.mosaicbert, torch.randn(2, 5, device=device)
+        args = x, other, residual if has else None, weight, bias, seed, p, 1e-12
+        torch.library.opcheck(ops.dropout_add_layernorm, args)
+        args = dy, following, x, weight, seed, *statistics, p, has, has
+        torch.library.opcheck(ops.dropout_add_layernorm_backward, args)
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])

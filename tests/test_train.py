@@ -339,7 +339,7 @@ def test_what_compiling_leaves_out(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model, options: seen.append(options))
     for version in ("2.11.0+cu130", "2.12.0", "2.13.0+cpu"):
         monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
-        train.compiled(None, some=1)
+        train.compiled(None, {"some": 1})
     assert seen == [{"some": 1, **train.WITHOUT_FUSED_SUMS}, {"some": 1}, {"some": 1}]
     monkeypatch.undo()
     torch.compile(len, options=train.WITHOUT_FUSED_SUMS)  # refuses names that Inductor does not know
