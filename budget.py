@@ -8,7 +8,6 @@ resumed. --dry_run plans by throughputs that were measured before.
 Read next: train.py
 """
 
-import bisect
 import itertools
 import math
 import statistics
@@ -21,9 +20,10 @@ from config import UserError
 from data import prefetch
 
 LEAST_STEPS = 20  # fewer train nothing
-# Share of the budget that is not planned: four runs of 2 to 8 minutes on H100s took 1.2, 2.0, 2.1 and 3.3 % longer than was
-# planned for them, since GPUs slow down after the timing here, and checkpoints on the way cost a little. So 2 % in the middle.
-RESERVE = 0.02
+# Share of the budget that is not planned, since GPUs slow down after the timing here, and a checkpoint on the way costs half
+# a second: in ten runs of 2 to 8 minutes on H100s steps took 0.7 % less to 3.6 % more than in their trials, of which 1.2 to
+# 2.5 % were AdamW's work, which trials left out then (results/race).
+RESERVE = 0.01
 FIRST_STEPS, COMPILED_STEPS = 3, 10  # not timed: they compile. With torch.compile more shapes must have been seen
 # A GPU that warms up slows down, an H100 by 1 % in 10 s (results/glue_h100/pretrain.jsonl). So steps run for a while
 # before they are timed, both for so many seconds, but at most for that share of the budget.
@@ -78,9 +78,22 @@ def text_of(cfg):
     return f"${cfg.budget_dollars:,.2f}" if cfg.budget_dollars else f"{cfg.budget_minutes:g} minutes"
 
 
+def ends(cfg, costs):
+    """Yield when runs of 1, 2, 3 ... steps end, in seconds. Checkpoints are written while training goes on, one at a time."""
+    now = written = 0.0
+    for step in itertools.count(1):
+        now += costs.step
+        yield max(now + costs.evaluation, written) + costs.save
+        if cfg.eval_interval and step % cfg.eval_interval == 0:
+            now += costs.evaluation
+        if step % cfg.checkpoint_interval == 0:
+            now = max(now, written)
+            written = now + costs.save
+
+
 def total_seconds(num_steps, cfg, costs):
-    """What a run of so many steps takes. Checkpoints before the last one are written while training goes on."""
-    return num_steps * costs.step + num_evaluations(num_steps, cfg) * costs.evaluation + costs.save
+    """What a run of so many steps takes."""
+    return next(itertools.islice(ends(cfg, costs), num_steps - 1, None))
 
 
 def num_evaluations(num_steps, cfg):
@@ -89,8 +102,8 @@ def num_evaluations(num_steps, cfg):
 
 def affordable_steps(cfg, costs, seconds):
     """The most steps that fit into so many seconds, evaluations and last checkpoint included; 0: none do."""
-    most = range(1, 2 + math.ceil(seconds / costs.step))
-    return bisect.bisect_right(most, seconds * (1 - RESERVE), key=lambda steps: total_seconds(steps, cfg, costs))
+    planned = seconds * (1 - RESERVE)
+    return sum(1 for _ in itertools.takewhile(lambda end: end <= planned, ends(cfg, costs)))
 
 
 def steps_to_train(cfg, process, costs):

@@ -545,10 +545,10 @@ def train(cfg, process, run, guard, train_samples, val_samples):
 
     def train_step(step, batches, trial=False):
         """One optimizer step: (loss, gradient norm, how many processes were asked to stop), on the device. A trial does
-        all the work, and leaves weights, moments and random state as they are."""
+        all the work, and leaves the weights as they are."""
         num_masked, asked_to_stop = sum_counts(batches, guard.signal > 0, process)
         loss = forward_backward(model, batches, num_masked.clamp(min=1), cfg, process, step)
-        return loss, update(raw_model, optimizer, cfg, process, step, skip=trial), asked_to_stop
+        return loss, update(raw_model, optimizer, cfg, process, step, trial), asked_to_stop
 
     def budget_steps():
         """max_steps for the budget, from trials of steps, evaluation and saving."""
@@ -562,6 +562,7 @@ def train(cfg, process, run, guard, train_samples, val_samples):
         costs = budget.measure(
             cfg, process, partial(train_step, trial=True), step_batches, trial_evaluation, len(val_samples), trial_save
         )
+        optimizer.state.clear()  # the moments of the trials
         steps = budget.steps_to_train(cfg, process, costs)
         say(budget.planned_text(cfg, costs, steps, time.perf_counter() - begun))
         return steps
@@ -747,18 +748,19 @@ def forward_backward(model, batches, num_masked, cfg, process, step):
     return loss
 
 
-def update(model, optimizer, cfg, process, step, skip=False):
+def update(model, optimizer, cfg, process, step, trial=False):
     """AdamW's step from the gradients, which are then cleared; returns their norm, on the device.
 
-    AdamW skips an update whose gradient is not finite, or with `skip` any, and then leaves everything as it was.
+    AdamW skips an update whose gradient is not finite, and then leaves everything as it was. With `trial` the learning rate
+    is 0, so that all the work is done, and only the moments change.
     """
     grad_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
     if cfg.max_grad_norm:
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), cfg.max_grad_norm, grad_norm)
     # The norm is that of the reduced gradient, so all processes do alike, and nothing waits for it.
-    optimizer.found_inf = torch.ones_like(grad_norm) if skip else (~grad_norm.isfinite()).float()
+    optimizer.found_inf = (~grad_norm.isfinite()).float()
     for group in optimizer.param_groups:
-        group["lr"] = lr_at(cfg, step)
+        group["lr"] = 0.0 if trial else lr_at(cfg, step)
     optimizer.step()
     optimizer.zero_grad(set_to_none=process.world_size == 1)  # DDP's gradients are views of its buckets
     return grad_norm

@@ -123,13 +123,14 @@ def missing(lines, text):
 
 
 def test_race_is_that_of_the_runs():
-    """The README has the race's table line by line, or says that there is none."""
-    text = (ROOT / "README.md").read_text()
-    section = text.partition("## MosaicBERT against BERT\n")[2].partition("\n## ")[0]
-    if (ROOT / "results" / "race").exists():
-        assert not missing(race.results_text(str(ROOT / "results" / "race")), text) and "not measured" not in section
-    else:
-        assert "not measured" in section and "| MosaicBERT |" not in text
+    """The README has the race's table line by line, the spread behind its interval, and how exactly budgets ended."""
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert not missing(race.results_text(str(ROOT / "results" / "race")), (ROOT / "README.md").read_text())
+    runs = race.read_runs(str(ROOT / "results" / "race"))
+    spread = race.factor(runs)
+    assert spread["df"] == 4 and f"the four pairs of seeds: by {spread['sd']:.1f} points" in text
+    late = [100 * (run["seconds"] / (60 * run["minutes"]) - 1) for run in runs]
+    assert f"from {-min(late):.1f} % early to {max(late):.1f} % late" in text
 
 
 def test_lengths_are_those_of_the_runs():
