@@ -345,10 +345,12 @@ def safetensors_bytes(tensors):
     text += b" " * (-len(text) % 8)
     packed = np.empty(8 + len(text) + end, np.uint8)
     packed[: 8 + len(text)] = np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8)
-    values = torch.from_numpy(packed[8 + len(text) :].view(np.float32))
+    values = packed[8 + len(text) :].view(np.float32)
     for name, tensor in tensors.items():
         start, stop = (offset // 4 for offset in header[name]["data_offsets"])
-        values[start:stop].copy_(tensor.reshape(-1))
+        # NumPy's copy: PyTorch's would start a pool of threads for this thread, and with two pools on a CPU the one that
+        # trains sleeps after each operator instead of waiting awake: a small model's steps took 40 % longer for good.
+        values[start:stop] = tensor.numpy(force=True).reshape(-1)
     return packed
 
 

@@ -421,6 +421,23 @@ def test_files_have_the_bytes_that_the_library_would_write():
         checkpoint.safetensors_bytes({"a": torch.zeros(2, dtype=torch.bfloat16)})
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="counts threads in /proc")
+@pytest.mark.parametrize("work, started", [("checkpoint.safetensors_bytes({'a': big})", 1), ("big.clone()", 2)])
+def test_writing_starts_no_pool_of_threads(work, started):
+    """PyTorch's operators start one for the thread that calls them, and then those of training sleep after each of theirs."""
+    script = f"""
+import os, threading, torch, checkpoint
+torch.set_num_threads(2)
+big = torch.randn(10**6)
+def work():
+    {work}
+    print(len(os.listdir("/proc/self/task")) - before)
+before = len(os.listdir("/proc/self/task"))
+threading.Thread(target=work).start()
+"""
+    assert subprocess.check_output([sys.executable, "-c", script], cwd=ROOT, env=train_environment()) == b"%d\n" % started
+
+
 class Bomb:
     def __init__(self, canary):
         self.canary = canary
