@@ -696,8 +696,20 @@ WITHOUT_FUSED_SUMS = {"triton.mix_order_reduction": False}
 
 
 def compiled(model, options={}):
-    """torch.compile(model) with options of its Inductor, and without what this version of it gets wrong."""
-    return torch.compile(model, options={**options, **(WITHOUT_FUSED_SUMS if torch.__version__ < "2.12" else {})})
+    """torch.compile(model) with options of its Inductor, and without what this version of it gets wrong.
+
+    It is told that its inputs vary in size. Left to find out, it compiles BERT three times: for the first sizes, when
+    another number of tokens is masked, and when there are other samples.
+    """
+    model = torch.compile(model, options={**options, **(WITHOUT_FUSED_SUMS if torch.__version__ < "2.12" else {})})
+    model.register_forward_pre_hook(mark_sizes)
+    return model
+
+
+def mark_sizes(_, inputs):
+    for tensor in inputs:
+        if isinstance(tensor, torch.Tensor):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
 
 def data_parallel(model, process):

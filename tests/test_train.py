@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import train
-from model import SequenceClassifier, model_config
+from model import MaskedLM, ModelConfig, SequenceClassifier, model_config
 from ranks import run_ranks
 from toy import TOY_OPTIONS, files_of, make_documents, make_run, make_shards, read_log, run_train, toy_argv
 from toy import train_command, train_environment
@@ -336,13 +336,31 @@ def test_compile_gives_the_same_losses(data_dir, tmp_path):
 
 def test_what_compiling_leaves_out(monkeypatch):
     seen = []
-    monkeypatch.setattr(torch, "compile", lambda model, options: seen.append(options))
+    monkeypatch.setattr(torch, "compile", lambda model, options: seen.append(options) or model)
     for version in ("2.11.0+cu130", "2.12.0", "2.13.0+cpu"):
         monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
-        train.compiled(None, {"some": 1})
+        train.compiled(torch.nn.Identity(), {"some": 1})
     assert seen == [{"some": 1, **train.WITHOUT_FUSED_SUMS}, {"some": 1}, {"some": 1}]
     monkeypatch.undo()
     torch.compile(len, options=train.WITHOUT_FUSED_SUMS)  # refuses names that Inductor does not know
+
+
+def test_bert_is_compiled_once(monkeypatch):
+    """With other samples, another length of each and another number of masked tokens the graph is that of the first."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, options: compile(model, backend="aot_eager", fullgraph=True))
+    torch.manual_seed(0)
+    model = MaskedLM(ModelConfig("bert", 32, 2, 2, 48, hidden_dropout=0.0), 100)
+    fast = train.compiled(model.train())
+    for num_samples, num_masked, stance in ((4, 6, "default"), (7, 6, "fail_on_recompile"), (3, 9, "fail_on_recompile")):
+        cu_seqlens = torch.arange(num_samples + 1, dtype=torch.int32) * 8
+        ids = torch.randint(5, 100, (8 * num_samples - 1,))
+        cu_seqlens[-1] -= 1
+        batch = ids, cu_seqlens, 8, torch.randperm(len(ids))[:num_masked].sort().values, torch.randint(5, 100, (num_masked,))
+        with torch.compiler.set_stance(stance):
+            loss = fast(*batch)
+            loss.backward()
+        torch.testing.assert_close(loss, model(*batch))
 
 
 def test_learning_rates_of_the_original():
