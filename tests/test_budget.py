@@ -162,6 +162,19 @@ def test_trials_change_nothing(data_dir, tmp_path, few_trials, monkeypatch, caps
     assert read_log(tmp_path / "budget", "start")[0]["config"]["max_steps"] == 25
 
 
+def test_a_trial_does_the_work_of_an_update():
+    """AdamW runs over every parameter and moment, though no weight changes: an update that is skipped costs nothing."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(4, 3)
+    optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
+    before = [parameter.detach().clone() for parameter in layer.parameters()]
+    for trial in (True, False):
+        layer(torch.randn(5, 4)).sum().backward()
+        train.update(layer, optimizer, TrainConfig(), ALONE, 1000, trial)
+        for parameter, value in zip(layer.parameters(), before):
+            assert optimizer.state[parameter]["exp_avg_sq"].all() and torch.equal(parameter, value) == trial
+
+
 def test_a_trial_that_trained_would_be_seen(data_dir, tmp_path, few_trials, monkeypatch):  # noqa: F811
     """The test above can fail: with trials that update, the bytes differ."""
     update = train.update
