@@ -349,7 +349,7 @@ def safetensors_bytes(tensors):
     for name, tensor in tensors.items():
         start, stop = (offset // 4 for offset in header[name]["data_offsets"])
         # NumPy's copy: PyTorch's would start a pool of threads for this thread, and with two pools on a CPU the one that
-        # trains sleeps after each operator instead of waiting awake: a small model's steps took 40 % longer for good.
+        # trains sleeps after each operator instead of waiting awake, for good: a small model's steps took up to 40 % longer.
         values[start:stop] = tensor.numpy(force=True).reshape(-1)
     return packed
 

@@ -346,7 +346,7 @@ def test_what_compiling_leaves_out(monkeypatch):
 
 
 def test_bert_is_compiled_once(monkeypatch):
-    """With other samples, another length of each and another number of masked tokens the graph is that of the first."""
+    """With another number of samples, of tokens and of masked ones the graph is that of the first."""
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, options: compile(model, backend="aot_eager", fullgraph=True))
     torch.manual_seed(0)
