@@ -46,7 +46,7 @@ from data import prefetch
 from kernels.bench import write_results
 from kernels.bench_steps import Data
 from model import MaskedLM, matrix_flops
-from step_time import BUCKET_BYTES, NETWORK_SHARE, STEPS_CUT, filled_rows, imbalance, predict
+from step_time import NETWORK_SHARE, STEPS_CUT, filled_rows, imbalance, predict
 
 ROOT = Path(__file__).resolve().parent
 CONFIGS = {
@@ -93,7 +93,7 @@ class Kind:
     batch: str  # "global", "per_gpu", or "curve": on one GPU, for the prediction
     process: train.Process
     samples: int  # in a step, over all its processes
-    model: torch.nn.Module  # within DDP or without
+    gradient_sum: train.GradientSum | None = None
     turns: int = TURNS
     name: str = ""  # alone, together, without_reduction
 
@@ -111,6 +111,7 @@ class Bench:
         self.alone = train.Process(0, 1, self.device, process.dtype)
         torch.manual_seed(self.train_cfg.seed)
         self.raw_model = MaskedLM(self.train_cfg, self.samples.vocab_size).to(self.device).train()
+        self.model = train.compiled(self.raw_model) if self.train_cfg.compile else self.raw_model
         self.num_params = sum(parameter.numel() for parameter in self.raw_model.parameters())
         self.optimizer = torch.optim.AdamW(self.raw_model.parameters(), fused=True)
         self.next_step = STEP_OF_TABLE
@@ -119,26 +120,19 @@ class Bench:
 
     def make_kinds(self):
         """Alone, together, without reduction, for each way to set the batch; and smaller batches alone."""
-        single, many = self.raw_model, None
-        if self.train_cfg.compile:
-            # Within DDP the compiler cuts the model at the buckets, without it does not. An option that changes nothing
-            # keeps the two apart, as all that is compiled of one function with equal options is shared.
-            single = train.compiled(self.raw_model, {"triton.cudagraphs": False})
-        if self.gpus > 1:
-            inner = train.compiled(self.raw_model) if self.train_cfg.compile else self.raw_model
-            many = train.data_parallel(inner, self.together)
+        several = train.GradientSum(self.raw_model) if self.gpus > 1 else None
         kinds = []
         for batch, size in (("global", self.cfg.global_batch_size), ("per_gpu", self.cfg.per_gpu)):
-            kinds.append(Kind(batch, self.alone, size, single, name="alone"))
-            if many:
+            kinds.append(Kind(batch, self.alone, size, name="alone"))
+            if several:
                 size = size if batch == "global" else size * self.gpus
-                kinds.append(Kind(batch, self.together, size, many, name="together"))
-                kinds.append(Kind(batch, self.together, size, inner, name="without_reduction"))
+                kinds.append(Kind(batch, self.together, size, several, name="together"))
+                kinds.append(Kind(batch, self.together, size, name="without_reduction"))
         size = self.cfg.global_batch_size // 2
         while size >= SMALLEST_BATCH and self.name != "bert":
             checked = size * self.gpus == self.cfg.global_batch_size  # against it, the prediction
             if size != self.cfg.per_gpu:
-                kinds.append(Kind("curve", self.alone, size, single, TURNS if checked else 1, name="alone"))
+                kinds.append(Kind("curve", self.alone, size, turns=TURNS if checked else 1, name="alone"))
             size //= 2
         return kinds
 
@@ -176,7 +170,9 @@ class Bench:
                 allocations, begun = self.allocations(), time.perf_counter()
             self.guard.at(step)
             num_masked, asked_to_stop = train.sum_counts(batches, self.guard.signal > 0, process)
-            train.forward_backward(kind.model, batches, num_masked.clamp(min=1), cfg, process, step)
+            train.forward_backward(
+                self.model, batches, num_masked.clamp(min=1), cfg, process, step, kind.gradient_sum
+            )
             train.update(self.raw_model, self.optimizer, cfg, process, step)
             if self.guard.all_stop(asked_to_stop):
                 raise SystemExit(128 + self.guard.signal)
@@ -277,29 +273,29 @@ class Bench:
         return sum(found) / 1e3 / TRACED_STEPS
 
     def link(self):
-        """What the GPUs' link does with gradients: {bytes, seconds of reducing them bucket by bucket, of 8 bytes}."""
+        """What the GPUs' link does with gradients: {bytes, groups, seconds of summing them, of 8 bytes alone}."""
         if self.gpus == 1:
             return None
-        gradient = torch.zeros(self.num_params, device=self.device)
+        groups = [[torch.zeros_like(p) for p in group] for group in train.gradient_groups(self.raw_model)]
 
-        def seconds(pieces, repeats):
+        def seconds(groups, repeats):
             times = []
             for i in range(repeats + 2):
                 dist.barrier()
                 self.synchronize()
                 begun = time.perf_counter()
-                for piece in pieces:
-                    dist.all_reduce(piece)
+                for group in groups:
+                    dist.group.WORLD.allreduce_coalesced(group).wait()
                 self.synchronize()
                 times.append(time.perf_counter() - begun)
             return statistics.median(times[2:])
 
-        small = gradient[:2]
         return {
             "gpus": self.gpus,
             "bytes": 4 * self.num_params,
-            "seconds": seconds(gradient.split(BUCKET_BYTES // 4), 2 if self.cfg.toy else 10),
-            "latency": seconds([small], 2 if self.cfg.toy else 50),
+            "groups": len(groups),
+            "seconds": seconds(groups, 2 if self.cfg.toy else 10),
+            "latency": seconds([[groups[0][0].flatten()[:2]]], 2 if self.cfg.toy else 50),
         }
 
     @contextlib.contextmanager
@@ -340,7 +336,7 @@ def measure_here(cfg, names):
         for name in names:
             bench = Bench(cfg, name, process, guard, samples)
             results["rows"] += bench.measure()
-            last_bytes = 4 * bench.raw_model.bert.embeddings.word_embeddings.weight.numel()
+            last_bytes = 4 * sum(parameter.numel() for parameter in train.gradient_groups(bench.raw_model)[-1])
             facts = {"last_bytes": last_bytes, "link": bench.link(), "clocks": bench.clocks}
             results["models"][f"{name} {process.world_size}"] = facts
             if process.rank == 0:

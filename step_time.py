@@ -13,7 +13,6 @@ import numpy as np
 
 from data import SEQUENCE_MULTIPLE, TOKEN_MULTIPLE, cut
 
-BUCKET_BYTES = 25 * 2**20  # of gradients that DDP reduces together
 BACKWARD = 2 / 3  # of a step's matrix products are in its backward pass
 NETWORK_SHARE = 0.8  # of a node's network that a reduction reaches: an assumption
 HOP_SECONDS = 10e-6  # of latency for each doubling of nodes, there and back: an assumption
@@ -42,26 +41,22 @@ def imbalance(work):
     return float(work.max(1).sum() / work.mean(1).sum() - 1)
 
 
-def reduction_seconds(link, gpus, num_bytes, per_node, node_gbits):
-    """Seconds that an all-reduce of so many bytes takes, bucket by bucket.
+def reduction_seconds(link, gpus, per_node, node_gbits):
+    """Seconds that summing the gradients takes, group by group.
 
-    Within a node and between nodes a ring moves 2 (n - 1) / n of them through each link, both at once, since NCCL
+    Within a node and between nodes a ring moves 2 (n - 1) / n of their bytes through each link, both at once, since NCCL
     passes on what it has: the slower one counts. Within: at the rate measured here. Between: all adapters of a node together.
     """
     n = link["gpus"]
-    link_rate = 2 * (n - 1) / n * link["bytes"] / max(link["seconds"] - buckets(link["bytes"]) * link["latency"], 1e-9)
+    link_rate = 2 * (n - 1) / n * link["bytes"] / max(link["seconds"] - link["groups"] * link["latency"], 1e-9)
     inside, nodes = min(gpus, per_node), math.ceil(gpus / per_node)
-    within = 2 * (inside - 1) / inside * num_bytes / link_rate
-    between = 2 * (nodes - 1) / nodes * num_bytes / (NETWORK_SHARE * node_gbits / 8 * 1e9)
-    return max(within, between) + buckets(num_bytes) * latency_seconds(link, nodes)
+    within = 2 * (inside - 1) / inside * link["bytes"] / link_rate
+    between = 2 * (nodes - 1) / nodes * link["bytes"] / (NETWORK_SHARE * node_gbits / 8 * 1e9)
+    return max(within, between) + link["groups"] * latency_seconds(link, nodes)
 
 
 def latency_seconds(link, nodes):
     return link["latency"] + 2 * HOP_SECONDS * math.log2(nodes)
-
-
-def buckets(num_bytes):
-    return math.ceil(num_bytes / BUCKET_BYTES)
 
 
 def step_seconds(compute, facts, gpus, micro_steps, imbalance, several, per_node, node_gbits):
@@ -76,7 +71,7 @@ def step_seconds(compute, facts, gpus, micro_steps, imbalance, several, per_node
     if gpus == 1:
         return compute
     link, nodes = facts["link"], math.ceil(gpus / per_node)
-    reduction = reduction_seconds(link, gpus, link["bytes"], per_node, node_gbits)
+    reduction = reduction_seconds(link, gpus, per_node, node_gbits)
     last = reduction * facts["last_bytes"] / link["bytes"]
     hidden = BACKWARD * compute / micro_steps
     return compute * (1 + imbalance) + several + max(last, reduction - hidden) + latency_seconds(link, nodes)

@@ -28,9 +28,9 @@ def at_steps(steps, act):
     now = [0]
     forward_backward, forward = train.forward_backward, train.MaskedLM.forward
 
-    def noting(model, batches, num_masked, cfg, process, step):
+    def noting(model, batches, num_masked, cfg, process, step, *gradient_sum):
         now[0] = step
-        return forward_backward(model, batches, num_masked, cfg, process, step)
+        return forward_backward(model, batches, num_masked, cfg, process, step, *gradient_sum)
 
     def faulty(self, *batch):
         factor = act(now[0], self) if now[0] in steps else None

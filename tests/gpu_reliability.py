@@ -43,11 +43,11 @@ def run(argv, stop_at=None):
     """train.main(argv), which gets SIGTERM as it begins step `stop_at`. Returns (exit status, seconds after SIGTERM)."""
     forward_backward, sent = train.forward_backward, []
 
-    def signalling(model, batches, num_masked, cfg, process, step):
+    def signalling(model, batches, num_masked, cfg, process, step, *gradient_sum):
         if step == stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
             sent.append(time.perf_counter())
-        return forward_backward(model, batches, num_masked, cfg, process, step)
+        return forward_backward(model, batches, num_masked, cfg, process, step, *gradient_sum)
 
     train.forward_backward = signalling
     try:

@@ -30,11 +30,11 @@ def main(max_steps):
     torch.set_num_threads(1)
     rows, forward_backward = [], train.forward_backward
 
-    def watched(model, batches, num_masked, cfg, process, step):
+    def watched(model, batches, num_masked, cfg, process, step, *gradient_sum):
         if step % (max_steps // 40) == 0:
             rows.append((step, *measure()))
             print("step {:6d}  {:7.1f} MB  {:3d} files  {:2d} threads".format(*rows[-1]), file=sys.__stdout__, flush=True)
-        return forward_backward(model, batches, num_masked, cfg, process, step)
+        return forward_backward(model, batches, num_masked, cfg, process, step, *gradient_sum)
 
     train.forward_backward = watched
     with tempfile.TemporaryDirectory() as scratch:
