@@ -14,9 +14,10 @@ same clock and temperature:
     per_gpu    512 samples on each GPU, what the recipe's batch gives each of eight
     and both on each GPU alone, without the others though all are at work: 100 % efficiency is what they do then
 
+and, where a GPU's 512 samples are one micro-batch, the same with PyTorch's DistributedDataParallel ("with DDP", ms a step).
 A block is some steps in a row after two that are not timed; figures are medians of blocks. Exposed communication is what
-a step takes longer, in ms, than one that is the same but for DDP and its reduction of gradients; the time in NCCL's
-kernels, most of which the backward pass hides, is from a trace, and holds the wait for the slower GPU.
+a step takes longer, in ms, than one that is the same but for the sum of the gradients over the GPUs; the time in NCCL's
+kernels, beside which the backward pass goes on, is from a trace, and holds the wait for the slower GPU.
 
 Read next: step_time.py, for the prediction, or plot.py
 """
@@ -30,6 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,6 +39,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import plot
@@ -94,8 +97,9 @@ class Kind:
     process: train.Process
     samples: int  # in a step, over all its processes
     gradient_sum: train.GradientSum | None = None
+    ddp: DistributedDataParallel | None = None  # a model that sums its gradients itself
     turns: int = TURNS
-    name: str = ""  # alone, together, without_reduction
+    name: str = ""  # alone, together, without_reduction, ddp
 
     def __post_init__(self):
         self.blocks = []  # of each block, what `run` returned in each process
@@ -128,6 +132,8 @@ class Bench:
                 size = size if batch == "global" else size * self.gpus
                 kinds.append(Kind(batch, self.together, size, several, name="together"))
                 kinds.append(Kind(batch, self.together, size, name="without_reduction"))
+        if several and not self.train_cfg.compile:  # the last batch only: it would reduce with each micro-step
+            kinds.append(Kind(batch, self.together, size, ddp=data_parallel(self.raw_model, self.device), name="ddp"))
         size = self.cfg.global_batch_size // 2
         while size >= SMALLEST_BATCH and self.name != "bert":
             checked = size * self.gpus == self.cfg.global_batch_size  # against it, the prediction
@@ -171,7 +177,7 @@ class Bench:
             self.guard.at(step)
             num_masked, asked_to_stop = train.sum_counts(batches, self.guard.signal > 0, process)
             train.forward_backward(
-                self.model, batches, num_masked.clamp(min=1), cfg, process, step, kind.gradient_sum
+                kind.ddp or self.model, batches, num_masked.clamp(min=1), cfg, process, step, kind.gradient_sum
             )
             train.update(self.raw_model, self.optimizer, cfg, process, step)
             if self.guard.all_stop(asked_to_stop):
@@ -213,6 +219,8 @@ class Bench:
             for batch in alone:
                 kind = by_name[batch, "together"]
                 rows.append(self.together_row(kind, by_name[batch, "without_reduction"], alone[batch]))
+                if ddp := by_name.get((batch, "ddp")):
+                    rows[-1]["ddp_ms"] = self.row(ddp, slowest(ddp), self.gpus)["ms"]
         return rows + [self.alone_row(kind) for kind in self.kinds if kind.batch == "curve"]
 
     def alone_row(self, kind):
@@ -226,9 +234,6 @@ class Bench:
         return row | {"each_ms": [r["ms"] for r in rows]}
 
     def together_row(self, kind, without, alone):
-        def slowest(kind):
-            return [[max(row[0] for row in block), *np.sum(block, 0)[1:].tolist()] for block in kind.blocks]
-
         row, without = self.row(kind, slowest(kind), self.gpus), self.row(without, slowest(without), self.gpus)
         return row | {
             # In tokens, as one step's samples are longer than another's.
@@ -309,6 +314,19 @@ class Bench:
         yield
         if asked:
             self.clocks.append({"kind": kind.name, "mhz_and_watts": asked.communicate()[0].splitlines()})
+
+
+def slowest(kind):
+    """Blocks as of one process: the seconds of the slowest, and the sums of all else."""
+    return [[max(row[0] for row in block), *np.sum(block, 0)[1:].tolist()] for block in kind.blocks]
+
+
+def data_parallel(model, device):
+    """PyTorch's way to sum gradients, beside which ours is measured."""
+    device_ids = [device.index] if device.type == "cuda" else None
+    with warnings.catch_warnings():  # torch 2.13 has another name for broadcast_buffers, which 2.11 does not know
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(model, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def train_config(cfg, name, samples=None):
@@ -412,12 +430,12 @@ def number(value):
 def table(results):
     """The measured rows, in Markdown."""
     lines = [
-        "| model | batch | GPUs | samples/s | tokens/s | MFU | efficiency | ms a step (blocks) | exposed | NCCL |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| model | batch | GPUs | samples/s | tokens/s | MFU | efficiency | ms a step (blocks) | exposed | NCCL | with DDP |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in results["rows"]:
         if "not_measured" in row:
-            lines.append(f"| {TITLES[row['model']]} | | {row['gpus']} | not measured: {row['not_measured']} |||||||")
+            lines.append(f"| {TITLES[row['model']]} | | {row['gpus']} | not measured: {row['not_measured']} ||||||||")
             continue
         if row["batch"] == "curve":
             continue
@@ -426,7 +444,8 @@ def table(results):
         lines.append(
             f"| {TITLES[row['model']]} | {batch_of(row)} | {beside} | {row['samples_per_second']:,.0f} | "
             f"{row['tokens_per_second']:,.0f} | {percent(row['mfu'])} | {percent(row.get('efficiency'))} | "
-            f"{row['ms']:,.1f} ({blocks}) | {number(row.get('communication_ms'))} | {number(row.get('nccl_ms'))} |"
+            f"{row['ms']:,.1f} ({blocks}) | {number(row.get('communication_ms'))} | {number(row.get('nccl_ms'))} | "
+            f"{number(row.get('ddp_ms'))} |"
         )
     return "\n".join(lines)
 

@@ -15,7 +15,6 @@ import math
 import os
 import platform
 import time
-import traceback
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -244,7 +243,6 @@ def watched_process(cfg):
         yield process, guard
     except BaseException as error:
         guard.lost(error)
-        traceback.clear_frames(error.__traceback__)  # DDP must go before its process group, or the end may hang
         raise
     finally:
         guard.close()
@@ -694,13 +692,13 @@ def train(cfg, process, run, guard, train_samples, val_samples):
 WITHOUT_FUSED_SUMS = {"triton.mix_order_reduction": False}
 
 
-def compiled(model, options={}):
-    """torch.compile(model) with options of its Inductor, and without what this version of it gets wrong.
+def compiled(model):
+    """torch.compile(model), without what this version of it gets wrong.
 
     It is told that its inputs vary in size. Left to find out, it compiles BERT three times: for the first sizes, when
     another number of tokens is masked, and when there are other samples.
     """
-    model = torch.compile(model, options={**options, **(WITHOUT_FUSED_SUMS if torch.__version__ < "2.12" else {})})
+    model = torch.compile(model, options=WITHOUT_FUSED_SUMS if torch.__version__ < "2.12" else {})
     model.register_forward_pre_hook(mark_sizes)
     return model
 

@@ -1,6 +1,7 @@
 """Faults for ranks.py: each function, called in a rank before it starts, makes something go wrong later."""
 
 import builtins
+import dataclasses
 import functools
 import hashlib
 import os
@@ -49,6 +50,17 @@ def hang_at(step):
 
 def die_at(step):
     at_steps([step], lambda step, model: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def small_groups(num_bytes):
+    """Sum gradients in groups of so many bytes."""
+    train.GROUP_BYTES = num_bytes
+
+
+def another_option(**options):
+    """Have this rank started with other options."""
+    load_config = train.load_config
+    train.load_config = lambda cls, argv: dataclasses.replace(load_config(cls, argv), **options)
 
 
 def one_ulp_at(step):

@@ -264,6 +264,16 @@ def test_a_dying_rank_ends_the_job(data_dir, tmp_path):
     assert "lost contact with another process: rank 1 is behind, at step" in line and "Traceback" not in output
 
 
+def test_ranks_that_were_started_differently_do_not_train(data_dir, tmp_path):
+    """As on two hosts of which one has an older configuration file."""
+    out = tmp_path / "run"
+    faulty = {1: partial(faults.another_option, lr=1e-4)}
+    statuses, output = run_ranks(toy_argv(data_dir, out, lr=1e-3), 2, tmp_path, faulty, timeout=60)
+    assert statuses == [2, 2] and not checkpoint.steps(out)
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert "rank 1 has lr=0.0001, rank 0 lr=0.001 (all hosts need the same command" in line
+
+
 def test_ranks_that_differ_by_one_ulp_are_found_before_the_next_checkpoint(data_dir, tmp_path):
     out = tmp_path / "run"
     argv = toy_argv(data_dir, out, max_steps=50, lr=1e-9)
