@@ -27,6 +27,7 @@ import math
 import os
 import re
 import sys
+import traceback
 from typing import Literal, get_args, get_origin
 
 
@@ -52,14 +53,22 @@ def command(main):
         except (UserError, OSError) as error:
             if "--debug" in argv:
                 raise
-            if isinstance(error, OSError):  # of the machine: a full disk, a right that is missing
-                file = f"{error.filename}: " if error.filename else ""
-                error = UserError(f"{file}{error.strerror or error} (the same command can be given again)", True)
-            if error.this_rank_only or int(os.environ.get("RANK", 0)) == 0:
-                print(f"error: {error}", file=sys.stderr, flush=True)
-            raise SystemExit(2) from None
+            raise SystemExit(report(error)) from None
 
     return wrapped
+
+
+def report(error):
+    """Say what ended this process; returns its exit status: 2 after one line, for a UserError or OSError, 1 after a traceback."""
+    if not isinstance(error, (UserError, OSError)) or "--debug" in sys.argv:
+        traceback.print_exception(error)
+        return 1
+    if isinstance(error, OSError):  # of the machine: a full disk, a right that is missing
+        file = f"{error.filename}: " if error.filename else ""
+        error = UserError(f"{file}{error.strerror or error} (the same command can be given again)", True)
+    if error.this_rank_only or int(os.environ.get("RANK", 0)) == 0:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    return 2
 
 
 def load_config(cls, argv):

@@ -30,7 +30,7 @@ import convert_hf
 import gpu_trace
 import kernels
 import watch
-from config import UserError, command, load_config
+from config import UserError, command, load_config, report
 from data import EVAL_SEED, MIXTURE_PERIOD, Samples, hash64, prefetch
 from model import MAX_POSITIONS, MaskedLM, ModelConfig, matrix_flops
 
@@ -235,14 +235,20 @@ def setup_processes(cfg):
 
 @contextmanager
 def watched_process(cfg):
-    """(Process, Watch) of this process, for as long as it trains; then its process group ends, however that went."""
+    """(Process, Watch) of this process, for as long as it trains; then its process group ends, however that went.
+
+    One of several processes says here what went wrong, and ends at once. The others may be waiting for it, and NCCL would
+    wait for them whenever the group is destroyed, with the reason unsaid (pytorch/torchtitan, pull request 1342).
+    """
     guard = watch.Watch(cfg.hang_timeout)
     try:
         process = setup_processes(cfg)
         guard.join(process.rank, process.world_size)
         yield process, guard
-    except BaseException as error:
+    except Exception as error:
         guard.lost(error)
+        if dist.is_initialized():
+            os._exit(report(error))
         raise
     finally:
         guard.close()
@@ -428,16 +434,16 @@ def main(argv):
     cfg = load_config(TrainConfig, argv)
     cfg.check(int(os.environ.get("WORLD_SIZE", 1)))
     samples = open_samples(cfg)
-    try:
-        with watched_process(cfg) as (process, guard):
-            writes = process.rank == 0 and not cfg.dry_run
-            with checkpoint.RunDirectory(cfg.out_dir, cfg.on_save_error) if writes else nullcontext() as run:
+    with watched_process(cfg) as (process, guard):
+        writes = process.rank == 0 and not cfg.dry_run
+        with checkpoint.RunDirectory(cfg.out_dir, cfg.on_save_error) if writes else nullcontext() as run:
+            try:
                 train(cfg, process, run, guard, *samples)
-    except torch.OutOfMemoryError:
-        tried = cfg.micro_batch_tokens or "the value chosen from the GPU's memory"
-        less = max(cfg.seq_length, (cfg.micro_batch_tokens or 65536) // 2)
-        text = f"out of GPU memory with micro_batch_tokens={tried} (try --micro_batch_tokens={less})"
-        raise UserError(text, this_rank_only=True) from None
+            except torch.OutOfMemoryError:
+                tried = cfg.micro_batch_tokens or "the value chosen from the GPU's memory"
+                less = max(cfg.seq_length, (cfg.micro_batch_tokens or 65536) // 2)
+                text = f"out of GPU memory with micro_batch_tokens={tried} (try --micro_batch_tokens={less})"
+                raise UserError(text, this_rank_only=True) from None
 
 
 def open_samples(cfg):
@@ -733,7 +739,7 @@ class GradientSum:
     def __init__(self, model):
         self.groups = gradient_groups(model)
         self.group_of = {parameter: number for number, group in enumerate(self.groups) for parameter in group}
-        self.missing = None  # of each group, how many gradients have yet to come; None: these passes are not summed
+        self.sums, self.missing = [], None  # of each group, how many gradients have yet to come; None: none are summed now
         for parameter in self.group_of:
             parameter.register_post_accumulate_grad_hook(self.ready)
 
@@ -755,7 +761,7 @@ class GradientSum:
             raise RuntimeError(f"gradients are missing: {sum(self.missing)} of {len(self.group_of)}")
         for each in self.sums:
             each.wait()
-        self.missing = None
+        self.sums, self.missing = [], None  # they hold the gradients
 
 
 def sum_counts(batches, asked_to_stop, process):

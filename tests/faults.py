@@ -52,6 +52,13 @@ def die_at(step):
     at_steps([step], lambda step, model: os.kill(os.getpid(), signal.SIGKILL))
 
 
+def raise_at(step, error):
+    def act(step, model):
+        raise error
+
+    at_steps([step], act)
+
+
 def small_groups(num_bytes):
     """Sum gradients in groups of so many bytes."""
     train.GROUP_BYTES = num_bytes

@@ -264,6 +264,21 @@ def test_a_dying_rank_ends_the_job(data_dir, tmp_path):
     assert "lost contact with another process: rank 1 is behind, at step" in line and "Traceback" not in output
 
 
+@pytest.mark.parametrize(
+    "error, status, says",
+    [
+        (torch.OutOfMemoryError("no"), 2, "error: out of GPU memory with micro_batch_tokens=100 (try --micro_batch_tokens=50)"),
+        (ValueError("a bug"), 1, "ValueError: a bug"),
+    ],
+)  # fmt: skip
+def test_a_rank_that_fails_alone_says_why_and_waits_for_nobody(data_dir, tmp_path, error, status, says):
+    started = time.monotonic()
+    argv = toy_argv(data_dir, tmp_path / "run", max_steps=50, micro_batch_tokens=100, hang_timeout=50)
+    statuses, output = run_ranks(argv, 2, tmp_path, {1: partial(faults.raise_at, 7, error)}, timeout=60)
+    assert statuses == [3, status] and time.monotonic() - started < 30
+    assert output.count(says) == 1 and "error: lost contact with another process" in output
+
+
 def test_ranks_that_were_started_differently_do_not_train(data_dir, tmp_path):
     """As on two hosts of which one has an older configuration file."""
     out = tmp_path / "run"
