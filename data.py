@@ -428,11 +428,12 @@ class Samples:
 
     data_dir: directory of prepare_c4.py, or DIRECTORY:WEIGHT,DIRECTORY:WEIGHT; the weights are shares of the samples.
     split: "train", or "val", where weights do not count: every held-out sample comes once. seq_length: tokens a sample
-    has at most, [CLS] and [SEP] included. chunk: see Source. Samples are numbered through the sources.
+    has at most, [CLS] and [SEP] included. chunk: see Source. padded: whether the model fills each sample up to seq_length,
+    so that micro-batches are cut by that. Samples are numbered through the sources.
     Raises: UserError when a directory is missing, damaged or empty, or made with another tokenizer than the first.
     """
 
-    def __init__(self, data_dir, split, seq_length, chunk=False):
+    def __init__(self, data_dir, split, seq_length, chunk=False, padded=False):
         directories, weights = parse_mixture(data_dir)
         self.sources = [Source(directory, split, seq_length, chunk) for directory in directories]
         first = self.sources[0]
@@ -446,7 +447,7 @@ class Samples:
         self.vocab_size, self.tokenizer_sha256 = first.tokenizer.get_vocab_size(), first.tokenizer_sha256
         with open(self.tokenizer_path, encoding="utf-8") as file:
             self.tokenizer_text = file.read()
-        self.seq_length = seq_length
+        self.seq_length, self.padded = seq_length, padded
         self.shards = [shard for source in self.sources for shard in source.shards]
         self.token_type = self.shards[0].token_type if self.shards else np.dtype("<u2")
         self.source_shards = np.cumsum([0] + [len(source.shards) for source in self.sources])
@@ -544,7 +545,8 @@ class Samples:
         reduction needs, each rank has equally many.
         """
         _, _, length = self.locate(samples) if located is None else located
-        bounds = cut(length + 2, micro_batch_tokens, world_size if equal else 1)
+        length = np.full_like(length, self.seq_length) if self.padded else length + 2
+        bounds = cut(length, micro_batch_tokens, world_size if equal else 1)
         return [slice(bounds[i], bounds[i + 1]) for i in range(rank, len(bounds) - 1, world_size)]
 
     def of_step(self, step, global_batch_size, seed):

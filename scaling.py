@@ -111,6 +111,7 @@ class Bench:
     def __init__(self, cfg, name, process, guard, samples):
         self.cfg, self.name, self.train_cfg = cfg, name, train_config(cfg, name)
         self.together, self.guard, self.samples = process, guard, samples
+        self.samples.padded = self.train_cfg.model == "bert"
         self.rank, self.gpus, self.device = process.rank, process.world_size, process.device
         self.alone = train.Process(0, 1, self.device, process.dtype)
         torch.manual_seed(self.train_cfg.seed)

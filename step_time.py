@@ -26,7 +26,8 @@ def filled_rows(samples, cfg, count, micro_batch_tokens, gpus):
     for step in range(STEPS_CUT):
         numbers, _ = samples.of_step(step, count, cfg.seed)
         lengths = samples.locate(numbers)[2] + 2
-        bounds = np.array(cut(lengths, micro_batch_tokens, gpus))
+        padded = np.full_like(lengths, cfg.seq_length)
+        bounds = np.array(cut(padded if cfg.model == "bert" else lengths, micro_batch_tokens, gpus))
         if cfg.model == "bert":
             rows = -(-np.diff(bounds) // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE * cfg.seq_length
         else:

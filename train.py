@@ -72,7 +72,7 @@ class TrainConfig(ModelConfig):
     seed: int = 17  # of weights, data order, masks and dropout
     max_steps: int = 70000  # optimizer steps; a budget, below, takes their place
     global_batch_size: int = 4096  # samples in a step, over all processes; a multiple of their number
-    micro_batch_tokens: int = 0  # tokens a process handles at once, at most; 0: chosen from the GPU's memory
+    micro_batch_tokens: int = 0  # tokens a process handles at once, at most, BERT's padding too; 0: chosen from the memory
     lr: float = 5e-4  # peak learning rate
     schedule: Literal["linear", "wsd"] = "linear"  # decay from the end of the warm-up, or only at the end (wsd)
     warmup_fraction: float = 0.06  # share of max_steps in which the learning rate rises from 0
@@ -448,8 +448,9 @@ def main(argv):
 
 def open_samples(cfg):
     """(training, held-out) samples. Raises: UserError where there are none."""
-    train_samples = Samples(cfg.data_dir, "train", cfg.seq_length, cfg.chunk)
-    val_samples = Samples(cfg.data_dir, "val", cfg.seq_length, cfg.chunk)
+    padded = cfg.model == "bert"
+    train_samples = Samples(cfg.data_dir, "train", cfg.seq_length, cfg.chunk, padded)
+    val_samples = Samples(cfg.data_dir, "val", cfg.seq_length, cfg.chunk, padded)
     for samples, split in ((train_samples, "training"), (val_samples, "held-out")):
         if len(samples) == 0:
             raise UserError(f"{cfg.data_dir}: no {split} samples (prepare more text, or hold out another share)")

@@ -200,6 +200,18 @@ def test_ranks_have_equally_many_tokens_in_each_micro_step(ranks, limit):
         assert (totals.max(1) / totals.mean(1)).max() < 1.005
 
 
+def test_ranks_have_equally_many_samples_where_each_is_padded(samples):
+    path = samples.sources[0].directory
+    padded = data.Samples(path, "train", 32, padded=True)
+    everything = np.arange(24)
+    for ranks, limit in ((3, 32 * 24), (2, 32 * 4)):
+        parts = [padded.parts(everything, limit, rank, ranks) for rank in range(ranks)]
+        assert {part.stop - part.start for part in sum(parts, [])} == {min(24 // ranks, limit // 32)}
+        assert sorted(i for part in sum(parts, []) for i in range(part.start, part.stop)) == everything.tolist()
+    assert len({part.stop - part.start for rank in range(3) for part in samples.parts(everything, 32 * 24, rank, 3)}) > 1
+
+
+
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "a.txt"
     data.write_text(path, "before")
