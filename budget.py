@@ -21,10 +21,9 @@ from config import UserError
 from data import prefetch
 
 LEAST_STEPS = 20  # fewer train nothing
-# Share of the budget that is not planned, since GPUs slow down after the timing here. In ten runs of 2 to 8 minutes on H100s
-# (results/race) steps took 0.4 % less to 5.1 % more than their trials, on average. Those left out AdamW's work then: 28 bytes
-# a parameter at 3 TB/s are 1.8 % of BERT's steps there and 1.3 % of MosaicBERT's; and checkpoints on the way cost 12 % of the
-# time that writing one takes, as training shares the machine with it.
+# Share of the budget that is not planned, since GPUs may slow down after the timing here, and the share of writing a
+# checkpoint on the way that training is held up by, as it shares the machine with it (0.5 to 1.2 s of 4 to 9 in results/race).
+# With both, six runs of 2 and 4 minutes ended 0.1 to 1.5 % early (results/budgets_h200).
 RESERVE, HELD_UP = 0.01, 0.12
 FIRST_STEPS, COMPILED_STEPS = 3, 10  # not timed: they compile.
 # A GPU that warms up slows down, an H100 by 1 % in 10 s (results/glue_h100/pretrain.jsonl). So steps run for a while
@@ -38,6 +37,8 @@ TRIAL_EVAL_SAMPLES = 8192  # for each process, at most
 # stands: (part of the GPU's name, model, hidden_size, compile): (MFU, source). A100: what MosaicML published for eight,
 # 1,032 and 903 samples/s each, taken as full samples of 128 tokens: 90.1 and 69.8 GFLOP.
 MEASURED_MFU = {
+    ("H200", "mosaicbert", 768, False): (0.489, "results/scaling_h200/scaling.json"),
+    ("H200", "bert", 768, True): (0.325, "results/scaling_h200/scaling.json"),
     ("H100", "mosaicbert", 768, False): (0.464, "results/scaling_h100/scaling.json"),
     ("H100", "mosaicbert", 1024, False): (0.495, "results/scaling_h100/scaling.json"),
     ("H100", "bert", 768, True): (0.328, "results/race_settings/bert_512_5e-4.jsonl"),

@@ -43,7 +43,7 @@ def imbalance(work):
 
 
 def reduction_seconds(link, gpus, per_node, node_gbits):
-    """Seconds that summing the gradients takes, group by group.
+    """(seconds that summing the gradients takes within each node, seconds that it takes in all), group by group.
 
     Within a node and between nodes a ring moves 2 (n - 1) / n of their bytes through each link, both at once, since NCCL
     passes on what it has: the slower one counts. Within: at the rate measured here. Between: all adapters of a node together.
@@ -51,9 +51,9 @@ def reduction_seconds(link, gpus, per_node, node_gbits):
     n = link["gpus"]
     link_rate = 2 * (n - 1) / n * link["bytes"] / max(link["seconds"] - link["groups"] * link["latency"], 1e-9)
     inside, nodes = min(gpus, per_node), math.ceil(gpus / per_node)
-    within = 2 * (inside - 1) / inside * link["bytes"] / link_rate
+    within = 2 * (inside - 1) / inside * link["bytes"] / link_rate + link["groups"] * link["latency"]
     between = 2 * (nodes - 1) / nodes * link["bytes"] / (NETWORK_SHARE * node_gbits / 8 * 1e9)
-    return max(within, between) + link["groups"] * latency_seconds(link, nodes)
+    return within, max(within, between + link["groups"] * latency_seconds(link, nodes))
 
 
 def latency_seconds(link, nodes):
@@ -66,16 +66,18 @@ def step_seconds(compute, facts, gpus, micro_steps, imbalance, several, per_node
     compute: measured on one GPU, with the samples that each would have: matrix products, launches, AdamW and all.
     imbalance: by how much the slowest GPU, or the one with the most rows, is behind. several: what a step of several
     processes takes longer, reduction aside, as measured with `per_gpu` samples on each; mostly waiting for each other.
-    The reduction goes beside the last micro-step's backward pass, all but the word embedding's gradient, which comes
-    last. The count of masked tokens is summed before anything else.
+    The reduction goes beside the last micro-step's backward pass, all but the last group of gradients. Within a node that
+    hides nothing: NCCL takes multiprocessors from matrix products that are cut for all of them, and a step is as much
+    longer as the reduction takes alone (results/README.md). The count of masked tokens is summed before anything else.
     """
     if gpus == 1:
         return compute
     link, nodes = facts["link"], math.ceil(gpus / per_node)
-    reduction = reduction_seconds(link, gpus, per_node, node_gbits)
+    within, reduction = reduction_seconds(link, gpus, per_node, node_gbits)
     last = reduction * facts["last_bytes"] / link["bytes"]
     hidden = BACKWARD * compute / micro_steps
-    return compute * (1 + imbalance) + several + max(last, reduction - hidden) + latency_seconds(link, nodes)
+    exposed = max(within, last, reduction - hidden)
+    return compute * (1 + imbalance) + several + exposed + latency_seconds(link, nodes)
 
 
 def predict(results, train_configs, samples, per_node, node_gbits):

@@ -22,7 +22,8 @@ OPTIONS = {
     "finetune_glue": "GlueConfig", "plot": "PlotConfig",
     "convert_hf": "ConvertConfig", "torture": "TortureConfig", "gpu_reliability": "GpuReliabilityConfig",
     "bits_per_byte": "BitsConfig", "bench_data": "BenchConfig", "compare_finetuning": "CompareConfig",
-    "full_size_glue": "FullSizeConfig", "scaling": "ScalingConfig", "gpu_scaling": "GpuScalingConfig", "race": "RaceConfig",
+    "full_size_glue": "FullSizeConfig", "scaling": "ScalingConfig", "gpu_scaling": "GpuScalingConfig",
+    "gpu_faults": "GpuFaultsConfig", "race": "RaceConfig",
 }  # fmt: skip
 
 
@@ -133,6 +134,21 @@ def test_race_is_that_of_the_runs():
     assert f"from {-min(late):.1f} % early to {max(late):.1f} % late" in text
 
 
+def test_budgets_are_those_of_the_runs():
+    """results/README.md "budgets_h200": steps, their median time, and when each run ended; the README has the range."""
+    text, early = (ROOT / "results" / "README.md").read_text(), []
+    for path in (ROOT / "results" / "budgets_h200").glob("*.jsonl"):
+        records = plot.read_log(path)
+        steps = [record for record in records if record["event"] == "train"][1:]
+        config, end = records[0]["config"], records[-1]
+        milliseconds = 1e3 * config["global_batch_size"] / median(record["samples_per_second"] for record in steps)
+        early.append(100 - 100 * end["seconds"] / (60 * config["budget_minutes"]))
+        (row,) = [line for line in text.splitlines() if f"(budgets_h200/{path.name})" in line]
+        assert f"| {end['step']:,} steps, " in row and end["event"] == "end" and end["step"] == config["max_steps"]
+        assert f", {milliseconds:.2f} | {end['seconds']:.1f} s | {early[-1]:.1f} % early |" in row
+    assert len(early) == 6 and f"from {min(early):.1f} % to {max(early):.1f} %\nearly" in (ROOT / "README.md").read_text()
+
+
 def test_lengths_are_those_of_the_runs():
     """Each loss in the sentence about longer texts, of the runs of 8 minutes."""
     text = (ROOT / "README.md").read_text()
@@ -185,26 +201,31 @@ def test_speeds_are_those_of_the_benchmark():
 
 
 def test_scaling_is_what_was_measured():
-    """README "Many GPUs" and results/README.md "scaling_h100": each row of the tables, measured and predicted."""
-    results = json.loads((ROOT / "results" / "scaling_h100" / "scaling.json").read_text())
+    """README "Many GPUs" and results/README.md "scaling_h200", "scaling_h100": each row of the tables, also predicted ones."""
     readme = (ROOT / "README.md").read_text().partition("## Many GPUs")[2].partition("\n## ")[0]
-    details = (ROOT / "results" / "README.md").read_text().partition("## scaling_h100")[2].partition("\n## ")[0]
-    several = [row for row in results["rows"] if row["gpus"] > 1]
-    for row in several:
-        figures = f"{row['samples_per_second']:,.0f} | {row['tokens_per_second']:,.0f} | {row['mfu']:.1%}".replace("%", " %")
-        figures += f" | {row['efficiency']:.1%} |".replace("%", " %")
-        name, batch = scaling.TITLES[row["model"]], "4,096" if row["batch"] == "global" else "512"
-        for text, name in ((readme, name), (details, name.removeprefix("MosaicBERT-"))):
-            rows = [line for line in text.splitlines() if line.startswith(f"| {name} | {batch}") and line.endswith(figures)]
-            assert len(rows) == 1, figures
-    shown = re.findall(r"^\| .* \| 2 \| [\d,]+ \| [\d,]+ \| .* \|$", readme, re.MULTILINE)
-    assert len(shown) == len(several)
-    predicted = {(row["model"], row["batch"], row["gpus"]): row for row in results["predicted"]}
-    lines = re.findall(r"^\| (4,096|512 a GPU) \| (\d+) \| (\S+) \| (\S+) % \| (\S+) \| (\S+) % \|$", details, re.MULTILINE)
+    results = {}
+    for place, models in (("scaling_h200", ("base", "bert")), ("scaling_h100", ("large",))):
+        results[place] = json.loads((ROOT / "results" / place / "scaling.json").read_text())
+        details = (ROOT / "results" / "README.md").read_text().partition(f"## {place}")[2].partition("\n## ")[0]
+        for row in results[place]["rows"]:
+            if row["gpus"] == 1:
+                continue
+            figures = f"{row['samples_per_second']:,.0f} | {row['tokens_per_second']:,.0f} | {row['mfu']:.1%}".replace("%", " %")
+            figures += f" | {row['efficiency']:.1%} |".replace("%", " %")
+            name, batch = scaling.TITLES[row["model"]], "4,096" if row["batch"] == "global" else "512"
+            for text, name in ((readme, name), (details, name.removeprefix("MosaicBERT-"))):
+                rows = [line for line in text.splitlines() if line.startswith(f"| {name} | {batch}") and line.endswith(figures)]
+                assert len(rows) == (text is details or row["model"] in models), figures
+    assert len(re.findall(r"^\| .* \| 2 H[12]00 \| [\d,]+ \| [\d,]+ \| .* \|$", readme, re.MULTILINE)) == 6
+    (ours,) = [row for row in results["scaling_h200"]["rows"] if "ddp_ms" in row]
+    assert f"takes {ours['ms']:.1f} ms, {ours['ddp_ms']:.1f} with DistributedDataParallel" in readme
+    predicted = {(row["model"], row["batch"], row["gpus"]): row for row in results["scaling_h200"]["predicted"]}
+    details = (ROOT / "results" / "README.md").read_text()
+    lines = re.findall(r"^\| (4,096|512 a GPU) \| (\d+) \| ([\d,]+) \| (\S+) % \|$", details, re.MULTILINE)
     assert len(lines) == 10
     for batch, gpus, *cells in lines:
-        rows = [predicted[model, "global" if batch == "4,096" else "per_gpu", int(gpus)] for model in ("base", "large")]
-        assert cells == [cell for r in rows for cell in (f"{r['samples_per_second']:,.0f}", f"{100 * r['efficiency']:.1f}")]
+        row = predicted["base", "global" if batch == "4,096" else "per_gpu", int(gpus)]
+        assert cells == [f"{row['samples_per_second']:,.0f}", f"{100 * row['efficiency']:.1f}"]
 
 
 def test_both_paths_end_with_these_losses():

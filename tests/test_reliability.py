@@ -279,6 +279,14 @@ def test_a_rank_that_fails_alone_says_why_and_waits_for_nobody(data_dir, tmp_pat
     assert output.count(says) == 1 and "error: lost contact with another process" in output
 
 
+@pytest.mark.slow
+def test_how_two_processes_end(tmp_path):
+    """tests/gpu_faults.py at toy size."""
+    import gpu_faults
+
+    gpu_faults.main(["--toy", f"--out={tmp_path}/ended"])
+
+
 def test_ranks_that_were_started_differently_do_not_train(data_dir, tmp_path):
     """As on two hosts of which one has an older configuration file."""
     out = tmp_path / "run"

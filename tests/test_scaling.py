@@ -21,18 +21,22 @@ def step_ms(gpus, compute=0.1, micro_steps=1, imbalance=0.0, several=0.0, **node
 
 def test_the_model_of_the_step_time():
     """Two GPUs moved 100 MiB in 2.1 ms without latencies. Here is what follows, from arithmetic by hand."""
-    assert step_time.reduction_seconds(LINK, 2, 8, 3200) == pytest.approx(2.2e-3)
+    assert step_time.reduction_seconds(LINK, 2, 8, 3200) == pytest.approx((2.2e-3, 2.2e-3))
     # Eight pass 7/4 of the bytes where two pass one; the latency is that of a node.
-    assert step_time.reduction_seconds(LINK, 8, 8, 3200) == pytest.approx(1.75 * 2.1e-3 + 1e-4)
+    within = 1.75 * 2.1e-3 + 1e-4
+    assert step_time.reduction_seconds(LINK, 8, 8, 3200) == pytest.approx((within, within))
     # Two nodes with 8 Gbit/s each: 100 MiB at 0.8 GB/s, and one doubling of nodes there and back in each group.
     slow = LINK["bytes"] / 0.8e9 + 4 * (25e-6 + 20e-6)
-    assert step_time.reduction_seconds(LINK, 16, 8, 8) == pytest.approx(slow)
-    # A fifth of the gradient comes last, after which nothing hides it; and the count is summed first.
+    assert step_time.reduction_seconds(LINK, 16, 8, 8) == pytest.approx((within, slow))
+    # Within a node the reduction takes what it takes alone; and the count is summed first.
     assert step_ms(1) == 100
-    assert step_ms(2) == pytest.approx(100 + 2.2 / 5 + 0.025)
-    assert step_ms(2, imbalance=0.01, several=0.002) == pytest.approx(101 + 2 + 2.2 / 5 + 0.025)
+    assert step_ms(2) == pytest.approx(100 + 2.2 + 0.025)
+    assert step_ms(2, imbalance=0.01, several=0.002) == pytest.approx(101 + 2 + 2.2 + 0.025)
     # With a slow network what the last backward pass does not cover is seen: a third of 100 ms in two micro-steps.
     assert step_ms(16, micro_steps=2, node_gbits=8) == pytest.approx(100 + 1e3 * slow - 100 / 3 + 0.045)
+    # A fifth of the gradient comes last, after which nothing hides it: with 80 Gbit/s that is more than in the node.
+    slow = LINK["bytes"] / 8e9 + 4 * (25e-6 + 20e-6)
+    assert step_ms(16, node_gbits=80) == pytest.approx(100 + max(1e3 * within, 1e3 * slow / 5) + 0.045)
 
 
 def test_imbalance_of_rows():
