@@ -560,7 +560,7 @@ def train(cfg, process, run, guard, train_samples, val_samples):
         return loss, update(raw_model, optimizer, cfg, process, step, trial), asked_to_stop
 
     def budget_steps():
-        """max_steps for the budget, from trials of steps, evaluation and saving."""
+        """(max_steps for the budget, its Costs), from trials of steps, evaluation and saving."""
 
         def trial_evaluation(count):
             some = dataclasses.replace(cfg, eval_samples=count)
@@ -574,7 +574,7 @@ def train(cfg, process, run, guard, train_samples, val_samples):
         optimizer.state.clear()  # the moments of the trials
         steps = budget.steps_to_train(cfg, process, costs)
         say(budget.planned_text(cfg, costs, steps, time.perf_counter() - begun))
-        return steps
+        return steps, costs
 
     def samples_of(step, ranks):
         """The numbers of the training samples that these processes have in a step, as a list."""
@@ -586,8 +586,10 @@ def train(cfg, process, run, guard, train_samples, val_samples):
     model.train()
     model.register_forward_hook(guard.progress)
     gradient_sum = GradientSum(raw_model) if world_size > 1 else None
+    planned = None
     if not max_steps:
-        cfg = dataclasses.replace(cfg, max_steps=budget_steps())
+        steps, planned = budget_steps()
+        cfg = dataclasses.replace(cfg, max_steps=steps)
     if rank == 0:
         run.config = saved_config(cfg, train_samples)
         run.begin(state["step"])
@@ -604,6 +606,7 @@ def train(cfg, process, run, guard, train_samples, val_samples):
             micro_batch_tokens=micro_batch_tokens,
             resumed_from=resumed_from,
             init=started,
+            planned=planned and dataclasses.asdict(planned),  # seconds of a step, an evaluation, the last checkpoint
         )
     if eval_missing and not evaluated(state["step"]):
         guard.leave(process)

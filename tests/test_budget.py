@@ -225,6 +225,8 @@ def test_a_resume_keeps_the_plan(data_dir, tmp_path, few_trials, monkeypatch, ca
             train.checkpoint.shutil.rmtree(tmp_path / "run" / f"step_{step}")
         train.main(argv)
         assert weights(tmp_path / "run", 22) == straight
+    first, *resumed = [record["planned"] for record in read_log(tmp_path / "run", "start")]
+    assert set(first) == {"step", "evaluation", "save"} and min(first.values()) > 0 and resumed == [None, None]
     # Another price of the same dollars' GPU, or other intervals, change nothing.
     train.main([*argv, "--price_per_gpu_hour=2", "--eval_interval=0"])
     train.main([*argv, "--eval_only"])
