@@ -27,6 +27,7 @@ import math
 import os
 import re
 import sys
+import time
 import traceback
 from typing import Literal, get_args, get_origin
 
@@ -58,16 +59,22 @@ def command(main):
     return wrapped
 
 
-def report(error):
-    """Say what ended this process; returns its exit status: 2 after one line, for a UserError or OSError, 1 after a traceback."""
+def report(error, anyway=False):
+    """Say what ended this process; returns its exit status: 2 after one line, for a UserError or OSError, 1 after a traceback.
+
+    What all ranks know rank 0 says. The others then end a little later, as torchrun ends all when one ends. anyway: say it
+    on any rank.
+    """
     if not isinstance(error, (UserError, OSError)) or "--debug" in sys.argv:
         traceback.print_exception(error)
         return 1
     if isinstance(error, OSError):  # of the machine: a full disk, a right that is missing
         file = f"{error.filename}: " if error.filename else ""
         error = UserError(f"{file}{error.strerror or error} (the same command can be given again)", True)
-    if error.this_rank_only or int(os.environ.get("RANK", 0)) == 0:
+    if anyway or error.this_rank_only or int(os.environ.get("RANK", 0)) == 0:
         print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(2)
     return 2
 
 

@@ -207,6 +207,8 @@ class Bench:
         for kind in self.kinds:  # compiles, allocates, and tells how many steps make a block
             seconds = max(row[0] for row in self.together.gather(self.run(kind, 1)))
             counts.append(1 if self.cfg.toy else max(1, min(MOST_STEPS, round(BLOCK_SECONDS / seconds))))
+            if self.rank == 0:
+                print(f"{TITLES[self.name]}, {kind.samples} samples, {kind.name}: {1e3 * seconds:,.1f} ms at first", flush=True)
         for turn in range(TURNS):
             for kind, count in zip(self.kinds, counts):
                 if turn < kind.turns:
@@ -266,6 +268,7 @@ class Bench:
             "micro_steps": len(work) / STEPS_CUT,
             "imbalance": imbalance(work),
             "allocations": max(block[3] for block in blocks),
+            "memory_gb": torch.cuda.max_memory_reserved() / 1e9 if self.device.type == "cuda" else None,  # so far
         }
 
     def nccl_ms(self, kind):
@@ -314,7 +317,9 @@ class Bench:
                 asked = subprocess.Popen(query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         yield
         if asked:
-            self.clocks.append({"kind": kind.name, "mhz_and_watts": asked.communicate()[0].splitlines()})
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                said = asked.communicate(timeout=30)[0].splitlines()
+                self.clocks.append({"kind": kind.name, "mhz_and_watts": said})
 
 
 def slowest(kind):

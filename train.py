@@ -30,7 +30,7 @@ import convert_hf
 import gpu_trace
 import kernels
 import watch
-from config import UserError, command, load_config, report
+from config import UserError, command, load_config
 from data import EVAL_SEED, MIXTURE_PERIOD, Samples, hash64, prefetch
 from model import MAX_POSITIONS, MaskedLM, ModelConfig, matrix_flops
 
@@ -39,7 +39,7 @@ GPU_MICRO_BATCH_TOKENS = 131072  # at most, unless asked: on an H100 more is no 
 CPU_MICRO_BATCH_TOKENS = 8192  # small enough for activations to stay near the caches
 TARGET_LOG_SECONDS = 10  # between log lines, with log_interval=0
 MAX_SKIPPED_IN_A_ROW = 10  # updates that were not finite
-GROUP_BYTES = 100e6  # of gradients to sum at once: the last one, the word embedding's, has 94 MB in any case
+GROUP_BYTES = 100e6  # of gradients to sum at once; the last group, base's word embedding, has 94 MB in any case
 
 # Dense bf16 matrix rate with fp32 accumulation, in FLOP/s, from NVIDIA's data sheets. The first name that the device's
 # name contains counts; an unknown GPU gets no MFU rather than a wrong one.
@@ -235,11 +235,7 @@ def setup_processes(cfg):
 
 @contextmanager
 def watched_process(cfg):
-    """(Process, Watch) of this process, for as long as it trains; then its process group ends, however that went.
-
-    One of several processes says here what went wrong, and ends at once. The others may be waiting for it, and NCCL would
-    wait for them whenever the group is destroyed, with the reason unsaid (pytorch/torchtitan, pull request 1342).
-    """
+    """(Process, Watch) of this process, for as long as it trains; then its process group ends, however that went."""
     guard = watch.Watch(cfg.hang_timeout)
     try:
         process = setup_processes(cfg)
@@ -248,12 +244,12 @@ def watched_process(cfg):
     except Exception as error:
         guard.lost(error)
         if dist.is_initialized():
-            os._exit(report(error))
+            guard.fail(error)
         raise
     finally:
-        guard.close()
         if dist.is_initialized():
             dist.destroy_process_group()
+        guard.close()
 
 
 def device_name(device):
@@ -308,10 +304,11 @@ def choose_micro_batch_tokens(cfg, process, num_params, vocab_size):
 
 
 def fitting_tokens(cfg, dtype, fused, num_params, vocab_size, memory):
-    """The most tokens of a micro-batch that fit into a GPU of `memory` bytes, of which a tenth and 1 GB stay free."""
+    """The most tokens of a micro-batch that fit into a GPU of `memory` bytes, of which 15 % and 1 GB stay free: sizes differ
+    from step to step, and what PyTorch keeps for one may not fit another."""
     fixed = memory_bytes(cfg, dtype, fused, num_params, vocab_size, 0)
     per_token = memory_bytes(cfg, dtype, fused, num_params, vocab_size, 1) - fixed
-    return min(GPU_MICRO_BATCH_TOKENS, int((memory * 0.9 - 1e9 - fixed) / per_token) // 1024 * 1024)
+    return min(GPU_MICRO_BATCH_TOKENS, int((memory * 0.85 - 1e9 - fixed) / per_token) // 1024 * 1024)
 
 
 def useful_tokens(cfg, process, most):
@@ -724,11 +721,12 @@ def gradient_groups(model):
     that all processes reduce the same ones at a time, and equal runs add up in equal order."""
     groups, num_bytes = [[]], 0
     for parameter in reversed(list(model.parameters())):
-        if num_bytes >= GROUP_BYTES:
+        size = parameter.numel() * parameter.element_size()
+        if groups[-1] and num_bytes + size > GROUP_BYTES:
             groups.append([])
             num_bytes = 0
         groups[-1].append(parameter)
-        num_bytes += parameter.numel() * parameter.element_size()
+        num_bytes += size
     return groups
 
 
@@ -743,17 +741,14 @@ class GradientSum:
     def __init__(self, model):
         self.groups = gradient_groups(model)
         self.group_of = {parameter: number for number, group in enumerate(self.groups) for parameter in group}
-        self.sums, self.missing = [], None  # of each group, how many gradients have yet to come; None: none are summed now
-        for parameter in self.group_of:
-            parameter.register_post_accumulate_grad_hook(self.ready)
 
     def start(self):
         """The next backward pass is the last one of this step."""
-        self.missing, self.sums = [len(group) for group in self.groups], []
+        self.missing = [len(group) for group in self.groups]  # gradients that have yet to come
+        self.sums = []  # under way, of the first groups
+        self.hooks = [parameter.register_post_accumulate_grad_hook(self.ready) for parameter in self.group_of]
 
     def ready(self, parameter):
-        if self.missing is None:
-            return
         self.missing[self.group_of[parameter]] -= 1
         while len(self.sums) < len(self.groups) and self.missing[len(self.sums)] == 0:
             gradients = [parameter.grad for parameter in self.groups[len(self.sums)]]
@@ -761,11 +756,13 @@ class GradientSum:
 
     def wait(self):
         """Until all gradients are sums; on a GPU its stream waits, the host does not."""
+        for hook in self.hooks:
+            hook.remove()
         if len(self.sums) < len(self.groups):
             raise RuntimeError(f"gradients are missing: {sum(self.missing)} of {len(self.group_of)}")
         for each in self.sums:
             each.wait()
-        self.sums, self.missing = [], None  # they hold the gradients
+        self.sums.clear()  # they hold the gradients
 
 
 def sum_counts(batches, asked_to_stop, process):
@@ -878,10 +875,11 @@ def compare_options(cfg, process, train_samples):
         configs = [None] * process.world_size
         dist.all_gather_object(configs, saved_config(cfg, train_samples))
         for rank, config in enumerate(configs):
-            for name, value in config.items():
-                if value != configs[0][name]:
+            for name in sorted(config.keys() | configs[0].keys()):
+                here, there = config.get(name), configs[0].get(name)
+                if here != there and name not in ("data_dir", "out_dir", "init_from"):  # places; of data the digest counts
                     hint = "all hosts need the same command, configuration and shards"
-                    raise UserError(f"rank {rank} has {name}={value}, rank 0 {name}={configs[0][name]} ({hint})")
+                    raise UserError(f"rank {rank} has {name}={here}, rank 0 {name}={there} ({hint})")
 
 
 def differing_schedule(cfg):

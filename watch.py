@@ -6,6 +6,7 @@ as `timeout -s INT` pass on what the process got already: a SIGINT within the sa
 Exit status:
 
     0          finished
+    1          a bug, with its traceback
     2          an error, named in one line
     3          another process hangs or is lost; the same command goes on from the newest checkpoint
     128 + n    stopped by signal n, with a checkpoint; the same command goes on (torchrun itself then ends with 1)
@@ -29,10 +30,13 @@ import time
 import torch
 import torch.distributed as dist
 
+from config import UserError, report
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 TICK = 0.5  # seconds between looks at the other processes
 SAME_SECONDS = 1  # in which another SIGINT is the same one, passed on by a launcher
 STORE_SECONDS = 5  # in which a store that is gone is known to be
+SHARED_SECONDS = 30  # that other ranks wait for rank 0 to say what ended all
 LOST = 3  # exit status
 
 
@@ -107,8 +111,29 @@ class Watch:
         """End this process when all have come here. Raises: SystemExit."""
         raise SystemExit(128 + int(max(row[0] for row in process.gather([self.signal]))))
 
+    def fail(self, error):
+        """End this one of several processes, saying why.
+
+        At once: the others may be waiting for it, and NCCL would wait for them whenever its group is destroyed, with the
+        reason unsaid (pytorch/torchtitan, pull request 1342). What all know rank 0 says, once it has written the checkpoint
+        that it was writing; the others wait for that, as torchrun ends all when one ends.
+        """
+        self._exchange()
+        shared = isinstance(error, UserError) and not error.this_rank_only
+        if shared and self.rank > 0:
+            begun = time.monotonic()
+            while time.monotonic() - begun < SHARED_SECONDS and self._ask(lambda: self.store.check(["watch/ended"])) is False:
+                time.sleep(TICK)
+            if time.monotonic() - begun < SHARED_SECONDS:
+                os._exit(2)
+        status = report(error, anyway=True)
+        self._ask(lambda: self.store.add("watch/ended", 1))
+        if shared:
+            time.sleep(3 * TICK)  # until the others have heard that it is said; the store may end with this process
+        os._exit(status)
+
     def lost(self, error):
-        """End this process if the error says that another one is gone, naming who is behind."""
+        """End this process if the error says that another one is gone, naming who is behind, unless that one said why."""
         if self.world_size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
             self._exchange()
             if self.signal:  # it was told so too, but had not begun to train

@@ -108,6 +108,17 @@ def slow_evaluation(seconds):
     train.MaskedLM.masked_logits = slow
 
 
+def slow_write(seconds):
+    """Make writing a checkpoint take so much longer."""
+    write = checkpoint.write
+
+    def slow(*contents):
+        time.sleep(seconds)
+        return write(*contents)
+
+    checkpoint.write = slow
+
+
 def note_weights(directory):
     """Write the sha256 of this rank's weights at each checkpoint: STEP.RANK."""
     compare = checkpoint.compare_parameters

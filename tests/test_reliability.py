@@ -276,7 +276,17 @@ def test_a_rank_that_fails_alone_says_why_and_waits_for_nobody(data_dir, tmp_pat
     argv = toy_argv(data_dir, tmp_path / "run", max_steps=50, micro_batch_tokens=100, hang_timeout=50)
     statuses, output = run_ranks(argv, 2, tmp_path, {1: partial(faults.raise_at, 7, error)}, timeout=60)
     assert statuses == [3, status] and time.monotonic() - started < 30
-    assert output.count(says) == 1 and "error: lost contact with another process" in output
+    assert output.count(says) == 1 and "lost contact" not in output  # rank 0 knows that it has been said
+
+
+def test_an_error_that_all_ranks_know_loses_no_checkpoint_and_is_said_once(data_dir, tmp_path):
+    """torchrun ends all ranks when the first one ends, so rank 1 must not end before rank 0 has written and said."""
+    out, bad = tmp_path / "run", partial(faults.nan_at, range(5, 50))
+    slow = {0: partial(faults.together, bad, partial(faults.slow_write, 3)), 1: bad}
+    ranks = Ranks(toy_argv(data_dir, out, max_steps=50), 2, tmp_path, slow)
+    ranks.processes[1].join()
+    assert ranks.output().count("error: step 15: 11 updates in a row were not finite") == 1
+    assert checkpoint.steps(out)[0] == 12 and ranks.wait() == [2, 2]
 
 
 @pytest.mark.slow

@@ -167,9 +167,9 @@ def test_gradients_are_summed_while_the_others_are_made(data_dir, monkeypatch, k
     assert summed == train.gradient_groups(model)
     for parameter, one in zip(model.parameters(), alone.parameters()):
         torch.testing.assert_close(parameter.grad, 2 * one.grad)
-    next(model.parameters()).requires_grad_(False)
+    model.unused = torch.nn.Parameter(torch.zeros(3))
     with pytest.raises(RuntimeError, match="gradients are missing: 1 of"):
-        train.forward_backward(model, parts, torch.tensor(7.0), cfg, process, 1, gradient_sum)
+        train.forward_backward(model, parts, torch.tensor(7.0), cfg, process, 1, train.GradientSum(model))
 
 
 def test_resume_with_another_number_of_processes(data_dir, tmp_path):
