@@ -545,9 +545,12 @@ class Samples:
         reduction needs, each rank has equally many.
         """
         _, _, length = self.locate(samples) if located is None else located
-        length = np.full_like(length, self.seq_length) if self.padded else length + 2
-        bounds = cut(length, micro_batch_tokens, world_size if equal else 1)
+        bounds = self.bounds(length, micro_batch_tokens, world_size if equal else 1)
         return [slice(bounds[i], bounds[i + 1]) for i in range(rank, len(bounds) - 1, world_size)]
+
+    def bounds(self, length, micro_batch_tokens, multiple):
+        """Where samples with `length` tokens of text each are cut: see `cut`."""
+        return cut(np.full_like(length, self.seq_length) if self.padded else length + 2, micro_batch_tokens, multiple)
 
     def of_step(self, step, global_batch_size, seed):
         """(samples, epochs) of training step `step`, counted from 0, over all processes."""

@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from data import SEQUENCE_MULTIPLE, TOKEN_MULTIPLE, cut
+from data import SEQUENCE_MULTIPLE, TOKEN_MULTIPLE
 
 BACKWARD = 2 / 3  # of a step's matrix products are in its backward pass
 NETWORK_SHARE = 0.8  # of a node's network that a reduction reaches: an assumption
@@ -25,13 +25,12 @@ def filled_rows(samples, cfg, count, micro_batch_tokens, gpus):
     work = []
     for step in range(STEPS_CUT):
         numbers, _ = samples.of_step(step, count, cfg.seed)
-        lengths = samples.locate(numbers)[2] + 2
-        padded = np.full_like(lengths, cfg.seq_length)
-        bounds = np.array(cut(padded if cfg.model == "bert" else lengths, micro_batch_tokens, gpus))
-        if cfg.model == "bert":
+        length = samples.locate(numbers)[2]
+        bounds = np.array(samples.bounds(length, micro_batch_tokens, gpus))
+        if samples.padded:
             rows = -(-np.diff(bounds) // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE * cfg.seq_length
         else:
-            tokens = np.diff(np.concatenate([[0], np.cumsum(lengths)])[bounds])
+            tokens = np.diff(np.concatenate([[0], np.cumsum(length + 2)])[bounds])
             rows = -(-tokens // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
         work.append(rows.reshape(-1, gpus))
     return np.concatenate(work)
@@ -97,6 +96,7 @@ def predict(results, train_configs, samples, per_node, node_gbits):
         links = [facts for facts in links if facts["link"]["gpus"] <= per_node]
         if not links:
             continue
+        samples.padded = train_cfg.model == "bert"
         facts = max(links, key=lambda facts: facts["link"]["gpus"])
         many, one = measured[name, "per_gpu", facts["link"]["gpus"]], alone[name, results["per_gpu"]]
         several = max(0.0, many["without_reduction_ms"] - max(one["each_ms"])) / 1e3

@@ -871,15 +871,16 @@ def saved_config(cfg, train_samples):
 
 def compare_options(cfg, process, train_samples):
     """Have all processes stop if they differ in options or data, as hosts may. Raises: UserError naming rank and option."""
-    if process.world_size > 1:
-        configs = [None] * process.world_size
-        dist.all_gather_object(configs, saved_config(cfg, train_samples))
-        for rank, config in enumerate(configs):
-            for name in sorted(config.keys() | configs[0].keys()):
-                here, there = config.get(name), configs[0].get(name)
-                if here != there and name not in ("data_dir", "out_dir", "init_from"):  # places; of data the digest counts
-                    hint = "all hosts need the same command, configuration and shards"
-                    raise UserError(f"rank {rank} has {name}={here}, rank 0 {name}={there} ({hint})")
+    if process.world_size == 1:
+        return
+    configs = [None] * process.world_size
+    dist.all_gather_object(configs, saved_config(cfg, train_samples))
+    for rank, config in enumerate(configs):
+        for name in sorted(config.keys() | configs[0].keys()):
+            here, there = config.get(name), configs[0].get(name)
+            if here != there and name not in ("data_dir", "out_dir", "init_from"):  # places; of data the digest counts
+                hint = "all hosts need the same command, configuration and shards"
+                raise UserError(f"rank {rank} has {name}={here}, rank 0 {name}={there} ({hint})")
 
 
 def differing_schedule(cfg):

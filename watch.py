@@ -121,11 +121,10 @@ class Watch:
         self._exchange()
         shared = isinstance(error, UserError) and not error.this_rank_only
         if shared and self.rank > 0:
-            begun = time.monotonic()
-            while time.monotonic() - begun < SHARED_SECONDS and self._ask(lambda: self.store.check(["watch/ended"])) is False:
+            for _ in range(round(SHARED_SECONDS / TICK)):
+                if self._ask(lambda: self.store.check(["watch/ended"])) is not False:  # or the store is gone, with rank 0
+                    os._exit(2)
                 time.sleep(TICK)
-            if time.monotonic() - begun < SHARED_SECONDS:
-                os._exit(2)
         status = report(error, anyway=True)
         self._ask(lambda: self.store.add("watch/ended", 1))
         if shared:

@@ -94,9 +94,9 @@ def main(argv):
             more = {"weight_decay": 1e30} if name == "both fail" else {}
             ranks = start(cfg, data, out, 29700 + number, "pass" if by_signal else what, **more)
             begun = time.monotonic()
-            while by_signal and steps_of(out) < AT_STEP and ranks[0].poll() is None and time.monotonic() - begun < 120:
-                time.sleep(0.05)
-            while not by_signal and all(process.poll() is None for process in ranks) and time.monotonic() - begun < 120:
+            while all(process.poll() is None for process in ranks) and time.monotonic() - begun < 120:
+                if by_signal and steps_of(out) >= AT_STEP:
+                    break
                 time.sleep(0.05)
             begun = time.monotonic()
             if by_signal:
