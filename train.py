@@ -200,6 +200,8 @@ def setup_device(cfg, model_cfg):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if device.index >= torch.cuda.device_count():
             raise UserError(f"{device}: there are {torch.cuda.device_count()} GPUs (lower --nproc_per_node)", True)
+        # Before PyTorch starts CUDA. Micro-batches differ in size, and memory kept for one size would not do for another.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(device)
     has_bf16 = device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 0)
     if cfg.dtype == "bfloat16" and not has_bf16:
@@ -304,11 +306,10 @@ def choose_micro_batch_tokens(cfg, process, num_params, vocab_size):
 
 
 def fitting_tokens(cfg, dtype, fused, num_params, vocab_size, memory):
-    """The most tokens of a micro-batch that fit into a GPU of `memory` bytes, of which 15 % and 1 GB stay free: sizes differ
-    from step to step, and what PyTorch keeps for one may not fit another."""
+    """The most tokens of a micro-batch that fit into a GPU of `memory` bytes, of which a tenth and 1 GB stay free."""
     fixed = memory_bytes(cfg, dtype, fused, num_params, vocab_size, 0)
     per_token = memory_bytes(cfg, dtype, fused, num_params, vocab_size, 1) - fixed
-    return min(GPU_MICRO_BATCH_TOKENS, int((memory * 0.85 - 1e9 - fixed) / per_token) // 1024 * 1024)
+    return min(GPU_MICRO_BATCH_TOKENS, int((memory * 0.9 - 1e9 - fixed) / per_token) // 1024 * 1024)
 
 
 def useful_tokens(cfg, process, most):
