@@ -230,7 +230,7 @@ def setup_processes(cfg):
     if world_size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         # Our own watch comes first, and says more.
-        timeout = datetime.timedelta(seconds=cfg.hang_timeout + 20) if cfg.hang_timeout else None
+        timeout = datetime.timedelta(seconds=cfg.hang_timeout + 2 * watch.STANDSTILL_SECONDS) if cfg.hang_timeout else None
         dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
     return Process(int(os.environ.get("RANK", 0)), world_size, device, dtype)
 

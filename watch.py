@@ -6,7 +6,7 @@ as `timeout -s INT` pass on what the process got already: a SIGINT within the sa
 Exit status:
 
     0          finished
-    1          a bug, with its traceback
+    1          a bug, with its traceback; or Python stood still, "Timeout" and where
     2          an error, named in one line
     3          another process hangs or is lost; the same command goes on from the newest checkpoint
     128 + n    stopped by signal n, with a checkpoint; the same command goes on (torchrun itself then ends with 1)
@@ -19,6 +19,7 @@ Read next: checkpoint.py
 
 import contextlib
 import datetime
+import faulthandler
 import os
 import select
 import signal
@@ -37,6 +38,7 @@ TICK = 0.5  # seconds between looks at the other processes
 SAME_SECONDS = 1  # in which another SIGINT is the same one, passed on by a launcher
 STORE_SECONDS = 5  # in which a store that is gone is known to be
 SHARED_SECONDS = 30  # that other ranks wait for rank 0 to say what ended all
+STANDSTILL_SECONDS = 30  # beyond hang_timeout, in which this thread says what it has to say, if it can run
 LOST = 3  # exit status
 
 
@@ -141,9 +143,13 @@ class Watch:
 
     def _run(self):
         while True:
+            if self.hang_timeout:
+                # A library that waits for a GPU with Python's lock held stops this thread too; this one needs no lock.
+                faulthandler.dump_traceback_later(self.hang_timeout + STANDSTILL_SECONDS, exit=True, file=sys.__stderr__)
             ready = select.select([self.wake], [], [], TICK)[0]
             for number in self.wake.recv(64) if ready else b"":
                 if number == 0:
+                    faulthandler.cancel_dump_traceback_later()
                     return
                 if number in SIGNALS:
                     self._stop(number)

@@ -1,6 +1,7 @@
 """Faults for ranks.py: each function, called in a rank before it starts, makes something go wrong later."""
 
 import builtins
+import ctypes
 import dataclasses
 import functools
 import hashlib
@@ -46,6 +47,12 @@ def nan_at(steps, value=float("nan")):
 
 def hang_at(step):
     at_steps([step], lambda step, model: time.sleep(3600))
+
+
+def freeze_at(step, notice_after):
+    """Keep Python's lock for an hour; in the watch, notice after so many seconds beyond the hang_timeout."""
+    watch.STANDSTILL_SECONDS = notice_after
+    at_steps([step], lambda step, model: ctypes.PyDLL(None).sleep(3600))
 
 
 def die_at(step):

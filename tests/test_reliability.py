@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -256,6 +257,14 @@ def test_a_hanging_rank_ends_the_job_and_is_named(data_dir, tmp_path):
     assert statuses == [0, 0] and f"resuming from {out}/step_00000004" in output
 
 
+def test_a_rank_whose_python_stands_still_ends_too_and_shows_where(data_dir, tmp_path):
+    argv = toy_argv(data_dir, tmp_path / "run", max_steps=50, hang_timeout=2)
+    statuses, output = run_ranks(argv, 2, tmp_path, {1: partial(faults.freeze_at, 7, notice_after=2)}, timeout=60)
+    assert statuses == [3, 1], output
+    assert "no progress for 2 s: rank 1 is behind" in output
+    assert "Timeout (0:00:04)!" in output and 'faults.py", line' in output
+
+
 def test_a_dying_rank_ends_the_job(data_dir, tmp_path):
     argv = toy_argv(data_dir, tmp_path / "run", max_steps=50)
     statuses, output = run_ranks(argv, 2, tmp_path, {1: partial(faults.die_at, 7)}, timeout=60)
@@ -462,6 +471,39 @@ def test_files_have_the_bytes_that_the_library_would_write():
     assert checkpoint.safetensors_bytes(tensors).tobytes() == safetensors.torch.save({k: t.contiguous() for k, t in tensors.items()})
     with pytest.raises(ValueError, match="a: a checkpoint holds float32"):
         checkpoint.safetensors_bytes({"a": torch.zeros(2, dtype=torch.bfloat16)})
+
+
+@pytest.mark.gpu
+def test_python_goes_on_while_a_checkpoint_waits_for_the_gpu():
+    tensors, copied = checkpoint.snapshot({"model": {"weight": torch.ones(1000, device="cuda")}})
+    with copied:
+        torch.cuda._sleep(2_000_000_000)  # clock cycles: a second
+
+    def pack():
+        with copied:
+            checkpoint.pack(tensors, {})
+
+    packing = threading.Thread(target=pack)
+    packing.start()
+    looks = 0
+    while packing.is_alive():
+        time.sleep(0.01)
+        looks += 1
+    assert looks > 10
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("environment, expandable", [({}, True), ({"PYTORCH_ALLOC_CONF": "expandable_segments:False"}, False)])
+def test_memory_is_kept_in_segments_that_grow(environment, expandable):
+    script = """
+import torch, train
+cfg = train.TrainConfig(device="cuda")
+train.setup_device(cfg, cfg)
+kept = torch.zeros(1000, device="cuda")
+print(all(segment["is_expandable"] for segment in torch.cuda.memory_snapshot()))
+"""
+    said = subprocess.check_output([sys.executable, "-c", script], cwd=ROOT, env={**os.environ, **environment}, text=True)
+    assert said == f"{expandable}\n"
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="counts threads in /proc")
