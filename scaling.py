@@ -17,7 +17,7 @@ same clock and temperature:
 and, where a GPU's 512 samples are one micro-batch, the same with PyTorch's DistributedDataParallel ("with DDP", ms a step).
 A block is some steps in a row after two that are not timed; figures are medians of blocks. Exposed communication is what
 a step takes longer, in ms, than one that is the same but for the sum of the gradients over the GPUs; the time in NCCL's
-kernels, beside which the backward pass goes on, is from a trace, and holds the wait for the slower GPU.
+kernels is from a trace, and holds the wait for the slower GPU.
 
 Read next: step_time.py, for the prediction, or plot.py
 """
@@ -285,7 +285,7 @@ class Bench:
         """What the GPUs' link does with gradients: {bytes, groups, seconds of summing them, of 8 bytes alone}."""
         if self.gpus == 1:
             return None
-        groups = [[torch.zeros_like(p) for p in group] for group in train.gradient_groups(self.raw_model)]
+        groups = [[torch.zeros_like(p) for p in group] for group in train.GradientSum(self.raw_model).groups]
 
         def seconds(groups, repeats):
             times = []
@@ -360,7 +360,8 @@ def measure_here(cfg, names):
         for name in names:
             bench = Bench(cfg, name, process, guard, samples)
             results["rows"] += bench.measure()
-            last_bytes = 4 * sum(parameter.numel() for parameter in train.gradient_groups(bench.raw_model)[-1])
+            *_, last = train.gradient_groups(bench.raw_model, train.GROUP_BYTES)
+            last_bytes = 4 * sum(parameter.numel() for parameter in last)  # to sum after all else, on several hosts
             facts = {"last_bytes": last_bytes, "link": bench.link(), "clocks": bench.clocks}
             results["models"][f"{name} {process.world_size}"] = facts
             if process.rank == 0:

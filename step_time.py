@@ -12,6 +12,7 @@ import math
 import numpy as np
 
 from data import SEQUENCE_MULTIPLE, TOKEN_MULTIPLE
+from train import GROUP_BYTES
 
 BACKWARD = 2 / 3  # of a step's matrix products are in its backward pass
 NETWORK_SHARE = 0.8  # of a node's network that a reduction reaches: an assumption
@@ -42,7 +43,7 @@ def imbalance(work):
 
 
 def reduction_seconds(link, gpus, per_node, node_gbits):
-    """(seconds that summing the gradients takes within each node, seconds that it takes in all), group by group.
+    """(seconds that summing the gradients takes within each node, seconds that it takes in all).
 
     Within a node and between nodes a ring moves 2 (n - 1) / n of their bytes through each link, both at once, since NCCL
     passes on what it has: the slower one counts. Within: at the rate measured here. Between: all adapters of a node together.
@@ -52,7 +53,8 @@ def reduction_seconds(link, gpus, per_node, node_gbits):
     inside, nodes = min(gpus, per_node), math.ceil(gpus / per_node)
     within = 2 * (inside - 1) / inside * link["bytes"] / link_rate + link["groups"] * link["latency"]
     between = 2 * (nodes - 1) / nodes * link["bytes"] / (NETWORK_SHARE * node_gbits / 8 * 1e9)
-    return within, max(within, between + link["groups"] * latency_seconds(link, nodes))
+    groups = math.ceil(link["bytes"] / GROUP_BYTES)
+    return within, max(within, between + groups * latency_seconds(link, nodes))
 
 
 def latency_seconds(link, nodes):
@@ -65,9 +67,9 @@ def step_seconds(compute, facts, gpus, micro_steps, imbalance, several, per_node
     compute: measured on one GPU, with the samples that each would have: matrix products, launches, AdamW and all.
     imbalance: by how much the slowest GPU, or the one with the most rows, is behind. several: what a step of several
     processes takes longer, reduction aside, as measured with `per_gpu` samples on each; mostly waiting for each other.
-    The reduction goes beside the last micro-step's backward pass, all but the last group of gradients. Within a node that
-    hides nothing: NCCL takes multiprocessors from matrix products that are cut for all of them, and a step is as much
-    longer as the reduction takes alone (results/README.md). The count of masked tokens is summed before anything else.
+    With several nodes the reduction goes beside the last micro-step's backward pass, all but the last group of gradients.
+    What it takes within a node is taken from the backward pass even so, and more (results/README.md, scaling_h200). The
+    count of masked tokens is summed before anything else.
     """
     if gpus == 1:
         return compute

@@ -39,7 +39,7 @@ GPU_MICRO_BATCH_TOKENS = 131072  # at most, unless asked: on an H100 more is no 
 CPU_MICRO_BATCH_TOKENS = 8192  # small enough for activations to stay near the caches
 TARGET_LOG_SECONDS = 10  # between log lines, with log_interval=0
 MAX_SKIPPED_IN_A_ROW = 10  # updates that were not finite
-GROUP_BYTES = 100e6  # of gradients to sum at once; the last group, base's word embedding, has 94 MB in any case
+GROUP_BYTES = 100e6  # of gradients that hosts sum at once; the last group, base's word embedding, has 94 MB in any case
 
 # Dense bf16 matrix rate with fp32 accumulation, in FLOP/s, from NVIDIA's data sheets. The first name that the device's
 # name contains counts; an unknown GPU gets no MFU rather than a wrong one.
@@ -717,13 +717,13 @@ def mark_sizes(_, inputs):
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
 
-def gradient_groups(model):
-    """Lists of the model's parameters, about in the order in which their gradients come. They are reduced in this order, so
-    that all processes reduce the same ones at a time, and equal runs add up in equal order."""
+def gradient_groups(model, most_bytes):
+    """Lists of the model's parameters, about in the order in which their gradients come. They are summed in this order, so
+    that all processes sum the same ones at a time, and equal runs add up in equal order."""
     groups, num_bytes = [[]], 0
     for parameter in reversed(list(model.parameters())):
         size = parameter.numel() * parameter.element_size()
-        if groups[-1] and num_bytes + size > GROUP_BYTES:
+        if groups[-1] and num_bytes + size > most_bytes:
             groups.append([])
             num_bytes = 0
         groups[-1].append(parameter)
@@ -732,15 +732,17 @@ def gradient_groups(model):
 
 
 class GradientSum:
-    """Sums the gradients over the processes, a group at a time, while the backward pass goes on to earlier layers.
+    """Sums the gradients over the processes, where they are, as soon as the last gradient of a group has come.
 
-    Differs from MosaicBERT: its DistributedDataParallel clears, divides and copies them in buckets. Here they are summed where
-    they are. A step of MosaicBERT-Base with 512 samples on each of two H200s takes 91.6 ms, with DistributedDataParallel 92.5
-    (results/scaling_h200).
+    On several hosts a group is sum after sum on its way while the backward pass goes on to earlier layers. On one host all
+    gradients are one group, after the backward pass: beside it NCCL takes multiprocessors from matrix products that are cut
+    for all of them, and a step took up to 26 ms longer by a sum that takes 9 alone (results/README.md, scaling_h200).
+    Differs from MosaicBERT: its DistributedDataParallel clears, divides and copies gradients in buckets, beside the pass.
     """
 
     def __init__(self, model):
-        self.groups = gradient_groups(model)
+        one_host = os.environ.get("LOCAL_WORLD_SIZE") in (None, os.environ.get("WORLD_SIZE"))
+        self.groups = gradient_groups(model, math.inf if one_host else GROUP_BYTES)
         self.group_of = {parameter: number for number, group in enumerate(self.groups) for parameter in group}
 
     def start(self):

@@ -12,6 +12,7 @@ import pytest
 
 import plot
 import race
+import budget
 import scaling
 from test_race import write_race
 
@@ -204,28 +205,33 @@ def test_scaling_is_what_was_measured():
     """README "Many GPUs" and results/README.md "scaling_h200", "scaling_h100": each row of the tables, also predicted ones."""
     readme = (ROOT / "README.md").read_text().partition("## Many GPUs")[2].partition("\n## ")[0]
     results = {}
-    for place, models in (("scaling_h200", ("base", "bert")), ("scaling_h100", ("large",))):
+    for place in ("scaling_h200", "scaling_h100"):
         results[place] = json.loads((ROOT / "results" / place / "scaling.json").read_text())
         details = (ROOT / "results" / "README.md").read_text().partition(f"## {place}")[2].partition("\n## ")[0]
         for row in results[place]["rows"]:
             if row["gpus"] == 1:
                 continue
-            figures = f"{row['samples_per_second']:,.0f} | {row['tokens_per_second']:,.0f} | {row['mfu']:.1%}".replace("%", " %")
-            figures += f" | {row['efficiency']:.1%} |".replace("%", " %")
+            figures = f"| {row['gpus']} | {row['samples_per_second']:,.0f} | {row['tokens_per_second']:,.0f} | {row['mfu']:.1%}"
+            figures = f"{figures} | {row['efficiency']:.1%} |".replace("%", " %")
             name, batch = scaling.TITLES[row["model"]], "4,096" if row["batch"] == "global" else "512"
             for text, name in ((readme, name), (details, name.removeprefix("MosaicBERT-"))):
-                rows = [line for line in text.splitlines() if line.startswith(f"| {name} | {batch}") and line.endswith(figures)]
-                assert len(rows) == (text is details or row["model"] in models), figures
-    assert len(re.findall(r"^\| .* \| 2 H[12]00 \| [\d,]+ \| [\d,]+ \| .* \|$", readme, re.MULTILINE)) == 6
-    (ours,) = [row for row in results["scaling_h200"]["rows"] if "ddp_ms" in row]
-    assert f"takes {ours['ms']:.1f} ms, {ours['ddp_ms']:.1f} with DistributedDataParallel" in readme
+                rows = [line for line in text.splitlines() if line.startswith(f"| {name} | {batch}") and figures in line]
+                assert len(rows) == (text is details or place == "scaling_h200"), figures
+    assert len(re.findall(r"^\| .* \| [24] \| [\d,]+ \| [\d,]+ \| .* \|$", readme, re.MULTILINE)) == 12
+    ddp = {(row["model"], row["gpus"]): row for row in results["scaling_h200"]["rows"] if "ddp_ms" in row}
+    assert f"{ddp['base', 4]['ddp_ms']:.1f} ms with Base and {ddp['base', 4]['ms']:.1f} here" in " ".join(readme.split())
     predicted = {(row["model"], row["batch"], row["gpus"]): row for row in results["scaling_h200"]["predicted"]}
     details = (ROOT / "results" / "README.md").read_text()
-    lines = re.findall(r"^\| (4,096|512 a GPU) \| (\d+) \| ([\d,]+) \| (\S+) % \|$", details, re.MULTILINE)
-    assert len(lines) == 10
-    for batch, gpus, *cells in lines:
-        row = predicted["base", "global" if batch == "4,096" else "per_gpu", int(gpus)]
-        assert cells == [f"{row['samples_per_second']:,.0f}", f"{100 * row['efficiency']:.1f}"]
+    lines = re.findall(r"^\| (4,096|512 a GPU) \| (\d+) \| (.*) \|$", details, re.MULTILINE)
+    assert len(lines) == 8
+    for batch, gpus, cells in lines:
+        rows = [predicted[model, "global" if batch == "4,096" else "per_gpu", int(gpus)] for model in ("base", "large")]
+        assert cells == " | ".join(f"{row['samples_per_second']:,.0f} | {100 * row['efficiency']:.1f} %" for row in rows)
+    for (gpu, model, hidden_size, compiled), (mfu, source) in budget.MEASURED_MFU.items():
+        if source.startswith("results/scaling_"):
+            name = "bert" if model == "bert" else {768: "base", 1024: "large"}[hidden_size]
+            rows = results[source.split("/")[1]]["rows"]
+            assert [round(row["mfu"], 3) for row in rows if (row["model"], row["batch"], row["gpus"]) == (name, "global", 2)] == [mfu]
 
 
 def test_both_paths_end_with_these_losses():

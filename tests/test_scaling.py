@@ -25,8 +25,8 @@ def test_the_model_of_the_step_time():
     # Eight pass 7/4 of the bytes where two pass one; the latency is that of a node.
     within = 1.75 * 2.1e-3 + 1e-4
     assert step_time.reduction_seconds(LINK, 8, 8, 3200) == pytest.approx((within, within))
-    # Two nodes with 8 Gbit/s each: 100 MiB at 0.8 GB/s, and one doubling of nodes there and back in each group.
-    slow = LINK["bytes"] / 0.8e9 + 4 * (25e-6 + 20e-6)
+    # Two nodes with 8 Gbit/s each: 100 MiB at 0.8 GB/s, and one doubling of nodes there and back in each of two groups.
+    slow = LINK["bytes"] / 0.8e9 + 2 * (25e-6 + 20e-6)
     assert step_time.reduction_seconds(LINK, 16, 8, 8) == pytest.approx((within, slow))
     # Within a node the reduction takes what it takes alone; and the count is summed first.
     assert step_ms(1) == 100
@@ -35,7 +35,7 @@ def test_the_model_of_the_step_time():
     # With a slow network what the last backward pass does not cover is seen: a third of 100 ms in two micro-steps.
     assert step_ms(16, micro_steps=2, node_gbits=8) == pytest.approx(100 + 1e3 * slow - 100 / 3 + 0.045)
     # A fifth of the gradient comes last, after which nothing hides it: with 80 Gbit/s that is more than in the node.
-    slow = LINK["bytes"] / 8e9 + 4 * (25e-6 + 20e-6)
+    slow = LINK["bytes"] / 8e9 + 2 * (25e-6 + 20e-6)
     assert step_ms(16, node_gbits=80) == pytest.approx(100 + max(1e3 * within, 1e3 * slow / 5) + 0.045)
 
 

@@ -135,8 +135,11 @@ def test_two_processes_equal_one_and_micro_batches_do_not_matter(data_dir, tmp_p
 
 @pytest.mark.parametrize("kind", ["mosaicbert", "bert"])
 def test_gradients_are_summed_while_the_others_are_made(data_dir, monkeypatch, kind):
-    """Every gradient once, group by group in the fixed order, beside the backward pass of the last micro-step alone."""
+    """Every gradient once, group by group in the fixed order, beside the backward pass of the last micro-step alone; and all
+    of them after it on one host."""
     monkeypatch.setattr(train, "GROUP_BYTES", 5000)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     torch.manual_seed(0)
     samples = train.Samples(str(data_dir), "train", 16)
     cfg = train.TrainConfig(kind, 32, 2, 2, 48, hidden_dropout=0.0, seq_length=16)
@@ -159,14 +162,18 @@ def test_gradients_are_summed_while_the_others_are_made(data_dir, monkeypatch, k
     train.forward_backward(alone, parts, torch.tensor(7.0), cfg, process, 1)
     for _ in range(2):  # a second step as well
         train.forward_backward(model, parts[:1], torch.tensor(7.0), cfg, process, 1, gradient_sum)
-        assert summed == train.gradient_groups(model) and len(summed) > 3
+        assert summed == train.gradient_groups(model, 5000) and len(summed) > 3
         assert there == sorted(there) and there[0] < there[-2] < there[-1] == len(list(model.parameters()))
         summed.clear(), there.clear(), model.zero_grad()
     assert len(parts) > 1
     train.forward_backward(model, parts, torch.tensor(7.0), cfg, process, 1, gradient_sum)
-    assert summed == train.gradient_groups(model)
+    assert summed == train.gradient_groups(model, 5000)
     for parameter, one in zip(model.parameters(), alone.parameters()):
         torch.testing.assert_close(parameter.grad, 2 * one.grad)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    summed.clear(), there.clear(), model.zero_grad()
+    train.forward_backward(model, parts, torch.tensor(7.0), cfg, process, 1, train.GradientSum(model))
+    assert summed == [list(reversed(list(model.parameters())))] and there == [len(summed[0])]
     model.unused = torch.nn.Parameter(torch.zeros(3))
     with pytest.raises(RuntimeError, match="gradients are missing: 1 of"):
         train.forward_backward(model, parts, torch.tensor(7.0), cfg, process, 1, train.GradientSum(model))
