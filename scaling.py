@@ -119,21 +119,21 @@ class Bench:
         self.model = train.compiled(self.raw_model) if self.train_cfg.compile else self.raw_model
         self.num_params = sum(parameter.numel() for parameter in self.raw_model.parameters())
         self.optimizer = torch.optim.AdamW(self.raw_model.parameters(), fused=True)
+        self.gradient_sum = train.GradientSum(self.raw_model) if self.gpus > 1 else None
         self.next_step = STEP_OF_TABLE
         self.clocks = []
         self.kinds = self.make_kinds()
 
     def make_kinds(self):
         """Alone, together, without reduction, for each way to set the batch; and smaller batches alone."""
-        several = train.GradientSum(self.raw_model) if self.gpus > 1 else None
         kinds = []
         for batch, size in (("global", self.cfg.global_batch_size), ("per_gpu", self.cfg.per_gpu)):
             kinds.append(Kind(batch, self.alone, size, name="alone"))
-            if several:
+            if self.gradient_sum:
                 size = size if batch == "global" else size * self.gpus
-                kinds.append(Kind(batch, self.together, size, several, name="together"))
+                kinds.append(Kind(batch, self.together, size, self.gradient_sum, name="together"))
                 kinds.append(Kind(batch, self.together, size, name="without_reduction"))
-        if several and not self.train_cfg.compile:  # the last batch only: it would reduce with each micro-step
+        if self.gradient_sum and not self.train_cfg.compile:  # the last batch only: it would reduce with each micro-step
             kinds.append(Kind(batch, self.together, size, ddp=data_parallel(self.raw_model, self.device), name="ddp"))
         size = self.cfg.global_batch_size // 2
         while size >= SMALLEST_BATCH and self.name != "bert":
@@ -285,7 +285,7 @@ class Bench:
         """What the GPUs' link does with gradients: {bytes, groups, seconds of summing them, of 8 bytes alone}."""
         if self.gpus == 1:
             return None
-        groups = [[torch.zeros_like(p) for p in group] for group in train.GradientSum(self.raw_model).groups]
+        groups = [[torch.zeros_like(p) for p in group] for group in self.gradient_sum.groups]
 
         def seconds(groups, repeats):
             times = []
@@ -360,9 +360,9 @@ def measure_here(cfg, names):
         for name in names:
             bench = Bench(cfg, name, process, guard, samples)
             results["rows"] += bench.measure()
-            *_, last = train.gradient_groups(bench.raw_model, train.GROUP_BYTES)
-            last_bytes = 4 * sum(parameter.numel() for parameter in last)  # to sum after all else, on several hosts
-            facts = {"last_bytes": last_bytes, "link": bench.link(), "clocks": bench.clocks}
+            groups = train.gradient_groups(bench.raw_model, train.GROUP_BYTES)  # those of several hosts
+            last_bytes = 4 * sum(parameter.numel() for parameter in groups[-1])
+            facts = {"groups": len(groups), "last_bytes": last_bytes, "link": bench.link(), "clocks": bench.clocks}
             results["models"][f"{name} {process.world_size}"] = facts
             if process.rank == 0:
                 write_results(cfg.out, results)

@@ -12,7 +12,6 @@ import math
 import numpy as np
 
 from data import SEQUENCE_MULTIPLE, TOKEN_MULTIPLE
-from train import GROUP_BYTES
 
 BACKWARD = 2 / 3  # of a step's matrix products are in its backward pass
 NETWORK_SHARE = 0.8  # of a node's network that a reduction reaches: an assumption
@@ -42,18 +41,18 @@ def imbalance(work):
     return float(work.max(1).sum() / work.mean(1).sum() - 1)
 
 
-def reduction_seconds(link, gpus, per_node, node_gbits):
+def reduction_seconds(link, groups, gpus, per_node, node_gbits):
     """(seconds that summing the gradients takes within each node, seconds that it takes in all).
 
     Within a node and between nodes a ring moves 2 (n - 1) / n of their bytes through each link, both at once, since NCCL
-    passes on what it has: the slower one counts. Within: at the rate measured here. Between: all adapters of a node together.
+    passes on what it has: the slower one counts. Within: at the rate measured here. Between: all adapters of a node together,
+    in so many groups.
     """
     n = link["gpus"]
     link_rate = 2 * (n - 1) / n * link["bytes"] / max(link["seconds"] - link["groups"] * link["latency"], 1e-9)
     inside, nodes = min(gpus, per_node), math.ceil(gpus / per_node)
     within = 2 * (inside - 1) / inside * link["bytes"] / link_rate + link["groups"] * link["latency"]
     between = 2 * (nodes - 1) / nodes * link["bytes"] / (NETWORK_SHARE * node_gbits / 8 * 1e9)
-    groups = math.ceil(link["bytes"] / GROUP_BYTES)
     return within, max(within, between + groups * latency_seconds(link, nodes))
 
 
@@ -74,7 +73,8 @@ def step_seconds(compute, facts, gpus, micro_steps, imbalance, several, per_node
     if gpus == 1:
         return compute
     link, nodes = facts["link"], math.ceil(gpus / per_node)
-    within, reduction = reduction_seconds(link, gpus, per_node, node_gbits)
+    groups = facts.get("groups", link["groups"])  # until 1cada09 one host summed in the groups of several
+    within, reduction = reduction_seconds(link, groups, gpus, per_node, node_gbits)
     last = reduction * facts["last_bytes"] / link["bytes"]
     hidden = BACKWARD * compute / micro_steps
     exposed = max(within, last, reduction - hidden)

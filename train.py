@@ -200,8 +200,6 @@ def setup_device(cfg, model_cfg):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if device.index >= torch.cuda.device_count():
             raise UserError(f"{device}: there are {torch.cuda.device_count()} GPUs (lower --nproc_per_node)", True)
-        # Before PyTorch starts CUDA. Micro-batches differ in size, and memory kept for one size would not do for another.
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(device)
     has_bf16 = device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 0)
     if cfg.dtype == "bfloat16" and not has_bf16:
@@ -226,10 +224,12 @@ def setup_processes(cfg):
     if world_size > 1 and "RANK" not in os.environ:
         hint = "start it with torchrun, or unset WORLD_SIZE"
         raise UserError(f"WORLD_SIZE={world_size} in the environment, and no RANK ({hint})")
+    # Before PyTorch starts CUDA. Micro-batches differ in size, and memory that is kept for one would not do for another.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     device, dtype = setup_device(cfg, cfg)
     if world_size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        # Our own watch comes first, and says more.
+        # Our own watch, and what ends a process when Python stands still, come first, and say more.
         timeout = datetime.timedelta(seconds=cfg.hang_timeout + 2 * watch.STANDSTILL_SECONDS) if cfg.hang_timeout else None
         dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
     return Process(int(os.environ.get("RANK", 0)), world_size, device, dtype)
@@ -734,15 +734,16 @@ def gradient_groups(model, most_bytes):
 class GradientSum:
     """Sums the gradients over the processes, where they are, as soon as the last gradient of a group has come.
 
-    On several hosts a group is sum after sum on its way while the backward pass goes on to earlier layers. On one host all
-    gradients are one group, after the backward pass: beside it NCCL takes multiprocessors from matrix products that are cut
-    for all of them, and a step took up to 26 ms longer by a sum that takes 9 alone (results/README.md, scaling_h200).
+    On several hosts one group after another is summed while the backward pass goes on to earlier layers. On one host all
+    gradients are one group, after the backward pass: beside it a sum over NVLink can cost more than it takes alone
+    (results/README.md, scaling_h200).
     Differs from MosaicBERT: its DistributedDataParallel clears, divides and copies gradients in buckets, beside the pass.
     """
 
     def __init__(self, model):
-        one_host = os.environ.get("LOCAL_WORLD_SIZE") in (None, os.environ.get("WORLD_SIZE"))
-        self.groups = gradient_groups(model, math.inf if one_host else GROUP_BYTES)
+        hosts = [None] * dist.get_world_size()
+        dist.all_gather_object(hosts, platform.node())
+        self.groups = gradient_groups(model, GROUP_BYTES if len(set(hosts)) > 1 else math.inf)
         self.group_of = {parameter: number for number, group in enumerate(self.groups) for parameter in group}
 
     def start(self):
@@ -782,7 +783,7 @@ def forward_backward(model, batches, num_masked, cfg, process, step, gradient_su
     """Add up the gradients of this process's micro-batches; returns their share of the loss, on the device.
 
     num_masked: of the global batch, a tensor on the device. The loss is exact: a sum over all masked tokens of the
-    global batch, divided by their number. gradient_sum: also add up the processes' gradients, beside the last micro-step.
+    global batch, divided by their number. gradient_sum: also add up the processes' gradients, in the last micro-step.
     """
     loss = torch.zeros((), device=process.device)
     with autocast(process):  # around all micro-steps, so that the weights are cast once

@@ -38,7 +38,7 @@ TICK = 0.5  # seconds between looks at the other processes
 SAME_SECONDS = 1  # in which another SIGINT is the same one, passed on by a launcher
 STORE_SECONDS = 5  # in which a store that is gone is known to be
 SHARED_SECONDS = 30  # that other ranks wait for rank 0 to say what ended all
-STANDSTILL_SECONDS = 30  # beyond hang_timeout, in which this thread says what it has to say, if it can run
+STANDSTILL_SECONDS = 30  # beyond hang_timeout, for this thread to come round: its slowest tick, which ends the process, takes 27
 LOST = 3  # exit status
 
 
@@ -143,8 +143,8 @@ class Watch:
 
     def _run(self):
         while True:
-            if self.hang_timeout:
-                # A library that waits for a GPU with Python's lock held stops this thread too; this one needs no lock.
+            if self.store and self.hang_timeout and sys.__stderr__:
+                # A library that waits for a GPU with Python's lock held stops this thread too; that one needs no lock.
                 faulthandler.dump_traceback_later(self.hang_timeout + STANDSTILL_SECONDS, exit=True, file=sys.__stderr__)
             ready = select.select([self.wake], [], [], TICK)[0]
             for number in self.wake.recv(64) if ready else b"":

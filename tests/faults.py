@@ -67,9 +67,9 @@ def raise_at(step, error):
 
 
 def small_groups(num_bytes):
-    """Sum gradients in groups of so many bytes, as several hosts do."""
+    """Sum gradients in groups of so many bytes, as on hosts of other names."""
     train.GROUP_BYTES = num_bytes
-    os.environ["LOCAL_WORLD_SIZE"] = "1"
+    train.platform.node = lambda: os.environ["RANK"]
 
 
 def another_option(**options):

@@ -217,6 +217,8 @@ def test_scaling_is_what_was_measured():
             for text, name in ((readme, name), (details, name.removeprefix("MosaicBERT-"))):
                 rows = [line for line in text.splitlines() if line.startswith(f"| {name} | {batch}") and figures in line]
                 assert len(rows) == (text is details or place == "scaling_h200"), figures
+            if place == "scaling_h200":
+                assert f"{figures} {row['ms']:,.1f} | {row['without_reduction_ms']:,.1f} |" in details
     assert len(re.findall(r"^\| .* \| [24] \| [\d,]+ \| [\d,]+ \| .* \|$", readme, re.MULTILINE)) == 12
     ddp = {(row["model"], row["gpus"]): row for row in results["scaling_h200"]["rows"] if "ddp_ms" in row}
     assert f"{ddp['base', 4]['ddp_ms']:.1f} ms with Base and {ddp['base', 4]['ms']:.1f} here" in " ".join(readme.split())
@@ -227,6 +229,12 @@ def test_scaling_is_what_was_measured():
     for batch, gpus, cells in lines:
         rows = [predicted[model, "global" if batch == "4,096" else "per_gpu", int(gpus)] for model in ("base", "large")]
         assert cells == " | ".join(f"{row['samples_per_second']:,.0f} | {100 * row['efficiency']:.1f} %" for row in rows)
+    off = {"bert": [], "mosaicbert": []}
+    for row in results["scaling_h200"]["predicted"]:
+        if row["measured_ms"] and row["gpus"] > 1:
+            off["bert" if row["model"] == "bert" else "mosaicbert"].append(100 * (row["ms"] / row["measured_ms"] - 1))
+    assert sum(map(len, off.values())) == 10 and "off by +{:.1f} and +{:.1f} % where".format(*sorted(off["bert"])) in details
+    assert f"by {min(off['mosaicbert']):.1f} to +{max(off['mosaicbert']):.1f} % where it went beside" in details
     for (gpu, model, hidden_size, compiled), (mfu, source) in budget.MEASURED_MFU.items():
         if source.startswith("results/scaling_"):
             name = "bert" if model == "bert" else {768: "base", 1024: "large"}[hidden_size]

@@ -11,7 +11,7 @@ from ranks import Ranks
 from toy import ROOT
 
 LINK = {"gpus": 2, "bytes": 100 * 2**20, "groups": 4, "seconds": 0.0021 + 4 * 25e-6, "latency": 25e-6}
-FACTS = {"last_bytes": 20 * 2**20, "link": LINK}
+FACTS = {"groups": 2, "last_bytes": 20 * 2**20, "link": LINK}
 NODES = {"per_node": 8, "node_gbits": 3200.0}
 
 
@@ -21,13 +21,13 @@ def step_ms(gpus, compute=0.1, micro_steps=1, imbalance=0.0, several=0.0, **node
 
 def test_the_model_of_the_step_time():
     """Two GPUs moved 100 MiB in 2.1 ms without latencies. Here is what follows, from arithmetic by hand."""
-    assert step_time.reduction_seconds(LINK, 2, 8, 3200) == pytest.approx((2.2e-3, 2.2e-3))
+    assert step_time.reduction_seconds(LINK, 2, 2, 8, 3200) == pytest.approx((2.2e-3, 2.2e-3))
     # Eight pass 7/4 of the bytes where two pass one; the latency is that of a node.
     within = 1.75 * 2.1e-3 + 1e-4
-    assert step_time.reduction_seconds(LINK, 8, 8, 3200) == pytest.approx((within, within))
+    assert step_time.reduction_seconds(LINK, 2, 8, 8, 3200) == pytest.approx((within, within))
     # Two nodes with 8 Gbit/s each: 100 MiB at 0.8 GB/s, and one doubling of nodes there and back in each of two groups.
     slow = LINK["bytes"] / 0.8e9 + 2 * (25e-6 + 20e-6)
-    assert step_time.reduction_seconds(LINK, 16, 8, 8) == pytest.approx((within, slow))
+    assert step_time.reduction_seconds(LINK, 2, 16, 8, 8) == pytest.approx((within, slow))
     # Within a node the reduction takes what it takes alone; and the count is summed first.
     assert step_ms(1) == 100
     assert step_ms(2) == pytest.approx(100 + 2.2 + 0.025)

@@ -4,7 +4,6 @@ import fcntl
 import math
 import os
 import signal
-import subprocess
 import time
 from functools import partial
 from pathlib import Path
@@ -16,9 +15,8 @@ import torch
 import faults
 import train
 from model import MaskedLM, ModelConfig, SequenceClassifier, model_config
-from ranks import run_ranks
+from ranks import Ranks, run_ranks
 from toy import TOY_OPTIONS, files_of, make_documents, make_run, make_shards, read_log, run_train, toy_argv
-from toy import train_command, train_environment
 
 
 @pytest.fixture(scope="module")
@@ -94,16 +92,16 @@ def test_killed_and_resumed_equals_uninterrupted(data_dir, tmp_path, options):
     """SIGKILL in the middle of a run with dropout, then the same command: every byte as if nothing had happened."""
     options = {"max_steps": 40, "checkpoint_interval": 7, "final_mask_prob": 0.15, **options}
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    assert run_train(toy_argv(data_dir, straight, **options)).returncode == 0
-    running = subprocess.Popen(train_command(toy_argv(data_dir, broken, **options)), env=train_environment(), stdout=subprocess.PIPE)
+    assert run_ranks(toy_argv(data_dir, straight, **options), 1, tmp_path)[0] == [0]
+    running = Ranks(toy_argv(data_dir, broken, **options), 1, tmp_path)
     while not (broken / "step_00000014").exists():
-        assert running.poll() is None
+        assert running.alive(), running.output()
         time.sleep(0.005)
-    running.send_signal(signal.SIGKILL)
-    running.wait()
+    running.signal(signal.SIGKILL)
+    assert running.wait() == [-signal.SIGKILL]
     reached = train.checkpoint.steps(broken)[0]
     assert reached < 40
-    assert run_train(toy_argv(data_dir, broken, **options)).returncode == 0
+    assert run_ranks(toy_argv(data_dir, broken, **options), 1, tmp_path)[0] == [0]
     assert [start["resumed_from"] for start in read_log(broken, "start")][-1].endswith(f"step_{reached:08d}")
     assert files_of(straight / "step_00000040")["model.safetensors"] == files_of(broken / "step_00000040")["model.safetensors"]
     assert files_of(straight / "step_00000040")["optimizer.safetensors"] == files_of(broken / "step_00000040")["optimizer.safetensors"]
@@ -113,16 +111,14 @@ def test_killed_and_resumed_equals_uninterrupted(data_dir, tmp_path, options):
 
 
 def test_two_processes_equal_one_and_micro_batches_do_not_matter(data_dir, tmp_path):
-    options = {"hidden_dropout": 0, "max_steps": 100, "eval_interval": 50}
+    options = {"hidden_dropout": 0, "max_steps": 100, "eval_interval": 50, "checkpoint_interval": 50}
     runs = {}
-    for name, processes, micro in (("one", 1, 0), ("small", 1, 40), ("two", 2, 100)):
-        result = run_train(toy_argv(data_dir, tmp_path / name, micro_batch_tokens=micro, **options), processes)
-        assert result.returncode == 0, result.stderr
+    groups = dict.fromkeys(range(2), partial(faults.small_groups, 5000))  # as between hosts
+    for name, processes, micro, fault in [("one", 1, 0, {}), ("small", 1, 80, {}), ("two", 2, 100, {}), ("groups", 2, 100, groups)]:
+        argv = toy_argv(data_dir, tmp_path / name, micro_batch_tokens=micro, **options)
+        statuses, output = run_ranks(argv, processes, tmp_path, fault)
+        assert statuses == [0] * processes, output
         runs[name] = tmp_path / name
-    argv = toy_argv(data_dir, tmp_path / "groups", micro_batch_tokens=100, **options)
-    statuses, output = run_ranks(argv, 2, tmp_path, dict.fromkeys(range(2), partial(faults.small_groups, 5000)))
-    assert statuses == [0, 0], output
-    runs["groups"] = tmp_path / "groups"
     for name in ("small", "two", "groups"):
         assert losses(runs[name]) == pytest.approx(losses(runs["one"]), rel=1e-5)
         for event, key in (("eval", "loss"), ("train", "grad_norm")):
@@ -138,8 +134,6 @@ def test_gradients_are_summed_while_the_others_are_made(data_dir, monkeypatch, k
     """Every gradient once, group by group in the fixed order, beside the backward pass of the last micro-step alone; and all
     of them after it on one host."""
     monkeypatch.setattr(train, "GROUP_BYTES", 5000)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     torch.manual_seed(0)
     samples = train.Samples(str(data_dir), "train", 16)
     cfg = train.TrainConfig(kind, 32, 2, 2, 48, hidden_dropout=0.0, seq_length=16)
@@ -157,7 +151,10 @@ def test_gradients_are_summed_while_the_others_are_made(data_dir, monkeypatch, k
             there.append(sum(parameter.grad is not None for parameter in model.parameters()))
             return SimpleNamespace(wait=lambda: [g.mul_(2) for g in gradients])
 
-    monkeypatch.setattr(train, "dist", SimpleNamespace(group=SimpleNamespace(WORLD=Others())))
+    hosts = ["here", "there"]
+    everyone = SimpleNamespace(group=SimpleNamespace(WORLD=Others()), get_world_size=lambda: 2)
+    everyone.all_gather_object = lambda names, _: names.__setitem__(slice(None), hosts)
+    monkeypatch.setattr(train, "dist", everyone)
     gradient_sum = train.GradientSum(model)
     train.forward_backward(alone, parts, torch.tensor(7.0), cfg, process, 1)
     for _ in range(2):  # a second step as well
@@ -170,7 +167,7 @@ def test_gradients_are_summed_while_the_others_are_made(data_dir, monkeypatch, k
     assert summed == train.gradient_groups(model, 5000)
     for parameter, one in zip(model.parameters(), alone.parameters()):
         torch.testing.assert_close(parameter.grad, 2 * one.grad)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    hosts[1] = "here"
     summed.clear(), there.clear(), model.zero_grad()
     train.forward_backward(model, parts, torch.tensor(7.0), cfg, process, 1, train.GradientSum(model))
     assert summed == [list(reversed(list(model.parameters())))] and there == [len(summed[0])]
@@ -180,14 +177,14 @@ def test_gradients_are_summed_while_the_others_are_made(data_dir, monkeypatch, k
 
 
 def test_resume_with_another_number_of_processes(data_dir, tmp_path):
-    """Two processes train, one goes on: the same samples and masks, so the same losses to rounding."""
+    """Two processes train, as torchrun starts them, one goes on: the same samples and masks, so the same losses to rounding."""
     options = {"hidden_dropout": 0, "max_steps": 12}
-    assert run_train(toy_argv(data_dir, tmp_path / "one", **options)).returncode == 0
+    assert run_ranks(toy_argv(data_dir, tmp_path / "one", **options), 1, tmp_path)[0] == [0]
     two = tmp_path / "two"
-    assert run_train(toy_argv(data_dir, two, **options), processes=2).returncode == 0
-    for step in (12,):  # as if the run had been lost after step 8
-        train.checkpoint.shutil.rmtree(two / f"step_{step:08d}")
-    assert run_train(toy_argv(data_dir, two, **options)).returncode == 0
+    result = run_train(toy_argv(data_dir, two, **options), processes=2)
+    assert result.returncode == 0, result.stderr
+    train.checkpoint.shutil.rmtree(two / "step_00000012")  # as if the run had been lost after step 8
+    assert run_ranks(toy_argv(data_dir, two, **options), 1, tmp_path)[0] == [0]
     assert [record["step"] for record in read_log(two)] == list(range(1, 13))
     assert losses(two) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
 
