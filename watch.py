@@ -84,6 +84,7 @@ class Watch:
             store.set_timeout(datetime.timedelta(seconds=STORE_SECONDS))
             store.set(f"watch/{rank}", self._place())
             self.store = store
+            self._arm()
 
     def at(self, step):
         """Training has come to this step."""
@@ -143,9 +144,7 @@ class Watch:
 
     def _run(self):
         while True:
-            if self.store and self.hang_timeout and sys.__stderr__:
-                # A library that waits for a GPU with Python's lock held stops this thread too; that one needs no lock.
-                faulthandler.dump_traceback_later(self.hang_timeout + STANDSTILL_SECONDS, exit=True, file=sys.__stderr__)
+            self._arm()
             ready = select.select([self.wake], [], [], TICK)[0]
             for number in self.wake.recv(64) if ready else b"":
                 if number == 0:
@@ -161,6 +160,14 @@ class Watch:
             if self.store and self.hang_timeout and time.monotonic() - self.since > self.hang_timeout:
                 time.sleep(2 * TICK)  # until the others have noted where they are
                 self._end(f"no progress for {self.hang_timeout} s")
+
+    def _arm(self):
+        """Have this process end if it does not come here again in time.
+
+        A library that waits for a GPU with Python's lock held stops all of Python's threads. This timer needs no lock.
+        """
+        if self.store and self.hang_timeout and sys.__stderr__:
+            faulthandler.dump_traceback_later(self.hang_timeout + STANDSTILL_SECONDS, exit=True, file=sys.__stderr__)
 
     def _stop(self, number):
         if self.signal and number == signal.SIGINT and time.monotonic() - self.asked_at > SAME_SECONDS:
