@@ -188,7 +188,11 @@ class Process:
         if self.world_size > 1:
             everyone = [torch.empty_like(mine) for _ in range(self.world_size)]
             dist.all_gather(everyone, mine)
-        return torch.stack(everyone).tolist()
+        # To pinned memory. A copy to other memory that waits for the GPU can hold up those of a checkpoint, in another thread.
+        everyone = torch.stack(everyone).to("cpu", non_blocking=True)
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+        return everyone.tolist()
 
 
 def setup_device(cfg, model_cfg):
