@@ -22,10 +22,10 @@ PREDICTED = [2**i for i in range(10)]  # numbers of GPUs
 
 def filled_rows(samples, cfg, count, micro_batch_tokens, gpus):
     """(micro-steps, gpus) rows that each GPU computes, of STEPS_CUT steps: its tokens, or BERT's padded ones."""
-    work = []
+    work, length_of = [], samples.locate(np.arange(len(samples)))[2]
     for step in range(STEPS_CUT):
         numbers, _ = samples.of_step(step, count, cfg.seed)
-        length = samples.locate(numbers)[2]
+        length = length_of[numbers]
         bounds = np.array(samples.bounds(length, micro_batch_tokens, gpus))
         if samples.padded:
             rows = -(-np.diff(bounds) // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE * cfg.seq_length

@@ -188,11 +188,18 @@ class Process:
         if self.world_size > 1:
             everyone = [torch.empty_like(mine) for _ in range(self.world_size)]
             dist.all_gather(everyone, mine)
-        # To pinned memory. A copy to other memory that waits for the GPU can hold up those of a checkpoint, in another thread.
-        everyone = torch.stack(everyone).to("cpu", non_blocking=True)
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
-        return everyone.tolist()
+        return to_host(torch.stack(everyone)).tolist()
+
+
+def to_host(tensor):
+    """`tensor` on the CPU, by way of pinned memory.
+
+    A copy to other memory that waits for the GPU can hold up those of a checkpoint, in another thread.
+    """
+    copy = tensor.to("cpu", non_blocking=True)
+    if tensor.device.type == "cuda":
+        torch.cuda.current_stream(tensor.device).synchronize()
+    return copy
 
 
 def setup_device(cfg, model_cfg):
@@ -410,14 +417,15 @@ def evaluate(model, samples, cfg, process, micro_batch_tokens, guard):
         dist.all_reduce(totals)
         dist.all_reduce(label_counts)
     model.train()
-    loss_sum, num_correct, num_masked, asked_to_stop = totals.tolist()
+    numbers = torch.cat([totals, label_counts.max()[None]])
+    loss_sum, num_correct, num_masked, asked_to_stop, num_most_masked = to_host(numbers).tolist()
     if asked_to_stop:
         return None
     return {
         "loss": loss_sum / max(1, num_masked),
         "accuracy": num_correct / max(1, num_masked),
         "num_masked": int(num_masked),
-        "majority_accuracy": label_counts.max().item() / max(1, num_masked),
+        "majority_accuracy": num_most_masked / max(1, num_masked),
     }
 
 
