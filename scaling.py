@@ -33,6 +33,7 @@ import tempfile
 import time
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -285,16 +286,18 @@ class Bench:
         """What the GPUs' link does with gradients: {bytes, groups, seconds of summing them, of 8 bytes alone}."""
         if self.gpus == 1:
             return None
-        groups = [[torch.zeros_like(p) for p in group] for group in self.gradient_sum.groups]
+        groups, few = self.gradient_sum.groups, torch.zeros(2, device=self.device)
+        for parameter in self.raw_model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
 
-        def seconds(groups, repeats):
+        def seconds(starts, repeats):
             times = []
             for i in range(repeats + 2):
                 dist.barrier()
                 self.synchronize()
                 begun = time.perf_counter()
-                for group in groups:
-                    dist.group.WORLD.allreduce_coalesced(group).wait()
+                for start in starts:
+                    start().wait()
                 self.synchronize()
                 times.append(time.perf_counter() - begun)
             return statistics.median(times[2:])
@@ -303,8 +306,8 @@ class Bench:
             "gpus": self.gpus,
             "bytes": 4 * self.num_params,
             "groups": len(groups),
-            "seconds": seconds(groups, 2 if self.cfg.toy else 10),
-            "latency": seconds([[groups[0][0].flatten()[:2]]], 2 if self.cfg.toy else 50),
+            "seconds": seconds([partial(train.start_sum, group) for group in groups], 2 if self.cfg.toy else 10),
+            "latency": seconds([lambda: dist.all_reduce(few, async_op=True)], 2 if self.cfg.toy else 50),
         }
 
     @contextlib.contextmanager

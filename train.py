@@ -743,8 +743,23 @@ def gradient_groups(model, most_bytes):
     return groups
 
 
+def start_sum(parameters):
+    """Start to add up the gradients of these parameters over the processes; returns the work, whose wait() ends it.
+
+    Vectors' gradients become parts of one tensor. NCCL takes 0.7 ms for the 91 of base apart, beside 1.8 ms for all else
+    (results/README.md, scaling_h200).
+    """
+    vectors = [parameter for parameter in parameters if parameter.ndim == 1]
+    gradients = [parameter.grad for parameter in parameters if parameter.ndim > 1]
+    if vectors:
+        gradients.append(torch.cat([vector.grad for vector in vectors]))
+        for vector, part in zip(vectors, gradients[-1].split([len(vector) for vector in vectors])):
+            vector.grad = part
+    return dist.group.WORLD.allreduce_coalesced(gradients)
+
+
 class GradientSum:
-    """Sums the gradients over the processes, where they are, as soon as the last gradient of a group has come.
+    """Sums the gradients over the processes, most of them where they are, as soon as the last gradient of a group has come.
 
     On several hosts one group after another is summed while the backward pass goes on to earlier layers. On one host all
     gradients are one group, after the backward pass: beside it a sum over NVLink can cost more than it takes alone
@@ -767,8 +782,7 @@ class GradientSum:
     def ready(self, parameter):
         self.missing[self.group_of[parameter]] -= 1
         while len(self.sums) < len(self.groups) and self.missing[len(self.sums)] == 0:
-            gradients = [parameter.grad for parameter in self.groups[len(self.sums)]]
-            self.sums.append(dist.group.WORLD.allreduce_coalesced(gradients))
+            self.sums.append(start_sum(self.groups[len(self.sums)]))
 
     def wait(self):
         """Until all gradients are sums; on a GPU its stream waits, the host does not."""
