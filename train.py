@@ -746,7 +746,7 @@ def gradient_groups(model, most_bytes):
 def start_sum(parameters):
     """Start to add up the gradients of these parameters over the processes; returns the work, whose wait() ends it.
 
-    Vectors' gradients become parts of one tensor. NCCL takes 0.7 ms for the 91 of base apart, beside 1.8 ms for all else
+    Vectors' gradients become parts of one tensor. NCCL takes 0.7 ms for the 90 of base apart, beside 1.8 ms for all else
     (results/README.md, scaling_h200).
     """
     vectors = [parameter for parameter in parameters if parameter.ndim == 1]

@@ -228,7 +228,7 @@ class Watch:
         (step, passes), ranks = min(places.items())
         who = f"rank {ranks[0]} is" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} are"
         others = "others are at {} after {}".format(*max(places))
-        return f"{who} behind, at step {step} after {passes} forward passes; {others}"
+        return f"{who} behind, last seen at step {step} after {passes} forward passes; {others}"
 
     def _end(self, reason):
         self._exchange()

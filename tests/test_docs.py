@@ -204,42 +204,49 @@ def test_speeds_are_those_of_the_benchmark():
 def test_scaling_is_what_was_measured():
     """README "Many GPUs" and results/README.md "scaling_h200", "scaling_h100": each row of the tables, also predicted ones."""
     readme = (ROOT / "README.md").read_text().partition("## Many GPUs")[2].partition("\n## ")[0]
-    results = {}
-    for place in ("scaling_h200", "scaling_h100"):
-        results[place] = json.loads((ROOT / "results" / place / "scaling.json").read_text())
+    results, shown = {}, 0
+    for name in ("scaling_h200/scaling.json", "scaling_h200/overlapped.json", "scaling_h100/scaling.json"):
+        results[f"results/{name}"] = found = json.loads((ROOT / "results" / name).read_text())
+        place = name.partition("/")[0]
         details = (ROOT / "results" / "README.md").read_text().partition(f"## {place}")[2].partition("\n## ")[0]
-        for row in results[place]["rows"]:
+        for row in found["rows"]:
             if row["gpus"] == 1:
                 continue
             figures = f"| {row['gpus']} | {row['samples_per_second']:,.0f} | {row['tokens_per_second']:,.0f} | {row['mfu']:.1%}"
             figures = f"{figures} | {row['efficiency']:.1%} |".replace("%", " %")
-            name, batch = scaling.TITLES[row["model"]], "4,096" if row["batch"] == "global" else "512"
-            for text, name in ((readme, name), (details, name.removeprefix("MosaicBERT-"))):
-                rows = [line for line in text.splitlines() if line.startswith(f"| {name} | {batch}") and figures in line]
-                assert len(rows) == (text is details or place == "scaling_h200"), figures
+            title, batch = scaling.TITLES[row["model"]], "4,096" if row["batch"] == "global" else "512"
+            in_readme = name == "scaling_h200/scaling.json" or name == "scaling_h200/overlapped.json" and row["gpus"] == 4
+            for text, title in ((readme, title), (details, title.removeprefix("MosaicBERT-"))):
+                rows = [line for line in text.splitlines() if line.startswith(f"| {title} | {batch}") and figures in line]
+                assert len(rows) == (text is details or in_readme), figures
+            shown += in_readme
             if place == "scaling_h200":
                 assert f"{figures} {row['ms']:,.1f} | {row['without_reduction_ms']:,.1f} |" in details
-    assert len(re.findall(r"^\| .* \| [24] \| [\d,]+ \| [\d,]+ \| .* \|$", readme, re.MULTILINE)) == 12
-    ddp = {(row["model"], row["gpus"]): row for row in results["scaling_h200"]["rows"] if "ddp_ms" in row}
-    assert f"{ddp['base', 4]['ddp_ms']:.1f} ms with Base and {ddp['base', 4]['ms']:.1f} here" in " ".join(readme.split())
-    predicted = {(row["model"], row["batch"], row["gpus"]): row for row in results["scaling_h200"]["predicted"]}
+    assert len(re.findall(r"^\| .* \| [24] \| [\d,]+ \| [\d,]+ \| .* \|$", readme, re.MULTILINE)) == shown == 12
+    now = results["results/scaling_h200/scaling.json"]
+    ddp = {row["model"]: (f"{row['ms']:.1f}", f"{row['ddp_ms']:.1f}") for row in now["rows"] if "ddp_ms" in row}
+    sentence = "takes {} ms with Base, {} with DistributedDataParallel, and {} ms with Large, {} with DistributedDataParallel"
+    assert sentence.format(*ddp["base"], *ddp["large"]) in " ".join(readme.split())
+    predicted = {(row["model"], row["batch"], row["gpus"]): row for row in now["predicted"]}
+    assert f"eight share 4,096 samples at {100 * predicted['base', 'global', 8]['efficiency']:.1f} %" in " ".join(readme.split())
     details = (ROOT / "results" / "README.md").read_text()
     lines = re.findall(r"^\| (4,096|512 a GPU) \| (\d+) \| (.*) \|$", details, re.MULTILINE)
     assert len(lines) == 8
     for batch, gpus, cells in lines:
         rows = [predicted[model, "global" if batch == "4,096" else "per_gpu", int(gpus)] for model in ("base", "large")]
         assert cells == " | ".join(f"{row['samples_per_second']:,.0f} | {100 * row['efficiency']:.1f} %" for row in rows)
-    off = {"bert": [], "mosaicbert": []}
-    for row in results["scaling_h200"]["predicted"]:
-        if row["measured_ms"] and row["gpus"] > 1:
-            off["bert" if row["model"] == "bert" else "mosaicbert"].append(100 * (row["ms"] / row["measured_ms"] - 1))
-    assert sum(map(len, off.values())) == 10 and "off by +{:.1f} and +{:.1f} % where".format(*sorted(off["bert"])) in details
-    assert f"by {min(off['mosaicbert']):.1f} to +{max(off['mosaicbert']):.1f} % where it went beside" in details
+    for name, count, sentence in (
+        ("scaling", 5, "say something of it is off by {:.1f} to +{:.1f} %."),
+        ("overlapped", 10, "from the run on two and four GPUs it was off by {:.1f} to +{:.1f} %"),
+    ):
+        rows = [row for row in results[f"results/scaling_h200/{name}.json"]["predicted"] if row["measured_ms"] and row["gpus"] > 1]
+        off = [100 * (row["ms"] / row["measured_ms"] - 1) for row in rows]
+        assert len(off) == count and sentence.format(min(off), max(off)) in " ".join(details.split())
     for (gpu, model, hidden_size, compiled), (mfu, source) in budget.MEASURED_MFU.items():
-        if source.startswith("results/scaling_"):
+        if source in results:
             name = "bert" if model == "bert" else {768: "base", 1024: "large"}[hidden_size]
-            rows = results[source.split("/")[1]]["rows"]
-            assert [round(row["mfu"], 3) for row in rows if (row["model"], row["batch"], row["gpus"]) == (name, "global", 2)] == [mfu]
+            rows = [row for row in results[source]["rows"] if (row["model"], row["batch"], row["gpus"]) == (name, "global", 2)]
+            assert [round(row["mfu"], 3) for row in rows] == [mfu]
 
 
 def test_both_paths_end_with_these_losses():
