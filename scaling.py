@@ -121,7 +121,6 @@ class Bench:
         self.num_params = sum(parameter.numel() for parameter in self.raw_model.parameters())
         self.optimizer = torch.optim.AdamW(self.raw_model.parameters(), fused=True)
         self.gradient_sum = train.GradientSum(self.raw_model) if self.gpus > 1 else None
-        self.next_step = STEP_OF_TABLE
         self.clocks = []
         self.kinds = self.make_kinds()
 
@@ -149,10 +148,10 @@ class Bench:
         cfg = train_config(self.cfg, self.name, kind.samples)
         return train.choose_micro_batch_tokens(cfg, kind.process, self.num_params, self.samples.vocab_size)
 
-    def run(self, kind, num_steps, trace=None):
+    def run(self, kind, num_steps, turn=0, trace=None):
         """[seconds, tokens, FLOPs, calls of cudaMalloc] of a step of this process: the mean of some, after two untimed.
 
-        trace: a torch.profiler.profile that is to see the timed ones.
+        turn: kinds with equally many samples have the same ones in the same turn. trace: a torch.profiler.profile that is to see the timed ones.
         """
         cfg, process, most = self.train_cfg, kind.process, self.micro_batch_tokens(kind)
 
@@ -166,8 +165,8 @@ class Bench:
             dist.barrier()
         self.guard.world_size = process.world_size
         tokens = flops = 0
-        steps = range(self.next_step, self.next_step + UNTIMED_STEPS + num_steps)
-        self.next_step = steps.stop
+        first = STEP_OF_TABLE + turn * (UNTIMED_STEPS + MOST_STEPS)
+        steps = range(first, first + UNTIMED_STEPS + num_steps)
         for step, batches in zip(steps, prefetch(make, steps)):
             timed = step >= steps.start + UNTIMED_STEPS
             if step == steps.start + UNTIMED_STEPS:
@@ -204,17 +203,18 @@ class Bench:
 
     def measure(self):
         """The rows of the result."""
-        counts = []
+        counts = {}  # of steps in a block: as many for each kind that has these samples
         for kind in self.kinds:  # compiles, allocates, and tells how many steps make a block
             seconds = max(row[0] for row in self.together.gather(self.run(kind, 1)))
-            counts.append(1 if self.cfg.toy else max(1, min(MOST_STEPS, round(BLOCK_SECONDS / seconds))))
+            count = 1 if self.cfg.toy else max(1, min(MOST_STEPS, round(BLOCK_SECONDS / seconds)))
+            counts.setdefault((kind.samples, kind.process.world_size), count)
             if self.rank == 0:
                 print(f"{TITLES[self.name]}, {kind.samples} samples, {kind.name}: {1e3 * seconds:,.1f} ms at first", flush=True)
-        for turn in range(TURNS):
-            for kind, count in zip(self.kinds, counts):
-                if turn < kind.turns:
+        for turn in range(1, 1 + TURNS):
+            for kind in self.kinds:
+                if turn <= kind.turns:
                     with self.clocks_noted(kind):
-                        block = self.run(kind, count)
+                        block = self.run(kind, counts[kind.samples, kind.process.world_size], turn)
                     kind.blocks.append(self.together.gather(block))
         by_name = {(kind.batch, kind.name): kind for kind in self.kinds if kind.batch != "curve"}
         alone = {batch: self.alone_row(by_name[batch, "alone"]) for batch in ("global", "per_gpu")}
@@ -240,7 +240,7 @@ class Bench:
     def together_row(self, kind, without, alone):
         row, without = self.row(kind, slowest(kind), self.gpus), self.row(without, slowest(without), self.gpus)
         return row | {
-            # In tokens, as one step's samples are longer than another's.
+            # In tokens: with a batch for each GPU the samples are others, longer or shorter.
             "efficiency": row["tokens_per_second"] / (self.gpus * alone["tokens_per_second"]),
             "without_reduction_ms": without["ms"],
             "communication_ms": row["ms"] - without["ms"],
@@ -262,6 +262,7 @@ class Bench:
             "ms": 1e3 * seconds,
             "blocks_ms": [round(1e3 * block[0], 3) for block in blocks],
             "samples_per_second": kind.samples / seconds,
+            "tokens": statistics.median(block[1] for block in blocks),
             "tokens_per_second": statistics.median(block[1] / block[0] for block in blocks),
             "flops_per_second": flops,
             "mfu": flops / gpus / peak if peak else None,
@@ -277,7 +278,7 @@ class Bench:
         if self.device.type == "cpu":
             return None
         trace = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
-        self.run(kind, TRACED_STEPS, trace)
+        self.run(kind, TRACED_STEPS, trace=trace)
         trace.stop()
         found = [event.self_device_time_total for event in trace.key_averages() if "nccl" in event.key.lower()]
         return sum(found) / 1e3 / TRACED_STEPS
