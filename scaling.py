@@ -7,8 +7,8 @@
     python plot.py --scaling=out/scaling.json --out=scaling.svg
 
 A step is train.py's own, from its micro-batches, made by data.py while the step before runs, to fused AdamW, on random
-tokens with lengths like C4's. For each number of GPUs there are four kinds of steps, taken in turn, so that all see the
-same clock and temperature:
+tokens with lengths like C4's. For each number of GPUs there are four kinds of steps, on the same samples, taken in turn, so
+that all see the same clock and temperature:
 
     global     the batch of the recipe, 4,096 samples, shared by all GPUs (strong scaling)
     per_gpu    512 samples on each GPU, what the recipe's batch gives each of eight
@@ -148,17 +148,25 @@ class Bench:
         cfg = train_config(self.cfg, self.name, kind.samples)
         return train.choose_micro_batch_tokens(cfg, kind.process, self.num_params, self.samples.vocab_size)
 
+    def part(self, kind):
+        """(samples in a step, the process whose share of them this GPU has).
+
+        A GPU alone has the whole recipe's batch, else its share of one for all: the samples it also has together.
+        """
+        process = kind.process if kind.batch == "global" else self.together
+        return kind.samples * process.world_size // kind.process.world_size, process
+
     def run(self, kind, num_steps, turn=0, trace=None):
         """[seconds, tokens, FLOPs, calls of cudaMalloc] of a step of this process: the mean of some, after two untimed.
 
-        turn: kinds with equally many samples have the same ones in the same turn. trace: a torch.profiler.profile that is to see the timed ones.
+        turn: all have the same samples in the same turn, if their steps have equally many. trace: a torch.profiler.profile
+        that is to see the timed ones.
         """
         cfg, process, most = self.train_cfg, kind.process, self.micro_batch_tokens(kind)
+        samples, part = self.part(kind)
 
         def make(step):
-            batches = self.samples.train_step(
-                step, kind.samples, cfg.seed, cfg.mask_prob, most, process.rank, process.world_size
-            )
+            batches = self.samples.train_step(step, samples, cfg.seed, cfg.mask_prob, most, part.rank, part.world_size)
             return [batch.pinned_for(self.device) for batch in batches]
 
         if self.gpus > 1:
@@ -203,18 +211,19 @@ class Bench:
 
     def measure(self):
         """The rows of the result."""
-        counts = {}  # of steps in a block: as many for each kind that has these samples
+        counts = {}  # of steps in a block, by the samples in one
         for kind in self.kinds:  # compiles, allocates, and tells how many steps make a block
             seconds = max(row[0] for row in self.together.gather(self.run(kind, 1)))
             count = 1 if self.cfg.toy else max(1, min(MOST_STEPS, round(BLOCK_SECONDS / seconds)))
-            counts.setdefault((kind.samples, kind.process.world_size), count)
+            samples, _ = self.part(kind)
+            counts[samples] = max(count, counts.get(samples, 1))
             if self.rank == 0:
                 print(f"{TITLES[self.name]}, {kind.samples} samples, {kind.name}: {1e3 * seconds:,.1f} ms at first", flush=True)
         for turn in range(1, 1 + TURNS):
             for kind in self.kinds:
                 if turn <= kind.turns:
                     with self.clocks_noted(kind):
-                        block = self.run(kind, counts[kind.samples, kind.process.world_size], turn)
+                        block = self.run(kind, counts[self.part(kind)[0]], turn)
                     kind.blocks.append(self.together.gather(block))
         by_name = {(kind.batch, kind.name): kind for kind in self.kinds if kind.batch != "curve"}
         alone = {batch: self.alone_row(by_name[batch, "alone"]) for batch in ("global", "per_gpu")}
@@ -234,13 +243,13 @@ class Bench:
         rates = ("samples_per_second", "tokens_per_second")
         row = rows[0] | {key: statistics.mean(r[key] for r in rows) for key in rates}
         row["ms"] = 1e3 * kind.samples / row["samples_per_second"]
+        row["tokens"] = statistics.median(statistics.mean(process[1] for process in block) for block in kind.blocks)
         row["mfu"] = rows[0]["mfu"] and statistics.mean(r["mfu"] for r in rows)
         return row | {"each_ms": [r["ms"] for r in rows]}
 
     def together_row(self, kind, without, alone):
         row, without = self.row(kind, slowest(kind), self.gpus), self.row(without, slowest(without), self.gpus)
         return row | {
-            # In tokens: with a batch for each GPU the samples are others, longer or shorter.
             "efficiency": row["tokens_per_second"] / (self.gpus * alone["tokens_per_second"]),
             "without_reduction_ms": without["ms"],
             "communication_ms": row["ms"] - without["ms"],
@@ -396,7 +405,8 @@ def read(path):
     """Results as a dictionary. Raises: UserError."""
 
     def interpret(results):
-        [row["model"] for row in results["rows"]], results["models"], results["device"], results["toy"]
+        [row["model"] for row in results["rows"]], results["device"], results["toy"]
+        [facts["link"] and facts["link"]["groups"] for facts in results["models"].values()]
         return results
 
     return plot.read_result(path, "result of scaling.py", interpret)

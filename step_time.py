@@ -73,7 +73,8 @@ def step_seconds(compute, facts, gpus, micro_steps, imbalance, several, per_node
     if gpus == 1:
         return compute
     link, nodes = facts["link"], math.ceil(gpus / per_node)
-    within, reduction = reduction_seconds(link, facts["groups"], gpus, per_node, node_gbits)
+    groups = facts.get("groups", link["groups"])  # until 1cada09 one host summed in the groups of several
+    within, reduction = reduction_seconds(link, groups, gpus, per_node, node_gbits)
     last = reduction * facts["last_bytes"] / link["bytes"]
     hidden = BACKWARD * compute / micro_steps
     exposed = max(within, last, reduction - hidden)

@@ -750,7 +750,7 @@ def start_sum(parameters):
     (results/README.md, scaling_h200).
     """
     vectors = [parameter for parameter in parameters if parameter.ndim == 1]
-    gradients = [parameter.grad for parameter in parameters if parameter.ndim > 1]
+    gradients = [parameter.grad for parameter in parameters if parameter.ndim != 1]
     if vectors:
         gradients.append(torch.cat([vector.grad for vector in vectors]))
         for vector, part in zip(vectors, gradients[-1].split([len(vector) for vector in vectors])):

@@ -71,7 +71,9 @@ def test_what_is_measured(measured, tmp_path, capsys):
             reference = rows[batch, 1, 64 if batch == "global" else 16]["tokens_per_second"]
             assert row["efficiency"] == pytest.approx(row["tokens_per_second"] / (2 * reference))
             assert row["communication_ms"] == pytest.approx(row["ms"] - row["without_reduction_ms"])
-    assert rows["global", 1, 64]["tokens"] == rows["global", 2, 64]["tokens"]  # the same samples
+    # All of a batch have the same samples.
+    assert rows["global", 1, 64]["tokens"] == rows["global", 2, 64]["tokens"] == 2 * rows["curve", 1, 32]["tokens"]
+    assert 2 * rows["per_gpu", 1, 16]["tokens"] == rows["per_gpu", 2, 32]["tokens"]
     link = results["models"]["base 2"]["link"]
     cfg = scaling.train_config(scaling.ScalingConfig(toy=True), "base")
     num_params = sum(parameter.numel() for parameter in scaling.MaskedLM(cfg, 500).parameters())
