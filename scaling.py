@@ -7,8 +7,8 @@
     python plot.py --scaling=out/scaling.json --out=scaling.svg
 
 A step is train.py's own, from its micro-batches, made by data.py while the step before runs, to fused AdamW, on random
-tokens with lengths like C4's. For each number of GPUs there are four kinds of steps, on the same samples, taken in turn, so
-that all see the same clock and temperature:
+tokens with lengths like C4's. For each number of GPUs there are four kinds of steps, those of one batch on the same samples,
+taken in turn, so that all see the same clock and temperature:
 
     global     the batch of the recipe, 4,096 samples, shared by all GPUs (strong scaling)
     per_gpu    512 samples on each GPU, what the recipe's batch gives each of eight

@@ -60,15 +60,15 @@ def latency_seconds(link, nodes):
     return link["latency"] + 2 * HOP_SECONDS * math.log2(nodes)
 
 
-def step_seconds(compute, facts, gpus, micro_steps, imbalance, several, per_node, node_gbits):
+def step_seconds(compute, facts, gpus, hidden, imbalance, several, per_node, node_gbits):
     """Seconds of a step on so many GPUs.
 
     compute: measured on one GPU, with the samples that each would have: matrix products, launches, AdamW and all.
     imbalance: by how much the slowest GPU, or the one with the most rows, is behind. several: what a step of several
     processes takes longer, reduction aside, as measured with `per_gpu` samples on each; mostly waiting for each other.
-    With several nodes the reduction goes beside the last micro-step's backward pass, all but the last group of gradients.
-    What it takes within a node is taken from the backward pass even so, and more (results/README.md, scaling_h200). The
-    count of masked tokens is summed before anything else.
+    hidden: seconds of the last micro-step's backward pass, beside which several nodes sum all but the last group of gradients.
+    What that takes within a node is taken from the backward pass even so, and more (results/README.md, scaling_h200). The count
+    of masked tokens is summed before anything else.
     """
     if gpus == 1:
         return compute
@@ -76,7 +76,6 @@ def step_seconds(compute, facts, gpus, micro_steps, imbalance, several, per_node
     groups = facts.get("groups", link["groups"])  # until 1cada09 one host summed in the groups of several
     within, reduction = reduction_seconds(link, groups, gpus, per_node, node_gbits)
     last = reduction * facts["last_bytes"] / link["bytes"]
-    hidden = BACKWARD * compute / micro_steps
     exposed = max(within, last, reduction - hidden)
     return compute * (1 + imbalance) + several + exposed + latency_seconds(link, nodes)
 
@@ -109,9 +108,10 @@ def predict(results, train_configs, samples, per_node, node_gbits):
                 continue
             unequal = imbalance(filled_rows(samples, train_cfg, each * gpus, one["micro_batch_tokens"], gpus))
             unequal += max(one["each_ms"]) / one["ms"] - 1  # as far as the measured GPUs differ
-            seconds = step_seconds(
-                one["ms"] / 1e3, facts, gpus, one["micro_steps"], unequal, several, per_node, node_gbits
-            )
+            compute = one["ms"] / 1e3
+            # A compiled model's gradients come all at once.
+            hidden = 0.0 if train_cfg.compile else BACKWARD * compute / one["micro_steps"]
+            seconds = step_seconds(compute, facts, gpus, hidden, unequal, several, per_node, node_gbits)
             row = measured.get((name, batch, gpus))
             reference = alone[name, results["global_batch_size"] if batch == "global" else each]
             rate = each * gpus / seconds

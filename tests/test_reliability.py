@@ -251,7 +251,8 @@ def test_a_hanging_rank_ends_the_job_and_is_named(data_dir, tmp_path):
     assert statuses == [3, 3], output
     assert time.monotonic() - started < 3 + 30
     (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
-    assert "no progress for 3 s: rank 1 is behind, last seen at step 7 after 0 forward passes; others are at 7 after 1" in line
+    says = "no progress for 3 s: rank 1 is behind, last seen at step 7 after 0 forward passes; others are at 7 after 1"
+    assert says in line
     assert checkpoint.newest(out).endswith("step_00000004")
     statuses, output = run_ranks(argv, 2, tmp_path)
     assert statuses == [0, 0] and f"resuming from {out}/step_00000004" in output

@@ -15,8 +15,8 @@ FACTS = {"groups": 2, "last_bytes": 20 * 2**20, "link": LINK}
 NODES = {"per_node": 8, "node_gbits": 3200.0}
 
 
-def step_ms(gpus, compute=0.1, micro_steps=1, imbalance=0.0, several=0.0, **nodes):
-    return 1e3 * step_time.step_seconds(compute, FACTS, gpus, micro_steps, imbalance, several, **{**NODES, **nodes})
+def step_ms(gpus, compute=0.1, hidden=2 / 3 * 0.1, imbalance=0.0, several=0.0, **nodes):
+    return 1e3 * step_time.step_seconds(compute, FACTS, gpus, hidden, imbalance, several, **{**NODES, **nodes})
 
 
 def test_the_model_of_the_step_time():
@@ -33,7 +33,7 @@ def test_the_model_of_the_step_time():
     assert step_ms(2) == pytest.approx(100 + 2.2 + 0.025)
     assert step_ms(2, imbalance=0.01, several=0.002) == pytest.approx(101 + 2 + 2.2 + 0.025)
     # With a slow network what the last backward pass does not cover is seen: a third of 100 ms in two micro-steps.
-    assert step_ms(16, micro_steps=2, node_gbits=8) == pytest.approx(100 + 1e3 * slow - 100 / 3 + 0.045)
+    assert step_ms(16, hidden=0.1 / 3, node_gbits=8) == pytest.approx(100 + 1e3 * slow - 100 / 3 + 0.045)
     # A fifth of the gradient comes last, after which nothing hides it: with 80 Gbit/s that is more than in the node.
     slow = LINK["bytes"] / 8e9 + 2 * (25e-6 + 20e-6)
     assert step_ms(16, node_gbits=80) == pytest.approx(100 + max(1e3 * within, 1e3 * slow / 5) + 0.045)
