@@ -405,8 +405,7 @@ def read(path):
     """Results as a dictionary. Raises: UserError."""
 
     def interpret(results):
-        [row["model"] for row in results["rows"]], results["device"], results["toy"]
-        [facts["link"] and facts["link"]["groups"] for facts in results["models"].values()]
+        [row["model"] for row in results["rows"]], results["models"], results["device"], results["toy"]
         return results
 
     return plot.read_result(path, "result of scaling.py", interpret)
@@ -530,6 +529,8 @@ def main(argv):
     numbers = numbers_of(cfg)
     if cfg.predict:
         results = read(cfg.predict)
+        if any(facts["link"] and "groups" not in facts["link"] for facts in results["models"].values()):
+            raise UserError(f"{cfg.predict}: of an older version, which noted too little to predict from (measure again)")
         cfg.toy = results["toy"]
         return show(results, cfg)
     if "RANK" in os.environ:  # started by torchrun, by the user's or by our own

@@ -97,6 +97,7 @@ def test_what_is_measured(measured, tmp_path, capsys):
         ("--gpus=3 --global_batch_size=4096", "not a multiple of 3 GPUs"), ("--models=huge", "no 'huge'"),
         ("--models=,", "empty"), ("--predict=nowhere.json", "nowhere.json: No such file"),
         (f"--predict={ROOT}/README.md", "not a result of scaling.py"),
+        (f"--predict={ROOT}/results/scaling_h100/scaling.json", "of an older version"),
     ],
 )  # fmt: skip
 def test_mistakes_end_in_one_line(capsys, option, says):
