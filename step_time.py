@@ -6,6 +6,7 @@ and the part of the gradients' reduction that the backward pass does not hide.
 Read next: scaling.py
 """
 
+import functools
 import itertools
 import math
 
@@ -20,12 +21,18 @@ STEPS_CUT = 10  # steps whose cut is looked at
 PREDICTED = [2**i for i in range(10)]  # numbers of GPUs
 
 
+@functools.cache
+def lengths_of(samples):
+    """Tokens of text of each sample. Asked for once, as a prediction looks at the same ones in many cuts."""
+    return samples.locate(np.arange(len(samples)))[2]
+
+
 def filled_rows(samples, cfg, count, micro_batch_tokens, gpus):
     """(micro-steps, gpus) rows that each GPU computes, of STEPS_CUT steps: its tokens, or BERT's padded ones."""
-    work, length_of = [], samples.locate(np.arange(len(samples)))[2]
+    work = []
     for step in range(STEPS_CUT):
         numbers, _ = samples.of_step(step, count, cfg.seed)
-        length = length_of[numbers]
+        length = lengths_of(samples)[numbers]
         bounds = np.array(samples.bounds(length, micro_batch_tokens, gpus))
         if samples.padded:
             rows = -(-np.diff(bounds) // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE * cfg.seq_length
@@ -66,9 +73,9 @@ def step_seconds(compute, facts, gpus, hidden, imbalance, several, per_node, nod
     compute: measured on one GPU, with the samples that each would have: matrix products, launches, AdamW and all.
     imbalance: by how much the slowest GPU, or the one with the most rows, is behind. several: what a step of several
     processes takes longer, reduction aside, as measured with `per_gpu` samples on each; mostly waiting for each other.
-    hidden: seconds of the last micro-step's backward pass, beside which several nodes sum all but the last group of gradients.
-    What that takes within a node is taken from the backward pass even so, and more (results/README.md, scaling_h200). The count
-    of masked tokens is summed before anything else.
+    hidden: seconds of the last micro-step's backward pass, beside which several nodes sum all but the last group of
+    gradients. What that takes within a node is taken from the backward pass even so, and more (results/README.md,
+    scaling_h200). The count of masked tokens is summed before anything else.
     """
     if gpus == 1:
         return compute
