@@ -31,14 +31,16 @@ import torch
 import torch.nn.functional as F
 
 import checkpoint
-import convert_hf
+from tools import convert_hf
 import glue
 import kernels
-from config import UserError, command, load_config
-from data import hash_of, load_tokenizer, round_up, write_text
+from common.options import UserError, command, load_config
+from common.files import hash_of, write_text
+from common.vocabulary import load_tokenizer
+from data import round_up
 from kernels import make_windows
 from model import MAX_POSITIONS, ModelConfig, SequenceClassifier, model_config
-from train import Process, autocast, device_name, setup_device
+from common.processes import Process, autocast, device_name, setup_device
 
 WARMUP_FRACTION = 0.06
 ADAM = {"betas": (0.9, 0.98), "eps": 1e-6}

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from config import UserError
-from data import whole_file
-from sources import numbered_lines, skip_or_fail, split_suffixes
+from common.options import UserError
+from common.files import whole_file
+from common.sources import numbered_lines, skip_or_fail, split_suffixes
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tasks

@@ -1,39 +1,36 @@
 """The whole model: MosaicBERT, and the BERT it is compared with.
 
 MosaicBERT (Portes et al. 2023, arXiv 2312.17482) is BERT with four changes that make it cheaper to train:
-- no position embeddings: a penalty on distance in the attention scores instead (ALiBi), so that sequences of any
-  length work;
+- no position embeddings: attention scores are penalized by distance instead (ALiBi), so sequences may have any length;
 - FlashAttention: the scores never leave the chip;
-- a gated linear unit (GeGLU) as feed-forward;
-- no padding: a micro-batch is one flat stream of tokens, and `cu_seqlens` says where its sequences start.
+- a gated linear unit (GeGLU) as the feed-forward layer;
+- no padding: a micro-batch is one flat stream of tokens, and `cu_seqlens` marks where its sequences start.
 
 Shapes
-    B, T            sequences in a micro-batch; padded length (the BERT baseline alone pads)
+    B, T            sequences in a batch; padded length (only the BERT baseline pads)
     H, D, C         heads, head size, hidden size C = H * D
-    F, V            feed-forward width; vocabulary, padded for MosaicBERT
-    total_tokens    tokens in the micro-batch, filling included
-    cu_seqlens      (B + 1,) int32: start of each sequence; the last entry is where the last one ends
-    max_seqlen      int: no sequence is longer
-    windows         (W + 1,) int32 or None: short neighbours that attention may take together (kernels.make_windows)
-    rows            (num_rows,) int64: the tokens whose output is wanted; None for all
+    F, V            feed-forward width; vocabulary size, padded for MosaicBERT
+    total_tokens    tokens in the stream, its filling included
+    num_rows        rows of the stream whose output is wanted; rows=None means all of them
 
-Names and shapes in the state dicts are those of the published weights: of mosaicml/mosaic-bert-base for MosaicBERT,
-of transformers' BertForMaskedLM for the baseline. Attributes follow them, hence `layer.attention.output.dense`.
+A batch is a common/batch.py `Batch`. Names and shapes in the state dicts are those of the published weights: of
+mosaicml/mosaic-bert-base for MosaicBERT, of transformers' BertForMaskedLM for the baseline. Attribute names follow them,
+hence `layer.attention.output.dense`.
 
 Read next: data.py
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import checkpoint
 import kernels
-from config import UserError
+from common.batch import Batch, pack
+from common.options import UserError
 
 LAYER_NORM_EPS = 1e-12  # both models, everywhere
 INIT_STD = 0.02
@@ -49,12 +46,12 @@ class ModelConfig:
     hidden_size: int = 768  # width of the residual stream
     num_layers: int = 12  # transformer blocks
     num_heads: int = 12  # attention heads; must divide hidden_size
-    intermediate_size: int = 3072  # width of the feed-forward layer, of each half of a GeGLU
-    hidden_dropout: float = 0.1  # after embeddings and attention, and in the feed-forward layer
-    attention_dropout: float = 0.0  # on attention weights; bert only, MosaicBERT's kernel has none
+    intermediate_size: int = 3072  # width of the feed-forward layer; of each half of a GeGLU
+    hidden_dropout: float = 0.1  # after embeddings and attention, and inside the feed-forward layer
+    attention_dropout: float = 0.0  # on attention weights; BERT only, MosaicBERT's kernel has none
 
     def check_model(self):
-        """Raises: UserError for sizes no model can have."""
+        """Raises: UserError for sizes that no model can have."""
         for name in ("hidden_size", "num_layers", "num_heads", "intermediate_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: must be at least 1")
@@ -70,7 +67,7 @@ class ModelConfig:
 
 
 def named(**modules):
-    """A container that only gives its modules their published names."""
+    """A container whose only job is to give modules their published names."""
     return nn.ModuleDict(modules)
 
 
@@ -81,8 +78,8 @@ def named(**modules):
 def alibi_slopes(num_heads):
     """How steeply each head's scores fall with distance: (H,) fp32, positive; the bias is -slope * |i - j|.
 
-    For a power of two, 2^(-8k/H) for k = 1..H. Else those of the power of two below, and then every other one of the
-    power of two above, until there are enough. Source: Press et al. 2022, arXiv 2108.12409, and its published code.
+    For H a power of two: 2^(-8k/H), k = 1..H. Otherwise the slopes for the next lower power of two, followed by every
+    other slope for the next higher one. Source: Press et al. 2022, arXiv 2108.12409, and its published code.
     """
     power = 2 ** int(math.log2(num_heads))
     slopes = [2 ** (-8 * k / power) for k in range(1, power + 1)]
@@ -91,15 +88,15 @@ def alibi_slopes(num_heads):
 
 
 def activation_dtype(x):
-    """What autocast makes of x's dtype, where it is on."""
+    """The dtype that autocast gives x, or x's own."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm, fused with what comes before it. Under autocast it works in and returns bf16, with fp32 statistics.
+    """LayerNorm, fused with the operations before it. Under autocast: bf16 in and out, statistics in fp32.
 
-    MosaicBERT calls that low precision LayerNorm: the residual stream stays bf16.
+    This is what MosaicBERT calls low precision LayerNorm; it keeps the residual stream in bf16.
     """
 
     def __init__(self, hidden_size):
@@ -108,10 +105,13 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(hidden_size))
 
     def forward(self, x):
-        return self.after(x)[0]
+        return self.add_norm(x)[0]
 
-    def after(self, x, residual=None, dropout_prob=0.0, x_bias=None):
-        """LayerNorm(dropout(x + x_bias) + residual) twice, for the next matrix and the next residual."""
+    def add_norm(self, x, residual=None, dropout_prob=0.0, x_bias=None):
+        """LayerNorm(dropout(x + x_bias) + residual), returned twice: for the next matrix and for the next residual.
+
+        x: (num_rows, C), residual: like x, x_bias: (C,).
+        """
         x = x.to(activation_dtype(x))
         dropout_prob = dropout_prob if self.training else 0.0
         return kernels.dropout_add_layernorm(x, residual, self.weight, self.bias, dropout_prob, LAYER_NORM_EPS, x_bias)
@@ -130,19 +130,19 @@ class MosaicLayer(nn.Module):
         )
         self.mlp = named(gated_layers=nn.Linear(C, 2 * F_, bias=False), wo=nn.Linear(F_, C), layernorm=LayerNorm(C))
 
-    def forward(self, x, residual, cu_seqlens, max_seqlen, slopes, windows=None, rows=None):
-        """x and residual are one tensor, (total_tokens, C). Returns two of its kind."""
+    def forward(self, x, residual, batch, slopes, rows=None):
+        """x and residual are the same tensor, (total_tokens, C). Returns two of (num_rows, C)."""
         qkv = self.attention.self.Wqkv(x).unflatten(-1, (3, self.num_heads, -1))  # (total_tokens, 3, H, D)
-        attended = kernels.attention_qkvpacked(qkv, cu_seqlens, max_seqlen, slopes, windows)  # (total_tokens, H, D)
+        attended = kernels.attention_qkvpacked(qkv, batch.cu_seqlens, batch.max_seqlen, slopes, batch.windows)
         attended = attended.flatten(-2)  # (total_tokens, C)
-        if rows is not None:  # in the last layer, what nobody reads need not be computed
+        if rows is not None:  # in the last layer, skip rows that nobody reads
             attended, residual = attended[rows], residual[rows]  # (num_rows, C)
-        # LayerNorm adds the biases of both output matrices: their gradients then take no pass of their own.
+        # LayerNorm adds the biases of both output matrices, so their gradients need no pass of their own.
         output, wo = self.attention.output, self.mlp.wo
         x = F.linear(attended, output.dense.weight)
-        x, residual = output.LayerNorm.after(x, residual, self.dropout, output.dense.bias)
-        gated = kernels.geglu(self.mlp.gated_layers(x), self.dropout if self.training else 0.0)  # (total_tokens, F)
-        return self.mlp.layernorm.after(F.linear(gated, wo.weight), residual, 0.0, wo.bias)  # no dropout here
+        x, residual = output.LayerNorm.add_norm(x, residual, self.dropout, output.dense.bias)
+        gated = kernels.geglu(self.mlp.gated_layers(x), self.dropout if self.training else 0.0)  # (num_rows, F)
+        return self.mlp.layernorm.add_norm(F.linear(gated, wo.weight), residual, 0.0, wo.bias)  # no dropout here
 
 
 class MosaicEncoder(nn.Module):
@@ -160,19 +160,22 @@ class MosaicEncoder(nn.Module):
         self.encoder = named(layer=nn.ModuleList(MosaicLayer(cfg) for _ in range(cfg.num_layers)))
         self.register_buffer("slopes", alibi_slopes(cfg.num_heads), persistent=False)
 
-    def forward(self, input_ids, cu_seqlens, max_seqlen, rows=None, token_type_ids=None, windows=None):
-        """(total_tokens,) ids to (num_rows, C) hidden states. token_type_ids: like input_ids; None means all 0."""
-        embeddings = self.embeddings
-        words, types = embeddings.word_embeddings.weight, embeddings.token_type_embeddings.weight
-        norm, dropout_prob = embeddings.LayerNorm, self.dropout if self.training else 0.0
-        x, residual = kernels.embedding_layernorm(
-            *(input_ids, token_type_ids, words, types, norm.weight, norm.bias),
-            *(dropout_prob, LAYER_NORM_EPS, activation_dtype(words)),
-        )  # each (total_tokens, C)
+    def forward(self, batch, rows=None):
+        """(num_rows, C) hidden states of a Batch."""
+        x = residual = self.embed(batch)  # (total_tokens, C)
         for layer in self.encoder.layer[:-1]:
-            x, residual = layer(x, residual, cu_seqlens, max_seqlen, self.slopes, windows)
-        # Differs from MosaicBERT: its last layer also keeps each [CLS] row, which no loss of pretraining reads.
-        return self.encoder.layer[-1](x, residual, cu_seqlens, max_seqlen, self.slopes, windows, rows)[0]
+            x, residual = layer(x, residual, batch, self.slopes)
+        # Differs from MosaicBERT: its last layer also keeps each [CLS] row, which no pretraining loss reads.
+        return self.encoder.layer[-1](x, residual, batch, self.slopes, rows)[0]
+
+    def embed(self, batch):
+        """dropout(LayerNorm(words + types)), (total_tokens, C): summed and normalized in fp32, then cast."""
+        words, types, norm = self.embeddings.word_embeddings, self.embeddings.token_type_embeddings, self.embeddings.LayerNorm
+        x, type_0 = words(batch.input_ids), types.weight[0]
+        if batch.token_type_ids is not None:
+            x, type_0 = x + types(batch.token_type_ids), None
+        x = kernels.dropout_add_layernorm(x, None, norm.weight, norm.bias, 0.0, LAYER_NORM_EPS, type_0)[0]
+        return F.dropout(x.to(activation_dtype(x)), self.dropout, self.training)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -210,7 +213,7 @@ class BertLayer(nn.Module):
 
 
 class BertEncoder(nn.Module):
-    """Token ids to hidden states: pads once at its entry, and gives back the flat rows that are asked for."""
+    """Token ids to hidden states: pads once on entry, and returns the flat rows that are asked for."""
 
     def __init__(self, cfg, vocab_size):
         super().__init__()
@@ -224,20 +227,21 @@ class BertEncoder(nn.Module):
         )
         self.encoder = named(layer=nn.ModuleList(BertLayer(cfg) for _ in range(cfg.num_layers)))
 
-    def forward(self, input_ids, cu_seqlens, max_seqlen, rows=None, token_type_ids=None, windows=None):
-        """As MosaicEncoder.forward; rows after the last sequence come back as some other row's values."""
+    def forward(self, batch, rows=None):
+        """As MosaicEncoder.forward; rows of the stream's filling come back with some other row's values."""
+        cu_seqlens, max_seqlen = batch.cu_seqlens, batch.max_seqlen
         if max_seqlen > MAX_POSITIONS:
             raise ValueError(f"sequences of up to {max_seqlen} tokens, but BERT has {MAX_POSITIONS} positions")
-        total_tokens, starts, lengths = len(input_ids), cu_seqlens[:-1], cu_seqlens.diff()
-        position = torch.arange(max_seqlen, device=input_ids.device)  # (T,)
+        total_tokens, starts, lengths = len(batch.input_ids), cu_seqlens[:-1], cu_seqlens.diff()
+        position = torch.arange(max_seqlen, device=cu_seqlens.device)  # (T,)
         keep = position < lengths[:, None]  # (B, T)
         index = (starts[:, None] + position).clamp(max=total_tokens - 1)  # (B, T): into the flat stream
-        padded_ids = input_ids[index] * keep
+        padded_ids = batch.input_ids[index] * keep
 
         embeddings = self.embeddings
         types = embeddings.token_type_embeddings
         x = embeddings.word_embeddings(padded_ids) + embeddings.position_embeddings(position)  # (B, T, C)
-        x = x + (types.weight[0] if token_type_ids is None else types(token_type_ids[index]))
+        x = x + (types.weight[0] if batch.token_type_ids is None else types(batch.token_type_ids[index]))
         x = F.dropout(embeddings.LayerNorm(x), self.dropout, self.training)
         # An empty sequence attends to its first [PAD]: a softmax over nothing would be NaN.
         mask = (keep | (position == 0))[:, None, None, :]
@@ -254,6 +258,23 @@ class BertEncoder(nn.Module):
 # Heads
 
 
+def make_encoder(cfg, vocab_size):
+    if cfg.model == "bert":
+        return BertEncoder(cfg, vocab_size).apply(init_weights)
+    return MosaicEncoder(cfg, -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE).apply(init_weights)
+
+
+def init_weights(module):
+    """BERT's: matrices and embeddings N(0, 0.02), biases and [PAD]'s embedding 0; LayerNorms start at (1, 0)."""
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=INIT_STD)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+    if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+        with torch.no_grad():
+            module.weight[module.padding_idx].zero_()
+
+
 class Predictions(nn.Module):
     """Hidden states to scores over the vocabulary; the last matrix is the word embedding."""
 
@@ -267,8 +288,8 @@ class Predictions(nn.Module):
         self.decoder.weight = word_embeddings.weight
         self.cross_entropy = kernels.linear_cross_entropy
         if cfg.model == "bert":
-            self.cross_entropy = kernels.linear_cross_entropy_reference  # PyTorch's own operators, here too
-            self.bias = self.decoder.bias  # transformers knows it by both names
+            self.cross_entropy = kernels.linear_cross_entropy_reference  # PyTorch's own operators here too
+            self.bias = self.decoder.bias  # transformers stores it under both names
 
     def transformed(self, hidden):
         """(num_rows, C): what the decoder multiplies."""
@@ -283,7 +304,7 @@ class Predictions(nn.Module):
 
 
 class MaskedLM(nn.Module):
-    """Either architecture with its masked-language-model head. vocab_size: of the tokenizer, without padding."""
+    """Either architecture with its masked-language-model head. vocab_size: the tokenizer's, before padding."""
 
     def __init__(self, cfg, vocab_size):
         super().__init__()
@@ -291,26 +312,26 @@ class MaskedLM(nn.Module):
         self.bert = make_encoder(cfg, vocab_size)
         self.cls = named(predictions=Predictions(cfg, self.bert.embeddings.word_embeddings))
 
-    def masked_logits(self, input_ids, cu_seqlens, max_seqlen, masked_positions, windows=None):
-        """Scores (num_rows, V) over the vocabulary, padding included, for the rows in masked_positions."""
-        return self.cls.predictions(self.bert(input_ids, cu_seqlens, max_seqlen, masked_positions, windows=windows))
+    def forward(self, batch):
+        """Sum (not mean) of the cross-entropies of batch.masked_positions in nats, () fp32; labels of -100 don't count."""
+        hidden = self.bert(batch, batch.masked_positions)  # (num_rows, C)
+        return self.cls.predictions.loss(hidden, batch.labels)
 
-    def forward(self, input_ids, cu_seqlens, max_seqlen, masked_positions, labels, windows=None):
-        """Sum (not mean) of the cross-entropies of the masked tokens in nats, fp32; labels of -100 do not count."""
-        hidden = self.bert(input_ids, cu_seqlens, max_seqlen, masked_positions, windows=windows)  # (num_rows, C)
-        return self.cls.predictions.loss(hidden, labels)
+    def masked_logits(self, batch):
+        """Scores (num_rows, V) over the padded vocabulary for the rows in batch.masked_positions."""
+        return self.cls.predictions(self.bert(batch, batch.masked_positions))
 
     @torch.no_grad()
     def logits(self, input_ids, attention_mask):
         """Scores for every token of a padded batch: (B, T) int64 and (B, T) 0/1 in, (B, T, vocab_size) fp32 out.
 
-        Scores of padding are 0. Tokens must be padded on the right for the BERT baseline.
+        Scores of padding are 0. For the BERT baseline, pad on the right.
         """
         keep = attention_mask.bool()
-        lengths = keep.sum(1)
-        cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-        rows = torch.arange(int(lengths.sum()), device=keep.device)
-        scores = self.masked_logits(input_ids[keep], cu_seqlens, int(lengths.max()), rows)
+        lengths = keep.sum(1).cpu().numpy()
+        cu_seqlens, _ = pack(lengths, int(lengths.max()))
+        cu_seqlens = torch.from_numpy(cu_seqlens).to(keep.device)
+        scores = self.cls.predictions(self.bert(Batch(input_ids[keep], cu_seqlens, int(lengths.max()), windows=None)))
         padded = scores.new_zeros(*input_ids.shape, self.vocab_size, dtype=torch.float32)
         padded[keep] = scores[:, : self.vocab_size].float()
         return padded
@@ -326,72 +347,41 @@ class SequenceClassifier(nn.Module):
         self.bert.pooler = named(dense=nn.Linear(cfg.hidden_size, cfg.hidden_size)).apply(init_weights)
         self.classifier = nn.Linear(cfg.hidden_size, num_labels).apply(init_weights)
 
-    def forward(self, input_ids, cu_seqlens, max_seqlen, token_type_ids=None, windows=None):
+    def forward(self, batch):
         """(B, num_labels) scores, one row a sequence; those of empty sequences mean nothing."""
-        first = cu_seqlens[:-1].long().clamp(max=len(input_ids) - 1)  # [CLS] of each sequence
-        hidden = self.bert(input_ids, cu_seqlens, max_seqlen, first, token_type_ids, windows)  # (B, C)
+        first = batch.cu_seqlens[:-1].long().clamp(max=len(batch.input_ids) - 1)  # [CLS] of each sequence
+        hidden = self.bert(batch, first)  # (B, C)
         pooled = torch.tanh(self.bert.pooler.dense(hidden))
         return self.classifier(F.dropout(pooled, self.dropout, self.training))
 
 
-def make_encoder(cfg, vocab_size):
-    if cfg.model == "bert":
-        return BertEncoder(cfg, vocab_size).apply(init_weights)
-    return MosaicEncoder(cfg, -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE).apply(init_weights)
-
-
-def init_weights(module):
-    """BERT's: matrices and embeddings N(0, 0.02), biases 0, [PAD]'s embedding 0. LayerNorms are made as (1, 0)."""
-    if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, std=INIT_STD)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)
-    if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-        with torch.no_grad():
-            module.weight[module.padding_idx].zero_()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# A saved model, and the work a model does
+# What the machine has to do
 
 
-def model_config(config):
-    """The ModelConfig in a checkpoint's config.json, a dictionary. Raises: UserError."""
-    if missing := [field.name for field in fields(ModelConfig) if field.name not in config]:
-        raise UserError(f"config.json: has no {', '.join(missing)} (not a checkpoint of this project)")
-    return ModelConfig(**{field.name: config[field.name] for field in fields(ModelConfig)})
+def choose_kernels(choice, cfg, device):
+    """Set what the operators run on, and return its name. choice: "auto", "triton" or "torch".
 
-
-def make_masked_lm(config, tensors, path, encoder_only=False):
-    """The MaskedLM of a checkpoint's config.json and {name: tensor}, in eval mode; a pooler or classifier is left out.
-
-    encoder_only: the masked-language-model head may be missing, and is random then. Raises: UserError.
+    Raises: UserError where it cannot run, or cannot take this model's heads.
     """
-    model = MaskedLM(model_config(config), config["vocab_size"])
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(("bert.pooler.", "classifier."))}
-    if not any(name.startswith("cls.") for name in tensors):
-        if not encoder_only:
-            raise UserError(f"{path}: has no masked-language-model head (train.py --init_from gives it one)")
-        tensors |= {name: weight for name, weight in checkpoint.weights_of(model).items() if name.startswith("cls.")}
-    checkpoint.load_weights(model, tensors, path)
-    return model.eval()
-
-
-def load_model(path, device="cpu"):
-    """The MaskedLM of a run directory or a step_* checkpoint directory, in eval mode.
-
-    Raises: UserError when there is no undamaged checkpoint.
-    """
-    path = checkpoint.find(path)
-    tensors = checkpoint.read_tensors(path, "model.safetensors")
-    return make_masked_lm(checkpoint.read_config(path), tensors, path).to(device)
+    try:
+        kernels.set_backend(choice)
+    except ValueError as error:
+        raise UserError(error) from None
+    head_size = cfg.hidden_size // cfg.num_heads
+    if not kernels.uses_triton(device):
+        return "torch"
+    if cfg.model == "mosaicbert" and head_size not in kernels.HEAD_SIZES:
+        sizes = ", ".join(map(str, kernels.HEAD_SIZES))
+        raise UserError(f"head size {head_size}: the Triton kernels take {sizes} (use --kernels=torch)")
+    return "triton"
 
 
 def matrix_flops(cfg, vocab_size, num_tokens, sum_squared_lengths, num_masked):
-    """Floating-point operations of the matrix products of one forward and backward pass: exact, without padding.
+    """Floating-point operations of the matrix products in one forward and backward pass: exact, without padding.
 
-    A product with an (m, n) matrix takes 2mn a token forward and twice that backward. num_tokens: non-padding;
-    sum_squared_lengths: over sequences, since attention takes 4C a pair of tokens; num_masked: rows through the head.
+    A product with an (m, n) matrix takes 2mn per token forward and twice that backward. num_tokens: in sequences;
+    sum_squared_lengths: over sequences, since attention takes 4C per pair of tokens; num_masked: rows through the head.
     """
     C, F_ = cfg.hidden_size, cfg.intermediate_size
     head = 2 * C * C + 2 * C * vocab_size
@@ -403,5 +393,5 @@ def matrix_flops(cfg, vocab_size, num_tokens, sum_squared_lengths, num_masked):
     else:
         rest = 2 * C * C + 2 * 3 * C * F_
         layers = cfg.num_layers * (attention + num_tokens * qkv)
-        layers += (cfg.num_layers - 1) * num_tokens * rest + num_masked * rest  # the last layer's subset
+        layers += (cfg.num_layers - 1) * num_tokens * rest + num_masked * rest  # the last layer computes fewer rows
     return 3 * (layers + num_masked * head)

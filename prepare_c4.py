@@ -31,10 +31,12 @@ from typing import Literal
 
 import numpy as np
 
-from config import UserError, command, load_config
-from data import file_digest, gigabytes, load_tokenizer, prefetch, read_json, verify, whole_file, write_shard, write_text
-from sources import Piece, documents, list_pieces
-from vocabulary import beginning, encode, read_tokenizer, train_tokenizer
+from common.options import UserError, command, load_config
+from common.files import file_digest, gigabytes, read_json, whole_file, write_text
+from common.vocabulary import load_tokenizer
+from data import prefetch, verify, write_shard
+from common.sources import Piece, documents, list_pieces
+from common.vocabulary import beginning, encode, read_tokenizer, train_tokenizer
 
 UNIT_BYTES = 64 * 2**20  # small pieces are taken together up to this size on disk
 BATCH_CHARS = 2**20  # of text that go to the tokenizer at once

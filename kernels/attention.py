@@ -45,9 +45,10 @@ import math
 import torch
 from torch import Tensor
 
-from kernels import operator, tl, triton
+from kernels.attention_pieces import LOG2E, WARP_GROUP_MMA, alibi, compute_capability, load_rows, load_slope, store_rows, zero_rows
+from kernels.attention_window import WindowAttention, fits_window
+from kernels.backend import operator, tl, triton, uses_triton
 
-LOG2E = tl.constexpr(math.log2(math.e))  # exp(x) = exp2(x * LOG2E), and exp2 is what the hardware has
 
 
 def attention_reference(q, k, v, cu_seqlens, max_seqlen, slopes):
@@ -92,49 +93,9 @@ def locate(cu_seqlens_ptr, B, H, total_tokens):
 
 
 @triton.jit
-def row_ptrs(ptr, offs, row_stride, D: tl.constexpr):
-    """(len(offs), D) pointers to whole rows of one head; 64-bit, as row number times stride outgrows 32 bits."""
-    return ptr + offs.to(tl.int64)[:, None] * row_stride + tl.arange(0, D)[None, :]
-
-
-@triton.jit
-def load_rows(ptr, offs, length, row_stride, D: tl.constexpr):
-    """(len(offs), D). Rows past the sequence read as 0: they are another sequence's, or nobody's."""
-    return tl.load(row_ptrs(ptr, offs, row_stride, D), mask=offs[:, None] < length, other=0.0)
-
-
-@triton.jit
-def store_rows(ptr, offs, length, row_stride, D: tl.constexpr, tile):
-    ptrs = row_ptrs(ptr, offs, row_stride, D)
-    tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=offs[:, None] < length)
-
-
-@triton.jit
-def zero_rows(ptr, length, row_stride, D: tl.constexpr, BLOCK: tl.constexpr):
-    """Write 0 to `length` rows: the programs of this head share them, each takes every num_programs-th block."""
-    for first in range(tl.program_id(1) * BLOCK, length, tl.num_programs(1) * BLOCK):
-        store_rows(ptr, first + tl.arange(0, BLOCK), length, row_stride, D, tl.zeros((BLOCK, D), tl.float32))
-
-
-@triton.jit
-def alibi(i, j, slope):
-    """Bias of query position i towards key position j; i and j broadcast to a tile. slope: 0 for no bias."""
-    return -slope * tl.abs(i - j).to(tl.float32)
-
-
-@triton.jit
 def mask_keys(scores, offs_n, length):
     """Keys past the sequence get no weight."""
     return tl.where(offs_n[None, :] < length, scores, float("-inf"))
-
-
-@triton.jit
-def load_slope(slopes_ptr, h):
-    """The head's slope times LOG2E, like all scores here, since the kernels take exp2 where the formulas take exp."""
-    if slopes_ptr is None:
-        return 0.0
-    else:
-        return tl.load(slopes_ptr + h) * LOG2E
 
 
 @triton.jit(do_not_specialize=["B", "H", "total_tokens"])
@@ -341,7 +302,6 @@ LAUNCH = {  # (head size, bytes an element): (BLOCK_M, BLOCK_N, num_warps, num_s
 }
 # Instead of the above where a tile's product stays in registers (mma.sync), which it then overflows. Not timed.
 LAUNCH_MMA_SYNC = {("forward", 32, 2): (64, 64, 4, 2), ("dq", 64, 2): (128, 32, 8, 2)}
-WARP_GROUP_MMA = (9, 10)  # compute capabilities, major, with wgmma or tcgen05; all others have mma.sync
 HEAD_SIZES = sorted({head_size for head_size, _ in LAUNCH["forward"]})
 
 
@@ -351,11 +311,6 @@ def launch_config(name, D, element_size, major):
     if major not in WARP_GROUP_MMA:
         values = LAUNCH_MMA_SYNC.get((name, D, element_size), values)
     return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), values))
-
-
-def compute_capability(tensor):
-    """Its major number; of a GPU with warp groups for a tensor elsewhere, as in the interpreter."""
-    return torch.cuda.get_device_properties(tensor.device).major if tensor.is_cuda else WARP_GROUP_MMA[0]
 
 
 def sizes(qkv, cu_seqlens):
@@ -441,7 +396,7 @@ def check_attention(q, k, v, cu_seqlens, slopes, windows=None):
         raise ValueError(f"attention: slopes have shape {tuple(slopes.shape)}; expected ({q.shape[1]},), one a head")
     if windows is not None and (windows.dim() != 1 or windows.shape[0] < 2 or windows.dtype != torch.int32):
         got = f"{windows.dtype} of shape {tuple(windows.shape)}"
-        raise ValueError(f"attention: windows is {got}; expected what make_windows gives, int32 of shape (W + 1,)")
+        raise ValueError(f"attention: windows is {got}; expected what pack gives, int32 of shape (W + 1,)")
     for name, x in (("k", k), ("v", v), ("cu_seqlens", cu_seqlens), ("slopes", slopes), ("windows", windows)):
         if x is not None and x.device != q.device:
             raise ValueError(f"attention: {name} is on {x.device} but q on {q.device}")
@@ -460,3 +415,37 @@ def check_attention_triton(qkv, slopes):
         raise ValueError(f"{limit} contiguous qkv only; call .contiguous() on it")
     if slopes is not None and slopes.dtype != torch.float32:
         raise ValueError(f"{limit} slopes in float32, not {slopes.dtype}")
+
+
+def attention(q, k, v, cu_seqlens, max_seqlen, slopes, windows=None):
+    """softmax(q k^T / sqrt(D) - slope * |i - j|) v in each sequence on its own; differentiable in q, k, v.
+
+    q, k, v, result: (total_tokens, H, D). cu_seqlens: (B + 1,) int32, sequence b is rows cu_seqlens[b] to
+    cu_seqlens[b + 1]; empty ones are allowed, none may be longer than max_seqlen. slopes: (H,) fp32, or None for no
+    bias. windows: what common.batch.pack says of these sequences, on the same device: short ones are faster with it, and
+    the result is the same. Rows past the last sequence are 0. For the kernels q, k, v are copied into one tensor;
+    attention_qkvpacked saves that.
+    """
+    check_attention(q, k, v, cu_seqlens, slopes, windows)
+    if uses_triton(q.device):
+        return run_attention(torch.stack((q, k, v), dim=1), cu_seqlens, max_seqlen, slopes, windows)
+    return attention_reference(q, k, v, cu_seqlens, max_seqlen, slopes)
+
+
+def attention_qkvpacked(qkv, cu_seqlens, max_seqlen, slopes, windows=None):
+    """attention of qkv (total_tokens, 3, H, D), contiguous; its gradient is one tensor of the same shape."""
+    if qkv.dim() != 4 or qkv.shape[1] != 3:
+        raise ValueError(f"attention: qkv has shape {tuple(qkv.shape)}; expected (total_tokens, 3, H, D)")
+    q, k, v = qkv.unbind(1)
+    check_attention(q, k, v, cu_seqlens, slopes, windows)
+    if uses_triton(qkv.device):
+        return run_attention(qkv, cu_seqlens, max_seqlen, slopes, windows)
+    return attention_reference(q, k, v, cu_seqlens, max_seqlen, slopes)
+
+
+def run_attention(qkv, cu_seqlens, max_seqlen, slopes, windows):
+    """By the kernels: of windows where these fit, else of any length. Raises: ValueError for what neither takes."""
+    check_attention_triton(qkv, slopes)
+    if fits_window(qkv, max_seqlen):
+        return WindowAttention.apply(qkv, cu_seqlens, windows, slopes)
+    return Attention.apply(qkv, cu_seqlens, slopes, max_seqlen)

@@ -21,8 +21,8 @@ and dP, where flash attention needs out and the softmax denominators. No two pro
 additions, and equal inputs give equal bits.
 
 A sequence of 20 tokens would fill a sixth of its tile. So neighbours share one: `windows` (W + 1,) int32 says that
-window w is the sequences windows[w] to windows[w + 1], at most BLOCK tokens together. make_windows chooses them on the
-CPU, where the lengths are known. Without windows, each sequence is one. Rows past the last sequence become 0.
+window w is the sequences windows[w] to windows[w + 1], at most BLOCK tokens together. common/batch.py's `pack` chooses them on the CPU,
+where the lengths are known. Without windows, each sequence is one. Rows past the last sequence become 0.
 
 Limits: bf16 and fp16, HEAD_SIZES, Hopper GPUs; kernels/attention.py does the rest. A NaN or infinity in one row reaches
 sequences less than BLOCK rows before it, and those of its window, as 0 * NaN is NaN.
@@ -38,11 +38,10 @@ Read next: tests/test_attention.py
 import torch
 from torch import Tensor
 
-from kernels import TensorDescriptor, operator, tl, triton
-from kernels.attention import LOG2E, alibi, compute_capability, load_slope, store_rows, zero_rows
+from common.batch import WINDOW as BLOCK
+from kernels.attention_pieces import LOG2E, alibi, compute_capability, load_slope, store_rows, zero_rows
+from kernels.backend import TensorDescriptor, operator, tl, triton
 
-BLOCK = 128  # tokens of a window, and rows and columns of its tile
-WINDOW_MULTIPLE = 32  # windows are filled up by empty ones, so that there are few shapes
 
 HEAD_SIZES = (16, 32, 64)  # of 2-byte elements
 MANY_WINDOWS = 264  # two for each SM of an H100
@@ -50,23 +49,6 @@ MANY_WINDOWS = 264  # two for each SM of an H100
 # 5.1 ns a token for 12 heads of 64 and full windows, of which memory takes 5.6. A program a head, each waiting for its
 # loads: 2.7 + 7.3; the kernels of any length: 2.3 + 7.8.
 LAUNCH = {"forward": {"STAGES": 3, "num_warps": 8}, "backward": {"STAGES": 2, "num_warps": 8}}
-
-
-def make_windows(lengths, max_seqlen):
-    """The windows of sequences with these lengths (a list or array of ints), greedily: (W + 1,) int32, on the CPU.
-
-    None where sequences may be longer than a window.
-    """
-    if max_seqlen > BLOCK:
-        return None
-    bounds, num_tokens = [0], 0
-    for b, length in enumerate(lengths):
-        if num_tokens + length > BLOCK:
-            bounds.append(b)
-            num_tokens = 0
-        num_tokens += length
-    num_windows = -(-len(bounds) // WINDOW_MULTIPLE) * WINDOW_MULTIPLE
-    return torch.tensor(bounds + [len(lengths)] * (num_windows + 1 - len(bounds)), dtype=torch.int32)
 
 
 def fits_window(qkv, max_seqlen):

@@ -43,7 +43,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import operator, tl, triton
+from kernels.backend import operator, tl, triton, uses_triton
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
@@ -175,3 +175,14 @@ def linear_cross_entropy_triton(hidden, weight, bias, labels):
     if weight.dtype != torch.float32 or bias.dtype != torch.float32:
         raise ValueError(f"{limit} weight and bias in float32, not {weight.dtype} and {bias.dtype}")
     return LinearCrossEntropy.apply(hidden, weight, bias, labels)
+
+
+def linear_cross_entropy(hidden, weight, bias, labels):
+    """Sum over rows of the cross-entropy in nats, fp32, of hidden weight^T + bias and labels; -100 does not count.
+
+    Differentiable. hidden: (num_rows, C). weight: (V, C) and bias: (V,), fp32. labels: (num_rows,) int64. The products
+    are of hidden's dtype.
+    """
+    check_linear_cross_entropy(hidden, weight, bias, labels)
+    run = linear_cross_entropy_triton if uses_triton(hidden.device) else linear_cross_entropy_reference
+    return run(hidden, weight, bias, labels)

@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import operator, tl, triton
+from kernels.backend import operator, tl, triton, uses_triton
 from kernels.layernorm import dropout_args, keep_mask
 
 MINUS_HALF_LOG2E = tl.constexpr(-0.5 * math.log2(math.e))
@@ -191,3 +191,12 @@ def geglu_triton(x, dropout_prob=0.0):
         raise ValueError("geglu: x must be contiguous; call .contiguous() on it")
     seed = torch.randint(2**62, (1,), device=x.device) if dropout_prob > 0 else None
     return GeGLU.apply(x, seed, dropout_prob)
+
+
+def geglu(x, dropout_prob=0.0):
+    """dropout(gelu(gate) * value) for the halves of x: (num_rows, 2F) to (num_rows, F); exact gelu; differentiable.
+
+    torch.manual_seed decides the dropout mask.
+    """
+    check_geglu(x, dropout_prob)
+    return geglu_triton(x, dropout_prob) if uses_triton(x.device) else geglu_reference(x, dropout_prob)

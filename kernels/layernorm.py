@@ -47,7 +47,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import operator, tl, triton
+from kernels.backend import operator, tl, triton, uses_triton
 
 PHILOX_ROUNDS = tl.constexpr(7)
 DROPOUT_LEVELS = 65536  # 2^16: 16 random bits decide one element
@@ -403,3 +403,15 @@ def dropout_add_layernorm_triton(x, residual, weight, bias, dropout_prob=0.0, ep
         raise ValueError(f"{limit} contiguous tensors only; call .contiguous() on x, residual, weight and biases")
     seed = torch.randint(2**62, (1,), device=x.device) if dropout_prob > 0 else None
     return DropoutAddLayerNorm.apply(x, residual, weight, bias, seed, dropout_prob, eps, x_bias)
+
+
+def dropout_add_layernorm(x, residual, weight, bias, dropout_prob=0.0, eps=1e-12, x_bias=None):
+    """LayerNorm(dropout(x + x_bias) + residual) * weight + bias by rows, with fp32 statistics, in x's dtype.
+
+    Returns it twice: with the second for the next residual, backward gets both gradients and adds them itself.
+    Differentiable. x: (num_rows, C). residual: like x, or None. weight, bias: (C,) fp32. x_bias: likewise, or None.
+    torch.manual_seed decides the dropout mask.
+    """
+    check_layernorm(x, residual, weight, bias, dropout_prob, x_bias)
+    run = dropout_add_layernorm_triton if uses_triton(x.device) else dropout_add_layernorm_reference
+    return run(x, residual, weight, bias, dropout_prob, eps, x_bias)

@@ -16,7 +16,6 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # toy models are too small to share: the suite takes 5 minutes, with two threads 8
 with torch.device("meta"):  # PyTorch notes once what to replace here; it must not be what poison_empty has replaced
     torch.empty(0)

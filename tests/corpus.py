@@ -9,7 +9,7 @@ import pytest
 
 import data
 import prepare_c4
-from toy import SPECIAL
+from tests.toy import SPECIAL
 
 WORDS = [f"w{i}" for i in range(300)]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

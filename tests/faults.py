@@ -17,7 +17,7 @@ import torch
 
 import checkpoint
 import train
-import watch
+from common import watch
 
 
 def together(*faults):

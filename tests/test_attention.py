@@ -14,8 +14,9 @@ import pytest
 import torch
 
 import kernels
-from conftest import ROOT, assert_close
-from kernels import attention, attention_qkvpacked, attention_reference, attention_window, make_windows, tl, triton
+from tests.conftest import ROOT, assert_close
+from kernels import attention, attention_qkvpacked, attention_reference, attention_window, make_windows
+from kernels.backend import tl, triton
 
 looped = sys.modules["kernels.attention"]  # `kernels.attention` is the function
 pytestmark = [

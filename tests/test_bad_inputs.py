@@ -14,7 +14,7 @@ import torch
 
 import finetune_glue
 import train
-from toy import ROOT, make_documents, make_run, make_shards, make_tokenizer, reseal, toy_argv, train_environment
+from tests.toy import ROOT, make_documents, make_run, make_shards, make_tokenizer, reseal, toy_argv, train_environment
 
 TEXT = "".join(f"w{i} w{i + 1} w{i + 2}\n" for i in range(50)).encode()
 ROWS = "text\tlabel\n" + "".join(f"w{i} w{i + 1}\t{'yes' if i % 2 else 'no'}\n" for i in range(20))

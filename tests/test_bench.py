@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch.nn.attention import flex_attention
 
 import kernels
-from kernels import bench, bench_kernels, bench_steps, peers
-from kernels.peers import NotMeasured, WrongNumbers
+from studies import bench, bench_kernels, bench_steps, peers
+from studies.peers import NotMeasured, WrongNumbers
 from model import MaskedLM, ModelConfig, alibi_slopes
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-import bits_per_byte
-import vocabulary
-from corpus import workplace, write_texts, write_vocab  # noqa: F401
-from toy import SPECIAL, make_run, reseal
+from tools import bits_per_byte
+from common import vocabulary
+from tests.corpus import workplace, write_texts, write_vocab  # noqa: F401
+from tests.toy import SPECIAL, make_run, reseal
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 PIECES = [*SPECIAL, *LETTERS, *(f"##{letter}" for letter in LETTERS), *".,"]

@@ -9,10 +9,11 @@ import torch
 
 import budget
 import train
-from ranks import run_ranks
+from tests.ranks import run_ranks
 from test_train import data_dir, fails  # noqa: F401, a fixture
-from toy import ROOT, files_of, make_shards, read_log, toy_argv
-from train import Process, TrainConfig
+from tests.toy import ROOT, files_of, make_shards, read_log, toy_argv
+from common.processes import Process
+from train import TrainConfig
 
 ALONE = Process(0, 1, torch.device("cpu"), torch.float32)
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 import pytest
 
-from config import UserError, command, load_config
+from common.options import UserError, command, load_config
 
 
 @dataclass

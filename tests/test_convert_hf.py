@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 import checkpoint
-import convert_hf
-import fill_mask
+from tools import convert_hf
+from tools import fill_mask
 import train
-from config import UserError
-from convert_hf import read_hf, read_model
+from common.options import UserError
+from tools.convert_hf import read_hf, read_model
 from finetune_glue import load_pretrained, make_classifier
 from model import MaskedLM, ModelConfig, load_model, make_masked_lm
-from toy import ROOT, SPECIAL, VOCAB_SIZE, make_run, make_shards, make_tokenizer, read_log, toy_argv
+from tests.toy import ROOT, SPECIAL, VOCAB_SIZE, make_run, make_shards, make_tokenizer, read_log, toy_argv
 
 transformers = pytest.importorskip("transformers")
 
@@ -570,7 +570,6 @@ def test_sentence_transformers_gives_the_vectors_of_fill_mask(tmp_path, family):
 
 OLDER = """
 import sys
-sys.path.insert(0, sys.argv[1])
 import numpy, torch, transformers
 assert transformers.__version__ == sys.argv[3], transformers.__version__
 ids, mask = (torch.from_numpy(x) for x in numpy.load(sys.argv[4]))

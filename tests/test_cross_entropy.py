@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from conftest import Faulty, assert_close
+from tests.conftest import Faulty, assert_close
 from kernels import linear_cross_entropy, linear_cross_entropy_reference
 
 module = sys.modules["kernels.cross_entropy"]

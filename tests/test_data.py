@@ -13,8 +13,8 @@ import torch
 
 import data
 import train
-from config import UserError
-from toy import SPECIAL, VOCAB_SIZE, files_of, make_documents, make_shards, toy_argv
+from common.options import UserError
+from tests.toy import SPECIAL, VOCAB_SIZE, files_of, make_documents, make_shards, toy_argv
 
 
 @pytest.fixture(scope="module")

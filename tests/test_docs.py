@@ -10,11 +10,11 @@ from statistics import median
 
 import pytest
 
-import plot
-import race
+from tools import plot
+from studies import race
 import budget
-import scaling
-from test_race import write_race
+from studies import scaling
+from tests.test_race import write_race
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "results/README.md", "results/reliability.md"]

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-import fill_mask
+from tools import fill_mask
 import train
-from data import load_tokenizer
+from common.vocabulary import load_tokenizer
 from model import load_model
-from toy import make_shards, toy_argv
+from tests.toy import make_shards, toy_argv
 
 
 @pytest.fixture(scope="module")

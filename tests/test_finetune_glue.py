@@ -14,10 +14,10 @@ from tokenizers.processors import TemplateProcessing
 import checkpoint
 import finetune_glue
 import glue
-from config import UserError
+from common.options import UserError
 from finetune_glue import GlueConfig, encode, load_pretrained, lr_at, main, make_classifier, make_plan, predict, result
-from toy import ROOT, VOCAB_SIZE, make_run, make_tokenizer, train_environment
-from train import Process
+from tests.toy import ROOT, VOCAB_SIZE, make_run, make_tokenizer, train_environment
+from common.processes import Process
 
 PROCESS = Process(0, 1, torch.device("cpu"), torch.float32)
 CPU = ["--device=cpu", "--kernels=torch"]

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import kernels
-from conftest import assert_close
-from kernels import geglu, geglu_reference, tl, triton
+from tests.conftest import assert_close
+from kernels import geglu, geglu_reference
+from kernels.backend import tl, triton
 
 module = sys.modules["kernels.geglu"]
 pytestmark = pytest.mark.usefixtures("poison_empty")

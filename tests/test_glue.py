@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import glue
-from config import UserError
+from common.options import UserError
 
 # The columns of GLUE's own files; MNLI's without the labels of single annotators.
 MNLI = "index promptID pairID genre sentence1_binary_parse sentence2_binary_parse sentence1_parse sentence2_parse"

@@ -6,9 +6,9 @@ import json
 import pytest
 
 import train
-from config import UserError
-from gpu_trace import busy_seconds, first_and_last
-from toy import make_shards, read_log, toy_argv
+from common.options import UserError
+from common.trace import busy_seconds, first_and_last
+from tests.toy import make_shards, read_log, toy_argv
 
 
 def test_busy_time_is_a_union_of_intervals():

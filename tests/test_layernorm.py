@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from conftest import Faulty, assert_close
+from tests.conftest import Faulty, assert_close
 from kernels import dropout_add_layernorm, dropout_add_layernorm_reference
 
 module = sys.modules["kernels.layernorm"]

@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import checkpoint
 import kernels
 import train
-from config import UserError
+from common.options import UserError
 from model import LAYER_NORM_EPS, MaskedLM, ModelConfig, SequenceClassifier, alibi_slopes, load_model, matrix_flops
-from toy import make_shards, toy_argv
+from tests.toy import make_shards, toy_argv
 
 LARGE = {"hidden_size": 1024, "num_layers": 24, "num_heads": 16, "intermediate_size": 4096}
 TINY = {"hidden_size": 48, "num_layers": 2, "num_heads": 6, "intermediate_size": 40, "hidden_dropout": 0.0}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-import plot
+from tools import plot
 
 ROOT = Path(__file__).parent.parent
 LOG = ROOT / "results" / "base_wikipedia_h100.jsonl"

@@ -22,11 +22,11 @@ from tokenizers import Tokenizer, models
 
 import data
 import prepare_c4
-import sources
-import vocabulary
-from corpus import LETTERS, VOCAB, WORDS, files_of, ids, make_texts, only_whole_files, prepare, prepare_fails, raise_interrupt
-from corpus import state_of, stored, text_report, texts_of, workplace, write_files, write_texts, write_vocab  # noqa: F401
-from toy import SPECIAL, make_tokenizer
+from common import sources
+from common import vocabulary
+from tests.corpus import LETTERS, VOCAB, WORDS, files_of, ids, make_texts, only_whole_files, prepare, prepare_fails, raise_interrupt
+from tests.corpus import state_of, stored, text_report, texts_of, workplace, write_files, write_texts, write_vocab  # noqa: F401
+from tests.toy import SPECIAL, make_tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Units, interruption

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import plot
-import race
-from race import RaceConfig, Run
+from tools import plot
+from studies import race
+from studies.race import RaceConfig, Run
 from test_finetune_glue import write_glue
-from toy import ROOT, make_shards, train_environment
+from tests.toy import ROOT, make_shards, train_environment
 
 TASKS = ("cola", "sst2", "mrpc", "stsb", "rte")
 TOY = (

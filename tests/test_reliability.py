@@ -20,12 +20,12 @@ import torch
 
 import checkpoint
 import data
-import faults
+from tests import faults
 import prepare_c4
 import train
-from config import UserError
-from ranks import Ranks, run_ranks
-from toy import ROOT, files_of, make_documents, make_shards, read_log, reseal, toy_argv, train_command, train_environment
+from common.options import UserError
+from tests.ranks import Ranks, run_ranks
+from tests.toy import ROOT, files_of, make_documents, make_shards, read_log, reseal, toy_argv, train_command, train_environment
 
 
 SMALL = {"num_layers": 1, "hidden_size": 8, "num_heads": 1, "intermediate_size": 8}
@@ -302,7 +302,7 @@ def test_an_error_that_all_ranks_know_loses_no_checkpoint_and_is_said_once(data_
 @pytest.mark.slow
 def test_how_two_processes_end(tmp_path):
     """tests/gpu_faults.py at toy size."""
-    import gpu_faults
+    from studies import gpu_faults
 
     gpu_faults.main(["--toy", f"--out={tmp_path}/ended"])
 
@@ -539,7 +539,7 @@ def test_a_pickle_is_never_opened(finished, data_dir, tmp_path, capsys, name):
         torch.save({"state": Bomb(canary)}, path / name)
         reseal(path)
     if name == "tokenizer.json":  # training takes the shards' tokenizer
-        import fill_mask
+        from tools import fill_mask
 
         fails([f"--checkpoint={run}", "--text=w1 [MASK]"], capsys, fill_mask.main)
     else:

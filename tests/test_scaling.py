@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-import scaling
-import step_time
-from ranks import Ranks
-from toy import ROOT
+from studies import scaling
+from studies import step_time
+from tests.ranks import Ranks
+from tests.toy import ROOT
 
 LINK = {"gpus": 2, "bytes": 100 * 2**20, "groups": 4, "seconds": 0.0021 + 4 * 25e-6, "latency": 25e-6}
 FACTS = {"groups": 2, "last_bytes": 20 * 2**20, "link": LINK}
@@ -121,7 +121,7 @@ def test_the_whole_command(tmp_path, capfd):
 @pytest.mark.slow
 def test_several_processes_against_one_and_a_kill(tmp_path):
     """tests/gpu_scaling.py at toy size: samples, masks, 100 losses, and a run of two killed and resumed with one."""
-    import gpu_scaling
+    from studies import gpu_scaling
 
     gpu_scaling.main(["--toy", f"--out={tmp_path}/checked"])
     results = json.loads((tmp_path / "checked.json").read_text())

@@ -18,10 +18,10 @@ import pytest
 
 import data
 import prepare_c4
-import sources
-from corpus import VOCAB, ids, make_texts, only_whole_files, prepare, prepare_fails, raise_interrupt
-from corpus import stored, text_report, texts_of, workplace, write_files, write_texts, write_vocab  # noqa: F401
-from toy import make_tokenizer
+from common import sources
+from tests.corpus import VOCAB, ids, make_texts, only_whole_files, prepare, prepare_fails, raise_interrupt
+from tests.corpus import stored, text_report, texts_of, workplace, write_files, write_texts, write_vocab  # noqa: F401
+from tests.toy import make_tokenizer
 
 JSON_LINES = b'{"text": "w1"}\n{"text": "w2"}\n'
 PACKED = random.Random(0).randbytes(5000).hex().encode()  # text that does not shrink to nothing

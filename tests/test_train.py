@@ -12,11 +12,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import faults
+from tests import faults
 import train
 from model import MaskedLM, ModelConfig, SequenceClassifier, model_config
-from ranks import Ranks, run_ranks
-from toy import TOY_OPTIONS, files_of, make_documents, make_run, make_shards, read_log, run_train, toy_argv
+from tests.ranks import Ranks, run_ranks
+from tests.toy import TOY_OPTIONS, files_of, make_documents, make_run, make_shards, read_log, run_train, toy_argv
 
 
 @pytest.fixture(scope="module")

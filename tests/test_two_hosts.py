@@ -16,7 +16,7 @@ import time
 
 import pytest
 
-from toy import ROOT, make_shards, read_log, run_train, toy_argv, train_environment
+from tests.toy import ROOT, make_shards, read_log, run_train, toy_argv, train_environment
 
 HANG_TIMEOUT = 5  # seconds
 ADDRESSES = ("10.77.0.1", "10.77.0.2")

@@ -17,15 +17,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
-import torch  # noqa: E402
+import torch
 
-import checkpoint  # noqa: E402
-from config import UserError, command, load_config  # noqa: E402
-from gpu_scaling import make_data  # noqa: E402
-from toy import ROOT, read_log  # noqa: E402
-from train import device_name  # noqa: E402
+import checkpoint
+from common.options import UserError, command, load_config
+from studies.gpu_scaling import make_data
+from tests.toy import ROOT, read_log
+from common.processes import device_name
 
 AT_STEP, HANG_TIMEOUT, LONGEST = 55, 15, 60  # a step, while the checkpoint of step 50 is written; seconds; seconds
 

@@ -43,14 +43,14 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
-import plot
+from tools import plot
 import train
-from config import UserError, command, load_config
+from common.options import UserError, command, load_config
 from data import prefetch
-from kernels.bench import write_results
-from kernels.bench_steps import Data
+from studies.bench import write_results
+from studies.bench_steps import Data
 from model import MaskedLM, matrix_flops
-from step_time import NETWORK_SHARE, STEPS_CUT, filled_rows, imbalance, predict
+from studies.step_time import NETWORK_SHARE, STEPS_CUT, filled_rows, imbalance, predict
 
 ROOT = Path(__file__).resolve().parent
 CONFIGS = {

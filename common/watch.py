@@ -31,7 +31,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from config import UserError, report
+from common.options import UserError, report
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 TICK = 0.5  # seconds between looks at the other processes

@@ -32,9 +32,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-import plot
-from config import UserError, command, load_config
-from data import write_text
+from tools import plot
+from common.options import UserError, command, load_config
+from common.files import write_text
 
 LENGTHS = {"mosaicbert": (128, 256, 512, 1024), "bert": (128, 256, 512)}  # BERT has 512 positions
 INTERVALS = ("--eval_interval=250", "--log_interval=50", "--checkpoint_interval=2000", "--keep_checkpoints=1")

@@ -35,11 +35,11 @@ from functools import partial
 import torch
 
 import checkpoint
-from config import UserError, command, load_config
-from data import write_text
-from kernels import bench_kernels, bench_steps, peers
-from kernels.peers import NotMeasured, WrongNumbers
-from train import device_name
+from common.options import UserError, command, load_config
+from common.files import write_text
+from studies import bench_kernels, bench_steps, peers
+from studies.peers import NotMeasured, WrongNumbers
+from common.processes import device_name
 
 ROUNDS = 30  # measurements of each entry
 MEASURED_SECONDS = 2e-3  # calls follow each other for about this long in one measurement

@@ -18,13 +18,14 @@ from typing import Literal
 import numpy as np
 import torch
 
-import convert_hf
+from tools import convert_hf
 import kernels
-from config import UserError, command, load_config
-from data import hash64, load_tokenizer
+from common.options import UserError, command, load_config
+from common.vocabulary import load_tokenizer
+from data import hash64
 from model import MAX_POSITIONS, make_masked_lm
 from prepare_c4 import text_hash
-from sources import documents, list_pieces
+from common.sources import documents, list_pieces
 
 STRETCHES_AT_ONCE = 64
 WORD = re.compile(r"\w+")  # of letters, digits and underscores: what is masked as a whole

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from config import UserError, command, load_config
-from data import Samples, load_tokenizer
+from common.options import UserError, command, load_config
+from common.vocabulary import load_tokenizer
+from data import Samples
 
 WINDOW, REPLACED = 40, 6  # tokens
 

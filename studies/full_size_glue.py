@@ -12,10 +12,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import glue  # noqa: E402
-from config import UserError, command, load_config  # noqa: E402
+import glue
+from common.options import UserError, command, load_config
 
 SIZES = {  # rows of GLUE's training files
     "mnli": 392_702, "qnli": 104_743, "qqp": 363_846, "rte": 2_490, "sst2": 67_349, "mrpc": 3_668, "cola": 8_551,

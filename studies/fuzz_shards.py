@@ -10,12 +10,11 @@ import sys
 import warnings
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np  # noqa: E402
 
-import data  # noqa: E402
-from config import UserError  # noqa: E402
+import data
+from common.options import UserError
 
 EXTREMES = [0, 1, 2, 3, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1]
 

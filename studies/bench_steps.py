@@ -38,9 +38,10 @@ from tokenizers import Tokenizer, models
 import kernels
 import model as model_file
 import train
-from data import Samples, file_digest, write_shard
-from kernels import peers
-from kernels.peers import WrongNumbers
+from common.files import file_digest
+from data import Samples, write_shard
+from studies import peers
+from studies.peers import WrongNumbers
 from model import MaskedLM, ModelConfig, matrix_flops
 
 TURNS = 3

@@ -16,7 +16,7 @@ import time
 
 import torch
 
-from config import UserError
+from common.options import UserError
 
 GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of the trace's events
 
@@ -31,41 +31,42 @@ def first_and_last(option):
     return int(match[1]), int(match[2])
 
 
-def profiled(steps, option, out_dir, rank, say):
-    """Yield `steps`; on rank 0 those from a to b are traced into out_dir."""
-    first, last = first_and_last(option) or (None, None)
-    profiler = None
-    for step in steps:
-        if profiler and step > last:
-            finish(profiler, start, option, out_dir, say)
-            profiler = None
-        if rank == 0 and step == first:
+class Tracer:
+    """Traces the steps a to b of option "a:b" into out_dir; say(text) reports the result."""
+
+    def __init__(self, option, out_dir, say):
+        self.first, self.last = first_and_last(option) or (0, 0)
+        self.path, self.say, self.profiler = os.path.join(out_dir, f"trace_{self.first}_{self.last}.json.gz"), say, None
+
+    def at(self, step):
+        """`step` is about to begin."""
+        if self.profiler and step > self.last:
+            self.finish()
+        if step == self.first:
             activity = torch.profiler.ProfilerActivity
-            profiler = torch.profiler.profile(activities=[activity.CUDA if torch.cuda.is_available() else activity.CPU])
-            profiler.start()
+            self.profiler = torch.profiler.profile(activities=[activity.CUDA if torch.cuda.is_available() else activity.CPU])
+            self.profiler.start()
             wait_for_gpu()
-            start = time.perf_counter()
-        yield step
-    if profiler:
-        finish(profiler, start, option, out_dir, say)
+            self.start = time.perf_counter()
+
+    def finish(self):
+        """Write the trace, if one was begun, and say how busy the GPU was."""
+        profiler, self.profiler = self.profiler, None
+        if not profiler:
+            return
+        wait_for_gpu()
+        seconds = time.perf_counter() - self.start
+        profiler.stop()
+        profiler.export_chrome_trace(self.path)
+        with gzip.open(self.path, "rt") as file:
+            busy = busy_seconds(json.load(file)["traceEvents"])
+        share = f"the GPU was busy {busy / seconds:.1%} of {seconds:.3f} s" if busy else f"{seconds:.3f} s, no GPU at work"
+        self.say(f"steps {self.first}:{self.last}: {share}; trace in {self.path}")
 
 
 def wait_for_gpu():
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def finish(profiler, start, option, out_dir, say):
-    """Write the trace, and say how busy the GPU was since `start`."""
-    wait_for_gpu()
-    seconds = time.perf_counter() - start
-    profiler.stop()
-    path = os.path.join(out_dir, f"trace_{option.replace(':', '_')}.json.gz")
-    profiler.export_chrome_trace(path)
-    with gzip.open(path, "rt") as file:
-        busy = busy_seconds(json.load(file)["traceEvents"])
-    share = f"the GPU was busy {busy / seconds:.1%} of {seconds:.3f} s" if busy else f"{seconds:.3f} s, no GPU at work"
-    say(f"steps {option}: {share}; trace in {path}")
 
 
 def busy_seconds(events):

@@ -24,7 +24,7 @@ from typing import Literal
 
 import numpy as np
 
-from config import UserError, command, load_config
+from common.options import UserError, command, load_config
 from glue import GLUE_TASKS
 
 # What MosaicML published (README of mosaicml/examples, benchmarks/bert, and the blog's figure): means over eight tasks

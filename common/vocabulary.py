@@ -9,8 +9,7 @@ import re
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from config import UserError
-from data import load_tokenizer
+from common.options import UserError
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 PART_CHARS = 2**20  # a longer text is tokenized in parts, or one of 50 MB would take gigabytes
@@ -110,6 +109,27 @@ def read_tokenizer(name, cased=False):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Using
+
+
+def load_tokenizer(path, text=None):
+    """A tokenizers.Tokenizer without truncation or padding, and the ids this project needs: {"[MASK]": 103, ...}.
+
+    text: the contents of the file, where they are known. Raises: UserError when they are no tokenizer or lack one of
+    BERT's special tokens.
+    """
+    if text is None and not os.path.isfile(path):
+        raise UserError(f"{path}: no such tokenizer (expected a tokenizer.json)")
+    try:
+        tokenizer = Tokenizer.from_file(path) if text is None else Tokenizer.from_str(text)
+    except Exception as error:  # the library raises plain Exception
+        raise UserError(f"{path}: not a tokenizer: {error}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    special = {name: tokenizer.token_to_id(name) for name in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")}
+    for name, token in special.items():
+        if token is None:
+            raise UserError(f"{path}: has no {name} token (a BERT-style vocabulary is needed)")
+    return tokenizer, special
 
 
 def encode(tokenizer, texts, max_doc_tokens=0):

@@ -23,7 +23,7 @@ import time
 import zlib
 from typing import NamedTuple
 
-from config import UserError
+from common.options import UserError
 
 STRETCH_BYTES = 64 * 2**20  # of a plain file with a document a line, which is cut so that many processes can read it
 READ_ATTEMPTS = 5  # at a read from the hub, waiting 1, 2, 4, ... seconds in between

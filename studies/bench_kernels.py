@@ -18,10 +18,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
 from data import round_up
-from kernels import peers
-from kernels.bench_steps import first_batch
+from studies import peers
+from studies.bench_steps import first_batch
 from kernels.layernorm import DROPOUT_LEVELS
-from kernels.peers import NotMeasured, WrongNumbers
+from studies.peers import NotMeasured, WrongNumbers
 from model import LAYER_NORM_EPS, VOCAB_MULTIPLE, alibi_slopes
 
 DROPOUT = 0.1

@@ -12,12 +12,11 @@ import threading
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
-import torch  # noqa: E402
+import torch
 
-import train  # noqa: E402
-from toy import make_shards, read_log, toy_argv  # noqa: E402
+import train
+from tests.toy import make_shards, read_log, toy_argv
 
 
 def measure():

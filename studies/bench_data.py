@@ -26,13 +26,11 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "tests"))
 
-import data  # noqa: E402
-from config import UserError, command, load_config  # noqa: E402
-from sources import documents, list_pieces  # noqa: E402
-from toy import make_tokenizer  # noqa: E402
+import data
+from common.options import UserError, command, load_config
+from common.sources import documents, list_pieces
+from tests.toy import make_tokenizer
 
 C4_DOCS, C4_TOKENS, C4_SHARDS = 364_868_892, 156e9, 2048  # allenai/c4 en, training split; tokens of T5's vocabulary
 SEQ_LENGTH, BATCH = 128, 1024
@@ -90,7 +88,7 @@ def bench_bare(cfg):
     """encode_batch_fast alone: reading, and making the texts into strings, is not counted."""
     from tokenizers import Tokenizer
 
-    from vocabulary import read_tokenizer
+    from common.vocabulary import read_tokenizer
 
     cfg.doc_sep, cfg.skip_bad_lines = "line", 0
     tokenizer = Tokenizer.from_str(read_tokenizer(cfg.tokenizer))

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-import convert_hf
-from config import UserError, command, load_config
-from data import load_tokenizer
+from tools import convert_hf
+from common.options import UserError, command, load_config
+from common.vocabulary import load_tokenizer
 from model import MAX_POSITIONS, make_masked_lm
 
 NUM_GUESSES = 5

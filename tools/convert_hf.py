@@ -32,10 +32,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import checkpoint
-from config import UserError, command, load_config
-from data import load_tokenizer, read_json, write_text
+from common.options import UserError, command, load_config
+from common.files import read_json, write_text
+from common.vocabulary import load_tokenizer
 from model import LAYER_NORM_EPS, MAX_POSITIONS, MaskedLM, SequenceClassifier, make_masked_lm, model_config
-from vocabulary import finish, read_tokenizer
+from common.vocabulary import finish, read_tokenizer
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 WORDS, DECODER_BIAS = "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.bias"

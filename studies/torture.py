@@ -21,13 +21,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
-import checkpoint  # noqa: E402
-import faults  # noqa: E402
-from config import command, load_config  # noqa: E402
-from ranks import Ranks, run_ranks  # noqa: E402
-from toy import make_shards, read_log, run_train, toy_argv, train_command, train_environment  # noqa: E402
+import checkpoint
+from tests import faults
+from common.options import command, load_config
+from tests.ranks import Ranks, run_ranks
+from tests.toy import make_shards, read_log, run_train, toy_argv, train_command, train_environment
 
 
 @dataclass

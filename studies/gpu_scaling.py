@@ -19,17 +19,16 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
 import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import torch
 
-import checkpoint  # noqa: E402
-from config import UserError, command, load_config  # noqa: E402
-from data import Samples  # noqa: E402
-from torture import descendants  # noqa: E402
-from toy import make_shards, read_log, train_command  # noqa: E402
-from train import device_name  # noqa: E402
+import checkpoint
+from common.options import UserError, command, load_config
+from data import Samples
+from studies.torture import descendants
+from tests.toy import make_shards, read_log, train_command
+from common.processes import device_name
 
 CHECKPOINT, KILLED_AFTER = 40, 50  # steps: of the checkpoint to go on from, and of the kill at the earliest
 SUMS_IN_FP32 = 1e-6  # relative: where all is fp32, cuts may agree by chance

@@ -18,10 +18,9 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
 
-import glue  # noqa: E402
-from config import command, load_config  # noqa: E402
+import glue
+from common.options import command, load_config
 
 
 @dataclass

@@ -15,16 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
 import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import torch
 
-import checkpoint  # noqa: E402
-import train  # noqa: E402
-import watch  # noqa: E402
-from config import command, load_config  # noqa: E402
-from toy import make_shards, read_log  # noqa: E402
+import checkpoint
+import train
+from common import watch
+from common.options import command, load_config
+from tests.toy import make_shards, read_log
 
 
 @dataclass

@@ -1,0 +1,94 @@
+"""Files that are written whole or not at all, and their digests."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+
+from common.options import UserError
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Open a file to write bytes to, under another name until all of them are on disk.
+
+    The other name holds the number of this process: one that outlives its killed parent for a moment may be writing too.
+    """
+    partial = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.remove(partial)  # on a full disk, make room for what was finished
+        raise
+    os.replace(partial, path)
+
+
+def write_text(path, text):
+    """Write a text file, the whole of it or nothing."""
+    with whole_file(path) as file:
+        file.write(text.encode())
+
+
+def read_json(path, hint):
+    """The JSON object in a file. Raises: UserError with `hint` when it is missing or not JSON."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror} ({hint})") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error} ({hint})") from None
+
+
+def file_digest(path):
+    """sha256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_of(strings):
+    return hashlib.sha256("\n".join(strings).encode()).hexdigest()
+
+
+def gigabytes(num_bytes, digits=1):
+    """As text: 1,234.5 GB or 0.3 MB."""
+    return f"{num_bytes / 1e9:,.{digits}f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.{digits}f} MB"
+
+
+def lock_directory(path):
+    """Make a directory and hold it against a second live run; os.close of the returned descriptor releases it.
+
+    The lock ends with the process, however that ends. Raises: UserError.
+    """
+    try:
+        os.makedirs(path, exist_ok=True)
+        lock = os.open(path, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock
+    except BlockingIOError:
+        os.close(lock)
+        raise UserError(f"{path}: in use by a live run (choose another directory)") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror} (choose another directory)") from None
+
+
+def write_file(path, data):
+    """Write bytes, and wait until they are on disk."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync(path):
+    """Wait until a directory's entries are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
