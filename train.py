@@ -154,7 +154,7 @@ def mask_prob_at(cfg, step):
     With a budget it falls after the warm-up, when max_steps is known.
     """
     start = cfg.warmup_steps if cfg.budget_minutes or cfg.budget_dollars else 0
-    if not cfg.final_mask_prob or step <= start:
+    if not cfg.final_mask_prob or step - 1 <= start:  # as the step after the warm-up, made ahead before the plan
         return cfg.mask_prob
     return cfg.mask_prob + (cfg.final_mask_prob - cfg.mask_prob) * (step - 1 - start) / max(1, cfg.max_steps - 1 - start)
 
@@ -584,9 +584,9 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
             if result:
                 say(eval_line(step, result))
                 run.log("eval", step=step, **result)
-        planner.add(step, report)
+        planner.add(step, report, state["seconds"])
         if planner.ends(step):
-            cfg.max_steps = planner.plan(state["seconds"], run, say)
+            cfg.max_steps = planner.plan(state["seconds"], run)
             run.write_config(saved_config(cfg, train_samples))
         if save_now or stop:
             checkpoint.compare_parameters(raw_model, process, step)

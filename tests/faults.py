@@ -59,6 +59,15 @@ def die_at(step):
     at_steps([step], lambda step, model: os.kill(os.getpid(), signal.SIGKILL))
 
 
+def stop_at(step):
+    """A signal comes in this step."""
+    def act(step, model):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)  # until it is heard
+
+    at_steps([step], act)
+
+
 def raise_at(step, error):
     def act(step, model):
         raise error
