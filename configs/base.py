@@ -28,7 +28,7 @@ attention_dropout = 0.0
 seq_length = 128
 chunk = False
 mask_prob = 0.3  # evaluation always masks 15 %
-final_mask_prob = 0.0  # constant; the authors' later study recommends 0.15 (Ankner et al. 2024)
+final_mask_prob = 0.0  # constant; 0.15 would follow the authors' later study (Ankner et al. 2024)
 
 # Optimizer. The original's decoupled weight decay multiplies every parameter by 1 - 1e-5 * lr / peak lr. PyTorch's AdamW
 # multiplies by 1 - weight_decay * lr, so 1e-5 / 5e-4 = 0.02 does the same.

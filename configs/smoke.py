@@ -1,4 +1,4 @@
-"""A small MosaicBERT on the English text inside every Python, in 90 seconds on two CPU cores: `make smoke`.
+"""A small MosaicBERT on the English text inside every Python, in about 90 seconds on two CPU cores: `make smoke`.
 
 Data   python prepare_c4.py --source=stdlib --train_tokenizer=2048 --val_fraction=0.05 --out=data/smoke
 Size   611,456 parameters
