@@ -128,6 +128,14 @@ def test_a_wrong_command_would_be_seen(text):
         check_command(words)
 
 
+def test_names_in_files_exist():
+    """Where a page says `name` in file.py, the file defines it."""
+    found = [pair for page in PAGES for pair in re.findall(r"`(\w+)` in (\w[\w/]*\.py)", flat(page))]
+    assert len(found) > 3
+    for name, path in found:
+        assert re.search(rf"^(def {name}\(|class {name}\b|{name}\b.* = )", text_of(path), re.MULTILINE), (name, path)
+
+
 def test_the_file_tree_is_complete():
     """The README's tree has every script, and nothing else."""
     folder, named = "", set()
