@@ -64,13 +64,12 @@ def commands(text):
 
 
 def options(module):
-    """The option names of a script: the fields of the dataclass beside its main; None if it has none."""
+    """The option names of a script: the fields of its last dataclass of options; None if it has none."""
     found = [
         value for name, value in vars(importlib.import_module(module)).items()
         if name.endswith("Config") and dataclasses.is_dataclass(value) and value.__module__ == module
     ]  # fmt: skip
-    assert len(found) < 2, module
-    return {field.name for field in dataclasses.fields(found[0])} if found else None
+    return {field.name for field in dataclasses.fields(found[-1])} if found else None
 
 
 def check_command(words):
