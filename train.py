@@ -243,6 +243,7 @@ def wrap(model, cfg, process, samples):
         model = compiled(model)
     if process.world_size > 1:
         model = DistributedDataParallel(model, bucket_cap_mb=BUCKET_MB, gradient_as_bucket_view=True)
+        model.broadcast_buffers = False  # they are constants
         # After its first backward pass DDP rearranges its buckets, which changes the order of sums and so their last
         # bits. Have that behind us, or a resumed run would differ from an unbroken one.
         first = np.zeros(1, np.int64)

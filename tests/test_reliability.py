@@ -498,8 +498,9 @@ def test_python_goes_on_while_a_checkpoint_waits_for_the_gpu():
 @pytest.mark.gpu
 def test_memory_is_kept_in_segments_that_grow():
     script = """
-import torch, train
-train.setup_processes(train.TrainConfig(device="cuda"))
+import torch
+from common.processes import join
+join("cuda", "auto", 0)
 kept = torch.zeros(1000, device="cuda")
 print(all(segment["is_expandable"] for segment in torch.cuda.memory_snapshot()))
 """
