@@ -40,7 +40,7 @@ from kernels.attention_window import WindowAttention, fits_window
 from kernels.backend import DTYPES, uses_triton
 
 
-@torch.compiler.disable  # its loop over lengths would be compiled anew for every batch
+@torch.compiler.disable  # its loop over lengths would recompile for every batch
 def attention_reference(q, k, v, cu_seqlens, max_seqlen, slopes):
     """`attention` in plain PyTorch, for any device, dtype and head size: the CPU path, and the yardstick of the tests.
 

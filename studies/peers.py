@@ -4,7 +4,7 @@ Nothing here is used for training. Wherever a peer has a choice, it gets what is
 masters instead of autocast, no padding, only the masked rows through the last layer and the head, inputs already on the
 GPU, attention masks built outside the timing, one shape for all micro-batches.
 
-Three settings of torch.compile, each of which includes the previous one:
+Three settings of torch.compile, each including the one before:
 
     default   as it comes
     t1        fixes two of Inductor's kernels that are slow at 131,072 rows: sums over rows and over columns share a
@@ -276,11 +276,11 @@ def padded(batches, device):
     made = []
     for batch in batches:
         lengths = F.pad(batch.cu_seqlens[: batch.num_samples + 1].diff(), (0, count - batch.num_samples))
-        places = (torch.arange(size) < lengths[:, None]).flatten().nonzero()[:, 0]  # where each token goes
+        slots = (torch.arange(size) < lengths[:, None]).flatten().nonzero()[:, 0]  # where each token goes
         ids = batch.input_ids.new_zeros(count * size)
-        ids[places] = batch.input_ids[: len(places)]
+        ids[slots] = batch.input_ids[: len(slots)]
         positions, labels = filled_rows(batch, rows)
-        made.append(PeerBatch(ids, F.pad(lengths.cumsum(0), (1, 0)).int(), size, places[positions], labels, device))
+        made.append(PeerBatch(ids, F.pad(lengths.cumsum(0), (1, 0)).int(), size, slots[positions], labels, device))
     return made
 
 

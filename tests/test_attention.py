@@ -154,7 +154,7 @@ def test_without_a_token(kind, device, triton_backend):
 def test_neighbours_do_not_leak(kind, device, triton_backend):
     """A sequence's results keep their bits, whatever the other sequences and the tail contain.
 
-    For attention_window whatever finite values: its tiles hold neighbours' rows, with weights of 0.
+    For attention_window these must be finite: its tiles hold neighbours' rows, with weights of 0.
     """
     qkv, dout, *args = make_inputs([40, 70, 33], H=2, D=32, dtype=torch.float16, device=device, kind=kind)
     expected = run(attention_qkvpacked, qkv, dout, *args)
