@@ -306,7 +306,9 @@ def find(path):
         return readable(path)
     found = newest(path)
     if found is None:
-        raise UserError(f"{path}: no undamaged checkpoint here (expected a run directory or a step_* directory)")
+        there = "no undamaged checkpoint here" if os.path.isdir(path) else "no such directory"
+        hint = f"expected a run or step_* directory; weights of other origin: python -m tools.convert_hf --from_hf={path} --out=RUN"
+        raise UserError(f"{path}: {there} ({hint})")
     return found
 
 

@@ -154,7 +154,7 @@ def mask_prob_at(cfg, step):
     With a budget it falls after the warm-up, when max_steps is known.
     """
     start = cfg.warmup_steps if cfg.budget_minutes or cfg.budget_dollars else 0
-    if not cfg.final_mask_prob or step <= start:
+    if not cfg.final_mask_prob or step - 1 <= start:  # as the step after the warm-up, made ahead before the plan
         return cfg.mask_prob
     return cfg.mask_prob + (cfg.final_mask_prob - cfg.mask_prob) * (step - 1 - start) / max(1, cfg.max_steps - 1 - start)
 
@@ -237,20 +237,26 @@ def make_batches(samples, cfg, process, micro_batch_tokens, step):
 # PyTorch 2.11 fuses sums along rows with sums along columns (LayerNorm's backward pass). Where the number of rows varies
 # it joins their results from slices without the parentheses they need: BERT on two GPUs ended with "shape '[1408, 768]'
 # is invalid for input of size 0". Fixed in 2.12.
-COMPILE_OPTIONS = {"triton.mix_order_reduction": False} if torch.__version__ < "2.12" else {}
+WITHOUT_FUSED_SUMS = {"triton.mix_order_reduction": False}
 
 
 def mark_sizes(_, inputs):
+    """Tell torch.compile that a batch's sizes vary. Left to find out, it would compile BERT three times."""
     for tensor in vars(inputs[0]).values():
         if isinstance(tensor, torch.Tensor):
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
 
+def compiled(model):
+    model = torch.compile(model, options=WITHOUT_FUSED_SUMS if torch.__version__ < "2.12" else {})
+    model.register_forward_pre_hook(mark_sizes)
+    return model
+
+
 def wrap(model, cfg, process, samples):
     """`model` as it is trained: compiled if asked for, and under DistributedDataParallel in a run of several processes."""
     if cfg.compile:
-        model = torch.compile(model, options=COMPILE_OPTIONS)
-        model.register_forward_pre_hook(mark_sizes)  # left to find out that sizes vary, it would compile three times
+        model = compiled(model)
     if process.world_size > 1:
         model = DistributedDataParallel(model, bucket_cap_mb=BUCKET_MB, gradient_as_bucket_view=True)
         # After its first backward pass DDP rearranges its buckets, which changes the order of sums and so their last
@@ -578,9 +584,9 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
             if result:
                 say(eval_line(step, result))
                 run.log("eval", step=step, **result)
-        planner.add(step, report)
+        planner.add(step, report, state["seconds"])
         if planner.ends(step):
-            cfg.max_steps = planner.plan(state["seconds"], run, say)
+            cfg.max_steps = planner.plan(state["seconds"], run)
             run.write_config(saved_config(cfg, train_samples))
         if save_now or stop:
             checkpoint.compare_parameters(raw_model, process, step)
