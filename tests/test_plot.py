@@ -158,14 +158,15 @@ def test_figures_are_drawn_and_equal_inputs_give_equal_bytes(tmp_path, capsys):
         "tasks": ([f"--pareto={a},{b},{c}", "--tasks=true", "--x=dollars"], ["mean of 2 tasks", "CoLA", "US dollars"]),
     }
     for name, (argv, words) in kinds.items():
-        files = [tmp_path / f"{name}{suffix}" for suffix in ("1.svg", ".png", ".pdf")]
-        plot.main([*argv, f"--out={','.join(map(str, files))}"])
-        again = tmp_path / f"{name}2.svg"
+        figure, again = tmp_path / f"{name}1.svg", tmp_path / f"{name}2.svg"
+        plot.main([*argv, f"--out={figure}"])
         plot.main([*argv, f"--out={again}"])
-        text = files[0].read_text()
+        text = figure.read_text()
         assert not [word for word in words if word not in text]
-        assert files[0].read_bytes() == again.read_bytes()
-        assert files[1].stat().st_size > 5000 and files[2].stat().st_size > 5000
+        assert figure.read_bytes() == again.read_bytes()
+    figures = [tmp_path / "one.png", tmp_path / "one.pdf"]
+    plot.main([*kinds["glue"][0], f"--out={','.join(map(str, figures))}"])
+    assert all(figure.stat().st_size > 5000 for figure in figures)
     capsys.readouterr()
 
 
