@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 from checkpoint import Saver
 from common import budget, estimate, processes, trace
+from common.compiled import compiled
 from common.options import UserError, command, load_config
 from common.run_directory import RunDirectory, was_evaluated
 from common.versions import versions
@@ -232,25 +233,6 @@ def make_batches(samples, cfg, process, micro_batch_tokens, step):
         step - 1, cfg.global_batch_size, cfg.seed, mask_prob_at(cfg, step), micro_batch_tokens, process.rank, process.world_size
     )
     return step, [batch.pinned_for(process.device) for batch in batches]
-
-
-# PyTorch 2.11 fuses sums along rows with sums along columns (LayerNorm's backward pass). Where the number of rows varies
-# it joins their results from slices without the parentheses they need: BERT on two GPUs ended with "shape '[1408, 768]'
-# is invalid for input of size 0". Fixed in 2.12.
-WITHOUT_FUSED_SUMS = {"triton.mix_order_reduction": False}
-
-
-def mark_sizes(_, inputs):
-    """Tell torch.compile that a batch's sizes vary. Left to find out, it would compile BERT three times."""
-    for tensor in vars(inputs[0]).values():
-        if isinstance(tensor, torch.Tensor):
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
-
-
-def compiled(model):
-    model = torch.compile(model, options=WITHOUT_FUSED_SUMS if torch.__version__ < "2.12" else {})
-    model.register_forward_pre_hook(mark_sizes)
-    return model
 
 
 def wrap(model, cfg, process, samples):
