@@ -222,7 +222,7 @@ class Driver:
             found[length] = {"loss": loss, "accuracy": percent / 100, "num_masked": int(num_masked)}
 
     def call(self, words, name, gpu):
-        """Run a command on one GPU; returns its output, kept in work_dir/NAME.txt. Raises: RuntimeError with its last line."""
+        """Run a command on one GPU; returns its output, kept in work_dir/NAME.txt. Raises: RuntimeError."""
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(self.cfg.gpus)))
         visible = visible.split(",")[gpu] if self.cfg.gpus else ""
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": visible, "PYTHONUNBUFFERED": "1"}

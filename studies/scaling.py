@@ -58,7 +58,7 @@ CONFIGS = {
     "bert": ["configs/bert_base.py", "--compile=true"],
 }
 TITLES = plot.SCALING_NAMES
-TOY = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48, "compile": "false", "device": "cpu"}
+TOY = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "intermediate_size": 48, "compile": "false", "device": "cpu"}
 
 TURNS = 3  # blocks of each kind
 BLOCK_SECONDS = 1.0

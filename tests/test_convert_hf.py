@@ -1,7 +1,6 @@
 """Hugging Face in and out: the same outputs as transformers both ways; unsupported weights are refused."""
 
 import datetime
-import functools
 import importlib
 import json
 import os
@@ -53,6 +52,16 @@ def flat(*sequences):
     return Batch(torch.cat(sequences), cu_seqlens, max(map(len, sequences)), windows=None)
 
 
+def fails(capsys, main, *argv):
+    """The one line that a command ends with."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1
+    return error
+
+
 @pytest.mark.parametrize("name", ["BertModel", "BertForMaskedLM", "BertForPreTraining"])
 def test_bert_gives_the_hidden_states_of_transformers(tmp_path, name):
     theirs = save_bert(tmp_path, getattr(transformers, name))
@@ -84,7 +93,8 @@ def test_old_names(tmp_path):
     save_bert(tmp_path, transformers.BertModel)
     _, new, _ = read_hf(str(tmp_path))
     tensors = load_file(tmp_path / "model.safetensors")
-    old = {k.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): v for k, v in tensors.items()}
+    old = {name.replace("LayerNorm.weight", "LayerNorm.gamma"): tensor for name, tensor in tensors.items()}
+    old = {name.replace("LayerNorm.bias", "LayerNorm.beta"): tensor for name, tensor in old.items()}
     assert old.keys() != tensors.keys()
     save_file(old, tmp_path / "model.safetensors")
     _, got, _ = read_hf(str(tmp_path))
@@ -224,9 +234,8 @@ def test_published_mosaicbert_becomes_a_run(tmp_path, form, capsys):
         state["timestamp"] = {"elapsed": datetime.timedelta(seconds=5)}
         torch.save({"state": state, "rng": [{"numpy": np.arange(3)}]}, source)
     argv = [f"--from_hf={source}", "--allow_pickle=true", f"--out={tmp_path / 'out'}"]
-    with pytest.raises(SystemExit):
-        convert_hf.main(argv)
-    assert "give --tokenizer; MosaicBERT's is google-bert/bert-base-uncased" in capsys.readouterr().err
+    hint = "give --tokenizer; MosaicBERT's is google-bert/bert-base-uncased"
+    assert hint in fails(capsys, convert_hf.main, *argv)
     assert not (tmp_path / "out").exists()
     argv.append(f"--tokenizer={run}/tokenizer.json")
     convert_hf.main(argv)
@@ -236,9 +245,7 @@ def test_published_mosaicbert_becomes_a_run(tmp_path, form, capsys):
     ids = torch.randint(5, VOCAB_SIZE, (2, 9))
     ours, theirs = load_model(str(tmp_path / "out")), load_model(run)
     assert torch.equal(ours.logits(ids, torch.ones_like(ids)), theirs.logits(ids, torch.ones_like(ids)))
-    with pytest.raises(SystemExit):
-        convert_hf.main(argv)
-    assert "already holds a run" in capsys.readouterr().err
+    assert "already holds a run" in fails(capsys, convert_hf.main, *argv)
 
 
 def test_training_starts_from_a_converted_model_in_another_directory(tmp_path, capsys):
@@ -246,9 +253,8 @@ def test_training_starts_from_a_converted_model_in_another_directory(tmp_path, c
     convert_hf.main([f"--from_hf={make_hub(tmp_path)}", f"--out={tmp_path / 'out'}"])
     assert "bert.pooler.dense.weight" in checkpoint.load(str(tmp_path / "out"))[1]  # for fine-tuning
     load_model(str(tmp_path / "out"))
-    with pytest.raises(SystemExit):
-        train.main(toy_argv(data, tmp_path / "out"))
-    assert "holds a converted or fine-tuned model (train from it with --init_from" in capsys.readouterr().err
+    error = fails(capsys, train.main, *toy_argv(data, tmp_path / "out"))
+    assert "holds a converted or fine-tuned model (train from it with --init_from" in error
     train.main(toy_argv(data, tmp_path / "new", init_from=tmp_path / "out", model="bert", max_steps=1, warmup_fraction=1))
     before, after = (checkpoint.load(str(tmp_path / name))[1] for name in ("out", "new"))
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())  # the first step's rate is 0
@@ -259,7 +265,12 @@ def test_hub_ids(tmp_path, monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
     save_bert(tmp_path, transformers.BertModel)
     asked = {}
-    monkeypatch.setattr(hub, "snapshot_download", lambda name, **options: (asked.update(options, name=name), str(tmp_path))[1])
+
+    def downloads(name, **options):
+        asked.update(options, name=name)
+        return str(tmp_path)
+
+    monkeypatch.setattr(hub, "snapshot_download", downloads)
     read_hf("someone/bert", revision="abc")
     assert asked["name"] == "someone/bert" and asked["revision"] == "abc"
     assert "pytorch_model.bin" not in asked["allow_patterns"] and "model.safetensors" in asked["allow_patterns"]
@@ -359,7 +370,9 @@ def test_export_honors_transformers_options(exported):
         model()
 
 
-@pytest.mark.parametrize("kind, labels", [("MaskedLM", (3, 12)), ("SequenceClassification", (3,)), ("TokenClassification", (3, 12))])
+@pytest.mark.parametrize(
+    "kind, labels", [("MaskedLM", (3, 12)), ("SequenceClassification", (3,)), ("TokenClassification", (3, 12))]
+)
 def test_exported_models_train_and_round_trip(exported, tmp_path, kind, labels):
     _, path = exported
     model = auto(f"ModelFor{kind}", path)
@@ -461,7 +474,7 @@ def test_a_failed_check_leaves_nothing(tmp_path, monkeypatch, capsys, check_in_p
     monkeypatch.setattr(write, "HERE", str(tmp_path / "hf"))
     with pytest.raises(SystemExit):
         convert_hf.main([f"--to_hf={run}", f"--out={out}"])
-    assert "self-check failed" in capsys.readouterr().err
+    assert "self-check failed" in capsys.readouterr().err  # beside transformers' progress bars
     assert not out.exists() and not (tmp_path / "exported.tmp").exists()
 
 
@@ -477,11 +490,9 @@ def test_a_failed_check_leaves_nothing(tmp_path, monkeypatch, capsys, check_in_p
 )
 def test_mistakes_are_one_line(exported, tmp_path, capsys, argv, reason):
     (tmp_path / "out").mkdir()
-    paths = {"RUN": exported[0], "OUT": tmp_path / "out", "OTHER": tmp_path / "other"}
-    with pytest.raises(SystemExit) as status:
-        convert_hf.main([functools.reduce(lambda arg, pair: arg.replace(*map(str, pair)), paths.items(), arg) for arg in argv])
-    error = capsys.readouterr().err
-    assert status.value.code == 2 and error.count("\n") == 1 and reason in error and not (tmp_path / "other").exists()
+    for name, path in {"RUN": exported[0], "OUT": tmp_path / "out", "OTHER": tmp_path / "other"}.items():
+        argv = [argument.replace(name, str(path)) for argument in argv]
+    assert reason in fails(capsys, convert_hf.main, *argv) and not (tmp_path / "other").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -530,16 +541,6 @@ def test_start_from_another_size_is_refused(tmp_path):
         checkpoint.start_from(model, run, Path(run, "tokenizer.json").read_text())
 
 
-def fails(capsys, main, *argv):
-    """The one line that a command ends with."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        main(argv)
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and error.count("\n") == 1
-    return error
-
-
 def test_fill_mask_reads_converted_models(tmp_path, capsys):
     theirs = save_bert(tmp_path, transformers.BertForMaskedLM)
     convert_hf.main([f"--from_hf={tmp_path}", f"--out={tmp_path / 'lm'}"])
@@ -578,10 +579,8 @@ def test_missing_packages_are_named_first(tmp_path, capsys, monkeypatch, format,
     missing = names.split(", ")
     find = convert_hf.importlib.util.find_spec
     monkeypatch.setattr(convert_hf.importlib.util, "find_spec", lambda name: None if name in missing else find(name))
-    with pytest.raises(SystemExit):
-        convert_hf.main([f"--to_hf={tmp_path / 'no_run'}", f"--out={tmp_path / 'exported'}", f"--format={format}"])
-    error = capsys.readouterr().err
-    assert f"needs {names} (pip install {' '.join(missing)})" in error and error.count("\n") == 1
+    argv = [f"--to_hf={tmp_path / 'no_run'}", f"--out={tmp_path / 'exported'}", f"--format={format}"]
+    assert f"needs {names} (pip install {' '.join(missing)})" in fails(capsys, convert_hf.main, *argv)
 
 
 @pytest.mark.slow

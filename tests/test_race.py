@@ -292,8 +292,8 @@ def test_whole_race_at_toy_size(tmp_path):
     from tests.test_finetune_glue import write_glue
 
     data, labels = make_shards(tmp_path / "shards"), write_glue(tmp_path / "glue", TASKS)
-    argv = [sys.executable, "-m", "studies.race", f"--data_dir={data}", f"--glue_dir={labels}", f"--out={tmp_path}/race", "--gpus=0"]
-    argv += [f"--work_dir={tmp_path}/work", "--runs=0.1x17,0.05x1,0.05x17", "--both=", f"--mosaicbert=configs/base.py {TOY}"]
+    argv = [sys.executable, "-m", "studies.race", f"--data_dir={data}", f"--glue_dir={labels}", f"--out={tmp_path}/race"]
+    argv += ["--gpus=0", f"--work_dir={tmp_path}/work", "--runs=0.1x17,0.05x1,0.05x17", "--both=", f"--mosaicbert=configs/base.py {TOY}"]
     argv += [f"--bert=configs/bert_base.py {TOY}", "--finetune=--epochs=1 --device=cpu --kernels=torch"]
     first = subprocess.Popen(argv, cwd=ROOT, env=train_environment(), stdout=subprocess.PIPE, text=True)
     while not (tmp_path / "race" / "mosaicbert_0.1min_seed17" / "commands.txt").exists():
