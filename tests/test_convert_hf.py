@@ -609,6 +609,7 @@ def test_sentence_transformers_gives_the_vectors_of_fill_mask(tmp_path, family):
 
 OLDER = """
 import sys
+sys.path.insert(0, sys.argv[1])
 import numpy, torch, transformers
 assert transformers.__version__ == sys.argv[3], transformers.__version__
 ids, mask = (torch.from_numpy(x) for x in numpy.load(sys.argv[4]))
