@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+import common  # noqa: F401, before torch, whose threads it tells to sleep while they wait
 import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
