@@ -73,11 +73,11 @@ def test_bert_gives_the_hidden_states_of_transformers(tmp_path, name):
 
 
 def test_fine_tuning_keeps_the_pooler(tmp_path):
-    theirs = save_bert(tmp_path, transformers.BertModel)
-    convert_hf.main([f"--from_hf={tmp_path}", f"--out={tmp_path / 'run'}"])
     import finetune_glue
 
-    model = finetune_glue.make_classifier(finetune_glue.load_pretrained(str(tmp_path / "run")), 2, seed=0)
+    theirs = save_bert(tmp_path, transformers.BertModel)
+    convert_hf.main([f"--from_hf={tmp_path}", f"--out={tmp_path / 'run'}"])
+    model = finetune_glue.make_classifier(finetune_glue.load_pretrained(str(tmp_path / "run"), str(tmp_path)), 2, seed=0)
     assert torch.equal(model.bert.pooler.dense.weight, theirs.pooler.dense.weight)
 
 
