@@ -4,6 +4,7 @@ milliseconds, not seconds. A fault is a function that a rank calls before it sta
 import contextlib
 import faulthandler
 import functools
+import importlib
 import multiprocessing
 import os
 import signal
@@ -36,7 +37,7 @@ def rank_main(argv, rank, world_size, port, output, fault, script):
     torch.set_num_threads(1)
     if fault:
         fault()
-    __import__(script).main(argv)
+    importlib.import_module(script).main(argv)
 
 
 class Ranks:
