@@ -33,10 +33,10 @@ import checkpoint
 import kernels
 from common import run_queue
 from common.batch import Batch, pack, round_up
-from common.files import file_digest, hash_of, write_text
+from common.files import file_digest, hash_of, read_json, write_text
 from common.options import UserError, command, load_config
 from common.processes import Process, device_name, pick_device
-from common.run_directory import RunDirectory
+from common.run_directory import RunDirectory, read_log
 from common.sources import numbered_lines, skip_or_fail
 from common.versions import versions
 from common.vocabulary import load_tokenizer
@@ -510,12 +510,12 @@ def lr_at(settings, num_steps, step):
     return settings.lr * (done / warmup if done < warmup else (num_steps - done) / (num_steps - warmup))
 
 
-def batches(run, encoded, device):
+def batches(encoded, settings, seed, device):
     """Yield every training batch. Differs from MosaicBERT: shuffled each epoch; it kept the order of the files."""
-    for epoch in range(run.settings.epochs):
-        order = np.random.default_rng([run.seed, epoch]).permutation(len(encoded.lengths))
-        for start in range(0, len(order), run.settings.batch_size):
-            yield encoded.batch(order[start : start + run.settings.batch_size], device)
+    for epoch in range(settings.epochs):
+        order = np.random.default_rng([seed, epoch]).permutation(len(encoded.lengths))
+        for start in range(0, len(order), settings.batch_size):
+            yield encoded.batch(order[start : start + settings.batch_size], device)
 
 
 class Steps:
@@ -580,7 +580,7 @@ def train(run, model, encoded, process, write, say):
     train_step = Steps(model, run.settings, process)
     model.train()
     reported, losses = time.perf_counter(), []  # losses since the last record, on the device
-    for step, batch in enumerate(batches(run, encoded, process.device), 1):
+    for step, batch in enumerate(batches(encoded, run.settings, run.seed, process.device), 1):
         lr = lr_at(run.settings, run.num_steps, step)
         losses.append(train_step(lr, batch))
         slow = time.perf_counter() - reported > LOG_SECONDS
@@ -804,11 +804,10 @@ def summarize(cfg, plan, pretrained):
 def earlier_tasks(cfg, pretrained):
     """{name: result} in OUT/glue.json, if it stands on the same weights and recipe."""
     try:
-        with open(os.path.join(cfg.out, "glue.json"), encoding="utf-8") as file:
-            earlier = json.load(file)
+        earlier = read_json(os.path.join(cfg.out, "glue.json"), "not written by finetune_glue.py")
         same = (earlier["checkpoint_sha256"], earlier["recipe"]) == (pretrained.digest, cfg.recipe)
         return earlier["tasks"] if same else {}
-    except (OSError, ValueError, KeyError):
+    except (KeyError, UserError):
         return {}
 
 
@@ -816,16 +815,14 @@ def pretraining_cost(path):
     """Steps, seconds, GPU-hours and dollars behind a checkpoint of train.py; None for weights from elsewhere."""
     try:
         path = checkpoint.find(path)
-        with open(os.path.join(path, "state.json"), encoding="utf-8") as file:
-            state = json.load(file)
-        with open(os.path.join(os.path.dirname(path), "log.jsonl"), encoding="utf-8") as file:
-            start = json.loads(file.readline())
+        state = read_json(os.path.join(path, "state.json"), "not a checkpoint of train.py")
+        _, start = next(read_log(os.path.dirname(path)))
         gpu_hours = state["seconds"] * start["world_size"] / 3600
         price = start["config"]["price_per_gpu_hour"]
         dollars = gpu_hours * price if price else None
         budget = {name: start["config"].get(name, 0) for name in ("budget_minutes", "budget_dollars")}
         return {**state, "gpu_hours": gpu_hours, "dollars": dollars, **budget, "device": start["device"]}
-    except (OSError, ValueError, KeyError, UserError):
+    except (KeyError, StopIteration, UserError):
         return None
 
 
@@ -847,7 +844,7 @@ def print_estimate(plan, worker):
     for run in {run.task: run for run in plan}.values():  # any seed will do
         data, model = worker.encoded(run.task)["train"], worker.classifier(dataclasses.replace(run, init="random"))
         train_step, times = Steps(model, run.settings, worker.process), []
-        for batch in batches(run, data, device):
+        for batch in batches(data, run.settings, run.seed, device):
             start = time.perf_counter()
             train_step(0.0, batch).item()
             times.append(time.perf_counter() - start)
