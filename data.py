@@ -350,11 +350,13 @@ class Samples:
             if index.shape == (self.shard_blocks[-1] + 1,) and index.dtype == np.int64 and index[0] == 0:
                 return np.asarray(index)
         index = self.make_index()
-        with contextlib.suppress(OSError):  # a read-only place: every process makes its own
+        try:
             os.makedirs(where, exist_ok=True)
             with whole_file(path) as file:
                 np.save(file, index)
-        return index
+            return np.asarray(np.load(path, mmap_mode="r"))
+        except OSError:  # a read-only place: every process makes its own
+            return index
 
     def make_index(self):
         counts = [np.zeros(1, np.int64)]

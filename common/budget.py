@@ -91,6 +91,7 @@ class Planner:
         self.first = state["step"] + 1  # of this process: it compiles
         if cfg.max_steps is None:
             self.measured = state.setdefault("measured", {"steps": 0, "seconds": 0.0})
+            process.say(f"budget of {text_of(cfg)}: planned after a warm-up of {self.end} steps, which is timed")
 
     def saves(self, step):
         """Whether this is the step whose checkpoint is timed."""
@@ -101,16 +102,22 @@ class Planner:
         return self.cfg.max_steps is None and step >= self.end
 
     def wants(self, step):
-        """Whether a report is needed after this step."""
-        return self.ends(step) or self.cfg.max_steps is None and step == self.first
+        """Whether a report is needed after this step: at the end, and after the one that compiled."""
+        return self.cfg.max_steps is None and step in (self.first, self.end)
 
-    def add(self, step, report):
-        """Count a report's steps, if they are in the half of the warm-up that is timed."""
-        if self.cfg.max_steps is not None or "save" not in self.measured:
+    def add(self, step, report, spent):
+        """Count a report's steps, if they are in the half of the warm-up that is timed.
+
+        spent: seconds of training so far. Raises: UserError, on all processes, when that is the budget.
+        """
+        if self.cfg.max_steps is not None:
             return
-        if step > self.first or self.ends(step) and not self.measured["steps"]:
+        if "save" in self.measured and (step > self.first or self.ends(step) and not self.measured["steps"]):
             self.measured["steps"] += report.num_steps
             self.measured["seconds"] += report.seconds
+        if max(row[0] for row in self.process.gather([spent])) > seconds_of(self.cfg, self.process.world_size):
+            text = f"{text_of(self.cfg)}: spent after {step} steps of a warm-up of {self.end}"
+            raise UserError(f"{text} (a larger budget, fewer --warmup_steps, or a smaller --global_batch_size)")
 
     def time_rest(self, evaluate, num_val, saver):
         """Time an evaluation and the checkpoint that was just begun. evaluate: of at most `most_samples` of num_val."""
@@ -121,7 +128,7 @@ class Planner:
         if evaluate(most_samples=some):  # and no signal cut it short
             self.measured |= {"evaluation": (time.perf_counter() - start) * num_val / some, "save": saver.seconds}
 
-    def plan(self, spent, run, say):
+    def plan(self, spent, run):
         """max_steps, the same on all processes. spent: seconds of training so far. Raises: UserError."""
         measured = self.measured
         mine = [measured["seconds"] / measured["steps"], measured["evaluation"], measured["save"], spent]
@@ -134,6 +141,6 @@ class Planner:
             hint = "a larger budget, fewer --warmup_steps, a smaller --global_batch_size, or fewer --eval_samples"
             text = f"{text_of(self.cfg)}: the warm-up of {self.end} steps took {spent:.1f} s of it, and too little is left"
             raise UserError(f"{text}: {each} ({hint})")
-        say(f"budget of {text_of(self.cfg)}: {each}: {max_steps:,} steps")
-        run.log("plan", step=self.end, max_steps=max_steps, **vars(costs))
+        self.process.say(f"budget of {text_of(self.cfg)}: {each}: {max_steps:,} steps")
+        run.log("plan", step=self.end, max_steps=max_steps, **{f"{name}_seconds": value for name, value in vars(costs).items()})
         return max_steps

@@ -17,7 +17,7 @@ import torch
 
 import checkpoint
 import train
-from common import watch
+from common import files, processes, watch
 
 
 def together(*faults):
@@ -30,13 +30,13 @@ def at_steps(steps, act):
     now = [0]
     forward_backward, forward = train.forward_backward, train.MaskedLM.forward
 
-    def noting(model, batches, num_masked, cfg, process, step, *gradient_sum):
+    def noting(model, batches, num_masked, cfg, process, step):
         now[0] = step
-        return forward_backward(model, batches, num_masked, cfg, process, step, *gradient_sum)
+        return forward_backward(model, batches, num_masked, cfg, process, step)
 
-    def faulty(self, *batch):
+    def faulty(self, batch):
         factor = act(now[0], self) if now[0] in steps else None
-        return forward(self, *batch) * (1 if factor is None else factor)
+        return forward(self, batch) * (1 if factor is None else factor)
 
     train.forward_backward, train.MaskedLM.forward = noting, faulty
 
@@ -59,6 +59,15 @@ def die_at(step):
     at_steps([step], lambda step, model: os.kill(os.getpid(), signal.SIGKILL))
 
 
+def stop_at(step):
+    """A signal comes in this step."""
+    def act(step, model):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)  # until it is heard
+
+    at_steps([step], act)
+
+
 def raise_at(step, error):
     def act(step, model):
         raise error
@@ -66,10 +75,9 @@ def raise_at(step, error):
     at_steps([step], act)
 
 
-def small_groups(num_bytes):
-    """Sum gradients in groups of so many bytes, as on hosts of other names."""
-    train.GROUP_BYTES = num_bytes
-    train.platform.node = lambda: os.environ["RANK"]
+def small_buckets(megabytes):
+    """All-reduce gradients in buckets of this size."""
+    train.BUCKET_MB = megabytes
 
 
 def another_option(**options):
@@ -90,14 +98,14 @@ def one_ulp_at(step):
 
 def slow_start(seconds):
     """Wait before the processes look for each other."""
-    setup_processes = train.setup_processes
+    join = processes.join
 
-    def slow(cfg):
+    def slow(*arguments):
         print("starting slowly", flush=True)
         time.sleep(seconds)
-        return setup_processes(cfg)
+        return join(*arguments)
 
-    train.setup_processes = slow
+    processes.join = slow
 
 
 def slow_watch(seconds):
@@ -109,9 +117,9 @@ def slow_evaluation(seconds):
     """Make each evaluation batch take so long."""
     forward = train.MaskedLM.masked_logits
 
-    def slow(self, *batch):
+    def slow(self, batch):
         time.sleep(seconds)
-        return forward(self, *batch)
+        return forward(self, batch)
 
     train.MaskedLM.masked_logits = slow
 
@@ -192,7 +200,7 @@ def in_saves(reach):
         file = builtins.open(path, mode, **options)
         return HalfWriting(file, point) if mode == "wb" else file
 
-    checkpoint.open = half_writing_open
+    files.open = half_writing_open
     os.fsync, os.rename, os.makedirs = after(os.fsync, "fsync"), after(os.rename, "rename"), after(os.makedirs, "makedirs")
     shutil.rmtree = after(shutil.rmtree, "rmtree")
 

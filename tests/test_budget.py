@@ -1,18 +1,21 @@
-"""A budget of minutes or dollars: the arithmetic with known times, trials that change nothing, and a plan that stays."""
+"""A budget of minutes or dollars: the arithmetic with known times, a warm-up that measures, and a plan that stays."""
 
 import dataclasses
 import json
 import statistics
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-import budget
 import train
-from tests.ranks import run_ranks
-from test_train import data_dir, fails  # noqa: F401, a fixture
-from tests.toy import ROOT, files_of, make_shards, read_log, toy_argv
+from common import budget, estimate
 from common.processes import Process
+from tests import faults
+from tests.ranks import Ranks, run_ranks
+from tests.test_train import data_dir, fails  # noqa: F401, a fixture
+from tests.toy import ROOT, files_of, make_shards, read_log, toy_argv
 from train import TrainConfig
 
 ALONE = Process(0, 1, torch.device("cpu"), torch.float32)
@@ -23,33 +26,39 @@ def weights(out, step):
     return files["model.safetensors"], files["optimizer.safetensors"]
 
 
-def seconds_of_run(cfg, costs):
-    """A run of cfg.max_steps, step by step, with one thread that writes checkpoints."""
+def seconds_of_run(cfg, costs, first):
+    """Steps first + 1 to cfg.max_steps, one by one, with one thread that writes checkpoints."""
     now = written = 0.0
-    for step in range(1, cfg.max_steps + 1):
+    for step in range(first + 1, cfg.max_steps + 1):
         now += costs.step
         if train.is_eval_step(cfg, step):
             now += costs.evaluation
         if step == cfg.max_steps or step % cfg.checkpoint_interval == 0:
             now = max(now, written)
             written = now + costs.save
-            now += budget.HELD_UP * costs.save if step < cfg.max_steps else 0
+            now += budget.SAVE_OVERHEAD * costs.save if step < cfg.max_steps else 0
     return written
 
 
 @pytest.mark.parametrize("minutes", [0.5, 2, 16, 600])
 @pytest.mark.parametrize("eval_interval", [0, 1, 250, 2000])
 @pytest.mark.parametrize("checkpoint_interval", [10, 275, 2000])
-def test_as_many_steps_as_fit(minutes, eval_interval, checkpoint_interval):
-    """MosaicBERT-Base on an H100 in steps of 512, its evaluation and its checkpoint: never over, less than 3 % under."""
+@pytest.mark.parametrize("first", [0, 200, 275])
+def test_as_many_steps_as_fit(minutes, eval_interval, checkpoint_interval, first):
+    """MosaicBERT-Base on an H100 in steps of 512, its evaluation and its checkpoint: never over, and not one step under."""
     cfg = TrainConfig(budget_minutes=minutes, eval_interval=eval_interval, checkpoint_interval=checkpoint_interval)
     costs = budget.Costs(step=0.108, evaluation=0.9, save=4.3)
-    steps = budget.steps_to_train(cfg, ALONE, costs)
-    seconds, one_more = (seconds_of_run(dataclasses.replace(cfg, max_steps=n), costs) for n in (steps, steps + 1))
-    assert seconds == pytest.approx(budget.total_seconds(steps, cfg, costs))
-    assert seconds <= 0.99 * 60 * minutes < one_more
-    if one_more - seconds < 0.01 * 60 * minutes:  # else a step, or another checkpoint, is a matter of percents
-        assert 0.97 * 60 * minutes < seconds
+    steps = budget.affordable_steps(cfg, costs, 60 * minutes, first)
+    assert steps > first
+    seconds, one_more = (seconds_of_run(dataclasses.replace(cfg, max_steps=n), costs, first) for n in (steps, steps + 1))
+    assert seconds == pytest.approx(budget.training_seconds(cfg, costs, first, steps))
+    assert seconds <= 60 * minutes < one_more
+
+
+def test_nothing_fits():
+    cfg, costs = TrainConfig(budget_minutes=1), budget.Costs(step=0.1, evaluation=0.9, save=4.3)
+    assert [budget.affordable_steps(cfg, costs, seconds, 200) for seconds in (-5, 0, 5.2)] == [200] * 3
+    assert budget.affordable_steps(cfg, costs, 5.3001, 200) == 201
 
 
 def test_dollars_are_minutes_of_all_gpus():
@@ -58,184 +67,148 @@ def test_dollars_are_minutes_of_all_gpus():
     assert budget.seconds_of(TrainConfig(budget_minutes=16), 8) == 960 and budget.seconds_of(TrainConfig(), 8) == 0
 
 
-class Clock:
-    """A machine on which the first steps compile, and the others slow down as it warms up."""
+class Two:
+    """Of two processes the first; the other is slower."""
 
-    def __init__(self, step_seconds):
-        self.now, self.done, self.step_seconds, self.calls = 0.0, 0, step_seconds, []
+    world_size = 2
 
-    def __call__(self):
-        return self.now
+    def say(self, text):
+        pass
 
-    def steps(self, count):
-        self.calls.append(count)
-        for _ in range(count):
-            self.now += self.step_seconds(self.done, self.now)
-            self.done += 1
+    def gather(self, values):
+        return [values, [1.5 * value for value in values]]
 
 
-def test_steps_are_timed_late(monkeypatch):
-    """Neither compiling, nor the quick seconds while the GPU is cool, nor one stall get into the time of a step."""
-    def seconds(done, now):
-        if done == 4:
-            return 40.0  # a shape that compiles late
-        if done < 3:
-            return 12.0
-        return 0.1 if now > 85 else 0.05
+def test_only_the_warm_half_of_the_warm_up_is_timed(monkeypatch):
+    """Neither compiling, nor the first half, in which a GPU is cool, gets into the time of a step; an evaluation is scaled
+    to all samples; the slower process counts."""
+    cfg = TrainConfig(budget_minutes=2, max_steps=None, warmup_steps=100, eval_interval=0)
+    state, evaluated, clock, logged = {"step": 0}, [], [0.0], {}
+    planner = budget.Planner(cfg, state, Two())
 
-    clock = Clock(seconds)
-    monkeypatch.setattr(budget, "clock", clock)
-    assert budget.time_steps(clock.steps, ALONE, 960, 3) == pytest.approx(0.1)
-    steady = clock.now - 3 * 12 - 40
-    assert budget.HEAT_SECONDS + budget.TIMED_SECONDS - 2 < steady < 2 * (budget.HEAT_SECONDS + budget.TIMED_SECONDS)
-    # Of a short budget only a share goes by, and slow steps are not repeated often.
-    clock = Clock(lambda done, now: 0.01)
-    monkeypatch.setattr(budget, "clock", clock)
-    assert budget.time_steps(clock.steps, ALONE, 6, 3) == pytest.approx(0.01)
-    assert 0.5 < clock.now < 1.1
-    clock = Clock(lambda done, now: 60.0)
-    monkeypatch.setattr(budget, "clock", clock)
-    assert budget.time_steps(clock.steps, ALONE, 3600, 3) == pytest.approx(60) and clock.done == 3 + 1 + budget.ROUNDS
-    clock.done = 0
-    assert budget.time_steps(clock.steps, ALONE, 600, 3) == pytest.approx(60) and clock.done == 3 + 1  # refused anyway
+    def evaluate(most_samples):
+        evaluated.append(most_samples)
+        clock[0] += most_samples / 1000 + (20 if len(evaluated) == 1 else 0)  # the first one compiles
+        return {"loss": 1.0}
 
-
-def test_evaluation_is_scaled_and_the_longest_process_counts(monkeypatch):
-    clock, evaluated = Clock(None), []
-    monkeypatch.setattr(budget, "clock", clock)
-
-    class Two:
-        world_size, device = 2, torch.device("cpu")
-
-        def gather(self, values):
-            return [values, [1.5 * values[0]]]  # the other process is slower
-
-    def evaluate(samples):
-        evaluated.append(samples)
-        clock.now += samples / 1000 + (20 if len(evaluated) == 1 else 0)
-
-    def trial_step(step, batches):
-        assert batches == f"batches of {step}"
-        clock.now += 0.01
-
-    cfg = TrainConfig(budget_minutes=1)
-    arguments = (trial_step, lambda step: f"batches of {step}", evaluate, 50_000, lambda: 4.0)
-    costs = budget.measure(cfg, Two(), *arguments)
-    assert evaluated == [2 * budget.TRIAL_EVAL_SAMPLES] * 2
-    assert (costs.step, costs.evaluation, costs.save) == pytest.approx((0.015, 75, 6))
-    budget.measure(TrainConfig(budget_minutes=1, eval_samples=300), Two(), *arguments)
-    assert evaluated[-1] == 300
+    monkeypatch.setattr(budget.time, "perf_counter", lambda: clock[0])
+    saver = SimpleNamespace(wait=lambda: None, seconds=2.0)
+    reports = []
+    for step in range(1, 101):
+        if planner.wants(step) or planner.saves(step) or step % 10 == 0:
+            reports.append(step)
+            slow = 1.0 if step == 1 else 0.05 if step <= 50 else 0.1
+            count = step - (reports[-2] if len(reports) > 1 else 0)
+            planner.add(step, SimpleNamespace(num_steps=count, seconds=count * slow), 30.0)
+        if planner.saves(step):
+            planner.time_rest(evaluate, 50_000, saver)
+    assert reports[0] == 1 and 50 in reports and evaluated == [2 * budget.EVAL_SAMPLES] * 2
+    run = SimpleNamespace(log=lambda event, **values: logged.update(values))
+    steps = planner.plan(20.05, run)
+    assert (logged["step_seconds"], logged["evaluation_seconds"], logged["save_seconds"]) == pytest.approx((0.15, 75, 3))
+    assert steps == 100 + int((120 * 0.99 - 30.075 - 75 - 3) / 0.15) == logged["max_steps"]
 
 
 @pytest.fixture
-def few_trials(monkeypatch):
-    """As few trial steps as there can be, however slow the machine, and 25 steps as what the budget buys."""
-    monkeypatch.setattr(budget, "HEAT_SHARE", 1e-9)
-    monkeypatch.setattr(budget, "TIMED_SHARE", 1e-9)
-    monkeypatch.setattr(budget, "steps_to_train", lambda *_: 25)
-    return budget.FIRST_STEPS + 1 + budget.ROUNDS
+def plan_of_25(monkeypatch):
+    """25 steps are what the budget buys, however slow the machine."""
+    monkeypatch.setattr(budget, "affordable_steps", lambda *_: 25)
+
+
+def budget_argv(data_dir, out, **options):  # noqa: F811
+    return toy_argv(data_dir, out, **{"max_steps": 70000, "budget_minutes": 100, "warmup_steps": 8, **options})
 
 
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0, "model": "bert", "attention_dropout": 0.1}])
-def test_trials_change_nothing(data_dir, tmp_path, few_trials, monkeypatch, capsys, options):  # noqa: F811
-    """A run by a budget ends with the bytes of one with the same max_steps given by hand, moments included."""
-    seen = []
-    real = budget.measure
-
-    def watching(cfg, process, trial_step, *rest):
-        def step(number, batches):
-            loss, grad_norm, _ = trial_step(number, batches)
-            seen.append((number, loss.item(), grad_norm.item()))
-
-        return real(cfg, process, step, *rest)
-
-    monkeypatch.setattr(budget, "measure", watching)
-    train.main(toy_argv(data_dir, tmp_path / "budget", **{**options, "max_steps": 70000, "budget_minutes": 100}))
-    train.main(toy_argv(data_dir, tmp_path / "hand", **{**options, "max_steps": 25}))
-    assert "budget of 100 minutes: 25 steps" in capsys.readouterr().out
+def test_planning_changes_nothing(data_dir, tmp_path, plan_of_25, capsys, options):  # noqa: F811
+    """A run by a budget ends with the bytes of one with the same warm-up and max_steps given by hand, moments included."""
+    train.main(budget_argv(data_dir, tmp_path / "budget", **options))
+    printed = capsys.readouterr().out
+    assert "planned after a warm-up of 8 steps" in printed and "a checkpoint" in printed and ": 25 steps" in printed
+    train.main(toy_argv(data_dir, tmp_path / "hand", **{**options, "max_steps": 25, "warmup_steps": 8}))
     assert weights(tmp_path / "budget", 25) == weights(tmp_path / "hand", 25)
     logs = [[(r["loss"], r["grad_norm"], r["lr"]) for r in read_log(tmp_path / name)] for name in ("budget", "hand")]
-    assert logs[0] == logs[1] and len(logs[0]) == 25
-    # They were the run's own steps, on its first weights.
-    assert [number for number, *_ in seen] == list(range(1, few_trials + 1))
-    assert seen[0][1:] == pytest.approx((logs[0][0][0], logs[0][0][1]))
-    assert not (tmp_path / "budget" / "trial").exists()
-    assert json.loads((tmp_path / "budget" / "config.json").read_text())["max_steps"] == 25
-    assert read_log(tmp_path / "budget", "start")[0]["config"]["max_steps"] == 25
+    assert logs[0] == logs[1] and len(logs[0]) == 25 and logs[0][8][2] == 3e-3 > logs[0][9][2]
+    (plan,) = read_log(tmp_path / "budget", "plan")
+    assert plan["step"] == 8 and plan["max_steps"] == 25
+    assert min(plan["step_seconds"], plan["evaluation_seconds"], plan["save_seconds"]) > 0
+    config = json.loads((tmp_path / "budget" / "config.json").read_text())
+    assert (config["max_steps"], config["warmup_steps"]) == (25, 8)
 
 
-def test_a_trial_does_the_work_of_an_update():
-    """AdamW runs over every parameter and moment, though no weight changes: an update that is skipped costs nothing."""
-    torch.manual_seed(0)
-    layer = torch.nn.Linear(4, 3)
-    optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
-    before = [parameter.detach().clone() for parameter in layer.parameters()]
-    for trial in (True, False):
-        layer(torch.randn(5, 4)).sum().backward()
-        train.update(layer, optimizer, TrainConfig(), ALONE, 1000, trial)
-        for parameter, value in zip(layer.parameters(), before):
-            assert optimizer.state[parameter]["exp_avg_sq"].all() and torch.equal(parameter, value) == trial
-
-
-def test_a_trial_that_trained_would_be_seen(data_dir, tmp_path, few_trials, monkeypatch):  # noqa: F811
-    """The test above can fail: with trials that update, the bytes differ."""
-    update = train.update
-    monkeypatch.setattr(train, "update", lambda *arguments: update(*arguments[:5]))
-    train.main(toy_argv(data_dir, tmp_path / "budget", max_steps=70000, budget_minutes=100))
-    monkeypatch.undo()
-    train.main(toy_argv(data_dir, tmp_path / "hand", max_steps=25))
-    assert weights(tmp_path / "budget", 25) != weights(tmp_path / "hand", 25)
-
-
-def known_times():
-    """In each of several processes: a clock of its own, slower in the second, and a checkpoint of known cost."""
-    import os
-
-    ticks = iter(range(10**9))
-    tick = 0.02 * (1 + int(os.environ["RANK"]))
-    budget.clock = lambda: tick * next(ticks)
-    train.checkpoint.RunDirectory.trial_save = lambda run, model: 0.1
+def test_the_masking_rate_falls_after_the_warm_up():
+    cfg = TrainConfig(budget_minutes=1, warmup_steps=8, final_mask_prob=0.15, max_steps=None)
+    assert [train.mask_prob_at(cfg, step) for step in (1, 8)] == [0.3, 0.3]
+    assert train.mask_prob_at(cfg, 9) == 0.3  # made ahead, before the plan
+    cfg.max_steps = 19
+    assert [train.mask_prob_at(cfg, step) for step in (9, 14, 19)] == pytest.approx([0.3, 0.225, 0.15])
 
 
 def test_two_processes_agree(data_dir, tmp_path):  # noqa: F811
-    """The slower clock counts for both; and again the bytes are those of the same max_steps given by hand."""
-    faults = {0: known_times, 1: known_times}
-    argv = toy_argv(data_dir, tmp_path / "budget", max_steps=70000, budget_minutes=0.02, eval_interval=0)
-    statuses, output = run_ranks(argv, 2, tmp_path / "ranks", faults)
+    """The plan is the same in both, and again the bytes are those of the same max_steps given by hand."""
+    argv = budget_argv(data_dir, tmp_path / "budget", budget_minutes=0.06, eval_interval=0)
+    statuses, output = run_ranks(argv, 2, tmp_path / "ranks")
     assert statuses == [0, 0], output
-    # A look at the slower clock takes 0.04 s, whatever lies between: a step, an evaluation.
-    steps = read_log(tmp_path / "budget", "end")[0]["step"]
-    assert steps == int((1.2 * 0.99 - 0.04 - 0.1 - 6 * 0.12 * 0.1) / 0.04)  # six checkpoints on the way
-    assert f"{steps} steps of 0.04 s, 1 x 0.04 s of evaluation, 0.1 s for the last checkpoint: " in output
-    argv = toy_argv(data_dir, tmp_path / "hand", max_steps=steps, eval_interval=0)
+    end, (plan,) = read_log(tmp_path / "budget", "end")[0], read_log(tmp_path / "budget", "plan")
+    assert end["step"] == plan["max_steps"] > 8
+    argv = toy_argv(data_dir, tmp_path / "hand", max_steps=end["step"], warmup_steps=8, eval_interval=0)
     statuses, output = run_ranks(argv, 2, tmp_path / "ranks2")
     assert statuses == [0, 0], output
-    assert weights(tmp_path / "budget", steps) == weights(tmp_path / "hand", steps)
+    assert weights(tmp_path / "budget", end["step"]) == weights(tmp_path / "hand", end["step"])
 
 
-def test_a_resume_keeps_the_plan(data_dir, tmp_path, few_trials, monkeypatch, capsys):  # noqa: F811
-    argv = toy_argv(data_dir, tmp_path / "run", max_steps=70000, budget_minutes=0.01)
-    monkeypatch.setattr(budget, "steps_to_train", lambda *_: 22)
+def test_a_resume_keeps_the_plan(data_dir, tmp_path, monkeypatch, plan_of_25, capsys):  # noqa: F811
+    argv = budget_argv(data_dir, tmp_path / "run", budget_minutes=10, checkpoint_interval=10, keep_checkpoints=9)
     train.main(argv)
-    straight = weights(tmp_path / "run", 22)
-    monkeypatch.setattr(budget, "measure", None)  # from here on, timing is an error
+    straight = weights(tmp_path / "run", 25)
+    monkeypatch.setattr(budget, "affordable_steps", lambda *_: 30)  # from here on, planning again would be seen
     train.main(argv)
-    assert "finished, 22 of 22 steps" in capsys.readouterr().out
-    for lost in (["00000022"], ["00000022", "00000020"]):  # the last checkpoint; then all, as if killed before the first
+    assert "finished, 25 of 25 steps" in capsys.readouterr().out
+    # Without the last checkpoint; with that of half the warm-up alone; and without any, as if killed before the first.
+    for lost in ([25], [25, 20, 10], [25, 20, 10, 4]):
         for step in lost:
-            train.checkpoint.shutil.rmtree(tmp_path / "run" / f"step_{step}")
+            train.checkpoint.shutil.rmtree(tmp_path / "run" / f"step_{step:08d}")
         train.main(argv)
-        assert weights(tmp_path / "run", 22) == straight
-    first, *resumed = [record["planned"] for record in read_log(tmp_path / "run", "start")]
-    assert set(first) == {"step", "evaluation", "save"} and min(first.values()) > 0 and resumed == [None, None]
+        assert weights(tmp_path / "run", 25) == straight
     # Another price of the same dollars' GPU, or other intervals, change nothing.
     train.main([*argv, "--price_per_gpu_hour=2", "--eval_interval=0"])
     train.main([*argv, "--eval_only"])
-    line = fails([*argv[:-1], "--budget_minutes=0.02"], capsys)
-    assert "budget_minutes was 0.01 and is 0.02" in line and "max_steps" not in line
-    assert "budget_minutes was 0.01 and is 0.0" in fails(toy_argv(data_dir, tmp_path / "run", max_steps=22), capsys)
+    line = fails([*argv, "--budget_minutes=20"], capsys)
+    assert "budget_minutes was 10" in line and "and is 20" in line and "max_steps" not in line
+    by_hand = toy_argv(data_dir, tmp_path / "run", max_steps=25, warmup_steps=8)
+    assert "budget_minutes was 10" in fails(by_hand, capsys)
     train.main(toy_argv(data_dir, tmp_path / "hand", max_steps=22))
-    assert "budget_minutes was 0.0 and is 0.01" in fails([*argv, f"--out_dir={tmp_path / 'hand'}"], capsys)
+    assert "budget_minutes was 0.0 and is 10" in fails([*argv, f"--out_dir={tmp_path / 'hand'}"], capsys)
+
+
+def test_a_plan_of_earlier_code_is_kept(data_dir, tmp_path, plan_of_25, capsys):  # noqa: F811
+    """Budgets used to be planned before the first step, with a warm-up by its share of max_steps."""
+    argv = toy_argv(data_dir, tmp_path / "run", max_steps=12)
+    train.main(argv)
+    from tests.toy import reseal
+
+    for path in [tmp_path / "run", *(tmp_path / "run").glob("step_*")]:
+        config = json.loads((path / "config.json").read_text())
+        del config["warmup_steps"]
+        (path / "config.json").write_text(json.dumps({**config, "budget_minutes": 10.0}))
+        if path.name.startswith("step_"):
+            reseal(path)
+    straight = weights(tmp_path / "run", 12)
+    train.checkpoint.shutil.rmtree(tmp_path / "run" / "step_00000012")
+    train.main([*argv, "--max_steps=70000", "--budget_minutes=10"])
+    assert weights(tmp_path / "run", 12) == straight and not read_log(tmp_path / "run", "plan")
+
+
+@pytest.mark.parametrize("step", [2, 6])
+def test_killed_in_the_warm_up(data_dir, tmp_path, step):  # noqa: F811
+    """Before or after the half that is timed: the same command resumes, finishes the measurement, and plans."""
+    argv = budget_argv(data_dir, tmp_path / "run", budget_minutes=0.1)
+    ranks = Ranks(argv, 1, tmp_path / "ranks", {0: partial(faults.stop_at, step)})
+    assert ranks.wait() == [143], ranks.output()
+    assert not read_log(tmp_path / "run", "plan") and read_log(tmp_path / "run", "stop")[0]["step"] in (step, step + 1)
+    statuses, output = run_ranks(argv, 1, tmp_path / "again")
+    (plan,) = read_log(tmp_path / "run", "plan")
+    assert statuses == [0] and read_log(tmp_path / "run", "end")[0]["step"] == plan["max_steps"] > 8, output
 
 
 @pytest.mark.parametrize(
@@ -243,15 +216,22 @@ def test_a_resume_keeps_the_plan(data_dir, tmp_path, few_trials, monkeypatch, ca
     [
         ("--budget_minutes=1 --budget_dollars=1 --price_per_gpu_hour=1", "budget_minutes or --budget_dollars, not both"),
         ("--budget_dollars=1", "needs the price"), ("--budget_minutes=-1", "budget_minutes=-1.0: must be at least 0"),
-        ("--budget_minutes=long", "not a number"), ("--budget_minutes=0.001", "0.001 minutes buy"),
+        ("--budget_minutes=long", "not a number"), ("--budget_minutes=1 --warmup_steps=3", "a budget needs 4"),
+        ("--warmup_steps=11", "more than max_steps=10"),
     ],
 )  # fmt: skip
-def test_mistakes_end_in_one_line(data_dir, tmp_path, capsys, monkeypatch, options, says):  # noqa: F811
-    monkeypatch.setattr(budget, "measure", lambda *_: budget.Costs(0.01, 0.2, 0.1))
-    line = fails([*toy_argv(data_dir, tmp_path / "out"), *options.split()], capsys)
-    assert says in line and not (tmp_path / "out" / "log.jsonl").exists()
-    if "buy" in says:
-        assert "0 steps here, at least 20" in line and "a step takes 0.01 s, evaluating 0.2 s, saving 0.1 s" in line
+def test_mistakes_end_in_one_line(data_dir, tmp_path, capsys, options, says):  # noqa: F811
+    assert says in fails([*toy_argv(data_dir, tmp_path / "out"), *options.split()], capsys)
+    assert not (tmp_path / "out" / "log.jsonl").exists()
+
+
+def test_a_budget_that_the_warm_up_spends(data_dir, tmp_path, capsys, monkeypatch):  # noqa: F811
+    assert "0.0001 minutes: spent after 1 steps of a warm-up of 8" in fails(
+        budget_argv(data_dir, tmp_path / "a", budget_minutes=0.0001), capsys
+    )
+    monkeypatch.setattr(budget, "affordable_steps", lambda *_: 8)
+    line = fails(budget_argv(data_dir, tmp_path / "b"), capsys)
+    assert "the warm-up of 8 steps took" in line and "too little is left: a step takes" in line and "--warmup_steps" in line
 
 
 def test_dry_run_plans_by_what_was_measured(tmp_path, capsys):
@@ -281,5 +261,5 @@ def test_expected_steps_are_those_of_the_measured_run():
     tokens = statistics.median(rates)  # of a sample
     flops = train.matrix_flops(cfg, 30_522, tokens, tokens**2, cfg.mask_prob * tokens)
     place = (1, start["device"], 989.4e12, flops, 2700, start["num_params"])
-    steps = int(budget.expected_text(cfg, *place, "{} steps".format).split(" samples; ")[1].split()[0])
+    steps = int(estimate.expected_plan(cfg, *place, "{} steps".format).split(" samples; ")[1].split()[0])
     assert steps == pytest.approx(end["step"], rel=0.03)

@@ -7,14 +7,19 @@ import signal
 import time
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests import faults
 import train
-from model import MaskedLM, ModelConfig, SequenceClassifier, model_config
+from checkpoint import model_config
+from common import compiled, estimate
+from common.batch import Batch
+from common.options import load_config
+from common.processes import Process
+from data import Samples
+from model import MaskedLM, ModelConfig, SequenceClassifier
 from tests.ranks import Ranks, run_ranks
 from tests.toy import TOY_OPTIONS, files_of, make_documents, make_run, make_shards, read_log, run_train, toy_argv
 
@@ -41,7 +46,7 @@ def test_a_run_learns_and_leaves_what_the_contract_says(data_dir, tmp_path, caps
     assert records[-1]["mfu"] is None and records[-1]["memory_gb"] is None
     assert records[-1]["samples"] == 60 * 16
     assert records[-1]["dollars"] == pytest.approx(records[-1]["gpu_hours"] * 2)
-    assert "step 60/60 | loss" in printed and "mfu n/a" in printed and "of $" in printed
+    assert "step 60/60 | loss" in printed and "mfu" not in printed and "mem" not in printed and "of $" in printed
     (start,) = read_log(out, "start")
     assert start["config"]["hidden_size"] == 32 and start["world_size"] == 1 and start["kernels"] == "torch"
     assert start["num_params"] == sum(t.numel() for t in train.checkpoint.read_tensors(out / "step_00000060", "model.safetensors").values())
@@ -61,9 +66,9 @@ def test_casting_weights_once_a_step_changes_no_bit(data_dir):
     """bf16: the micro-batches of a step together, and each in an autocast region of its own."""
     cfg = train.TrainConfig(**{name: TOY_OPTIONS[name] for name in ("hidden_size", "num_layers", "num_heads", "intermediate_size")})
     cfg.hidden_dropout = 0.0
-    batches = train.Samples(data_dir, "train", 32).train_step(0, 16, 0, 0.3, 128)
+    batches = Samples(data_dir, "train", 32).train_step(0, 16, 0, 0.3, 128)
     assert len(batches) > 2
-    process = train.Process(0, 1, torch.device("cpu"), torch.bfloat16)
+    process = Process(0, 1, torch.device("cpu"), torch.bfloat16)
     models = []
     for groups in ([batches], [[batch] for batch in batches]):
         torch.manual_seed(0)
@@ -76,13 +81,13 @@ def test_casting_weights_once_a_step_changes_no_bit(data_dir):
 
 def test_the_speed_in_the_log_counts_the_wait_for_the_gpu(data_dir, tmp_path, monkeypatch):
     """Python is ahead of a GPU; the collective before a report waits for it. That belongs to the steps it reports."""
-    gather = train.Process.gather
+    gather = Process.gather
 
     def late(self, values):
         time.sleep(0.2)
         return gather(self, values)
 
-    monkeypatch.setattr(train.Process, "gather", late)
+    monkeypatch.setattr(Process, "gather", late)
     train.main(toy_argv(data_dir, tmp_path, max_steps=4, log_interval=2, eval_interval=0))
     assert all(2 * 16 / record["samples_per_second"] > 0.2 for record in read_log(tmp_path))
 
@@ -113,13 +118,13 @@ def test_killed_and_resumed_equals_uninterrupted(data_dir, tmp_path, options):
 def test_two_processes_equal_one_and_micro_batches_do_not_matter(data_dir, tmp_path):
     options = {"hidden_dropout": 0, "max_steps": 100, "eval_interval": 50, "checkpoint_interval": 50}
     runs = {}
-    groups = dict.fromkeys(range(2), partial(faults.small_groups, 5000))  # as between hosts
-    for name, processes, micro, fault in [("one", 1, 0, {}), ("small", 1, 80, {}), ("two", 2, 100, {}), ("groups", 2, 100, groups)]:
+    buckets = dict.fromkeys(range(2), partial(faults.small_buckets, 0.005))
+    for name, processes, micro, fault in [("one", 1, 0, {}), ("small", 1, 80, {}), ("two", 2, 100, {}), ("buckets", 2, 100, buckets)]:
         argv = toy_argv(data_dir, tmp_path / name, micro_batch_tokens=micro, **options)
         statuses, output = run_ranks(argv, processes, tmp_path, fault)
         assert statuses == [0] * processes, output
         runs[name] = tmp_path / name
-    for name in ("small", "two", "groups"):
+    for name in ("small", "two", "buckets"):
         assert losses(runs[name]) == pytest.approx(losses(runs["one"]), rel=1e-5)
         for event, key in (("eval", "loss"), ("train", "grad_norm")):
             expected = [record[key] for record in read_log(runs["one"], event)]
@@ -127,55 +132,6 @@ def test_two_processes_equal_one_and_micro_batches_do_not_matter(data_dir, tmp_p
         expected = [record["tokens"] for record in read_log(runs["one"])]
         assert [record["tokens"] for record in read_log(runs[name])] == expected
     assert read_log(runs["two"], "start")[0]["world_size"] == 2
-
-
-@pytest.mark.parametrize("kind", ["mosaicbert", "bert"])
-def test_gradients_are_summed_while_the_others_are_made(data_dir, monkeypatch, kind):
-    """Every gradient once, group by group in the fixed order, beside the backward pass of the last micro-step alone; and all
-    of them after it on one host."""
-    monkeypatch.setattr(train, "GROUP_BYTES", 5000)
-    torch.manual_seed(0)
-    samples = train.Samples(str(data_dir), "train", 16)
-    cfg = train.TrainConfig(kind, 32, 2, 2, 48, hidden_dropout=0.0, seq_length=16)
-    model, alone = (MaskedLM(cfg, samples.vocab_size).train() for _ in range(2))
-    alone.load_state_dict(model.state_dict())
-    process = train.Process(0, 1, torch.device("cpu"), torch.float32)
-    parts = samples.train_step(0, 8, 17, 0.3, 64, 0, 1)
-    summed, there = [], []
-
-    class Others:
-        """As if another process had the same gradients; what it sums arrives only when it is waited for."""
-
-        def allreduce_coalesced(self, gradients):
-            have = [parameter for parameter in model.parameters() if parameter.grad is not None]
-            summed.append({p for g in gradients for p in have if p.grad is g or p.grad._base is g})
-            assert sum(g.ndim == 1 for g in gradients) < 2  # of all vectors together
-            there.append(len(have))
-            return SimpleNamespace(wait=lambda: [g.mul_(2) for g in gradients])
-
-    hosts = ["here", "there"]
-    everyone = SimpleNamespace(group=SimpleNamespace(WORLD=Others()), get_world_size=lambda: 2)
-    everyone.all_gather_object = lambda names, _: names.__setitem__(slice(None), hosts)
-    monkeypatch.setattr(train, "dist", everyone)
-    gradient_sum, groups = train.GradientSum(model), [set(group) for group in train.gradient_groups(model, 5000)]
-    train.forward_backward(alone, parts, torch.tensor(7.0), cfg, process, 1)
-    for _ in range(2):  # a second step as well
-        train.forward_backward(model, parts[:1], torch.tensor(7.0), cfg, process, 1, gradient_sum)
-        assert summed == groups and len(summed) > 3
-        assert there == sorted(there) and there[0] < there[-2] < there[-1] == len(list(model.parameters()))
-        summed.clear(), there.clear(), model.zero_grad()
-    assert len(parts) > 1
-    train.forward_backward(model, parts, torch.tensor(7.0), cfg, process, 1, gradient_sum)
-    assert summed == groups
-    for parameter, one in zip(model.parameters(), alone.parameters()):
-        torch.testing.assert_close(parameter.grad, 2 * one.grad)
-    hosts[1] = "here"
-    summed.clear(), there.clear(), model.zero_grad()
-    train.forward_backward(model, parts, torch.tensor(7.0), cfg, process, 1, train.GradientSum(model))
-    assert summed == [set(model.parameters())] and there == [len(summed[0])]
-    model.unused = torch.nn.Parameter(torch.zeros(3))
-    with pytest.raises(RuntimeError, match="gradients are missing: 1 of"):
-        train.forward_backward(model, parts, torch.tensor(7.0), cfg, process, 1, train.GradientSum(model))
 
 
 def test_resume_with_another_number_of_processes(data_dir, tmp_path):
@@ -196,7 +152,7 @@ def test_three_processes_resume_bit_for_bit(data_dir, tmp_path):
     """With three or more, the order of a sum over processes must not depend on where a run was resumed."""
     options = {"global_batch_size": 24, "max_steps": 12, "hidden_size": 64}
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    small = dict.fromkeys(range(3), partial(faults.small_groups, 20_000))
+    small = dict.fromkeys(range(3), partial(faults.small_buckets, 0.02))
     for out in (straight, broken):
         assert run_ranks(toy_argv(data_dir, out, **options), 3, tmp_path, small)[0] == [0, 0, 0]
     train.checkpoint.shutil.rmtree(broken / "step_00000012")
@@ -244,8 +200,8 @@ def test_a_run_without_an_undamaged_checkpoint_does_not_begin_anew_over_them(dat
     with pytest.raises(SystemExit) as stopped:
         train.main(toy_argv(data_dir, out))
     *warnings, error = capsys.readouterr().err.splitlines()
-    assert stopped.value.code == 2 and len(warnings) == 2 and all("passed over" in line for line in warnings)
-    assert error.startswith(f"error: {out}: no undamaged checkpoint is left of 2 (")
+    assert stopped.value.code == 2 and len(warnings) == 2 and all("checkpoint skipped" in line for line in warnings)
+    assert error.startswith(f"error: {out}: none of its 2 checkpoints is undamaged (")
     assert (sorted(out.rglob("*")), (out / "log.jsonl").read_bytes()) == (before, log)
 
 
@@ -392,10 +348,10 @@ def test_what_compiling_leaves_out(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model, options: seen.append(options) or model)
     for version in ("2.11.0+cu130", "2.12.0", "2.13.0+cpu"):
         monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
-        train.compiled(torch.nn.Identity())
-    assert seen == [train.WITHOUT_FUSED_SUMS, {}, {}]
+        compiled.compiled(torch.nn.Identity())
+    assert seen == [compiled.WITHOUT_FUSED_SUMS, {}, {}]
     monkeypatch.undo()
-    torch.compile(len, options=train.WITHOUT_FUSED_SUMS)  # refuses names that Inductor does not know
+    torch.compile(len, options=compiled.WITHOUT_FUSED_SUMS)  # refuses names that Inductor does not know
 
 
 def test_bert_is_compiled_once(monkeypatch):
@@ -404,16 +360,17 @@ def test_bert_is_compiled_once(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model, options: compile(model, backend="aot_eager", fullgraph=True))
     torch.manual_seed(0)
     model = MaskedLM(ModelConfig("bert", 32, 2, 2, 48, hidden_dropout=0.0), 100)
-    fast = train.compiled(model.train())
+    fast = compiled.compiled(model.train())
     for num_samples, num_masked, stance in ((4, 6, "default"), (7, 6, "fail_on_recompile"), (3, 9, "fail_on_recompile")):
         cu_seqlens = torch.arange(num_samples + 1, dtype=torch.int32) * 8
         ids = torch.randint(5, 100, (8 * num_samples - 1,))
         cu_seqlens[-1] -= 1
-        batch = ids, cu_seqlens, 8, torch.randperm(len(ids))[:num_masked].sort().values, torch.randint(5, 100, (num_masked,))
+        positions, labels = torch.randperm(len(ids))[:num_masked].sort().values, torch.randint(5, 100, (num_masked,))
+        batch = Batch(ids, cu_seqlens, 8, None, masked_positions=positions, labels=labels)
         with torch.compiler.set_stance(stance):
-            loss = fast(*batch)
+            loss = fast(batch)
             loss.backward()
-        torch.testing.assert_close(loss, model(*batch))
+        torch.testing.assert_close(loss, model(batch))
 
 
 def test_learning_rates_of_the_original():
@@ -448,17 +405,17 @@ def test_micro_batch_fits_common_cards():
     for gigabytes in (24, 40, 80):
         card = Card(gigabytes)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train.kernels, "uses_triton", lambda device: True)
             patch.setattr(torch.cuda, "get_device_properties", lambda device: type("P", (), {"total_memory": card.bytes}))
             cfg = train.TrainConfig()
-            tokens = train.choose_micro_batch_tokens(cfg, card, 137_400_384, 30_522)
-            assert train.memory_bytes(cfg, card.dtype, True, 137_400_384, 30_522, tokens) < 0.9 * card.bytes
+            tokens = estimate.choose_micro_batch_tokens(cfg, card, "triton", 137_400_384, 30_522)
+            assert estimate.memory_bytes(cfg, card.dtype, True, 137_400_384, 30_522, tokens) < 0.9 * card.bytes
         chosen.append(tokens)
     assert 8192 <= chosen[0] < chosen[1] < chosen[2]
 
 
 def test_every_option_is_used():
-    source = "".join(Path(train.__file__).with_name(name).read_text() for name in ("train.py", "model.py", "budget.py"))
+    names = ("train.py", "model.py", "common/budget.py", "common/estimate.py")
+    source = "".join((Path(train.__file__).parent / name).read_text() for name in names)
     for name in TOY_OPTIONS.keys() | {field.name for field in train.dataclasses.fields(train.TrainConfig)}:
         assert f"cfg.{name}" in source or f"self.{name}" in source or f'"{name}"' in source, name
 
@@ -467,7 +424,7 @@ def test_every_shipped_config_loads():
     configs = sorted((Path(train.__file__).parent / "configs").glob("*.py"))
     assert {path.stem for path in configs} >= {"smoke", "base", "large", "bert_base", "bert_large"}
     for path in configs:
-        train.load_config(train.TrainConfig, [str(path)]).check(world_size=8)
+        load_config(train.TrainConfig, [str(path)]).check(world_size=8)
 
 
 def test_help_lists_every_option(capsys):
