@@ -832,7 +832,7 @@ def print_table(results):
         interval = f"{task['score_ci95']:.2f}" if task["score_ci95"] is not None else "-"
         metrics = ", ".join(f"{metric} {100 * value['mean']:.2f}" for metric, value in task["metrics"].items())
         if task["majority_accuracy"]:
-            metrics += f" (majority class: accuracy {100 * task['majority_accuracy']:.2f})"
+            metrics += f" (always the most frequent label: accuracy {100 * task['majority_accuracy']:.2f})"
         print(f"{name:6} {task['score']:6.2f} {interval:>6}  {len(task['seeds']):5}  {task['init']:10}  {metrics}")
     print(f"average of {len(results['tasks'])} tasks: {results['average']:.2f}")
 
