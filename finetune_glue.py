@@ -575,8 +575,13 @@ class Steps:
         return loss.detach()
 
 
-def train(run, model, encoded, process, write, say):
-    """Every step of a run. write: appends a record to its log. Raises: UserError if the loss is not finite."""
+def write_record(log, event, **values):
+    log.write(json.dumps({"event": event, **values}) + "\n")
+    log.flush()
+
+
+def train(run, model, encoded, process, log, say):
+    """Every step of a run; logs the mean loss of every 100 steps or 10 seconds. Raises: UserError if it is not finite."""
     train_step = Steps(model, run.settings, process)
     model.train()
     reported, losses = time.perf_counter(), []  # losses since the last record, on the device
@@ -589,7 +594,7 @@ def train(run, model, encoded, process, write, say):
         loss = torch.stack(losses).mean().item()
         if not math.isfinite(loss):
             raise UserError(f"{run.name}: loss is {loss} at step {step} (try a lower --lr)")
-        write("train", step=step, loss=loss, lr=lr)
+        write_record(log, "train", step=step, loss=loss, lr=lr)
         if slow:
             say(f"{run.name}: step {step} of {run.num_steps}, loss {loss:.4f}")
             reported = time.perf_counter()
@@ -623,10 +628,7 @@ def write_predictions(path, task, predictions, labels):
 
 
 class Worker:
-    """What a process keeps from run to run: the device, the pretrained weights, the tokens of the last task.
-
-    read(task): {split: Examples}.
-    """
+    """What a process keeps between runs: device, pretrained weights, last task's tokens. read(task): {split: Examples}"""
 
     def __init__(self, cfg, read):
         self.cfg, self.read = cfg, read
@@ -660,21 +662,14 @@ class Worker:
         torch.set_float32_matmul_precision("high" if task.name == "stsb" else "highest")
 
     def run(self, run, log, say):
-        """Train and score; returns the scores in one line. log: gets a record at the start, at least every 100 steps, and at
-        the end.
-        """
-
-        def write(event, **values):
-            log.write(json.dumps({"event": event, **values}) + "\n")
-            log.flush()
-
+        """Train and score, with records in `log`; returns the scores in one line."""
         data, model = self.encoded(run.task), self.classifier(run)
-        write(
-            "start", identity=dict(run.identity), **versions(), device=device_name(self.process.device),
+        write_record(
+            log, "start", identity=run.identity, **versions(), device=device_name(self.process.device),
             dtype=str(self.process.dtype).removeprefix("torch."), jobs=self.cfg.jobs, num_steps=run.num_steps,
         )  # fmt: skip
         start, metrics = time.perf_counter(), {}
-        train(run, model, data["train"], self.process, write, say)
+        train(run, model, data["train"], self.process, log, say)
         for split in run.task.dev_splits:
             predictions = to_predictions(run.task, predict(model, data[split], self.process))
             suffix = split.removeprefix("validation")  # "", "_matched" or "_mismatched"
@@ -687,18 +682,19 @@ class Worker:
         labels = data[run.task.dev_splits[0]].labels
         majority = float(np.unique(labels, return_counts=True)[1].max() / len(labels)) if run.task.labels else None
         seconds = time.perf_counter() - start
-        write("end", metrics=metrics, majority_accuracy=majority, seconds=round(seconds, 3))
+        write_record(log, "end", metrics=metrics, majority_accuracy=majority, seconds=round(seconds, 3))
         scores = ", ".join(f"{name} {100 * value:.2f}" for name, value in metrics.items())
         return f"{run.name}: {scores} in {seconds:.1f} s"
 
     def save(self, run, model):
         """Write the weights as a checkpoint, with what it takes to predict with them."""
         task = {"labels": run.task.labels, "text_columns": run.task.text_columns, "max_length": self.cfg.max_length}
+        start = self.pretrained
         config = {
-            "format": checkpoint.FORMAT, **vars(self.pretrained.model_cfg), "vocab_size": self.pretrained.config["vocab_size"],
-            "tokenizer_sha256": self.pretrained.config.get("tokenizer_sha256"), "task": task,
+            "format": checkpoint.FORMAT, **vars(start.model_cfg), "vocab_size": start.config["vocab_size"],
+            "tokenizer_sha256": start.config.get("tokenizer_sha256"), "task": task,
         }  # fmt: skip
-        texts = {"config.json": json.dumps(config, indent=1), "tokenizer.json": self.pretrained.tokenizer_text}
+        texts = {"config.json": json.dumps(config, indent=1), "tokenizer.json": start.tokenizer_text}
         os.makedirs(run.artifact, exist_ok=True)
         checkpoint.save(run.artifact, run.num_steps, {"model.safetensors": checkpoint.weights_of(model)}, texts)
 
@@ -733,9 +729,17 @@ def make_runs(cfg, pretrained, task, examples, settings, num_seeds, init="pretra
     del identity["num_seeds"]
     return [
         Run(
-            task, seed, settings, init, MNLI_RUN if init == "mnli" else "", keep if seed == SEEDS[0] else "", len(texts),
-            num_steps, tokens + STEP_COST * num_steps, {**identity, "seed": seed},
-        )  # fmt: skip
+            task=task,
+            seed=seed,
+            settings=settings,
+            init=init,
+            after=MNLI_RUN if init == "mnli" else "",
+            artifact=keep if seed == SEEDS[0] else "",
+            num_examples=len(texts),
+            num_steps=num_steps,
+            cost=tokens + STEP_COST * num_steps,
+            identity={**identity, "seed": seed},
+        )
         for seed in first_seeds(settings.num_seeds)
     ]
 

@@ -23,7 +23,8 @@ def pretrained(tmp_path_factory):
 OWN = {
     "csv": 'id,text,label\n1,"a, b",yes\n2,"two\nlines, ""quoted""",no\n\n3,plain,yes\n',
     "tsv": 'label\ttext\nyes\ta, b\nno\ttwo "lines\nyes\tplain\n',
-    "jsonl": '{"text": "a, b", "label": "yes"}\n\n{"label": "no", "text": "two\\nlines"}\n{"text": "plain", "label": "yes"}\n',
+    "jsonl": '{"text": "a, b", "label": "yes"}\n\n{"label": "no", "text": "two\\nlines"}\n'
+    '{"text": "plain", "label": "yes"}\n',
 }
 
 
