@@ -1,8 +1,6 @@
-"""Fine-tune on GLUE and score it.
+"""Fine-tune on GLUE. Your own labels: python -m tools.finetune_own; the GLUE server's zip: python -m tools.glue_submission.
 
-    python finetune_glue.py --checkpoint=out/base --data_dir=data/glue --out=results/base
-
-Your own labels: python -m tools.finetune_own. The GLUE server's zip: python -m tools.glue_submission.
+    python finetune_glue.py --checkpoint=out/base --data_dir=data/glue --out=out/base_glue
 
 Each (task, seed) pair is a run. Any number of processes, from --jobs or torchrun, share the runs out among themselves; the
 same command resumes a killed suite.
