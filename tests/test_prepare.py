@@ -22,8 +22,8 @@ from tokenizers import Tokenizer, models
 
 import data
 import prepare_c4
-from common import sources
-from common import vocabulary
+from common import sources, vocabulary, workers
+from common.files import file_digest
 from tests.corpus import LETTERS, VOCAB, WORDS, files_of, ids, make_texts, only_whole_files, prepare, prepare_fails, raise_interrupt
 from tests.corpus import state_of, stored, text_report, texts_of, workplace, write_files, write_texts, write_vocab  # noqa: F401
 from tests.toy import SPECIAL, make_tokenizer
@@ -282,7 +282,7 @@ def test_shard_tokens(corpus):
     prepare(source="a.txt", val_fraction=0.3, shard_tokens=100)
     for split in ("train", "val"):
         assert stored(split) == stored(split, "one")
-        sizes = [shard.num_tokens for shard in data.Samples("out", split, 128).shards]
+        sizes = [len(shard.tokens) for shard in data.Samples("out", split, 128).shards]
         assert len(sizes) > 5 and all(100 <= size < 130 for size in sizes[:-1]) and sizes[-1] > 0
     manifest = json.loads(Path("out/manifest.json").read_text())
     assert data.verify("out") == len(manifest["shards"]) == len(list(Path("out").glob("*.bin")))
@@ -297,7 +297,7 @@ def test_a_large_vocabulary_takes_four_bytes_a_token(size, width):
     write_texts("a.txt", [f"w1 {last} w2"])
     prepare(source="a.txt", val_fraction=0)
     assert stored() == [[VOCAB.index("w1"), size - 1, VOCAB.index("w2")]]
-    assert data.Samples("out", "train", 128).shards[0].bytes_per_token == width and text_report()["vocab_size"] == size
+    assert data.Samples("out", "train", 128).shards[0].tokens.itemsize == width and text_report()["vocab_size"] == size
 
 
 TOKENIZER_TEXTS = [
@@ -317,7 +317,7 @@ def test_a_vocabulary_tokenizes_as_transformers_does(tmp_path, cased):
     prepare(source="a.jsonl", val_fraction=0, cased=cased)
     whole = [expected(text, add_special_tokens=False).input_ids for text in TOKENIZER_TEXTS]
     assert stored() == [document for document in whole if document]
-    tokenizer, _ = data.load_tokenizer("out/tokenizer.json")
+    tokenizer, _ = vocabulary.load_tokenizer("out/tokenizer.json")
     assert tokenizer.encode("w1 é", "w2").ids == expected("w1 é", "w2").input_ids
     assert tokenizer.encode("w1 é", "w2").type_ids == expected("w1 é", "w2").token_type_ids
     assert tokenizer.decode(ids("w1") + [VOCAB.index("##a")]) == "w1a"
@@ -346,11 +346,11 @@ def test_train_tokenizer(cased):
     texts = [" ".join(rng.choices(words, k=20)) for _ in range(1000)]
     write_texts("a.txt", texts)
     prepare(source="a.txt", train_tokenizer=600, cased=cased, val_docs=10, tokenizer=None)
-    tokenizer, special = data.load_tokenizer("out/tokenizer.json")
-    vocabulary = tokenizer.get_vocab()
-    assert len(vocabulary) == tokenizer.get_vocab_size() == text_report()["vocab_size"] == 600
-    assert sorted(vocabulary.values()) == list(range(600)) and list(special.values()) == list(range(5))
-    learnt = set(vocabulary) - set(SPECIAL)
+    tokenizer, special = vocabulary.load_tokenizer("out/tokenizer.json")
+    vocab = tokenizer.get_vocab()
+    assert len(vocab) == tokenizer.get_vocab_size() == text_report()["vocab_size"] == 600
+    assert sorted(vocab.values()) == list(range(600)) and list(special.values()) == list(range(5))
+    learnt = set(vocab) - set(SPECIAL)
     assert any(entry != entry.lower() for entry in learnt) == any("é" in entry for entry in learnt) == cased
     assert text_report()["unknown_percent"] == 0
     decoded = sorted(tokenizer.decode(document) for document in stored() + stored("val"))
@@ -363,7 +363,7 @@ def test_a_tokenizer_is_not_trained_on_what_is_held_out():
     texts = [f"{chr(0x4E00 + i)} w w w" for i in range(200)]
     write_texts("a.txt", texts)
     prepare(source="a.txt", train_tokenizer=1000, val_docs=30)
-    unknown = data.load_tokenizer("out/tokenizer.json")[1]["[UNK]"]
+    unknown = vocabulary.load_tokenizer("out/tokenizer.json")[1]["[UNK]"]
     assert len(stored("val")) == 30 and all(document[0] == unknown for document in stored("val"))
     assert not any(unknown in document for document in stored())
 
@@ -372,7 +372,7 @@ def test_a_huge_word_is_not_learnt_and_takes_no_time():
     """A word of more than 100 characters is [UNK] whatever the vocabulary; learning it takes the square of its length."""
     write_texts("a.txt", [*make_texts(60), "q" * 300_000, "z" * 100])
     prepare(source="a.txt", train_tokenizer=200, val_fraction=0, tokenizer=None)  # before: a minute
-    tokenizer, _ = data.load_tokenizer("out/tokenizer.json")
+    tokenizer, _ = vocabulary.load_tokenizer("out/tokenizer.json")
     of_q, of_z = (tokenizer.encode(letter * 100, add_special_tokens=False).tokens for letter in "qz")
     assert of_q == ["[UNK]"] and len(of_z) < 100 and "[UNK]" not in of_z
     assert "Removed" not in Path("out/tokenizer.json").read_text()
@@ -561,7 +561,7 @@ def test_a_new_vocabulary_is_made_from_all_sources():
     """Of more text than is used, each file gives its share."""
     for i, letter in enumerate("abc"):
         write_texts(f"{i}.txt", [f"{letter * n} " * 20 for n in range(2, 40)])
-    units = prepare_c4.group_units(sources.list_pieces("0.txt,1.txt,2.txt"), whole=False)
+    units = prepare_c4.group_units(sources.list_segments("0.txt,1.txt,2.txt"), whole=False)
     cfg = prepare_c4.PrepareConfig()
     texts = list(prepare_c4.training_texts(units, cfg, 0, 9000))
     counts = Counter("".join(texts))
@@ -596,8 +596,8 @@ def test_the_estimate_of_the_shards_size(monkeypatch, suffix, max_doc_tokens):
     monkeypatch.setattr(prepare_c4, "SAMPLE_CHARS", 60_000 if not suffix else 10**6)
     prepare(source=f"?.txt{suffix}", val_fraction=0, max_doc_tokens=max_doc_tokens)
     cfg = prepare_c4.PrepareConfig(max_doc_tokens=max_doc_tokens)
-    units = prepare_c4.group_units(sources.list_pieces(f"?.txt{suffix}"), whole=False)
-    estimate = prepare_c4.estimate_bytes(units, cfg, data.load_tokenizer("out/tokenizer.json")[0])
+    units = prepare_c4.group_units(sources.list_segments(f"?.txt{suffix}"), whole=False)
+    estimate = prepare_c4.estimate_bytes(units, cfg, vocabulary.load_tokenizer("out/tokenizer.json")[0])
     actual = sum(path.stat().st_size for path in Path("out").glob("*.bin"))
     assert abs(estimate / actual - 1) < 0.1
 
@@ -634,7 +634,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_finished(monkeypatch, capsy
 
 
 def test_progress(corpus, monkeypatch, capsys):
-    monkeypatch.setattr(prepare_c4, "REPORT_SECONDS", -1)
+    monkeypatch.setattr(workers, "REPORT_SECONDS", -1)
     monkeypatch.setattr(prepare_c4, "BATCH_CHARS", 500)
     prepare(**corpus)
     lines = [line for line in capsys.readouterr().out.splitlines() if "; " in line and "% of" in line]
@@ -704,8 +704,8 @@ def test_killed_at_random_and_run_again(kills, whole_group):
             number += 1
         process.stderr.close()
         for path in Path(f"out{number}").glob("*.bin"):  # nothing half-written has the name of a shard
-            digest = bytes.fromhex(data.file_digest(f"out{number}/tokenizer.json"))
-            data.open_shard(str(path), digest, len(VOCAB))
+            digest = bytes.fromhex(file_digest(f"out{number}/tokenizer.json"))
+            data.open_shard(str(path), digest)
     assert start(f"out{number}", 8, **options).wait() == 0
     assert files_of(f"out{number}") == expected and only_whole_files(f"out{number}")
 
