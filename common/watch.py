@@ -1,18 +1,18 @@
-"""What ends a run before its last step: a signal, a process that hangs, a process that is lost.
+"""The watchdog: what ends a run before its last step. A signal, a process that hangs, or a process that is lost.
 
-SIGTERM, SIGINT and SIGUSR1 ask a run to stop. One process that is asked is enough: all of them stop after the same
-step, with a checkpoint. In start-up, when nothing is lost, and at a second SIGINT the process ends at once. Launchers such
-as `timeout -s INT` pass on what the process got already: a SIGINT within the same second is the first one still.
-Exit status:
+SIGTERM, SIGINT and SIGUSR1 ask a run to stop. It is enough to ask one process: all of them stop after the same step,
+with a checkpoint. During start-up, when there is nothing to lose, and on a second SIGINT the process ends immediately.
+Launchers such as `timeout -s INT` forward a signal that the process already got, so a SIGINT within a second of the first
+does not count as a second one. Exit status:
 
     0          finished
-    1          a bug, with its traceback; or Python stood still, "Timeout" and where
-    2          an error, named in one line
-    3          another process hangs or is lost; the same command goes on from the newest checkpoint
-    128 + n    stopped by signal n, with a checkpoint; the same command goes on (torchrun itself then ends with 1)
+    1          a bug, with its traceback; or Python was stuck: "Timeout" and where
+    2          an error, reported in one line
+    3          another process hangs or is lost; the same command resumes from the newest checkpoint
+    128 + n    stopped by signal n, with a checkpoint; the same command resumes (torchrun itself then ends with 1)
 
-All of it is done by a thread beside the training, which also notes this process's step in the rendezvous store, so
-that those that survive can say who is behind.
+A thread does all of this. It also publishes this process's step in the rendezvous store, so that the survivors can say
+who is behind.
 
 Read next: checkpoint.py
 """
@@ -34,35 +34,35 @@ import torch.distributed as dist
 from common.options import UserError, report
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-TICK = 0.5  # seconds between looks at the other processes
-SAME_SECONDS = 1  # in which another SIGINT is the same one, passed on by a launcher
-STORE_SECONDS = 5  # in which a store that is gone is known to be
-SHARED_SECONDS = 30  # that other ranks wait for rank 0 to say what ended all
-STANDSTILL_SECONDS = 30  # beyond hang_timeout, for this thread to come round: its slowest tick, which ends the process, takes 27
+TICK = 0.5  # seconds between checks of the other processes
+SAME_SECONDS = 1  # within which another SIGINT is the same one, forwarded by a launcher
+STORE_SECONDS = 5  # after which a store that does not answer counts as gone
+SHARED_SECONDS = 30  # that the other ranks give rank 0 to report an error that all of them know
+STANDSTILL_SECONDS = 30  # grace beyond hang_timeout before the faulthandler timer fires: this thread's slowest tick takes 27
 LOST = 3  # exit status
 
 
 class Watch:
-    """The watch of this process, from its creation to close(). hang_timeout: seconds without progress; 0: any."""
+    """The watchdog of this process, from its creation to close(). hang_timeout: seconds without progress; 0: no limit."""
 
     def __init__(self, hang_timeout):
         self.hang_timeout = hang_timeout
-        self.signal, self.asked_at = 0, 0.0  # that asked this process to stop, and when it first did
-        self.training = False  # set once there is something to save
-        self.step, self.passes, self.since = 0, 0, time.monotonic()  # progress, and when there last was some
+        self.signal, self.asked_at = 0, 0.0  # the signal that asked this process to stop, and when
+        self.training = False  # set by the caller once there is something to save
+        self.step, self.passes, self.since = 0, 0, time.monotonic()  # progress, and the time of the last
         self.rank, self.world_size, self.store = 0, 1, None
         self.turn, self.asking = threading.Lock(), threading.Thread()  # see _ask
         self.asked = None  # see all_stop
-        # torchrun's processes must not outlive it: nobody would see them, and they would hold out_dir.
+        # torchrun's workers must not outlive it: nobody would notice them, and they would hold out_dir's lock.
         self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         if self.launcher == 1 and b"torch" not in open("/proc/1/cmdline", "rb").read():
-            raise SystemExit(128 + signal.SIGHUP)  # it is gone already
+            raise SystemExit(128 + signal.SIGHUP)  # already gone
         self.wake, self.waker = socket.socketpair()
         self.waker.setblocking(False)
         self.handlers = {}
         if threading.current_thread() is threading.main_thread():
-            # Python writes the number of a signal into this socket at once, even while the main thread waits inside a
-            # collective; the handler itself has nothing left to do.
+            # Python writes a signal's number into this socket immediately, even while the main thread waits inside a
+            # collective; the handler itself has nothing to do.
             self.old_waker = signal.set_wakeup_fd(self.waker.fileno(), warn_on_full_buffer=False)
             self.handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
         self.thread = threading.Thread(target=self._run, name="watch", daemon=True)
@@ -74,31 +74,31 @@ class Watch:
             for number, handler in self.handlers.items():
                 signal.signal(number, handler)
         self.waker.send(b"\0")
-        self.thread.join(timeout=TICK)  # or it asks a store that is gone, for some seconds yet
+        self.thread.join(timeout=TICK)  # it may still be waiting for a store that is gone
 
     def join(self, rank, world_size):
-        """Watch the other processes too, once they have found each other."""
+        """Watch the other processes too, now that they have found each other."""
         self.rank, self.world_size = rank, world_size
         if world_size > 1:
-            store = dist.distributed_c10d._get_default_store().clone()  # of this thread alone, as the clone's docs say
+            store = dist.distributed_c10d._get_default_store().clone()  # a store client serves one thread
             store.set_timeout(datetime.timedelta(seconds=STORE_SECONDS))
             store.set(f"watch/{rank}", self._place())
             self.store = store
             self._arm()
 
     def at(self, step):
-        """Training has come to this step."""
+        """Training has reached this step."""
         self.step, self.passes, self.since = step, 0, time.monotonic()
 
     def progress(self, *_):
-        """Another forward pass of the step is done; of the signature of a module's forward hook."""
+        """Another forward pass of the step is done. Works as a module's forward hook."""
         self.passes, self.since = self.passes + 1, time.monotonic()
 
     def all_stop(self, asked):
-        """Whether all processes are to stop after this step.
+        """Whether all processes are to stop after this step; the same answer in all of them.
 
-        asked: 0-dim tensor, how many of them were asked to. What the step before reported counts, so that the host
-        never waits for the device to come to this one; it is the same number in every process.
+        asked: 0-dim tensor, how many of them were asked to. The answer is that of the previous step, so that the host
+        never waits for the device to reach this one.
         """
         if self.world_size == 1:
             return self.signal > 0
@@ -111,34 +111,34 @@ class Watch:
         return before.item() > 0
 
     def leave(self, process):
-        """End this process when all have come here. Raises: SystemExit."""
+        """End this process once all are here. Raises: SystemExit."""
         raise SystemExit(128 + int(max(row[0] for row in process.gather([self.signal]))))
 
     def fail(self, error):
-        """End this one of several processes, saying why.
+        """Report an error and end this one of several processes immediately.
 
-        At once: the others may be waiting for it, and NCCL would wait for them whenever its group is destroyed, with the
-        reason unsaid (pytorch/torchtitan, pull request 1342). What all know rank 0 says, once it has written the checkpoint
-        that it was writing; the others wait for that, as torchrun ends all when one ends.
+        The others may be waiting for it, and NCCL would wait for them when its group is destroyed, with the reason
+        unreported (pytorch/torchtitan, pull request 1342). Errors common to all ranks are printed by rank 0, after it has
+        finished the checkpoint it was writing. The others wait for that, since torchrun kills all when one ends.
         """
         self._exchange()
         shared = isinstance(error, UserError) and not error.this_rank_only
         if shared and self.rank > 0:
             for _ in range(round(SHARED_SECONDS / TICK)):
-                if self._ask(lambda: self.store.check(["watch/ended"])) is not False:  # or the store is gone, with rank 0
+                if self._ask(lambda: self.store.check(["watch/ended"])) is not False:  # None: the store is gone with rank 0
                     os._exit(2)
                 time.sleep(TICK)
         status = report(error, anyway=True)
         self._ask(lambda: self.store.add("watch/ended", 1))
         if shared:
-            time.sleep(3 * TICK)  # until the others have heard that it is said; the store may end with this process
+            time.sleep(3 * TICK)  # until the others know that it is printed; the store may end with this process
         os._exit(status)
 
     def lost(self, error):
-        """End this process if the error says that another one is gone, naming who is behind, unless that one said why."""
+        """If the error means that another process is gone, end this one, and report who is behind unless that one said why."""
         if self.world_size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
             self._exchange()
-            if self.signal:  # it was told so too, but had not begun to train
+            if self.signal:  # it was stopped too, before it began to train
                 os._exit(128 + self.signal)
             self._end("lost contact with another process")
 
@@ -158,13 +158,13 @@ class Watch:
             if self.store:
                 self._exchange()
             if self.store and self.hang_timeout and time.monotonic() - self.since > self.hang_timeout:
-                time.sleep(2 * TICK)  # until the others have noted where they are
+                time.sleep(2 * TICK)  # until the others have published where they are
                 self._end(f"no progress for {self.hang_timeout} s")
 
     def _arm(self):
-        """Have this process end if it does not come here again in time.
+        """End this process if it does not get here again in time.
 
-        A library that waits for a GPU with Python's lock held stops all of Python's threads. This timer needs no lock.
+        A library that waits for a GPU while it holds the GIL stops all Python threads. This timer does not need the GIL.
         """
         if self.store and self.hang_timeout and sys.__stderr__:
             faulthandler.dump_traceback_later(self.hang_timeout + STANDSTILL_SECONDS, exit=True, file=sys.__stderr__)
@@ -174,15 +174,18 @@ class Watch:
             os._exit(128 + number)
         if not self.signal:
             self.signal, self.asked_at = number, time.monotonic()
+            if self.training and self.rank == 0:
+                name = signal.Signals(number).name
+                print(f"{name}: stopping after this step, with a checkpoint (Ctrl-C: without)", file=sys.stderr, flush=True)
         if not self.training:
             if self.store:
                 self._exchange()
-                time.sleep(1.2 * TICK)  # until the others have heard of it
+                time.sleep(1.2 * TICK)  # until the others have seen it
             if not self.training:
                 os._exit(128 + self.signal)
 
     def _exchange(self):
-        """Note where this process is, and hear whether another was asked to stop."""
+        """Publish where this process is, and see whether another was asked to stop."""
 
         def exchange():
             self.store.set(f"watch/{self.rank}", self._place())
@@ -191,14 +194,13 @@ class Watch:
             elif self.store.check(["watch/signal"]):
                 return int(self.store.get("watch/signal"))
 
-        if heard := self._ask(exchange):  # without the store's host nothing is heard, and there will be no progress
+        if heard := self._ask(exchange):  # None if the store's host is gone; then there will be no progress either
             self._stop(heard)
 
     def _ask(self, question):
-        """question(), which uses the store; None when that is gone.
+        """question(), which uses the store, or None if the store is gone.
 
-        A store whose host is cut off lets one wait for ever, whatever its timeout. So a thread asks, and while it waits
-        nothing else is asked.
+        If the store's host is cut off, a request blocks forever, whatever its timeout. So a thread makes it, one at a time.
         """
         answers = []
 
@@ -218,7 +220,7 @@ class Watch:
         return f"{self.step} {self.passes}"
 
     def _behind(self):
-        """Who has come least far, as text."""
+        """Which ranks are behind, as text."""
         places = {}
         for rank in range(self.world_size):
             step, passes = map(int, self.store.get(f"watch/{rank}").split())
@@ -233,9 +235,9 @@ class Watch:
     def _end(self, reason):
         self._exchange()
         first = self._ask(lambda: self.store.add("watch/ended", 1) == 1)
-        text = self._ask(self._behind) or "the rendezvous store is gone with its process, or cut off with its host"
+        text = self._ask(self._behind) or "the rendezvous store is gone with its process, or its host is cut off"
         if first is not False:
-            hint = "the same command goes on from the newest checkpoint"
+            hint = "the same command resumes from the newest checkpoint"
             print(f"error: {reason}: {text} ({hint})", file=sys.stderr, flush=True)
-        time.sleep(2 * TICK)  # until the others have heard that it is said, as torchrun ends all when one ends
+        time.sleep(2 * TICK)  # until the others know that it is printed, since torchrun kills all when one ends
         os._exit(LOST)

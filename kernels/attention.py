@@ -51,6 +51,7 @@ from kernels.backend import operator, tl, triton, uses_triton
 
 
 
+@torch.compiler.disable  # its loop over lengths would be compiled anew for every batch
 def attention_reference(q, k, v, cu_seqlens, max_seqlen, slopes):
     """The same function in plain PyTorch, for any device, dtype and head size: CPU path and yardstick of the tests.
 

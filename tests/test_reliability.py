@@ -23,7 +23,9 @@ import data
 from tests import faults
 import prepare_c4
 import train
+from common import run_directory
 from common.options import UserError
+from common.run_directory import RunDirectory
 from tests.ranks import Ranks, run_ranks
 from tests.toy import ROOT, files_of, make_documents, make_shards, read_log, reseal, toy_argv, train_command, train_environment
 
@@ -100,7 +102,7 @@ def test_updates_that_are_not_finite_are_skipped_by_all(data_dir, tmp_path, coun
     assert [(record["step"], record["ranks"]) for record in skipped] == [(s, [r]) for s, r in zip(steps, ranks)]
     samples = data.Samples(data_dir, "train", 32)
     for record in skipped:  # half of the step's samples: those of that rank
-        ids = samples.at(np.arange((record["step"] - 1) * 16, record["step"] * 16), 17)[0]
+        ids = samples.order(np.arange((record["step"] - 1) * 16, record["step"] * 16), 17)[0]
         parts = samples.parts(ids, 10_000, record["ranks"][0], 2)
         assert record["samples"] == np.concatenate([ids[part] for part in parts]).tolist()
         text = f"step {record['step']}: update skipped, the gradient norm is nan, the loss nan on rank {record['ranks'][0]}"
@@ -301,7 +303,7 @@ def test_an_error_that_all_ranks_know_loses_no_checkpoint_and_is_said_once(data_
 
 @pytest.mark.slow
 def test_how_two_processes_end(tmp_path):
-    """tests/gpu_faults.py at toy size."""
+    """studies/gpu_faults.py at toy size."""
     from studies import gpu_faults
 
     gpu_faults.main(["--toy", f"--out={tmp_path}/ended"])
@@ -602,9 +604,8 @@ def test_what_a_kill_left_half_written_is_removed(tmp_path):
     (tmp_path / "step_00000004.tmp").mkdir()
     for name in ("config.json.71.tmp", "tokenizer.json.71.tmp", "log.jsonl.71.tmp", "mine.tmp"):
         (tmp_path / name).write_text("half")
-    with checkpoint.RunDirectory(tmp_path) as run:
-        run.config, run.tokenizer_text = {}, "{}"
-        run.begin(0)
+    with RunDirectory(tmp_path) as run:
+        run.begin(0, {}, "{}")
     assert set(os.listdir(tmp_path)) == {"config.json", "tokenizer.json", "log.jsonl", "mine.tmp"}
 
 
@@ -645,7 +646,7 @@ def test_a_full_disk_while_logging(data_dir, tmp_path, capsys, monkeypatch, on_s
     def open_log(path, mode="r", **options):
         return Full(open(path, mode, **options), None) if mode == "ab" else open(path, mode, **options)
 
-    monkeypatch.setattr(checkpoint, "open", open_log, raising=False)
+    monkeypatch.setattr(run_directory, "open", open_log, raising=False)
     argv = toy_argv(data_dir, out, on_save_error=on_save_error, checkpoint_interval=100)
     if on_save_error == "stop":
         assert f"{out}/log.jsonl: No space left on device" in fails(argv, capsys)
@@ -698,8 +699,8 @@ def test_space_is_checked_at_the_start(data_dir, tmp_path, capsys, monkeypatch):
 def test_fuzzed_shards(tmp_path, count):
     """Mutated headers, offsets, tokens and lengths: an error of one line, or a right read; in a process of its own."""
     make_shards(tmp_path / "shards", make_documents(40), shards=1)
-    command = [sys.executable, str(ROOT / "tests" / "fuzz_shards.py"), str(tmp_path / "shards"), str(count)]
-    result = subprocess.run(command, capture_output=True, text=True, env=train_environment())
+    command = [sys.executable, "-m", "studies.fuzz_shards", str(tmp_path / "shards"), str(count)]
+    result = subprocess.run(command, capture_output=True, text=True, env=train_environment(), cwd=ROOT)
     assert result.returncode == 0, result.stderr[-3000:]
     report = json.loads(result.stdout)
     assert report["refused"] + report["read"] == count and report["refused"] > count / 2 and report["read"] > count / 50

@@ -104,9 +104,9 @@ def test_a_host_that_is_cut_off_ends_the_job_and_the_other_goes_on(hosts, tmp_pa
     reason = f"error: no progress for {HANG_TIMEOUT} s: "
     # By what they noted last, which is up to half a second old: one of the lost two may seem further than the other.
     assert re.search(reason + r"(ranks 2, 3 are|rank [23] is) behind, last seen at step \d+ after", texts[0]), texts[0]
-    assert reason + "the rendezvous store is gone with its process, or cut off with its host" in texts[1]
+    assert reason + "the rendezvous store is gone with its process, or its host is cut off" in texts[1]
     for text in texts:
-        assert "(the same command goes on from the newest checkpoint)" in text
+        assert "(the same command resumes from the newest checkpoint)" in text
 
     left = hosts[1 - lost]
     (status,) = wait_all([left.torchrun(argv, tmp_path / "left.txt", "--standalone")], 120)
