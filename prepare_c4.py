@@ -190,7 +190,7 @@ def is_held_out(segment, hashed, threshold):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# First pass, for --val_docs and --dedup: hash every document
+# Hashes of all documents, to hold some out and to find duplicates; with --val_docs or --dedup in a pass of their own
 
 
 def hash_unit(number, unit, cfg):
@@ -320,7 +320,7 @@ def bytes_per_token(tokenizer):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Second pass: tokenize, and write shards
+# Tokenize, and write shards
 
 
 class ShardWriter:

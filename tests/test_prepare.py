@@ -111,7 +111,7 @@ def test_finished_units_are_not_done_again(corpus, monkeypatch, capsys, error):
             prepare(**corpus)
     assert done == [0, 1] and not os.path.exists("out/manifest.json")
     prepare(**corpus)
-    assert done == [0, 1, 1, 2, 3] and "1 of 4 units were done before" in capsys.readouterr().out
+    assert done == [0, 1, 1, 2, 3] and "1 of 4 units were already done" in capsys.readouterr().out
     prepare(**corpus, out="whole")
     assert files_of() == files_of("whole") and only_whole_files()
     reports = [json.loads(Path(out, "report.json").read_text()) for out in ("out", "whole")]
@@ -393,11 +393,11 @@ PACKED = random.Random(0).randbytes(5000).hex().encode()  # text that does not s
         ({}, {"out": None}, "--out: not given"),
         ({}, {"source": "a.txt,no.txt"}, "no.txt: no such source"),
         ({}, {"source": "no/*.txt"}, "no/*.txt: no such source"),
-        ({"b.tar": b"w1"}, {"source": "b.tar"}, "b.tar: unknown kind of file"),
-        ({"d/b.txt": b"w1"}, {"source": "d/b.txt,d"}, "d/b.txt: twice in --source=d/b.txt,d"),
-        ({}, {"source": "stdlib,stdlib"}, "stdlib: twice in --source=stdlib,stdlib"),
-        ({"b.parquet.gz": b"w1"}, {"source": "b.parquet.gz"}, "b.parquet.gz: unknown kind of file"),
-        ({"b.gz": b"w1"}, {"source": "b.gz"}, "b.gz: unknown kind of file"),
+        ({"b.tar": b"w1"}, {"source": "b.tar"}, "b.tar: unknown file format"),
+        ({"d/b.txt": b"w1"}, {"source": "d/b.txt,d"}, "d/b.txt: listed twice in --source=d/b.txt,d"),
+        ({}, {"source": "stdlib,stdlib"}, "stdlib: listed twice in --source=stdlib,stdlib"),
+        ({"b.parquet.gz": b"w1"}, {"source": "b.parquet.gz"}, "b.parquet.gz: unknown file format"),
+        ({"b.gz": b"w1"}, {"source": "b.gz"}, "b.gz: unknown file format"),
         ({"d/b.md": b"w1"}, {"source": "d"}, "d: no such source"),
         ({"b.jsonl": JSON_LINES + b"w3\n"}, {"source": "b.jsonl"}, "b.jsonl:3: not valid JSON: "),
         ({"b.json": b'{\n "text": "w1"\n}\n'}, {"source": "b.json"}, "b.json:1: not valid JSON: "),
@@ -420,11 +420,11 @@ PACKED = random.Random(0).randbytes(5000).hex().encode()  # text that does not s
         ({}, {"tokenizer": "no.json"}, "no.json: no such tokenizer"),
         ({"v.txt": b"[PAD]\n[UNK]\n[CLS]\n[SEP]\nw1\n"}, {"tokenizer": "v.txt"}, "v.txt: has no [MASK] token"),
         ({"v.txt": b"\xff\n"}, {"tokenizer": "v.txt"}, "v.txt: 'utf-8' codec"),
-        ({"v.txt": b"[PAD]\nw1\nw2\nw1\n"}, {"tokenizer": "v.txt"}, "v.txt:2: 'w1' is there twice"),
+        ({"v.txt": b"[PAD]\nw1\nw2\nw1\n"}, {"tokenizer": "v.txt"}, "v.txt:2: 'w1' is listed twice"),
         ({"v.json": b"[PAD]"}, {"tokenizer": "v.json"}, "v.json: not a tokenizer: "),
         ({"v.json": b"{}"}, {"tokenizer": "v.json"}, "v.json: not a tokenizer: "),
         ({}, {"tokenizer": "unmasked.json"}, "unmasked.json: has no [MASK] token"),
-        ({"out": b"w1"}, {}, "out: Not a directory"),
+        ({"out": b"w1"}, {}, "out: File exists"),
         ({"file": b"w1"}, {"out": "file/out"}, "file/out: Not a directory"),
         ({}, {"val_fraction": 1}, "val_fraction=1.0: must be"),
         ({}, {"val_fraction": -0.1}, "val_fraction=-0.1: must be"),
@@ -435,8 +435,8 @@ PACKED = random.Random(0).randbytes(5000).hex().encode()  # text that does not s
         ({}, {"max_doc_tokens": -1}, "max_doc_tokens=-1: must not"),
         ({}, {"shard_tokens": 0}, "shard_tokens=0: must be at least 1"),
         ({}, {"workers": 0}, "workers=0: must be at least 1"),
-        ({}, {"train_tokenizer": 99}, "train_tokenizer=99: a vocabulary needs 100"),
-        ({}, {"train_tokenizer": -1}, "train_tokenizer=-1: a vocabulary needs 100"),
+        ({}, {"train_tokenizer": 99}, "train_tokenizer=99: a vocabulary needs at least 100"),
+        ({}, {"train_tokenizer": -1}, "train_tokenizer=-1: a vocabulary needs at least 100"),
         ({}, {"doc_sep": "page"}, "--doc_sep: 'page' is not one of line, blank, file"),
         ({}, {"sauce": "a.txt"}, "--sauce: unknown option (did you mean source?)"),
     ],
@@ -606,7 +606,7 @@ def test_too_small_a_disk_is_refused_before_the_work(corpus, monkeypatch, capsys
     with monkeypatch.context() as patch:
         patch.setattr(prepare_c4.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
         error = prepare_fails(capsys, **corpus)
-    assert "are still to be written, but 0.0 MB are free (choose another --out, or keep less of each document" in error
+    assert "MB more are needed, 0.0 MB are free (choose another --out, or truncate documents with" in error
     assert not list(Path("out").glob("*.bin"))
     prepare(**corpus)
     assert only_whole_files()
@@ -623,12 +623,12 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_finished(monkeypatch, capsy
         error = prepare_fails(capsys, source="?.txt", val_fraction=0)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert error == "error: out: File too large (finished units are kept; the same command goes on)\n"
+    assert error == "error: out: File too large (finished units are kept; the same command resumes)\n"
     assert sorted(path.name for path in Path("out").rglob("*.*")) == [
         ".work", "hashes_00000.npz", "plan.json", "tokenizer.json", "train_00000_000.bin", "unit_00000.json"
     ]  # fmt: skip
     prepare(source="?.txt", val_fraction=0)
-    assert "1 of 2 units were done before" in capsys.readouterr().out
+    assert "1 of 2 units were already done" in capsys.readouterr().out
     prepare(source="?.txt", val_fraction=0, out="whole")
     assert files_of() == files_of("whole")
 
@@ -654,7 +654,7 @@ def test_a_second_live_run_is_refused(corpus, capsys):
         prepare(**corpus)
     lock = os.open("out", os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
-    assert prepare_fails(capsys, **corpus) == "error: out: in use by a live run (choose another --out)\n"
+    assert prepare_fails(capsys, **corpus) == "error: out: in use by a live run (choose another directory)\n"
     os.close(lock)
     prepare(**corpus)
 

@@ -249,9 +249,9 @@ def test_skip_bad_lines_counts_all_units(monkeypatch, capsys):
     for i in range(4):
         Path(f"{i}.jsonl").write_bytes(b'{"text": "w%d"}\n{\n' % i)
     error = prepare_fails(capsys, source="?.jsonl", val_fraction=0, skip_bad_lines=2)
-    assert error.startswith("error: ?.jsonl: 3 lines cannot be read, --skip_bad_lines=2 may be left out (with a higher")
+    assert error.startswith("error: ?.jsonl: 3 bad lines, but --skip_bad_lines=2 (raise it,")
     prepare(source="?.jsonl", val_fraction=0, skip_bad_lines=4)
-    assert "3 of 4 units were done before" in capsys.readouterr().out
+    assert "3 of 4 units were already done" in capsys.readouterr().out
     assert texts_of(stored()) == ["w0", "w1", "w2", "w3"] and text_report()["bad_lines_skipped"] == 4
 
 
