@@ -1,4 +1,4 @@
-"""sources.py: what is read of each kind of file, the hub, and what cannot be read."""
+"""common/sources.py: every file format, the hub, and what cannot be read."""
 
 import functools
 import gzip
@@ -27,11 +27,11 @@ from tests.hub import COMMIT, Hub
 from tests.toy import make_tokenizer
 
 JSON_LINES = b'{"text": "w1"}\n{"text": "w2"}\n'
-PACKED = random.Random(0).randbytes(5000).hex().encode()  # text that does not shrink to nothing
+PACKED = random.Random(0).randbytes(5000).hex().encode()  # text that does not compress well
 
 
 def zstd(contents):
-    """A frame of Zstandard."""
+    """A Zstandard frame."""
     sink = pyarrow.BufferOutputStream()
     with pyarrow.CompressedOutputStream(sink, "zstd") as file:
         file.write(contents)
@@ -46,7 +46,7 @@ def parquet(rows_a_group=None, **columns):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Kinds of files
+# File formats
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def parquet(rows_a_group=None, **columns):
 )  # fmt: skip
 @pytest.mark.parametrize("small", [False, True])
 def test_sources(monkeypatch, files, source, options, expected, small):
-    if small:  # every document a batch of its own, every file a unit
+    if small:  # one document per batch, one file per unit
         monkeypatch.setattr(prepare_c4, "BATCH_CHARS", 1)
         monkeypatch.setattr(prepare_c4, "UNIT_BYTES", 1)
     write_files(files)
@@ -102,22 +102,22 @@ def test_sources(monkeypatch, files, source, options, expected, small):
     assert only_whole_files() and data.verify("out") > 0
 
 
-def test_a_byte_order_mark_and_line_ends_are_no_part_of_the_text():
-    """BERT's tokenizers would drop them, but the hash that decides about holding out sees the text."""
+def test_a_byte_order_mark_and_line_ends_are_not_part_of_the_text():
+    """BERT's tokenizers would drop them, but the hash that decides the split would not."""
     cfg = prepare_c4.PrepareConfig(doc_sep="file")
     write_files({"a.txt": b"\xef\xbb\xbfw1  w2 \r\nw3\n\xef\xbb\xbfw4\rw5\r\n", "b.txt.gz": gzip.compress(b"\xef\xbb\xbfw1\r\n")})
     assert list(sources.documents(*sources.file_segments("a.txt", "file"), cfg, Counter())) == ["w1  w2 \nw3\n\ufeffw4\rw5"]
     assert list(sources.documents(*sources.file_segments("b.txt.gz", "file"), cfg, Counter())) == ["w1"]
 
 
-def test_a_file_name_with_brackets_is_no_pattern():
+def test_brackets_in_a_file_name_are_not_a_pattern():
     write_files({"a[1].txt": b"w1\n", "d[2]/b.txt": b"w2\n", "a1.txt": b"w3\n"})
     prepare(source="a[1].txt,d[2]", val_fraction=0)
     assert texts_of(stored()) == ["w1", "w2"]
 
 
-def test_half_a_surrogate_pair_is_no_traceback():
-    """JSON may spell one, no UTF-8 can hold it: left out, replaced or refused, but the other documents are right."""
+def test_half_a_surrogate_pair_is_skipped_or_refused():
+    """JSON can spell one, UTF-8 cannot hold it. The other documents must be right."""
     write_files({"a.jsonl": b'{"text": "w1"}\n{"text": "\\ud800 w2"}\n{"text": "w3"}\n'})
     try:
         prepare(source="a.jsonl", val_fraction=0, skip_bad_lines=1)
@@ -128,7 +128,7 @@ def test_half_a_surrogate_pair_is_no_traceback():
 
 
 def test_the_standard_library(monkeypatch):
-    """A small one: docstrings of what is not skipped, and pydoc's topics."""
+    """A small one: docstrings outside the skipped directories, and pydoc's topics."""
     long = "w1 w2 w3 w4 w5 w6 w7 w8 w9 w10 w11 w12 w13 w14"
     write_files(
         {
@@ -159,8 +159,8 @@ def test_the_standard_library_of_this_python():
 
 
 @pytest.mark.parametrize("ends", [b"\n", b"\r\n"])
-def test_a_large_plain_file_is_cut_into_stretches(monkeypatch, ends):
-    """Every line is read once, whichever bytes the cuts fall on; empty lines and one longer than a stretch too."""
+def test_a_large_plain_file_is_divided_into_segments(monkeypatch, ends):
+    """Every line is read once, wherever the boundaries fall, also empty lines and one longer than a segment."""
     lines = [b"w%d" % i + b" w7" * (i % 5) for i in range(200)] + [b"", b"", b"w9 " * 300, b"w1"]
     Path("a.txt").write_bytes(ends.join(lines))
     Path("a.jsonl").write_bytes(ends.join(b'{"text": "%s"}' % line for line in lines))
@@ -173,7 +173,7 @@ def test_a_large_plain_file_is_cut_into_stretches(monkeypatch, ends):
             assert [text for segment in segments for text in sources.documents(segment, cfg, Counter())] == expected
 
 
-def test_errors_in_a_stretch_name_the_line_of_the_file(monkeypatch, capsys):
+def test_errors_in_a_segment_name_the_line_of_the_file(monkeypatch, capsys):
     monkeypatch.setattr(sources, "SEGMENT_BYTES", 50)
     for line in (1, 2, 17, 59, 60):
         lines = [b'{"text": "w%d"}' % i for i in range(60)]
@@ -184,7 +184,7 @@ def test_errors_in_a_stretch_name_the_line_of_the_file(monkeypatch, capsys):
 
 
 def test_a_line_of_50_megabytes():
-    """Read, and tokenized only as far as asked for."""
+    """It is read, and tokenized only as far as needed."""
     with open("a.jsonl", "wb") as file:
         file.write(b'{"text": "w1 ' + b"w2 " * (50 * 2**20 // 3) + b'"}\n{"text": "w3"}\n')
     prepare(source="a.jsonl", val_fraction=0, max_doc_tokens=126)
@@ -234,7 +234,7 @@ def test_what_cannot_be_read(capsys, files, options, says):
     assert not list(Path().rglob("manifest.json"))
 
 
-def test_rows_that_cannot_be_read_may_be_left_out():
+def test_rows_that_cannot_be_read_can_be_skipped():
     write_files({
         "a.csv": b'id,text\n1,w1\n2\n3,w2\n4,"w9"x\n5,w3\n', "b.parquet": parquet(text=["w4", None, "w5"]),
         "c.json": b'[{"text": "w6"}, 7, {"text": "w7"}]',
@@ -244,7 +244,7 @@ def test_rows_that_cannot_be_read_may_be_left_out():
 
 
 def test_skip_bad_lines_counts_all_units(monkeypatch, capsys):
-    """And with a higher number the run goes on with what it has done."""
+    """With a higher number the run resumes."""
     monkeypatch.setattr(prepare_c4, "UNIT_BYTES", 1)
     for i in range(4):
         Path(f"{i}.jsonl").write_bytes(b'{"text": "w%d"}\n{\n' % i)
@@ -279,20 +279,20 @@ configs:
 
 
 def prepare_with_hub(environment, **options):
-    """prepare_c4.py as a user starts it."""
+    """Run prepare_c4.py as a user would."""
     argv = [f"--{name}={value}" for name, value in {"out": "out", "workers": 1, "val_fraction": 0, **options}.items()]
     environment = {**os.environ, "HF_HOME": os.path.abspath("home"), **environment}
     return subprocess.run([sys.executable, prepare_c4.__file__, *argv], env=environment, capture_output=True, text=True)
 
 
 def downloaded(kind, repo, files):
-    """The cache that huggingface_hub keeps of a downloaded repository."""
+    """Make the cache that huggingface_hub keeps of a downloaded repository."""
     root = f"hub/{kind}--{repo.replace('/', '--')}"
     write_files({f"{root}/refs/main": COMMIT.encode(), **{f"{root}/snapshots/{COMMIT}/{name}": text for name, text in files.items()}})
 
 
 def check_english_texts(result):
-    """The files of configuration en, by their names on the hub."""
+    """The documents of configuration en, listed under their names on the hub."""
     assert result.returncode == 0 and stored() == [[6], [7], [8]], result.stderr
     names = ["en/train-0.jsonl", "en/train-1.jsonl"]
     expected = [[f"hf://datasets/someone/some.texts@{COMMIT}/{name}", 0, len(TEXTS[name]), ""] for name in names]
@@ -321,8 +321,10 @@ def test_a_dataset_and_a_tokenizer_of_the_hub_from_a_downloaded_copy():
     check_english_texts(prepare_with_hub(environment, source="someone/some.texts:en"))
     result = prepare_with_hub(environment, source="someone/some.texts:rows", tokenizer="tokenizer.json", out="rows")
     assert result.returncode == 0 and stored(out="rows") == [[9]], result.stderr
-    for source, says in (("someone/some.texts:fr", "ValueError: BuilderConfig 'fr' not found"), ("someone/else", "LocalEntryNotFoundError")):
-        check_refused(prepare_with_hub(environment, source=source, out="no"), f"{source.partition(':')[0]}: cannot be read: {says}")
+    result = prepare_with_hub(environment, source="someone/some.texts:fr", out="no")
+    check_refused(result, "someone/some.texts: cannot be read: ValueError: BuilderConfig 'fr' not found")
+    result = prepare_with_hub(environment, source="someone/else", out="no")
+    check_refused(result, "someone/else: cannot be read: LocalEntryNotFoundError")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -333,7 +335,7 @@ def test_a_dataset_and_a_tokenizer_of_the_hub_from_a_downloaded_copy():
 def c4(monkeypatch):
     """(texts, hub, waits): a Hub with two training files and a validation file of C4, which are read 2,000 bytes at a time.
 
-    texts: {file: its documents}. waits: the seconds that huggingface_hub waited before it tried again.
+    texts: {file: its documents}. waits: seconds that huggingface_hub slept before its retries.
     """
     texts = {name: make_texts(1000, seed=i) for i, name in enumerate(["en/t0.json.gz", "en/t1.json.gz", "en/v0.json.gz"])}
     lines = {name: "".join(json.dumps({"text": text, "url": "w1"}) + "\n" for text in texts[name]) for name in texts}
@@ -368,14 +370,14 @@ def test_c4(c4):
     assert [segment[0] for segment in manifest["sources"]] == [f"hf://datasets/allenai/c4@{COMMIT}/{name}" for name in texts]
 
 
-def test_c4s_own_names():
+def test_the_names_of_c4s_files():
     names = {name % i: split for split, (name, count) in sources.C4_FILES.items() for i in range(count)}
     assert len(names) == 1032 and list(names.values()).count("val") == 8
     assert "en/c4-train.00000-of-01024.json.gz" in names and "en/c4-validation.00007-of-00008.json.gz" in names
 
 
 def test_c4_beside_other_files(c4):
-    """The files' share is held out by hash, C4's by file."""
+    """Documents of a.txt are held out by hash, C4's by file."""
     texts = c4[0]
     write_texts("a.txt", make_texts(40, seed=9))
     prepare(source="a.txt,c4", val_docs=8)
@@ -384,7 +386,7 @@ def test_c4_beside_other_files(c4):
     assert held_out - set(texts["en/v0.json.gz"]) < set(make_texts(40, seed=9))
 
 
-def test_a_broken_connection_loses_and_doubles_nothing(c4):
+def test_a_broken_connection_loses_and_repeats_nothing(c4):
     texts, hub, waits = c4
     whole = 10**6
     faults = {"en/t0.json.gz": [503, 0, 1, whole, 4999, 500, whole], "en/t1.json.gz": [whole, whole, 0, 503, 700]}
@@ -411,7 +413,7 @@ def test_a_file_of_the_hub_that_cannot_be_read(c4, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
 def test_a_file_that_ends_too_early(monkeypatch, capsys, name):
-    """As when the connection to a hub file ends without an error; of a compressed file the decompressor notices."""
+    """As when a connection to the hub ends without an error. In a compressed file the decompressor notices."""
     write_files({name: b'{"text": "w1"}\n' * 9 if name == "a.jsonl" else b"text\n" + b"w1\n" * 9})
     real = prepare_c4.list_segments
     monkeypatch.setattr(prepare_c4, "list_segments", lambda *args: [segment._replace(end=segment.end + 1) for segment in real(*args)])
@@ -424,7 +426,7 @@ def test_an_unknown_dataset_is_reported_without_waiting(c4, capsys):
     assert error.startswith("error: someone/nothing: cannot be read: RepositoryNotFoundError: ") and not c4[2]
 
 
-def test_a_finished_or_begun_run_does_not_ask_the_hub_again(c4, monkeypatch, capsys):
+def test_an_interrupted_or_finished_run_does_not_ask_the_hub_again(c4, monkeypatch, capsys):
     texts, hub, _ = c4
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(prepare_c4, "write_shard", raise_interrupt)
