@@ -1,7 +1,7 @@
-# make smoke        pretrain a small MosaicBERT on this machine, and watch it fill in a mask
-# make test         the test suite for a CPU
-# make test-slow    what takes longer
-# Each makes .venv first. VENV= uses the current environment as it is:  make test VENV=
+# make smoke        pretrain a small MosaicBERT on this machine, fill in a mask, fine-tune
+# make test         the test suite on the CPU
+# make test-slow    the tests that take longer
+# Each creates .venv first. To use the current environment instead:  make test VENV=
 
 VENV = .venv
 PYTHON = $(if $(VENV),$(VENV)/bin/python,python3)
