@@ -387,40 +387,37 @@ def process_unit(number, unit, cfg, threshold):
         splits, texts = zip(*batch)
         return splits, *encode(tokenizer, list(texts), cfg.max_doc_tokens)
 
-    try:
-        for splits, texts, ids in prefetch(tokenize, batches()):  # the tokenizer runs in another thread, without the GIL
-            if other and stats["compared characters"] < COMPARE_CHARS:
-                compare(stats, texts, ids, special, *other)
-            for split, text, tokens in zip(splits, texts, ids):
-                stats["tokens read"] += len(tokens)
-                stats["words read"] += len(text.split())
-                stats["bytes read"] += len(text.encode("utf-8", "surrogatepass"))
-                tokens = tokens[: cfg.max_doc_tokens or None]
-                if not tokens:
-                    stats["empty documents"] += 1
-                    continue
-                writer.add(split, tokens)
-                stats[f"documents {split}"] += 1
-                stats[f"tokens {split}"] += len(tokens)
-                stats["unknown tokens"] += tokens.count(special["[UNK]"])
-                stats[f"length 2^{len(tokens).bit_length()}"] += 1
-                for length in FILL_LENGTHS:
-                    stats[f"fill {length}"] += min(len(tokens) + 2, length)
-            report_progress({
-                "documents": stats["documents train"] + stats["documents val"],
-                "tokens": stats["tokens train"] + stats["tokens val"],
-                "characters": stats["characters"],
-                "source bytes": stats["source bytes"],
-                "shard bytes": writer.num_bytes(),
-            })  # fmt: skip
-        writer.flush("train")
-        writer.flush("val")
-        if not os.path.exists(hash_path(cfg.out, number)):
-            save_hashes(cfg.out, number, hashes, by_hash)
-        result = {"shards": writer.entries, "stats": dict(stats), "longest": longest}
-        write_text(unit_path(cfg.out, number), json.dumps(result))
-    except OSError as error:
-        raise UserError(f"{cfg.out}: {error.strerror} (finished units are kept; the same command resumes)") from None
+    for splits, texts, ids in prefetch(tokenize, batches()):  # the tokenizer runs in another thread, without the GIL
+        if other and stats["compared characters"] < COMPARE_CHARS:
+            compare(stats, texts, ids, special, *other)
+        for split, text, tokens in zip(splits, texts, ids):
+            stats["tokens read"] += len(tokens)
+            stats["words read"] += len(text.split())
+            stats["bytes read"] += len(text.encode("utf-8", "surrogatepass"))
+            tokens = tokens[: cfg.max_doc_tokens or None]
+            if not tokens:
+                stats["empty documents"] += 1
+                continue
+            writer.add(split, tokens)
+            stats[f"documents {split}"] += 1
+            stats[f"tokens {split}"] += len(tokens)
+            stats["unknown tokens"] += tokens.count(special["[UNK]"])
+            stats[f"length 2^{len(tokens).bit_length()}"] += 1
+            for length in FILL_LENGTHS:
+                stats[f"fill {length}"] += min(len(tokens) + 2, length)
+        report_progress({
+            "documents": stats["documents train"] + stats["documents val"],
+            "tokens": stats["tokens train"] + stats["tokens val"],
+            "characters": stats["characters"],
+            "source bytes": stats["source bytes"],
+            "shard bytes": writer.num_bytes(),
+        })  # fmt: skip
+    writer.flush("train")
+    writer.flush("val")
+    if not os.path.exists(hash_path(cfg.out, number)):
+        save_hashes(cfg.out, number, hashes, by_hash)
+    result = {"shards": writer.entries, "stats": dict(stats), "longest": longest}
+    write_text(unit_path(cfg.out, number), json.dumps(result))
     return stats["bad lines"]
 
 
@@ -587,7 +584,7 @@ def main(argv):
         enter_output(cfg.out, plan, resumed=earlier is not None)
         prepare(cfg, plan, group_units(segments, whole=cfg.max_docs > 0))
     except OSError as error:
-        raise UserError(f"{cfg.out}: {error.strerror or error} (the same command resumes)") from None
+        raise UserError(f"{cfg.out}: {error.strerror} (finished units are kept; the same command resumes)") from None
     finally:
         os.close(lock)
 

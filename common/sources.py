@@ -432,18 +432,13 @@ def parquet_documents(segment, cfg, stats):
             if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
                 raise UserError(f"{path}: {key!r} is {kind} (expected strings; see --text_key)")
             for batch in file.iter_batches(1000, columns=[key]):
-                for number, value in enumerate(batch.column(0), number + 1):
-                    try:
-                        text = value.as_py()
-                    except UnicodeDecodeError as error:
-                        skip_or_fail(cfg, stats, f"{path}:{number}: not UTF-8: {error.reason} (row {number})")
-                        continue
+                for number, text in enumerate(batch.column(0).to_pylist(), number + 1):
                     if text is None:
                         skip_or_fail(cfg, stats, f"{path}:{number}: {key!r} is null (row {number})")
-                        continue
-                    yield text
+                    else:
+                        yield text
                 stats["segment bytes"] = segment.size * number // file.metadata.num_rows
     except UserError:
         raise
-    except (*read_errors(path), pyarrow.ArrowException) as error:
+    except (*read_errors(path), UnicodeDecodeError, pyarrow.ArrowException) as error:
         raise read_error(path, error, path) from None

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -98,3 +99,11 @@ def only_whole_files(out="out"):
 
 def raise_interrupt(*_):
     raise KeyboardInterrupt
+
+
+@contextmanager
+def interrupted():
+    """The command inside ends as on Ctrl-C."""
+    with pytest.raises(SystemExit) as stopped:
+        yield
+    assert stopped.value.code == 130

@@ -24,8 +24,8 @@ import data
 import prepare_c4
 from common import sources, vocabulary, workers
 from common.files import file_digest
-from tests.corpus import LETTERS, VOCAB, WORDS, files_of, ids, make_texts, only_whole_files, prepare, prepare_fails, raise_interrupt
-from tests.corpus import state_of, stored, text_report, texts_of, workplace, write_files, write_texts, write_vocab  # noqa: F401
+from tests.corpus import LETTERS, VOCAB, WORDS, files_of, ids, interrupted, make_texts, only_whole_files, prepare
+from tests.corpus import prepare_fails, raise_interrupt, state_of, stored, text_report, texts_of, workplace, write_files, write_texts, write_vocab  # noqa: F401
 from tests.toy import SPECIAL, make_tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ def test_interrupted_at_any_point_it_resumes(corpus, monkeypatch, after):
     for number in range(1, renamed + 1):
         out = f"out{number}"
         left[0] = number
-        with pytest.raises(KeyboardInterrupt):
+        with interrupted():
             prepare(**corpus, out=out)
         prepare(**corpus, out=out)
         assert files_of(out) == expected and only_whole_files(out)
@@ -107,7 +107,7 @@ def test_finished_units_are_not_done_again(corpus, monkeypatch, capsys, error):
     if isinstance(error, OSError):
         assert "error: out: No space left on device" in prepare_fails(capsys, **corpus)
     else:
-        with pytest.raises(KeyboardInterrupt):
+        with interrupted():
             prepare(**corpus)
     assert done == [0, 1] and not os.path.exists("out/manifest.json")
     prepare(**corpus)
@@ -129,7 +129,7 @@ def test_a_trained_tokenizer_is_kept_by_a_resumed_run(corpus, monkeypatch):
         return process_unit(number, *arguments)
 
     monkeypatch.setattr(prepare_c4, "process_unit", fails_at_the_second)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted():
         prepare(**corpus, train_tokenizer=200)
     prepare(**corpus, train_tokenizer=200)
     assert len(made) == 5 and len(set(made)) == 1
@@ -162,7 +162,7 @@ def test_another_option_is_refused(corpus, monkeypatch, capsys, finished, option
     if finished:
         prepare(**corpus)
     else:
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch, interrupted():
             patch.setattr(prepare_c4, "write_shard", raise_interrupt)
             prepare(**corpus)
     before = state_of("out")
@@ -649,7 +649,7 @@ def test_progress(corpus, monkeypatch, capsys):
 
 
 def test_a_second_live_run_is_refused(corpus, capsys):
-    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+    with interrupted(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare_c4, "write_shard", raise_interrupt)
         prepare(**corpus)
     lock = os.open("out", os.O_RDONLY)

@@ -21,7 +21,7 @@ from huggingface_hub import HfFileSystem, constants
 import data
 import prepare_c4
 from common import sources
-from tests.corpus import VOCAB, ids, make_texts, only_whole_files, prepare, prepare_fails, raise_interrupt
+from tests.corpus import VOCAB, ids, interrupted, make_texts, only_whole_files, prepare, prepare_fails, raise_interrupt
 from tests.corpus import stored, text_report, texts_of, workplace, write_files, write_texts, write_vocab  # noqa: F401
 from tests.hub import COMMIT, Hub
 from tests.toy import make_tokenizer
@@ -428,7 +428,7 @@ def test_an_unknown_dataset_is_reported_without_waiting(c4, capsys):
 
 def test_an_interrupted_or_finished_run_does_not_ask_the_hub_again(c4, monkeypatch, capsys):
     texts, hub, _ = c4
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, interrupted():
         patch.setattr(prepare_c4, "write_shard", raise_interrupt)
         prepare(source="c4")
     monkeypatch.setattr(sources, "list_hub", None)
