@@ -627,7 +627,7 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
         report = Report()  # evaluation and saving do not count as training speed
 
     tracer.finish()
-    saver.finish(state["step"])
+    saver.finish()
     count_time(state, started_at, process)
     run.log("end", step=state["step"], seconds=round(state["seconds"], 3), **cost(cfg, state))
 
