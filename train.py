@@ -100,6 +100,8 @@ class TrainConfig(ModelConfig):
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name}={getattr(self, name)}: must be at least {least}")
+        if self.seed >= 2**63:
+            raise UserError(f"seed={self.seed}: must be below 2^63")
         for name in ("lr", "adam_eps", "mask_prob"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name}={getattr(self, name)}: must be above 0")
@@ -642,7 +644,7 @@ def main(argv):
         if len(part) == 0:
             raise UserError(f"{cfg.data_dir}: no {split} samples (prepare more text, or hold out another share)")
     with processes.joined(cfg.device, cfg.dtype, cfg.hang_timeout) as (process, watchdog):
-        writes = process.rank == 0 and not cfg.dry_run
+        writes = process.rank == 0 and not (cfg.dry_run or cfg.eval_only)
         with RunDirectory(cfg.out_dir, cfg.on_save_error, writes) as run, Saver(run, cfg.keep_checkpoints) as saver:
             try:
                 train(cfg, process, watchdog, run, saver, *samples)
