@@ -41,7 +41,7 @@ class GpuScalingConfig:
 
 
 class Run:
-    """A started train.py on the GPUs `visible`; each process splits its share of a step into about `splits` micro-batches."""
+    """train.py, started on the GPUs `visible`; each process splits its share of a step into about `splits` micro-batches."""
 
     def __init__(self, cfg, data, out, visible, splits=1, **options):
         self.out, tokens = out, cfg.batch * 128 // len(visible) // splits

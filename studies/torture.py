@@ -45,7 +45,7 @@ def digests(out_dir):
     last = Path(out_dir) / f"step_{checkpoint.steps(out_dir)[0]:08d}"
     assert checkpoint.damage(last) is None
     lines = [
-        [record["event"], record["step"], record["loss"], record.get("grad_norm"), record.get("accuracy"), record.get("tokens")]
+        [*(record[key] for key in ("event", "step", "loss")), *map(record.get, ("grad_norm", "accuracy", "tokens"))]
         for event in ("train", "eval")
         for record in read_log(out_dir, event)
     ]
@@ -238,7 +238,8 @@ def main(argv):
             if getattr(cfg, part.__name__):
                 (scratch / part.__name__).mkdir()
                 start = time.monotonic()
-                results.append(f"{part.__name__}: {part(cfg, data, scratch / part.__name__)} [{time.monotonic() - start:.0f} s]")
+                result = part(cfg, data, scratch / part.__name__)
+                results.append(f"{part.__name__}: {result} [{time.monotonic() - start:.0f} s]")
                 print(results[-1], flush=True)
         print("\n" + "\n".join(results))
 

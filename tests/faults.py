@@ -27,7 +27,7 @@ def together(*faults):
 
 
 def at_steps(steps, act):
-    """Call act(step, model) in the forward passes of these steps. Unless it returns None, the loss is multiplied by the result."""
+    """Call act(step, model) in the forward passes of these steps; the loss is multiplied by what it returns, if not None."""
     current_step = [0]
     forward_backward, forward = train.forward_backward, train.MaskedLM.forward
 
