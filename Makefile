@@ -1,7 +1,7 @@
-# make smoke        pretrain a small MosaicBERT on this machine, and watch it fill in a mask
-# make test         the test suite for a CPU
-# make test-slow    what takes longer
-# Each makes .venv first. VENV= uses the current environment as it is:  make test VENV=
+# make smoke        pretrain a small MosaicBERT on this machine, fill in a mask, fine-tune
+# make test         the test suite on the CPU
+# make test-slow    the tests that take longer
+# Each creates .venv first. To use the current environment instead:  make test VENV=
 
 VENV = .venv
 PYTHON = $(if $(VENV),$(VENV)/bin/python,python3)
@@ -15,12 +15,12 @@ SMOKE_TASK = --train_file=data/smoke_task/train.tsv --val_file=data/smoke_task/v
 smoke: $(INSTALLED)
 	$(PYTHON) prepare_c4.py --source=stdlib --train_tokenizer=2048 --val_fraction=0.05 --out=data/smoke
 	$(PYTHON) train.py configs/smoke.py
-	$(PYTHON) fill_mask.py --checkpoint=out/smoke --text="Raises ValueError [MASK] the argument is negative."
-	$(PYTHON) smoke_task.py --data_dir=data/smoke --out=data/smoke_task
-	@echo "fine-tuning: which texts had words replaced? First from the pretrained weights, then from random ones"
-	$(PYTHON) finetune_glue.py --checkpoint=out/smoke $(SMOKE_TASK) --out=out/smoke_task
-	$(PYTHON) finetune_glue.py --checkpoint=out/smoke $(SMOKE_TASK) --random_weights --out=out/smoke_task_random
-	@echo "data in data/smoke and data/smoke_task; logs and checkpoints in out/"
+	$(PYTHON) -m tools.fill_mask --checkpoint=out/smoke --text="Raises ValueError [MASK] the argument is negative."
+	$(PYTHON) -m tools.smoke_task --data_dir=data/smoke --out=data/smoke_task
+	@echo "fine-tune to tell which texts had words replaced: from the pretrained weights, then from random ones"
+	$(PYTHON) -m tools.finetune_own --checkpoint=out/smoke $(SMOKE_TASK) --out=out/smoke_task
+	$(PYTHON) -m tools.finetune_own --checkpoint=out/smoke $(SMOKE_TASK) --random_weights --out=out/smoke_task_random
+	@echo "data: data/smoke, data/smoke_task; logs and checkpoints: out/"
 
 test: $(INSTALLED_DEV)
 	$(PYTHON) -m pytest -q tests

@@ -57,34 +57,36 @@ PER_WORD = ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.b
 
 
 def check_resumable(out_dir, config, defaults, bends_schedule):
-    """The newest checkpoint of this run in out_dir, or None to start from nothing. Raises: UserError if the directory
-    holds a run with another result.
+    """(path of the newest checkpoint in out_dir, config.json of its run); (None, {}) to start from nothing.
 
-    config: what config.json is to hold; values of None are filled in with those of the earlier run. defaults: of options
-    that the earlier run did not know. bends_schedule(earlier max_steps, step): whether changing max_steps now would
-    change a schedule that has begun to decay.
+    Raises: UserError if the directory holds a run with another result. config: what config.json is to hold; None stands
+    for what the run that is resumed has. defaults: of options that the earlier run did not know. bends_schedule(earlier
+    max_steps, step): whether another max_steps would now change a schedule that has begun to decay.
     """
     found = newest(out_dir)
     if not found and steps(out_dir):
         hint = "restore one, or remove them all to start over"
         raise UserError(f"{out_dir}: none of its {len(steps(out_dir))} checkpoints is undamaged ({hint})")
     if not found and not os.path.exists(os.path.join(out_dir, "config.json")):
-        return None
+        return None, {}
     earlier = {**defaults, **read_config(found or out_dir)}  # a checkpoint's is covered by its digests
     if "train_data" not in earlier:
         hint = f"train from it with --init_from={out_dir} and another --out_dir"
         raise UserError(f"{out_dir}: holds a converted or fine-tuned model ({hint})")
     if found and earlier["max_steps"] is None:  # saved before a budget's plan, which may have been made since
         earlier["max_steps"] = read_config(out_dir).get("max_steps")
-    for name in [name for name, value in config.items() if value is None]:
-        config[name] = earlier.get(name)
-    names = [name for name in config if name not in FREE_FIELDS and earlier.get(name) != config[name]]
+    given = {name: value for name, value in config.items() if value is not None}
+    names = [name for name in given if name not in FREE_FIELDS and earlier.get(name) != given[name]]
     if found and earlier["max_steps"] and bends_schedule(earlier["max_steps"], step_of(found)):
         names.append("max_steps")
+    if names and not found:
+        print(f"{out_dir}: no checkpoint of the run that was begun here with other options; starting over", flush=True)
+        return None, {}
     if names:
         differing = ", ".join(f"{name} was {short(earlier.get(name))} and is {short(config[name])}" for name in names)
-        raise UserError(f"{out_dir}: holds a run that differs: {differing} (choose another --out_dir)")
-    return found
+        hint = f"choose another --out_dir; --init_from={out_dir} would start from its weights"
+        raise UserError(f"{out_dir}: holds a run that differs: {differing} ({hint})")
+    return found, earlier
 
 
 def short(value):
@@ -106,6 +108,7 @@ class Saver:
         self.run, self.keep = run, keep
         self.thread, self.saving = ThreadPoolExecutor(1, "checkpoint"), None
         self.seconds = 0.0  # that the last checkpoint took
+        self.written = None  # its step
 
     def __enter__(self):
         return self
@@ -160,7 +163,7 @@ class Saver:
         except (UserError, OSError) as error:  # OSError: of the log's fsync, as on quotas and network disks
             return self.run.failed(error)
         remove_old(self.run.path, step, self.keep)
-        self.seconds = time.perf_counter() - start
+        self.seconds, self.written = time.perf_counter() - start, step
         self.run.log("checkpoint", step=step, path=path, seconds=round(self.seconds, 3))
         print(f"saved {path}", flush=True)
 
@@ -174,6 +177,12 @@ class Saver:
         saving, self.saving = self.saving, None
         if saving:
             saving.result()
+
+    def finish(self, step):
+        """Wait for the last checkpoint. Raises: UserError when it is not on disk, also with on_save_error="continue"."""
+        self.wait()
+        if self.run.writes and self.written != step:
+            raise UserError(f"{self.run.path}: trained to step {step}, but its checkpoint could not be written (free some space)")
 
 
 def weights_of(model):
@@ -477,7 +486,8 @@ def start_from(model, path, tokenizer_text):
     for name, value in vars(model_config(config)).items():
         if "dropout" not in name and value != getattr(model.cfg, name):
             raise UserError(f"{path}: {name} is {value}, that of this run {getattr(model.cfg, name)} (set --{name}={value})")
-    fresh, done = weights_of(model), f"started from {path}"
+    fresh = {name: weight.cpu() for name, weight in weights_of(model).items()}
+    done = f"started from {path}"
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(("bert.pooler.", "classifier."))}
     if tokenizer_text != old_text:
         old, new = (load_tokenizer(path, text)[0].get_vocab() for text in (old_text, tokenizer_text))

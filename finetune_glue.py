@@ -1,83 +1,72 @@
-"""Fine-tune on GLUE, or on labelled files of your own.
+"""Fine-tune on GLUE. Your own labels: python -m tools.finetune_own; the GLUE server's zip: python -m tools.glue_submission.
 
-    python finetune_glue.py --checkpoint=out/base --data_dir=data/glue --out=results/base
-    python finetune_glue.py --checkpoint=out/base --train_file=a.csv --val_file=b.csv --text_columns=text \\
-        --label_column=label --out=out/mine
-    python finetune_glue.py --checkpoint=out/mine/model --predict_file=new.csv --out=out/predicted
+    python finetune_glue.py --checkpoint=out/base --data_dir=data/glue --out=out/base_glue
 
-Every (task, seed) pair is a run of its own, with one file in OUT/runs that is its log, its lock and its result. Any
-number of processes, of --jobs or of torchrun's, take the next run that nobody holds; a killed suite goes on where it
-was. Ranks on several hosts need a file system they share.
+Each (task, seed) pair is a run. Any number of processes, from --jobs or torchrun, share the runs out among themselves; the
+same command resumes a killed suite.
 
-Read next: glue.py, for the tasks
+Read next: common/run_queue.py
 """
 
 import dataclasses
-import fcntl
 import functools
+import glob
 import hashlib
 import json
 import math
-import multiprocessing
 import os
-import threading
+import subprocess
+import sys
 import time
-from contextlib import nullcontext
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tokenizers.processors import TemplateProcessing
 
 import checkpoint
-from tools import convert_hf
-import glue
 import kernels
+from common import run_queue
+from common.batch import Batch, pack, round_up
+from common.files import file_digest, hash_of, read_json, write_text
 from common.options import UserError, command, load_config
-from common.files import hash_of, write_text
+from common.processes import Process, device_name, pick_device
+from common.run_directory import RunDirectory, read_log
+from common.sources import numbered_lines, skip_or_fail
+from common.versions import versions
 from common.vocabulary import load_tokenizer
-from data import round_up
-from kernels import make_windows
-from model import MAX_POSITIONS, ModelConfig, SequenceClassifier, model_config
-from common.processes import Process, autocast, device_name, setup_device
+from model import MAX_POSITIONS, ModelConfig, SequenceClassifier, choose_kernels
 
 WARMUP_FRACTION = 0.06
 ADAM = {"betas": (0.9, 0.98), "eps": 1e-6}
-EVAL_TOKENS = 32768  # of a batch when scoring
-STEP_COST = 1000  # a step takes about as long as this many tokens, whatever its size: for the order of runs and the ETA
+EVAL_TOKENS = 32768  # per batch when scoring
+STEP_COST = 1000  # fixed cost of a step, in tokens: for the order of the runs and the ETA
 LOG_SECONDS = 10
 
 
 @dataclass
-class GlueConfig:
-    # What
+class FineTuneConfig:
+    # Model and results
     checkpoint: str = ""  # run or step_* directory, or a directory or hub id in Hugging Face form
-    tasks: str = ",".join(glue.GLUE_TASKS)  # of GLUE, comma-separated; sst2:1 gives a task its own number of seeds
-    data_dir: str = ""  # GLUE's TSV files, TASK/train.tsv and TASK/dev.tsv; empty: nyu-mll/glue from the hub
-    out: str = ""  # result directory; the same command again goes on in it
-    # Your own data, instead of GLUE
-    train_file: str = ""  # .csv, .tsv or .jsonl with labels
-    val_file: str = ""  # the same, to score on
-    text_columns: str = "text"  # one column or key with text, or two, comma-separated, for pairs
-    label_column: str = "label"  # column or key with the label
-    problem: Literal["auto", "classification", "regression"] = "auto"  # auto: by the labels, and printed
-    predict_file: str = ""  # texts to label, with --train_file or with the checkpoint of an earlier own task
-    # How
-    recipe: Literal["mosaic", "fast"] = "mosaic"  # settings per task: the original's, or quick ones
-    seeds: int = 0  # how many per task; 0: the recipe's number
-    epochs: int = 0  # passes over the training data; 0: the recipe's
+    out: str = ""  # result directory; the same command resumes in it
+    # Training
+    recipe: Literal["mosaic", "fast"] = "mosaic"  # settings per task: the original's, or quicker ones
+    seeds: int = 0  # runs per task; 0: the recipe's
+    epochs: int = 0  # 0: the recipe's
     lr: float = 0.0  # peak learning rate; 0: the recipe's
-    batch_size: int = 0  # examples a step; 0: the recipe's
-    max_length: int = 256  # tokens an example has at most; of pairs the longer text is cut
-    random_weights: bool = False  # start from random weights, to see what pretraining gave
-    skip_bad_lines: int = 0  # lines of a file with the wrong number of columns that may be left out
-    submission: bool = False  # also write the GLUE server's zip, from the first seed
-    jobs: int = 1  # runs that share the device at once
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
+    batch_size: int = 0  # examples per step; 0: the recipe's
+    max_length: int = 256  # tokens per example; of a pair the longer text is truncated first
+    random_weights: bool = False  # start from random weights, to see what pretraining contributes
+    skip_bad_lines: int = 0  # malformed lines to skip per file before failing
+    # Machine
+    jobs: int = 1  # runs that share the device
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products and activations; STS-B: float32
-    kernels: Literal["auto", "triton", "torch"] = "auto"  # auto: this project's Triton kernels on GPUs, else PyTorch
-    dry_run: bool = False  # check everything, print the plan and an estimate timed on this device, and stop
+    kernels: Literal["auto", "triton", "torch"] = "auto"  # auto: Triton kernels on GPUs, else PyTorch
+    dry_run: bool = False  # check all inputs, time some steps, print the plan, and stop
 
     def check(self):
         """Raises: UserError for values that make no sense."""
@@ -91,26 +80,276 @@ class GlueConfig:
             raise UserError(f"max_length={self.max_length}: must be at least 5")
         if not 0 <= self.lr <= 1:
             raise UserError(f"lr={self.lr}: must be between 0 and 1")
-        if bool(self.train_file) != bool(self.val_file):
-            raise UserError("give --train_file and --val_file together")
-        if len(self.text_columns.split(",")) > 2:
-            raise UserError(f"text_columns={self.text_columns}: one, or two for pairs")
-        tasks = self.seeds_of_tasks()
-        for task in tasks:
-            if task not in glue.GLUE_TASKS:
-                raise UserError(f"tasks={self.tasks}: no task {task!r} (there are {', '.join(glue.GLUE_TASKS)})")
-        if self.submission and (self.train_file or set(tasks) != set(glue.GLUE_TASKS)):
-            raise UserError("--submission: the server takes all eight tasks together (leave --tasks out)")
+        if os.path.exists(os.path.join(self.out, "log.jsonl")):
+            raise UserError(f"{self.out}: holds a pretraining run (choose another --out)")
+
+
+@dataclass
+class GlueConfig(FineTuneConfig):
+    # GLUE
+    tasks: str = "mnli,qnli,qqp,rte,sst2,mrpc,cola,stsb"  # comma-separated; sst2:1 sets the number of seeds of one task
+    data_dir: str = ""  # GLUE's TSV files, TASK/train.tsv and TASK/dev.tsv; empty: nyu-mll/glue from the hub
+
+    def check(self):
+        super().check()
+        for task in self.seeds_of_tasks():
+            if task not in GLUE_TASKS:
+                raise UserError(f"tasks={self.tasks}: no task {task!r} (there are {', '.join(GLUE_TASKS)})")
 
     def seeds_of_tasks(self):
-        """{task: its number of seeds, 0 for the recipe's}, in the order given. Raises: UserError."""
+        """{task: number of seeds, 0 for the recipe's}, in the order given. Raises: UserError."""
         counts = {}
         for part in self.tasks.split(","):
             task, colon, count = part.partition(":")
             if colon and not (count.isdecimal() and int(count)):
-                raise UserError(f"tasks={self.tasks}: {part!r} is no TASK:SEEDS (such as sst2:1)")
+                raise UserError(f"tasks={self.tasks}: {part!r} is not TASK:SEEDS (such as sst2:1)")
             counts[task] = int(count) if colon else self.seeds
         return counts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tasks
+
+
+@dataclass(frozen=True)
+class Task:
+    name: str
+    folder: str  # of GLUE's TSV files
+    text_columns: tuple  # one, or two for pairs
+    label_column: str
+    labels: tuple  # words, in the order of their class numbers; () for regression
+    metrics: tuple  # names in METRICS; their mean is the score
+    hub_columns: tuple = ()  # where the hub renamed the text columns
+    shown: tuple = ()  # further metrics, not part of the score
+    dev_splits: tuple = ("validation",)  # what the task is scored on
+
+
+PAIR, YES_NO, ENTAILS = ("sentence1", "sentence2"), ("0", "1"), ("entailment", "not_entailment")  # in the hub's order
+NLI = ("entailment", "neutral", "contradiction")
+GLUE_TASKS = {
+    task.name: task
+    for task in (
+        Task("mnli", "MNLI", PAIR, "gold_label", NLI, ("accuracy",), ("premise", "hypothesis"),
+             dev_splits=("validation_matched", "validation_mismatched")),
+        Task("qnli", "QNLI", ("question", "sentence"), "label", ENTAILS, ("accuracy",)),
+        Task("qqp", "QQP", ("question1", "question2"), "is_duplicate", YES_NO, ("accuracy", "f1")),
+        Task("rte", "RTE", PAIR, "label", ENTAILS, ("accuracy",)),
+        Task("sst2", "SST-2", ("sentence",), "label", YES_NO, ("accuracy",)),
+        Task("mrpc", "MRPC", ("#1 String", "#2 String"), "Quality", YES_NO, ("accuracy", "f1"), PAIR),
+        Task("cola", "CoLA", ("sentence",), "label", YES_NO, ("matthews",)),
+        Task("stsb", "STS-B", PAIR, "score", (), ("spearman",), shown=("pearson",)),
+    )
+}  # fmt: skip
+FROM_MNLI = ("rte", "mrpc", "stsb")  # small tasks that gain from weights fine-tuned on MNLI
+COLA_COLUMNS = ["source", "label", "original_label", "sentence"]  # GLUE's own CoLA files have no header
+
+
+@dataclass(frozen=True)
+class Settings:
+    lr: float  # peak
+    weight_decay: float  # AdamW's, which multiplies it by the learning rate
+    batch_size: int
+    epochs: int
+    num_seeds: int
+
+
+# "mosaic": the original's (mosaicml/examples, benchmarks/bert, glue/finetuning_jobs.py). It gives decoupled weight decay;
+# AdamW's is that divided by lr: 5e-6 / 5e-5 = 0.1. RTE's 1e-5 / 1e-5 = 1 is ten times the others' there too.
+# "fast": larger batches and fewer epochs where that costs nothing. STS-B keeps the original's settings: batches of 64,
+# lr 6e-5 and 6 epochs lost 3.2 points (results/README.md), more than the spread over seeds.
+RECIPES = {
+    "mosaic": {
+        "mnli": Settings(5e-5, 0.1, 48, 3, 1),
+        "qnli": Settings(1e-5, 0.1, 16, 10, 1),
+        "qqp": Settings(3e-5, 0.1, 16, 5, 1),
+        "rte": Settings(1e-5, 1.0, 16, 3, 5),
+        "sst2": Settings(3e-5, 0.1, 16, 3, 3),
+        "mrpc": Settings(8e-5, 0.1, 32, 10, 5),
+        "cola": Settings(5e-5, 0.1, 32, 10, 4),
+        "stsb": Settings(3e-5, 0.1, 32, 10, 5),
+    },
+    "fast": {
+        "mnli": Settings(1e-4, 0.1, 128, 2, 1),
+        "qnli": Settings(5e-5, 0.1, 128, 3, 1),
+        "qqp": Settings(1e-4, 0.1, 128, 3, 1),
+        "rte": Settings(2e-5, 0.1, 32, 3, 5),
+        "sst2": Settings(6e-5, 0.1, 64, 2, 3),
+        "mrpc": Settings(8e-5, 0.1, 32, 5, 5),
+        "cola": Settings(7e-5, 0.1, 64, 6, 4),
+        "stsb": Settings(3e-5, 0.1, 32, 10, 5),
+    },
+}
+SEEDS = (19, 8364, 717, 10536, 90166)  # the original's; beyond them, count up from the last
+MNLI_RUN = f"mnli.seed{SEEDS[0]}"  # whose weights FROM_MNLI start from
+
+
+def first_seeds(count):
+    """The first `count` seeds, a list of ints."""
+    return [*SEEDS, *range(SEEDS[-1] + 1, SEEDS[-1] + 1 + count)][:count]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+@dataclass
+class Examples:
+    """texts: tuples of one or two strings. labels: (n,) int64 classes or float64 scores, or None."""
+
+    texts: list
+    labels: np.ndarray | None = None
+
+    def digest(self):
+        """sha256 of texts and labels, in hexadecimal."""
+        digest = hashlib.sha256(json.dumps(self.texts).encode("utf-8", "surrogatepass"))
+        digest.update(b"" if self.labels is None else self.labels.tobytes())
+        return digest.hexdigest()
+
+
+def read_task(cfg, task):
+    """{split: Examples} of a GLUE task: "train" and its dev splits. Raises: UserError."""
+    return {split: read_split(task, split, cfg) for split in ("train", *task.dev_splits)}
+
+
+def read_split(task, split, cfg):
+    """The Examples of "train" or a dev split, from TSV files in cfg.data_dir or, without one, from the hub.
+
+    Raises: UserError naming file and line.
+    """
+    if not cfg.data_dir:
+        rows = load_hub(task.name, split)
+        labels = np.array(rows["label"], np.int64 if task.labels else np.float64)
+        return Examples(list(zip(*(rows[column] for column in task.hub_columns or task.text_columns))), labels)
+    path = find_file(os.path.join(cfg.data_dir, task.folder), split)
+    columns = [*task.text_columns, task.label_column]
+    return to_examples(tsv_rows(path, columns, cfg, COLA_COLUMNS if task.name == "cola" else None), path, task.labels)
+
+
+def load_hub(name, split):
+    """A split of nyu-mll/glue as a datasets.Dataset, from the hub or, offline, the cache of `datasets`."""
+    try:
+        import datasets
+
+        return datasets.load_dataset("nyu-mll/glue", name, split=split)
+    except Exception as error:  # network, hub and library each raise their own
+        reason = f"{type(error).__name__}: {error}"[:200]
+        raise UserError(f"nyu-mll/glue {name}: cannot be read: {reason} (or give --data_dir)") from None
+
+
+def find_file(folder, split):
+    """The path of a split's TSV file, plain or compressed, under GLUE's name or the hub's."""
+    names = [split, split.replace("validation", "dev")]
+    for name in [f"{name}.tsv{suffix}" for name in names for suffix in ("", ".gz", ".xz")]:
+        if os.path.exists(os.path.join(folder, name)):
+            return os.path.join(folder, name)
+    raise UserError(f"{folder}: no {names[1]}.tsv (GLUE's layout is TASK/train.tsv and TASK/dev.tsv, also .gz or .xz)")
+
+
+def tsv_rows(path, columns, cfg, default_header=None):
+    """Yield (line number, cells of `columns`) for each row of a TSV file. Quotes are literal.
+
+    default_header: column names to use if the first line is not a header.
+    """
+    bad_lines, header, wanted = Counter(), None, None
+    for number, line in numbered_lines(path, cfg, bad_lines):
+        cells = line.split("\t")
+        if header is None:
+            headless = default_header and columns[0] not in cells and len(cells) == len(default_header)
+            header = default_header if headless else cells
+            missing = [name for name in columns if name not in header]
+            if missing:
+                raise UserError(f"{path}:{number}: no column {missing[0]!r} (found: {', '.join(header)[:200]})")
+            wanted = [header.index(name) for name in columns]
+            if not headless:
+                continue
+        if len(cells) != len(header):
+            text = f"{len(cells)} columns, expected {len(header)} (--skip_bad_lines=N skips up to N such lines)"
+            skip_or_fail(cfg, bad_lines, f"{path}:{number}: {text}")
+            continue
+        yield number, [cells[i] for i in wanted]
+
+
+def to_examples(rows, path, labels):
+    """Examples from (line number, [text..., label]) rows. labels: the valid words; () for numbers."""
+    texts, values, numbers = [], [], {word: i for i, word in enumerate(labels)}
+    for number, (*text, cell) in rows:
+        if labels and cell not in numbers:
+            raise UserError(f"{path}:{number}: unknown label {cell!r} (expected one of {', '.join(labels)[:200]})")
+        texts.append(tuple(text))
+        values.append(numbers[cell] if labels else to_number(cell, f"{path}:{number}"))
+    if not texts:
+        raise UserError(f"{path}: no examples (is the file empty?)")
+    return Examples(texts, np.array(values, np.int64 if labels else np.float64))
+
+
+def to_number(cell, where):
+    try:
+        number = float(cell)
+    except ValueError:
+        number = np.nan
+    if not np.isfinite(number):
+        raise UserError(f"{where}: label {cell!r} is not a number")
+    return number
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics of predictions and labels, two (n,) arrays. Class 1 is the positive one. Undefined values are 0.
+
+
+def accuracy(predictions, labels):
+    return float((predictions == labels).mean())
+
+
+def f1(predictions, labels, positive=1):
+    """2 TP / (2 TP + FP + FN)."""
+    predicted, actual = predictions == positive, labels == positive
+    total = predicted.sum() + actual.sum()
+    return float(2 * (predicted & actual).sum() / total) if total else 0.0
+
+
+def macro_f1(predictions, labels):
+    """The mean F1 over the classes that occur."""
+    return float(np.mean([f1(predictions, labels, label) for label in np.union1d(predictions, labels)]))
+
+
+def pearson(predictions, labels):
+    """Pearson's correlation; 0 if one side is constant (GLUE's own code gives NaN)."""
+    x, y = np.asarray(predictions, np.float64), np.asarray(labels, np.float64)
+    if (x == x[0]).all() or (y == y[0]).all():
+        return 0.0
+    x, y = x - x.mean(), y - y.mean()
+    return float((x / np.linalg.norm(x)) @ (y / np.linalg.norm(y)))
+
+
+def spearman(predictions, labels):
+    """Pearson's correlation of the ranks; ties get their mean rank."""
+    return pearson(ranks(predictions), ranks(labels))
+
+
+def ranks(values):
+    _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[group]
+
+
+METRICS = {
+    "accuracy": accuracy, "f1": f1, "macro_f1": macro_f1, "pearson": pearson, "spearman": spearman,
+    "matthews": pearson,  # for two classes, numbered 0 and 1, they are the same
+}  # fmt: skip
+
+# 0.975 quantiles of Student's t for 1 to 30 degrees of freedom; beyond them, the normal distribution's 1.96.
+T_975 = (
+    12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281, 2.2010, 2.1788, 2.1604, 2.1448,
+    2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860, 2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484,
+    2.0452, 2.0423,
+)  # fmt: skip
+
+
+def ci95(values):
+    """Half the width of the mean's 95 % confidence interval, by Student's t; None for a single value."""
+    n = len(values)
+    if n < 2:
+        return None
+    return (T_975[n - 2] if n <= len(T_975) + 1 else 1.96) * float(np.std(values, ddof=1)) / n**0.5
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -119,41 +358,74 @@ class GlueConfig:
 
 @dataclass
 class Pretrained:
-    """A checkpoint's parts, weights on the CPU."""
+    """What a checkpoint holds; weights on the CPU."""
 
+    config: dict  # config.json
     model_cfg: ModelConfig
-    vocab_size: int
-    tensors: dict  # {name: tensor}, masked-language-model head left out
+    tensors: dict  # {name: tensor} of the encoder, and its pooler if there is one
     tokenizer_text: str
     tokenizer: object
-    special: dict
-    config: dict  # config.json of a checkpoint of this project
-    digest: str
+    special: dict  # {"[CLS]": id, ...}
+    digest: str  # of tensors and tokenizer
 
 
 @functools.cache
-def load_pretrained(path):
-    """The Pretrained of a run or checkpoint directory, or of a directory or hub id in Hugging Face form."""
-    config, tensors, tokenizer_text = convert_hf.read_model(path)
-    model_cfg = model_config(config)
-    encoder = {name: tensor for name, tensor in tensors.items() if name.startswith("bert.")}
+def load_pretrained(path, out):
+    """The Pretrained in a run or checkpoint directory. Weights in Hugging Face form are converted into OUT first."""
+    if not (os.path.exists(os.path.join(path, checkpoint.DIGESTS)) or checkpoint.steps(path)):
+        path = convert(path, out)
+    config, tensors, tokenizer_text = checkpoint.load(path)
+    tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("bert.")}
     digest = hashlib.sha256(tokenizer_text.encode())
-    for name, tensor in sorted(encoder.items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
         digest.update(tensor.contiguous().numpy())
     tokenizer, special = load_tokenizer(path, tokenizer_text)
-    vocab_size = config["vocab_size"]
-    return Pretrained(model_cfg, vocab_size, encoder, tokenizer_text, tokenizer, special, config, digest.hexdigest())
+    model_cfg = checkpoint.model_config(config)
+    return Pretrained(config, model_cfg, tensors, tokenizer_text, tokenizer, special, digest.hexdigest())
+
+
+def convert(path, out):
+    """OUT/converted, a run directory made once from weights in Hugging Face form: a directory or hub id.
+
+    Rank 0 converts. converted/source.sha256, written last, tells the others that it is complete, and from what.
+    """
+    run = os.path.join(out, "converted")
+    finished, root = os.path.join(run, "source.sha256"), os.path.dirname(os.path.abspath(__file__))
+    files = [path] if os.path.isfile(path) else sorted(filter(os.path.isfile, glob.glob(f"{glob.escape(path)}/*")))
+    source = hash_of([path, *map(file_digest, files)])  # of a hub id, its name alone
+    if int(os.environ.get("RANK", 0)) == 0 and not os.path.exists(finished):
+        print(f"{path}: converting it into {run}", flush=True)
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+        argv = [sys.executable, "-m", "tools.convert_hf", f"--from_hf={path}", f"--out={run}"]
+        if status := subprocess.run(argv, env=environment).returncode:
+            raise SystemExit(status)
+        write_text(finished, source)
+    while not os.path.exists(finished):
+        time.sleep(0.5)
+    with open(finished, encoding="utf-8") as file:
+        if file.read() != source:
+            raise UserError(f"{run}: was converted from something other than {path} (choose another --out)")
+    return run
 
 
 def make_classifier(pretrained, num_labels, seed, random_weights=False):
-    """A SequenceClassifier with the pretrained encoder, and its pooler if there is one. The rest is new."""
+    """A SequenceClassifier with the pretrained weights. The classifier, and a missing pooler, are random."""
     torch.manual_seed(seed)
-    model = SequenceClassifier(pretrained.model_cfg, pretrained.vocab_size, num_labels)
+    model = SequenceClassifier(pretrained.model_cfg, pretrained.config["vocab_size"], num_labels)
     if not random_weights:
         weights = checkpoint.weights_of(model)
         new = {name: weights[name] for name in weights if name.startswith(("bert.pooler", "classifier"))}
         checkpoint.load_weights(model, {**new, **pretrained.tensors}, "checkpoint")
+    return model
+
+
+def load_classifier(path):
+    """A fine-tuned SequenceClassifier, as Worker.save wrote it."""
+    config, tensors, _ = checkpoint.load(path)
+    num_labels = max(1, len(config["task"]["labels"]))
+    model = SequenceClassifier(checkpoint.model_config(config), config["vocab_size"], num_labels)
+    checkpoint.load_weights(model, tensors, path)
     return model
 
 
@@ -172,454 +444,344 @@ class Encoded:
     labels: np.ndarray | None
 
     def batch(self, which, device):
-        """(ids, cu_seqlens, max_seqlen, types, windows, labels) of examples `which` (int64 array), as one flat stream."""
+        """The Batch of examples `which`, an int64 array."""
         lengths = self.lengths[which]
-        cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
+        cu_seqlens, windows = pack(lengths, int(lengths.max()))
         index = np.repeat(self.starts[which] - cu_seqlens[:-1], lengths) + np.arange(cu_seqlens[-1])
-        multiple = 64 if len(index) < 2048 else 256  # whole tiles and few shapes: [PAD] after the last
-        filling = np.zeros(round_up(len(index), multiple) - len(index), np.int32)
-        ids, types = (torch.from_numpy(np.concatenate([x[index], filling])) for x in (self.ids, self.types))
-        cu_seqlens = torch.from_numpy(cu_seqlens.astype(np.int32))
-        labels = None if self.labels is None else torch.from_numpy(self.labels[which])
-        max_seqlen = int(lengths.max())
-        tensors = [ids, cu_seqlens, types, make_windows(lengths.tolist(), max_seqlen), labels]
-        if device.type == "cuda":
-            tensors = [None if x is None else x.pin_memory().to(device, non_blocking=True) for x in tensors]
-        ids, cu_seqlens, types, windows, labels = tensors
-        return ids, cu_seqlens, max_seqlen, types, windows, labels
+        multiple = 64 if len(index) < 2048 else 256  # whole tiles, and few shapes
+        padding = np.zeros(round_up(len(index), multiple) - len(index), np.int32)  # [PAD]
+        batch = Batch(
+            input_ids=torch.from_numpy(np.concatenate([self.ids[index], padding])),
+            cu_seqlens=torch.from_numpy(cu_seqlens),
+            max_seqlen=int(lengths.max()),
+            windows=None if windows is None else torch.from_numpy(windows),
+            token_type_ids=torch.from_numpy(np.concatenate([self.types[index], padding])),
+            labels=None if self.labels is None else torch.from_numpy(self.labels[which]),
+        )
+        return batch.pinned_for(device).to(device)
 
 
 def encode(examples, pretrained, max_length):
-    """Encoded: [CLS] text [SEP], or [CLS] text [SEP] second text [SEP], the longer one cut first."""
+    """Encoded examples: [CLS] text [SEP], or [CLS] text [SEP] second text [SEP]; the longer text is truncated first."""
+    tokenizer, special = pretrained.tokenizer, [(name, pretrained.special[name]) for name in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = TemplateProcessing("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", special)
     limit = min(max_length, MAX_POSITIONS) if pretrained.model_cfg.model == "bert" else max_length
-    cls, sep = pretrained.special["[CLS]"], pretrained.special["[SEP]"]
-    ids, types, lengths = [], [], []
-    for start in range(0, len(examples.texts), 10_000):  # the library's results take a hundred bytes a token
-        columns = zip(*examples.texts[start : start + 10_000])
-        encodings = [pretrained.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False) for texts in columns]
-        for parts in zip(*encodings):
-            first = parts[0].ids
-            if len(parts) == 1:
-                row = [cls, *first[: limit - 2], sep]
-                second = 0
-            else:
-                keep = shares(len(first), len(parts[1].ids), limit - 3)
-                row = [cls, *first[: keep[0]], sep, *parts[1].ids[: keep[1]], sep]
-                second = keep[1] + 1
-            ids.append(np.array(row, np.int32))
-            types.append(np.arange(len(row)) >= len(row) - second)
-            lengths.append(len(row))
-    lengths = np.array(lengths)
-    ends = np.cumsum(lengths)
-    return Encoded(np.concatenate(ids), np.concatenate(types).astype(np.int32), ends - lengths, lengths, examples.labels)
-
-
-def shares(first, second, room):
-    """How many tokens of two texts to keep in `room`, the longer one cut first, as in the tokenizers library."""
-    if first + second <= room:
-        return first, second
-    if first > second:
-        second = min(second, room // 2)
-        return room - second, second
-    first = min(first, room // 2)
-    return first, room - first
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The plan
-
-
-@dataclass(frozen=True)
-class Run:
-    """One task with one seed."""
-
-    task: glue.Task
-    seed: int
-    first_seed: bool  # its weights are kept, where anything needs them
-    init: str  # "pretrained", "mnli" or "random"
-    settings: glue.Settings
-    num_examples: int
-    num_steps: int
-    cost: float  # in tokens
-    identity: tuple  # (name, value) pairs of all that changes its result
-
-    @property
-    def name(self):
-        return f"{self.task.name}.seed{self.seed}"
-
-
-def read_examples(cfg, task):
-    """{split: Examples} of a task: "train" and what it is scored on. Raises: UserError."""
-    if task.name != "own":
-        return {split: glue.read_split(task, split, cfg) for split in ("train", *glue.dev_splits(task))}
-    rows = {"train": cfg.train_file, "validation": cfg.val_file}
-    return {
-        split: glue.examples_of(glue.read_own(path, task.text_columns, task.label_column, cfg), path, task.labels)
-        for split, path in rows.items()
-    }
-
-
-def make_plan(cfg, pretrained):
-    """The list of Runs, those that others wait for and long ones first, after every file has been read once."""
-    counts = {"own": cfg.seeds} if cfg.train_file else cfg.seeds_of_tasks()
-    tasks = [glue.own_task(cfg)] if cfg.train_file else [glue.GLUE_TASKS[name] for name in counts]
-    names = [task.name for task in tasks]
-    plan = []
-    for task in tasks:
-        examples = read_examples(cfg, task)
-        settings = glue.RECIPES[cfg.recipe][task.name]
-        given = {"lr": cfg.lr, "batch_size": cfg.batch_size, "epochs": cfg.epochs, "num_seeds": counts[task.name]}
-        settings = dataclasses.replace(settings, **{name: value for name, value in given.items() if value})
-        init = "mnli" if "mnli" in names and task.name in glue.FROM_MNLI else "pretrained"
-        init = "random" if cfg.random_weights else init
-        texts = examples["train"].texts
-        num_steps = settings.epochs * math.ceil(len(texts) / settings.batch_size)
-        tokens = settings.epochs * sum(2 + sum(map(len, text)) / 4 for text in texts)  # about four characters a token
-        for i, seed in enumerate(glue.seeds(settings.num_seeds)):
-            identity = {
-                "task": task.name, "seed": seed, "init": init, **dataclasses.asdict(settings),
-                "max_length": cfg.max_length, "checkpoint": pretrained.digest,
-                "data": hash_of([part.digest() for part in examples.values()]), "submission": cfg.submission,
-            }  # fmt: skip
-            del identity["num_seeds"]
-            cost = tokens + STEP_COST * num_steps
-            plan.append(Run(task, seed, i == 0, init, settings, len(texts), num_steps, cost, tuple(identity.items())))
-    return sorted(plan, key=lambda run: (not (run.task.name == "mnli" and run.first_seed), -run.cost))
-
-
-def log_path(cfg, run):
-    return os.path.join(cfg.out, "runs", f"{run.name}.jsonl")
-
-
-def result(cfg, run):
-    """The last record of a finished run, or None. Raises: UserError when it is that of a run with other settings."""
-    try:
-        with open(log_path(cfg, run), encoding="utf-8") as file:
-            records = [json.loads(line) for line in file]
-    except (OSError, ValueError):  # not there, or a line half written: the run is under way, or was killed
-        return None
-    if not records or records[-1]["event"] != "end":
-        return None
-    names = [name for name, value in run.identity if records[0]["identity"].get(name) != value]
-    if names:
-        raise UserError(f"{log_path(cfg, run)}: holds a run with another {', '.join(names)} (choose another --out)")
-    return records[-1]
+    tokenizer.enable_truncation(limit, strategy="longest_first")
+    ids, types = [], []
+    for start in range(0, len(examples.texts), 10_000):  # the library's results take a hundred bytes per token
+        texts = [text if len(text) == 2 else text[0] for text in examples.texts[start : start + 10_000]]
+        for encoding in tokenizer.encode_batch_fast(texts):
+            ids.append(np.array(encoding.ids, np.int32))
+            types.append(np.array(encoding.type_ids, np.int32))
+    lengths = np.array([len(row) for row in ids])
+    return Encoded(np.concatenate(ids), np.concatenate(types), np.cumsum(lengths) - lengths, lengths, examples.labels)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One run
 
 
+@dataclass(frozen=True)
+class Run:
+    """One task with one seed. See common/run_queue.py."""
+
+    task: Task
+    seed: int
+    settings: Settings
+    init: str  # "pretrained", "mnli" or "random"
+    after: str  # name of the run whose weights it starts from, or ""
+    artifact: str  # directory to keep its weights in, or ""
+    num_examples: int
+    num_steps: int
+    cost: float  # in tokens
+    identity: dict  # everything that changes its result
+
+    @property
+    def name(self):
+        return f"{self.task.name}.seed{self.seed}"
+
+
 def lr_at(settings, num_steps, step):
-    """Learning rate of a step, counted from 1: up linearly from 0, then down to 0."""
+    """Learning rate of a step, counted from 1: linear warm-up from 0, then linear decay to 0."""
     warmup = round(WARMUP_FRACTION * num_steps)
     done = step - 1
     return settings.lr * (done / warmup if done < warmup else (num_steps - done) / (num_steps - warmup))
 
 
-def batches(run, encoded, device):
-    """Every training batch of the run. Differs from MosaicBERT: shuffled, each epoch anew; it kept the files' order."""
-    for epoch in range(run.settings.epochs):
-        order = np.random.default_rng([run.seed, epoch]).permutation(len(encoded.lengths))
-        for start in range(0, len(order), run.settings.batch_size):
-            yield encoded.batch(order[start : start + run.settings.batch_size], device)
+def batches(encoded, settings, seed, device):
+    """Yield every training batch. Differs from MosaicBERT: shuffled each epoch; it kept the order of the files."""
+    for epoch in range(settings.epochs):
+        order = np.random.default_rng([seed, epoch]).permutation(len(encoded.lengths))
+        for start in range(0, len(order), settings.batch_size):
+            yield encoded.batch(order[start : start + settings.batch_size], device)
 
 
 class Steps:
-    """The optimizer steps of one run. On a GPU each shape of batch becomes a CUDA graph when it comes the second time.
+    """The optimizer steps of one run. On a GPU, a batch shape seen for the second time is captured as a CUDA graph.
 
-    A step of a small batch is some 700 kernels of a few microseconds: on an H100, 6.6 ms of work for 32 pairs of MRPC,
-    but 53 ms to launch one by one from Python. A graph is launched as a whole.
+    A step on a small batch is some 700 kernels of a few microseconds: on an H100, 6.6 ms of work for 32 pairs of MRPC, but
+    53 ms to launch one by one from Python. A graph is a single launch.
     """
 
     def __init__(self, model, settings, process):
         self.model, self.process, self.lr = model, process, settings.lr
         on_gpu, bert = process.device.type == "cuda", model.cfg.model == "bert"
-        self.use_graphs = on_gpu and (bert or kernels.uses_triton(process.device))  # plain attention reads lengths back
+        self.use_graphs = on_gpu and (bert or kernels.uses_triton(process.device))  # plain attention syncs on the lengths
         if self.use_graphs:
-            self.lr = torch.zeros((), device=process.device)  # a graph reads it anew each time
-            self.seqlen_multiple = 32 if bert else 128  # bert pads to it; for the kernels it is an upper limit
+            self.lr = torch.zeros((), device=process.device)  # graphs read its value at replay
+            self.seqlen_multiple = 32 if bert else 128  # bert pads to max_seqlen; for the kernels it is an upper bound
             self.graphs, self.pool = {}, torch.cuda.graph_pool_handle()
         self.optimizer = torch.optim.AdamW(
             model.parameters(), self.lr, weight_decay=settings.weight_decay, fused=True, capturable=self.use_graphs, **ADAM
         )
 
     def __call__(self, lr, batch):
-        """One step; returns the mean loss of the batch, on the device."""
+        """One step; returns the batch's mean loss, on the device."""
         if not self.use_graphs:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             return self.step(batch)
         self.lr.fill_(lr)
-        batch = [round_up(x, self.seqlen_multiple) if isinstance(x, int) else x for x in batch]
-        shape = tuple(x.shape if torch.is_tensor(x) else x for x in batch)
+        batch = dataclasses.replace(batch, max_seqlen=round_up(batch.max_seqlen, self.seqlen_multiple))
+        shape = tuple(x.shape if torch.is_tensor(x) else x for x in vars(batch).values())
         if shape not in self.graphs:
-            self.graphs[shape] = None  # this step warms up whatever the capture must not do
+            self.graphs[shape] = None  # run this one eagerly: it warms up what must not happen during capture
             return self.step(batch)
         if self.graphs[shape] is None:
-            inputs, graph = [x.clone() if torch.is_tensor(x) else x for x in batch], torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, self.pool, torch.cuda.current_stream()):  # recorded, not carried out
+            inputs, graph = batch.map(torch.clone), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, self.pool, torch.cuda.current_stream()):  # records, executes nothing
                 loss = self.step(inputs)
             self.graphs[shape] = graph, inputs, loss
         graph, inputs, loss = self.graphs[shape]
-        for to, x in zip(inputs, batch):
-            if torch.is_tensor(x):
-                to.copy_(x)
+        for name, static in vars(inputs).items():
+            if torch.is_tensor(static):
+                static.copy_(getattr(batch, name))
         graph.replay()
-        return loss.clone()  # the next graph may write where this one did
+        return loss.clone()  # the next graph may reuse this memory
 
     def step(self, batch):
-        *inputs, labels = batch
-        with autocast(self.process):
-            scores = self.model(*inputs)
-        scores = scores[: len(labels)].float()
+        with self.process.autocast():
+            scores = self.model(batch)
+        scores = scores.float()
         if scores.shape[1] == 1:
-            loss = F.mse_loss(scores[:, 0], labels.float())
+            loss = F.mse_loss(scores[:, 0], batch.labels.float())
         else:
-            loss = F.cross_entropy(scores, labels)
+            loss = F.cross_entropy(scores, batch.labels)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss.detach()
 
 
+def write_record(log, event, **values):
+    log.write(json.dumps({"event": event, **values}) + "\n")
+    log.flush()
+
+
+def train(run, model, encoded, process, log, say):
+    """Every step of a run; logs the mean loss of every 100 steps or 10 seconds. Raises: UserError if it is not finite."""
+    train_step = Steps(model, run.settings, process)
+    model.train()
+    reported, losses = time.perf_counter(), []  # losses since the last record, on the device
+    for step, batch in enumerate(batches(encoded, run.settings, run.seed, process.device), 1):
+        lr = lr_at(run.settings, run.num_steps, step)
+        losses.append(train_step(lr, batch))
+        slow = time.perf_counter() - reported > LOG_SECONDS
+        if len(losses) < 100 and step < run.num_steps and not slow:
+            continue
+        loss = torch.stack(losses).mean().item()
+        if not math.isfinite(loss):
+            raise UserError(f"{run.name}: loss is {loss} at step {step} (try a lower --lr)")
+        write_record(log, "train", step=step, loss=loss, lr=lr)
+        if slow:
+            say(f"{run.name}: step {step} of {run.num_steps}, loss {loss:.4f}")
+            reported = time.perf_counter()
+        losses = []
+
+
 @torch.no_grad()
 def predict(model, encoded, process):
-    """(n, num_labels) float32 array of scores; examples of like length go together."""
+    """(n, num_labels) float32 array of scores. Batches hold examples of similar length."""
     model.eval()
     order = np.argsort(encoded.lengths, kind="stable")
     scores = []
-    at_once = max(1, EVAL_TOKENS // int(encoded.lengths.max()))
-    for start in range(0, len(order), at_once):
-        *inputs, _ = encoded.batch(order[start : start + at_once], process.device)
-        with autocast(process):
-            scores.append(model(*inputs).float())
-    result = torch.cat(scores).cpu().numpy()
-    return result[np.argsort(order)]
+    batch_size = max(1, EVAL_TOKENS // int(encoded.lengths.max()))
+    for start in range(0, len(order), batch_size):
+        with process.autocast():
+            scores.append(model(encoded.batch(order[start : start + batch_size], process.device)).float())
+    return torch.cat(scores).cpu().numpy()[np.argsort(order)]
 
 
-def outputs(task, scores):
-    """(n,) array: the likeliest classes, or the numbers."""
+def to_predictions(task, scores):
+    """(n,) array: the likeliest classes, or the numbers of a regression."""
     return scores.argmax(1) if task.labels else scores[:, 0].astype(np.float64)
 
 
-class Worker:
-    """What a process keeps from run to run: the device, the pretrained weights, and the data of the last task."""
+def write_predictions(path, task, predictions, labels):
+    lines = ["index\tlabel\tprediction\n"]
+    for index, pair in enumerate(zip(labels.tolist(), predictions.tolist())):
+        label, prediction = [task.labels[value] for value in pair] if task.labels else pair
+        lines.append(f"{index}\t{label}\t{prediction}\n")
+    write_text(path, "".join(lines))
 
-    def __init__(self, cfg):
-        self.cfg = cfg
-        self.pretrained = load_pretrained(cfg.checkpoint)
-        device, self.dtype = setup_device(cfg, self.pretrained.model_cfg)
+
+class Worker:
+    """What a process keeps between runs: device, pretrained weights, last task's tokens. read(task): {split: Examples}"""
+
+    def __init__(self, cfg, read):
+        self.cfg, self.read = cfg, read
+        self.pretrained = load_pretrained(cfg.checkpoint, cfg.out)
+        device, self.dtype = pick_device(cfg.device, cfg.dtype)
+        choose_kernels(cfg.kernels, self.pretrained.model_cfg, device)
         if device.type == "cuda":
-            torch.cuda.set_stream(torch.cuda.Stream())  # the default one cannot be captured
+            torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot be captured
         self.process = Process(0, 1, device, self.dtype)
         self.task = self.data = None
 
     def encoded(self, task):
         """{split: Encoded} of a task."""
         if self.task != task:
-            examples = read_examples(self.cfg, task)
-            self.data = {split: self.encode(part) for split, part in examples.items()}
+            examples = self.read(task)
+            self.data = {split: encode(part, self.pretrained, self.cfg.max_length) for split, part in examples.items()}
             self.task = task
         return self.data
 
-    def encode(self, examples):
-        return encode(examples, self.pretrained, self.cfg.max_length)
-
     def classifier(self, run):
-        start = load_pretrained(os.path.join(self.cfg.out, "mnli")) if run.init == "mnli" else self.pretrained
+        """The model of a run before its first step."""
+        self.set_precision(run.task)
+        mnli = os.path.join(self.cfg.out, "mnli")
+        start = load_pretrained(mnli, self.cfg.out) if run.init == "mnli" else self.pretrained
         model = make_classifier(start, max(1, len(run.task.labels)), run.seed, run.init == "random")
-        # As the original, STS-B in float32; and its products in TF32, which Composer allows (mosaicml/composer#1275).
-        self.process.dtype = torch.float32 if run.task.name == "stsb" else self.dtype
-        torch.set_float32_matmul_precision("high" if run.task.name == "stsb" else "highest")
         return model.to(self.process.device)
 
+    def set_precision(self, task):
+        """STS-B in float32, as in the original, with TF32 products, which Composer allows (mosaicml/composer#1275)."""
+        self.process.dtype = torch.float32 if task.name == "stsb" else self.dtype
+        torch.set_float32_matmul_precision("high" if task.name == "stsb" else "highest")
+
     def run(self, run, log, say):
-        """Train and score; `log` gets a record at the start, at times, and at the end."""
-
-        def write(event, **values):
-            log.write(json.dumps({"event": event, **values}) + "\n")
-            log.flush()
-
+        """Train and score, with records in `log`; returns the scores in one line."""
         data, model = self.encoded(run.task), self.classifier(run)
-        device = self.process.device
-        write(
-            "start", identity=dict(run.identity), **checkpoint.versions(), device=device_name(device),
+        write_record(
+            log, "start", identity=run.identity, **versions(), device=device_name(self.process.device),
             dtype=str(self.process.dtype).removeprefix("torch."), jobs=self.cfg.jobs, num_steps=run.num_steps,
         )  # fmt: skip
-        start = reported = time.perf_counter()
-        train_step = Steps(model, run.settings, self.process)
-        model.train()
-        losses = []  # since the last report, on the device
-        for step, batch in enumerate(batches(run, data["train"], device), 1):
-            lr = lr_at(run.settings, run.num_steps, step)
-            losses.append(train_step(lr, batch))
-            if len(losses) == 100 or step == run.num_steps or time.perf_counter() - reported > LOG_SECONDS:
-                loss = torch.stack(losses).mean().item()
-                if not math.isfinite(loss):
-                    raise UserError(f"{run.name}: loss is {loss} at step {step} (try a lower --lr)")
-                write("train", step=step, loss=loss, lr=lr)
-                if time.perf_counter() - reported > LOG_SECONDS:
-                    say(f"{run.name}: step {step} of {run.num_steps}, loss {loss:.4f}")
-                    reported = time.perf_counter()
-                losses = []
-
-        metrics = {}
-        for split in glue.dev_splits(run.task):
-            predictions, labels = outputs(run.task, predict(model, data[split], self.process)), data[split].labels
+        start, metrics = time.perf_counter(), {}
+        train(run, model, data["train"], self.process, log, say)
+        for split in run.task.dev_splits:
+            predictions = to_predictions(run.task, predict(model, data[split], self.process))
             suffix = split.removeprefix("validation")  # "", "_matched" or "_mismatched"
             for name in (*run.task.metrics, *run.task.shown):
-                metrics[name + suffix] = glue.METRICS[name](predictions, labels)
+                metrics[name + suffix] = METRICS[name](predictions, data[split].labels)
             file = f"{run.task.name}{suffix.replace('_matched', '')}.seed{run.seed}.tsv"
-            self.write_predictions(file, run.task, predictions, labels)
-        if self.cfg.submission and run.first_seed:
-            self.write_test_predictions(run.task, model)
-        if run.first_seed and run.task.name in ("mnli", "own"):
+            write_predictions(os.path.join(self.cfg.out, "predictions", file), run.task, predictions, data[split].labels)
+        if run.artifact:
             self.save(run, model)
-        labels = data[glue.dev_splits(run.task)[0]].labels
+        labels = data[run.task.dev_splits[0]].labels
         majority = float(np.unique(labels, return_counts=True)[1].max() / len(labels)) if run.task.labels else None
-        write("end", metrics=metrics, majority_accuracy=majority, seconds=round(time.perf_counter() - start, 3))
-
-    def write_predictions(self, file, task, predictions, labels):
-        lines = ["index\tlabel\tprediction\n"]
-        for index, pair in enumerate(zip(labels.tolist(), predictions.tolist())):
-            label, prediction = [task.labels[value] for value in pair] if task.labels else pair
-            lines.append(f"{index}\t{label}\t{prediction}\n")
-        write_text(os.path.join(self.cfg.out, "predictions", file), "".join(lines))
-
-    def write_test_predictions(self, task, model):
-        """What the zip needs from this task, kept until all tasks are done."""
-        names = {task.name, "ax"} if task.name == "mnli" else {task.name}
-        for file in [file for file, (name, *_) in glue.SUBMISSION.items() if name in names]:
-            examples = glue.read_test(file, self.cfg)
-            predictions = outputs(task, predict(model, self.encode(examples), self.process))
-            rows = [examples.index, glue.as_words(task, predictions)]
-            write_text(os.path.join(self.cfg.out, "predictions", f"{file}.test.json"), json.dumps(rows))
+        seconds = time.perf_counter() - start
+        write_record(log, "end", metrics=metrics, majority_accuracy=majority, seconds=round(seconds, 3))
+        scores = ", ".join(f"{name} {100 * value:.2f}" for name, value in metrics.items())
+        return f"{run.name}: {scores} in {seconds:.1f} s"
 
     def save(self, run, model):
-        """Keep the weights: MNLI's in OUT/mnli, for other tasks to start from; an own task's in OUT/model."""
+        """Write the weights as a checkpoint, with what it takes to predict with them."""
         task = {"labels": run.task.labels, "text_columns": run.task.text_columns, "max_length": self.cfg.max_length}
+        start = self.pretrained
         config = {
-            "format": checkpoint.FORMAT, **dataclasses.asdict(self.pretrained.model_cfg), "vocab_size": self.pretrained.vocab_size,
-            "tokenizer_sha256": self.pretrained.config.get("tokenizer_sha256"), "task": task,
+            "format": checkpoint.FORMAT, **vars(start.model_cfg), "vocab_size": start.config["vocab_size"],
+            "tokenizer_sha256": start.config.get("tokenizer_sha256"), "task": task,
         }  # fmt: skip
-        directory = os.path.join(self.cfg.out, "mnli" if run.task.name == "mnli" else "model")
-        os.makedirs(directory, exist_ok=True)
-        texts = {"config.json": json.dumps(config, indent=1), "tokenizer.json": self.pretrained.tokenizer_text}
-        checkpoint.save(directory, run.num_steps, {"model.safetensors": checkpoint.weights_of(model)}, texts)
+        texts = {"config.json": json.dumps(config, indent=1), "tokenizer.json": start.tokenizer_text}
+        os.makedirs(run.artifact, exist_ok=True)
+        checkpoint.save(run.artifact, run.num_steps, {"model.safetensors": checkpoint.weights_of(model)}, texts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # All runs
 
 
-def claim(path):
-    """The log of a run, opened and locked, or None when a live process holds it. The lock ends with the process."""
-    file = open(path, "a", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return file
-    except BlockingIOError:
-        file.close()
-        return None
+def make_plan(cfg, pretrained):
+    """Every Run of cfg.tasks: MNLI's first, which others wait for, then the longest first. Reads every file once."""
+    counts, plan = cfg.seeds_of_tasks(), []
+    for name, num_seeds in counts.items():
+        task, settings = GLUE_TASKS[name], RECIPES[cfg.recipe][name]
+        init = "mnli" if "mnli" in counts and name in FROM_MNLI else "pretrained"
+        keep = os.path.join(cfg.out, "mnli") if name == "mnli" else ""
+        plan += make_runs(cfg, pretrained, task, read_task(cfg, task), settings, num_seeds, init, keep)
+    return sorted(plan, key=lambda run: (run.name != MNLI_RUN, -run.cost))
 
 
-def work(cfg, plan):
-    """Take runs that nobody holds until all are finished, whoever finishes them."""
-    if cfg.jobs > 1:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // cfg.jobs))
-    started, worker = time.time(), None
-    found = {run.name for run in plan if result(cfg, run)}
-
-    def say(text):
-        finished = [run for run in plan if result(cfg, run)]
-        fresh = sum(run.cost for run in finished if run.name not in found)
-        left = sum(run.cost for run in plan) - sum(run.cost for run in finished)
-        eta = f", about {(time.time() - started) * left / fresh / 60:.1f} min left" if fresh and left else ""
-        print(f"{text} | {len(finished)} of {len(plan)} runs{eta}", flush=True)
-
-    while waiting := [run for run in plan if not result(cfg, run)]:
-        mnli_waits = any(run.task.name == "mnli" and run.first_seed for run in waiting)
-        log = None
-        for run in waiting:
-            if not (run.init == "mnli" and mnli_waits) and (log := claim(log_path(cfg, run))):
-                break
-        if log is None:
-            time.sleep(0.5)
-            continue
-        with log:
-            if result(cfg, run):  # finished between the look and the claim
-                continue
-            log.truncate(0)
-            worker = worker or Worker(cfg)
-            worker.run(run, log, say)
-        end = result(cfg, run)
-        scores = ", ".join(f"{name} {100 * value:.2f}" for name, value in end["metrics"].items())
-        say(f"{run.name}: {scores} in {end['seconds']:.1f} s")
+def make_runs(cfg, pretrained, task, examples, settings, num_seeds, init="pretrained", keep=""):
+    """The Runs of one task, one per seed. num_seeds: 0 for the settings'. keep: directory for the first seed's weights."""
+    given = {"lr": cfg.lr, "batch_size": cfg.batch_size, "epochs": cfg.epochs, "num_seeds": num_seeds}
+    settings = dataclasses.replace(settings, **{name: value for name, value in given.items() if value})
+    init = "random" if cfg.random_weights else init
+    texts = examples["train"].texts
+    num_steps = settings.epochs * math.ceil(len(texts) / settings.batch_size)
+    tokens = settings.epochs * sum(2 + sum(map(len, text)) / 4 for text in texts)  # about four characters per token
+    identity = {
+        "task": task.name, "init": init, **dataclasses.asdict(settings), "max_length": cfg.max_length,
+        "checkpoint": pretrained.digest, "data": hash_of([part.digest() for part in examples.values()]),
+    }  # fmt: skip
+    del identity["num_seeds"]
+    return [
+        Run(
+            task=task,
+            seed=seed,
+            settings=settings,
+            init=init,
+            after=MNLI_RUN if init == "mnli" else "",
+            artifact=keep if seed == SEEDS[0] else "",
+            num_examples=len(texts),
+            num_steps=num_steps,
+            cost=tokens + STEP_COST * num_steps,
+            identity={**identity, "seed": seed},
+        )
+        for seed in first_seeds(settings.num_seeds)
+    ]
 
 
-def guarded_work(cfg, plan):
-    """work, as main of a process: a UserError becomes one line, and exit status 2."""
+def fine_tune(cfg, pretrained, plan, read):
+    """Finish every run of the plan, then write OUT/glue.json and print the table. read(task): {split: Examples}.
 
-    @command
-    def main(argv):
-        try:
-            work(cfg, plan)
-        except torch.OutOfMemoryError:
-            raise UserError(f"out of GPU memory with jobs={cfg.jobs} (lower --jobs or --batch_size)", True) from None
-
-    if parent := multiprocessing.parent_process():  # do not live on when it is killed
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    main([])
-
-
-def work_in_processes(cfg, plan):
-    """cfg.jobs processes that do the work. Raises: SystemExit with the first bad status, when the others are stopped."""
-    context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
-    processes = [context.Process(target=guarded_work, args=(cfg, plan), daemon=True) for _ in range(cfg.jobs)]
-    for process in processes:
-        process.start()
-    while any(process.is_alive() for process in processes):
-        failed = [process.exitcode for process in processes if process.exitcode]
-        if failed:
-            for process in processes:
-                process.terminate()
-            if failed[0] < 0:
-                raise UserError(f"a process was killed by signal {-failed[0]} (out of memory? try a lower --jobs)", True)
-            raise SystemExit(failed[0])
-        time.sleep(0.2)
+    Returns what glue.json holds; None after a dry run, and on ranks other than 0.
+    """
+    if cfg.dry_run:
+        return print_estimate(plan, Worker(cfg, read))
+    rank = int(os.environ.get("RANK", 0))
+    with RunDirectory(cfg.out, writes=rank == 0):  # refuses a second live suite
+        os.makedirs(os.path.join(cfg.out, "predictions"), exist_ok=True)
+        run_queue.finish(os.path.join(cfg.out, "runs"), plan, functools.partial(Worker, cfg, read), cfg.jobs)
+        if rank > 0:
+            return None
+        results = summarize(cfg, plan, pretrained)
+        write_text(os.path.join(cfg.out, "glue.json"), json.dumps(results, indent=1))
+        print_table(results)
+        return results
 
 
-def earlier_tasks(cfg, pretrained):
-    """The tasks of an earlier command in the same directory, from the same weights and recipe: {name: result}."""
-    try:
-        with open(os.path.join(cfg.out, "glue.json"), encoding="utf-8") as file:
-            earlier = json.load(file)
-        same = (earlier["checkpoint_sha256"], earlier["recipe"]) == (pretrained.digest, cfg.recipe)
-        return earlier["tasks"] if same else {}
-    except (OSError, ValueError, KeyError):
-        return {}
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
 
 
-def summary(cfg, plan, pretrained):
-    """What glue.json holds."""
+def summarize(cfg, plan, pretrained):
+    """What glue.json holds: this plan's tasks, and those of earlier commands in the same directory."""
     tasks = earlier_tasks(cfg, pretrained)
-    for name in [*glue.GLUE_TASKS, "own"]:
-        runs = sorted((run for run in plan if run.task.name == name), key=lambda run: not run.first_seed)
-        if not runs:
-            continue
-        ends = [result(cfg, run) for run in runs]
+    for name in {run.task.name for run in plan}:
+        runs = [run for run in plan if run.task.name == name]  # in the order of their seeds
+        ends = [run_queue.result(os.path.join(cfg.out, "runs"), run) for run in runs]
         metrics = {}
         for metric in ends[0]["metrics"]:
             values = [end["metrics"][metric] for end in ends]
-            metrics[metric] = {"values": values, "mean": float(np.mean(values)), "ci95": glue.ci95(values)}
+            metrics[metric] = {"values": values, "mean": float(np.mean(values)), "ci95": ci95(values)}
         scored = [metric for metric in metrics if metric not in runs[0].task.shown]
         per_seed = [100 * float(np.mean(column)) for column in zip(*(metrics[metric]["values"] for metric in scored))]
         tasks[name] = {
             "metrics": metrics,
             "scores": per_seed,
             "score": float(np.mean(per_seed)),
-            "score_ci95": glue.ci95(per_seed),
+            "score_ci95": ci95(per_seed),
             "majority_accuracy": ends[0]["majority_accuracy"],
             "seeds": [run.seed for run in runs],
             "seconds": round(sum(end["seconds"] for end in ends), 3),
@@ -627,11 +789,11 @@ def summary(cfg, plan, pretrained):
             "init": runs[0].init,
             "settings": dataclasses.asdict(runs[0].settings),
         }
-    tasks = {name: tasks[name] for name in [*glue.GLUE_TASKS, "own"] if name in tasks}
+    tasks = {name: tasks[name] for name in dict.fromkeys([*GLUE_TASKS, *tasks]) if name in tasks}
     return {
         "tasks": tasks,
         "average": float(np.mean([task["score"] for task in tasks.values()])),
-        "complete": set(tasks) == set(glue.GLUE_TASKS),
+        "complete": set(tasks) == set(GLUE_TASKS),
         "recipe": cfg.recipe,
         "checkpoint": cfg.checkpoint,
         "checkpoint_sha256": pretrained.digest,
@@ -641,20 +803,28 @@ def summary(cfg, plan, pretrained):
     }
 
 
+def earlier_tasks(cfg, pretrained):
+    """{name: result} in OUT/glue.json, if it stands on the same weights and recipe."""
+    try:
+        earlier = read_json(os.path.join(cfg.out, "glue.json"), "not written by finetune_glue.py")
+        same = (earlier["checkpoint_sha256"], earlier["recipe"]) == (pretrained.digest, cfg.recipe)
+        return earlier["tasks"] if same else {}
+    except (KeyError, UserError):
+        return {}
+
+
 def pretraining_cost(path):
-    """Steps, seconds, GPU-hours and dollars behind a checkpoint of train.py, or None of one from elsewhere."""
+    """Steps, seconds, GPU-hours and dollars behind a checkpoint of train.py; None for weights from elsewhere."""
     try:
         path = checkpoint.find(path)
-        with open(os.path.join(path, "state.json"), encoding="utf-8") as file:
-            state = json.load(file)
-        with open(os.path.join(os.path.dirname(path), "log.jsonl"), encoding="utf-8") as file:
-            start = json.loads(file.readline())
+        state = read_json(os.path.join(path, "state.json"), "not a checkpoint of train.py")
+        _, start = next(read_log(os.path.dirname(path)))
         gpu_hours = state["seconds"] * start["world_size"] / 3600
         price = start["config"]["price_per_gpu_hour"]
         dollars = gpu_hours * price if price else None
         budget = {name: start["config"].get(name, 0) for name in ("budget_minutes", "budget_dollars")}
         return {**state, "gpu_hours": gpu_hours, "dollars": dollars, **budget, "device": start["device"]}
-    except (OSError, ValueError, KeyError, UserError):
+    except (KeyError, StopIteration, UserError):
         return None
 
 
@@ -669,18 +839,18 @@ def print_table(results):
     print(f"average of {len(results['tasks'])} tasks: {results['average']:.2f}")
 
 
-def print_estimate(cfg, plan):
-    """The plan, and how long it takes by steps timed on this device."""
-    worker, total, steps = Worker(cfg), 0.0, 0
+def print_estimate(plan, worker):
+    """The plan, and how long it will take: steps are timed on this device."""
+    total, steps, device = 0.0, 0, worker.process.device
     print(f"{'task':6} {'examples':>9} {'steps':>8} {'seeds':>5} {'ms/step':>8} {'minutes':>8}  start")
-    for run in [run for run in plan if run.first_seed]:
+    for run in {run.task: run for run in plan}.values():  # any seed will do
         data, model = worker.encoded(run.task)["train"], worker.classifier(dataclasses.replace(run, init="random"))
         train_step, times = Steps(model, run.settings, worker.process), []
-        for batch in batches(run, data, worker.process.device):
+        for batch in batches(data, run.settings, run.seed, device):
             start = time.perf_counter()
             train_step(0.0, batch).item()
             times.append(time.perf_counter() - start)
-            if len(times) == 200 or (len(times) > 2 and sum(times) > 5):  # enough for most shapes to be captured
+            if len(times) == 200 or (len(times) > 2 and sum(times) > 5):  # enough to have captured most shapes
                 break
         count = sum(other.task == run.task for other in plan)
         ms = 1000 * float(np.median(times[1:] or times))
@@ -688,74 +858,15 @@ def print_estimate(cfg, plan):
         total, steps = total + minutes, steps + count * run.num_steps
         row = f"{run.task.name:6} {run.num_examples:9,} {run.num_steps:8,} {count:5} {ms:8.1f} {minutes:8.1f}"
         print(f"{row}  {run.init}", flush=True)
-    print(f"in all {steps:,} steps, {total:.1f} min on one {device_name(worker.process.device)} (scoring not counted)")
+    print(f"in all {steps:,} steps, {total:.1f} min on one {device_name(device)}, without scoring")
 
 
 @command
 def main(argv):
     cfg = load_config(GlueConfig, argv)
     cfg.check()
-    pretrained = load_pretrained(cfg.checkpoint)
-    if cfg.predict_file and not cfg.train_file:
-        return predict_own(cfg, cfg.checkpoint)
-    plan = make_plan(cfg, pretrained)
-    if cfg.train_file:
-        labels = plan[0].task.labels
-        print(f"classification into {', '.join(labels)[:200]}" if labels else "regression", flush=True)
-    if cfg.dry_run:
-        return print_estimate(cfg, plan)
-    rank = int(os.environ.get("RANK", 0))
-    if os.path.exists(os.path.join(cfg.out, "log.jsonl")):
-        raise UserError(f"{cfg.out}: holds a pretraining run (choose another --out)")
-    with checkpoint.RunDirectory(cfg.out) if rank == 0 else nullcontext():  # refuses a second live suite
-        for name in ("runs", "predictions"):
-            os.makedirs(os.path.join(cfg.out, name), exist_ok=True)
-        if cfg.jobs > 1:
-            work_in_processes(cfg, plan)
-        else:
-            guarded_work(cfg, plan)
-        if rank > 0:
-            return
-        results = summary(cfg, plan, pretrained)
-        write_text(os.path.join(cfg.out, "glue.json"), json.dumps(results, indent=1))
-        print_table(results)
-        if cfg.submission:
-            predictions = {}
-            for file in glue.SUBMISSION.keys() - {"WNLI"}:
-                with open(os.path.join(cfg.out, "predictions", f"{file}.test.json"), encoding="utf-8") as rows:
-                    predictions[file] = json.load(rows)
-            glue.write_submission(os.path.join(cfg.out, "glue_submission.zip"), predictions)
-            print(f"{cfg.out}/glue_submission.zip: from the first seed; WNLI is the majority class")
-        if cfg.train_file:
-            print(f"{cfg.out}/model: the fine-tuned model of the first seed")
-        if cfg.predict_file:
-            predict_own(cfg, os.path.join(cfg.out, "model"))
-
-
-def predict_own(cfg, path):
-    """Label the texts of cfg.predict_file with a model that this script saved; writes OUT/predictions.tsv."""
-    fine_tuned = load_pretrained(path)
-    saved = fine_tuned.config.get("task")
-    if not saved:
-        raise UserError(f"{path}: not fine-tuned here, so there is nothing to predict (give --train_file and --val_file)")
-    task = glue.Task("own", tuple(saved["text_columns"]), "", tuple(saved["labels"]), ())
-    rows = glue.read_own(cfg.predict_file, task.text_columns, "", cfg)
-    if not rows:
-        raise UserError(f"{cfg.predict_file}: no texts (is the file empty?)")
-    device, dtype = setup_device(cfg, fine_tuned.model_cfg)
-    model = SequenceClassifier(fine_tuned.model_cfg, fine_tuned.vocab_size, max(1, len(task.labels)))
-    found = checkpoint.find(path)
-    checkpoint.load_weights(model, checkpoint.read_tensors(found, "model.safetensors"), found)
-    encoded = encode(glue.Examples([tuple(cells) for _, cells in rows]), fine_tuned, saved["max_length"])
-    scores = predict(model.to(device), encoded, Process(0, 1, device, dtype))
-    lines = ["index\tprediction" + ("\tprobability\n" if task.labels else "\n")]
-    best = torch.from_numpy(scores).softmax(1).max(1).values.tolist()
-    for index, (output, probability) in enumerate(zip(outputs(task, scores).tolist(), best)):
-        lines.append(f"{index}\t{task.labels[output]}\t{probability:.4f}\n" if task.labels else f"{index}\t{output:.4f}\n")
-    os.makedirs(cfg.out, exist_ok=True)
-    target = os.path.join(cfg.out, "predictions.tsv")
-    write_text(target, "".join(lines))
-    print(f"{target}: {len(rows)} predictions")
+    pretrained = load_pretrained(cfg.checkpoint, cfg.out)
+    fine_tune(cfg, pretrained, make_plan(cfg, pretrained), functools.partial(read_task, cfg))
 
 
 if __name__ == "__main__":

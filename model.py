@@ -148,12 +148,12 @@ class MosaicLayer(nn.Module):
 class MosaicEncoder(nn.Module):
     """Token ids to hidden states, without padding anywhere."""
 
-    def __init__(self, cfg, vocab_size):
+    def __init__(self, cfg, vocab_size, pad_id):
         super().__init__()
         C = cfg.hidden_size
         self.dropout = cfg.hidden_dropout
         self.embeddings = named(
-            word_embeddings=nn.Embedding(vocab_size, C, padding_idx=0),
+            word_embeddings=nn.Embedding(vocab_size, C, padding_idx=pad_id),
             token_type_embeddings=nn.Embedding(NUM_TOKEN_TYPES, C),
             LayerNorm=LayerNorm(C),
         )
@@ -215,12 +215,12 @@ class BertLayer(nn.Module):
 class BertEncoder(nn.Module):
     """Token ids to hidden states: pads once on entry, and returns the flat rows that are asked for."""
 
-    def __init__(self, cfg, vocab_size):
+    def __init__(self, cfg, vocab_size, pad_id):
         super().__init__()
         C = cfg.hidden_size
         self.dropout = cfg.hidden_dropout
         self.embeddings = named(
-            word_embeddings=nn.Embedding(vocab_size, C, padding_idx=0),
+            word_embeddings=nn.Embedding(vocab_size, C, padding_idx=pad_id),
             position_embeddings=nn.Embedding(MAX_POSITIONS, C),
             token_type_embeddings=nn.Embedding(NUM_TOKEN_TYPES, C),
             LayerNorm=nn.LayerNorm(C, LAYER_NORM_EPS),
@@ -258,10 +258,10 @@ class BertEncoder(nn.Module):
 # Heads
 
 
-def make_encoder(cfg, vocab_size):
+def make_encoder(cfg, vocab_size, pad_id):
     if cfg.model == "bert":
-        return BertEncoder(cfg, vocab_size).apply(init_weights)
-    return MosaicEncoder(cfg, -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE).apply(init_weights)
+        return BertEncoder(cfg, vocab_size, pad_id).apply(init_weights)
+    return MosaicEncoder(cfg, -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE, pad_id).apply(init_weights)
 
 
 def init_weights(module):
@@ -304,12 +304,15 @@ class Predictions(nn.Module):
 
 
 class MaskedLM(nn.Module):
-    """Either architecture with its masked-language-model head. vocab_size: the tokenizer's, before padding."""
+    """Either architecture with its masked-language-model head.
 
-    def __init__(self, cfg, vocab_size):
+    vocab_size: the tokenizer's, before padding. pad_id: of [PAD], whose embedding starts at 0 and gets no gradient.
+    """
+
+    def __init__(self, cfg, vocab_size, pad_id=0):
         super().__init__()
         self.cfg, self.vocab_size = cfg, vocab_size
-        self.bert = make_encoder(cfg, vocab_size)
+        self.bert = make_encoder(cfg, vocab_size, pad_id)
         self.cls = named(predictions=Predictions(cfg, self.bert.embeddings.word_embeddings))
 
     def forward(self, batch):
@@ -327,6 +330,8 @@ class MaskedLM(nn.Module):
 
         Scores of padding are 0. For the BERT baseline, pad on the right.
         """
+        if not input_ids.numel():
+            raise ValueError(f"logits: input_ids has shape {tuple(input_ids.shape)}; expected (B, T), not empty")
         keep = attention_mask.bool()
         lengths = keep.sum(1).cpu().numpy()
         cu_seqlens, _ = pack(lengths, int(lengths.max()))
@@ -340,10 +345,10 @@ class MaskedLM(nn.Module):
 class SequenceClassifier(nn.Module):
     """Either architecture with a head on [CLS]: pooler, dropout, classifier. num_labels=1 for regression."""
 
-    def __init__(self, cfg, vocab_size, num_labels):
+    def __init__(self, cfg, vocab_size, num_labels, pad_id=0):
         super().__init__()
         self.cfg, self.vocab_size, self.dropout = cfg, vocab_size, cfg.hidden_dropout
-        self.bert = make_encoder(cfg, vocab_size)
+        self.bert = make_encoder(cfg, vocab_size, pad_id)
         self.bert.pooler = named(dense=nn.Linear(cfg.hidden_size, cfg.hidden_size)).apply(init_weights)
         self.classifier = nn.Linear(cfg.hidden_size, num_labels).apply(init_weights)
 
@@ -359,8 +364,8 @@ class SequenceClassifier(nn.Module):
 # What the machine has to do
 
 
-def choose_kernels(choice, cfg, device):
-    """Set what the operators run on, and return its name. choice: "auto", "triton" or "torch".
+def choose_kernels(choice, cfg, device, dtype=torch.float32):
+    """Set what the operators run on, and return its name. choice: "auto", "triton" or "torch". dtype: of autocast.
 
     Raises: UserError where it cannot run, or cannot take this model's heads.
     """
@@ -374,6 +379,8 @@ def choose_kernels(choice, cfg, device):
     if cfg.model == "mosaicbert" and head_size not in kernels.HEAD_SIZES:
         sizes = ", ".join(map(str, kernels.HEAD_SIZES))
         raise UserError(f"head size {head_size}: the Triton kernels take {sizes} (use --kernels=torch)")
+    if torch.device(device).type == "cpu" and dtype == torch.bfloat16:
+        raise UserError("kernels=triton: Triton's interpreter multiplies bfloat16 wrongly (use --dtype=float32)")
     return "triton"
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+import common  # noqa: F401, before torch, whose threads it tells to sleep while they wait
 import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -36,6 +37,7 @@ from model import MAX_POSITIONS, MaskedLM, ModelConfig, choose_kernels, matrix_f
 EVAL_MASK_PROB = 0.15  # as BERT was trained and evaluated, whatever rate this run trains with
 TARGET_LOG_SECONDS = 10  # between log lines, with log_interval=0
 MAX_SKIPPED_IN_A_ROW = 10  # updates that were not finite
+MANY_EPOCHS, LARGE_FOR_CPU = 200, 20_000_000  # epochs and parameters beyond which a warning asks whether this is meant
 BUCKET_MB = 1000  # gradients per all-reduce. On one host overlapping them with backward costs more than it hides
 
 
@@ -241,6 +243,7 @@ def wrap(model, cfg, process, samples):
         model = compiled(model)
     if process.world_size > 1:
         model = DistributedDataParallel(model, bucket_cap_mb=BUCKET_MB, gradient_as_bucket_view=True)
+        model.broadcast_buffers = False  # they are constants
         # After its first backward pass DDP rearranges its buckets, which changes the order of sums and so their last
         # bits. Have that behind us, or a resumed run would differ from an unbroken one.
         first = np.zeros(1, np.int64)
@@ -291,15 +294,19 @@ def evaluate(model, samples, cfg, process, micro_batch_tokens, watchdog, most_sa
     loss_sum, num_correct, num_masked, asked_to_stop, num_most_masked = processes.to_host(numbers).tolist()
     if asked_to_stop:
         return None
+    if num_masked == 0:
+        return {"loss": None, "accuracy": None, "num_masked": 0, "majority_accuracy": None}
     return {
-        "loss": loss_sum / max(1, num_masked),
-        "accuracy": num_correct / max(1, num_masked),
+        "loss": loss_sum / num_masked,
+        "accuracy": num_correct / num_masked,
         "num_masked": int(num_masked),
-        "majority_accuracy": num_most_masked / max(1, num_masked),
+        "majority_accuracy": num_most_masked / num_masked,
     }
 
 
 def eval_line(step, result):
+    if not result["num_masked"]:
+        return f"step {step}: no held-out loss, as nothing is masked: is all text [UNK]? (see unknown_percent in report.json)"
     return (
         f"step {step}: held-out loss {result['loss']:.4f}, accuracy {result['accuracy']:.1%} of "
         f"{result['num_masked']:,} masked tokens (always guessing the most frequent: {result['majority_accuracy']:.1%})"
@@ -314,22 +321,23 @@ class Report:
     """The steps since the last report. Losses and gradient norms stay on the device, so that nothing waits for them."""
 
     def __init__(self):
-        self.history, self.tokens, self.flops, self.start = [], 0, 0, time.perf_counter()
+        self.history, self.masked, self.tokens, self.flops, self.start = [], 0, 0, 0, time.perf_counter()
 
     def add(self, cfg, vocab_size, batches, loss, grad_norm):
         self.history += [loss, grad_norm]
+        self.masked = sum(batch.num_masked for batch in batches)  # of the last step
         self.tokens += sum(batch.num_tokens for batch in batches)
         for batch in batches:
             self.flops += matrix_flops(cfg, vocab_size, batch.num_tokens, batch.sum_squared_lengths, batch.num_masked)
 
     def gather(self, process):
         """Bring all processes' figures to all of them, so that they decide alike. Waits for the GPU."""
-        rows = process.gather([*self.history, self.tokens, self.flops, time.perf_counter() - self.start])
+        rows = process.gather([*self.history, self.masked, self.tokens, self.flops, time.perf_counter() - self.start])
         self.seconds = time.perf_counter() - self.start  # the GPU may have been a step or two behind
         self.num_steps = len(self.history) // 2
-        self.losses = [row[:-3:2] for row in rows]  # [rank][step]: each process's share
-        self.grad_norms = rows[0][1:-3:2]
-        self.tokens, self.flops = int(sum(row[-3] for row in rows)), sum(row[-2] for row in rows)
+        self.losses = [row[:-4:2] for row in rows]  # [rank][step]: each process's share
+        self.grad_norms = rows[0][1:-4:2]
+        self.masked, self.tokens, self.flops = (int(sum(row[i] for row in rows)) for i in (-4, -3, -2))
         self.steps_per_second = self.num_steps / rows[0][-1]  # by rank 0's clock, the same in all processes
 
 
@@ -368,9 +376,16 @@ def finite(value):
     return value if math.isfinite(value) else None
 
 
-def cost(cfg, state, world_size):
+def count_time(state, started_at, process):
+    """Bring the seconds in `state` up to now."""
+    seconds = time.perf_counter() - started_at
+    state["gpu_seconds"] += (seconds - state["seconds"]) * process.world_size
+    state["seconds"] = seconds
+
+
+def cost(cfg, state):
     """GPU-hours and dollars so far, for the log; None where there is no price."""
-    gpu_hours = state["seconds"] * world_size / 3600
+    gpu_hours = state["gpu_seconds"] / 3600
     return {"gpu_hours": gpu_hours, "dollars": gpu_hours * cfg.price_per_gpu_hour if cfg.price_per_gpu_hour else None}
 
 
@@ -379,7 +394,7 @@ def train_record(report, cfg, state, process, num_params):
     peak, rate = estimate.peak_flops(process.device), 1 / report.seconds / process.world_size
     return {
         "step": state["step"],
-        "loss": finite(sum(shares[-1] for shares in report.losses)),
+        "loss": finite(sum(shares[-1] for shares in report.losses)) if report.masked else None,
         "lr": lr_at(cfg, state["step"]),
         "grad_norm": finite(report.grad_norms[-1]),
         "skipped": state["skipped"],
@@ -390,24 +405,29 @@ def train_record(report, cfg, state, process, num_params):
         "samples_per_second": round(report.num_steps * cfg.global_batch_size / report.seconds, 2),
         "mfu": report.flops * rate / peak if peak else None,
         "mfu_6n": 6 * num_params * report.tokens * rate / peak if peak else None,
-        **cost(cfg, state, process.world_size),
+        **cost(cfg, state),
         "memory_gb": torch.cuda.max_memory_allocated() / 1e9 if process.device.type == "cuda" else None,
     }
 
 
-def progress_line(cfg, record, steps_per_second):
-    """One readable line of a train record."""
+def progress_line(cfg, record, report, since):
+    """One readable line of a train record. The time left follows from the average since the record `since`."""
+    no_loss = "loss not finite" if report.masked else "no loss: nothing is masked"
     parts = [
         f"step {record['step']}/{cfg.max_steps or '?'}",
-        f"loss {record['loss']:.4f}" if record["loss"] is not None else "loss not finite",
+        f"loss {record['loss']:.4f}" if record["loss"] is not None else no_loss,
         f"lr {record['lr']:.2e}",
         f"{record['tokens_per_second']:,.0f} tok/s",
-        f"mfu {record['mfu']:.1%}" if record["mfu"] is not None else "mfu n/a",
-        f"mem {record['memory_gb']:.1f} GB" if record["memory_gb"] is not None else "mem n/a",
-        f"{datetime.timedelta(seconds=round(record['seconds']))} done",
     ]
+    if record["memory_gb"] is not None:  # on a GPU
+        parts.append(f"mfu {record['mfu']:.1%}" if record["mfu"] is not None else "mfu unknown for this GPU")
+        parts.append(f"mem {record['memory_gb']:.1f} GB")
+    parts.append(f"{datetime.timedelta(seconds=round(record['seconds']))} done")
     if cfg.max_steps:
-        left = (cfg.max_steps - record["step"]) / steps_per_second
+        seconds_a_step = 1 / report.steps_per_second
+        if record["step"] > since["step"]:
+            seconds_a_step = (record["seconds"] - since["seconds"]) / (record["step"] - since["step"])
+        left = (cfg.max_steps - record["step"]) * seconds_a_step
         parts[-1] += f", {datetime.timedelta(seconds=round(left))} left"
         if record["dollars"] is not None:
             total = record["dollars"] * (1 + left / max(record["seconds"], 1e-9))
@@ -437,42 +457,58 @@ def resume(cfg, process, samples, model, optimizer):
     path or None; whether its evaluation is missing).
     """
     state = {"step": 0, "tokens": 0, "samples": 0, "seconds": 0.0}  # since the first step, resumes included
+    state |= {"gpu_seconds": None}  # the same, times the processes that each second had
     state |= {"skipped": 0, "skipped_in_a_row": 0}  # updates that were not finite
     found, eval_missing = None, False
-    if budget.seconds_of(cfg, process.world_size):  # planned in the warm-up, or by the run that is resumed
-        cfg = dataclasses.replace(cfg, max_steps=None, warmup_steps=cfg.warmup_steps or None)
+    # A run keeps the warm-up that it began with, and a budget's plan, whatever max_steps is now.
+    budgeted = budget.seconds_of(cfg, process.world_size)
+    cfg = dataclasses.replace(cfg, max_steps=None if budgeted else cfg.max_steps, warmup_steps=cfg.warmup_steps or None)
     if process.rank == 0:
         config, defaults = saved_config(cfg, samples), dataclasses.asdict(TrainConfig())
-        found = checkpoint.check_resumable(cfg.out_dir, config, defaults, partial(bends_schedule, cfg))
-        cfg = dataclasses.replace(cfg, max_steps=config["max_steps"], warmup_steps=config["warmup_steps"])
+        found, earlier = checkpoint.check_resumable(cfg.out_dir, config, defaults, partial(bends_schedule, cfg))
+        if found or budgeted and earlier:
+            before = dataclasses.replace(cfg, max_steps=earlier["max_steps"], warmup_steps=earlier["warmup_steps"])
+            cfg.max_steps, cfg.warmup_steps = cfg.max_steps or earlier["max_steps"], warmup_of(before)
         if found:
             step = checkpoint.step_of(found)
             eval_missing = is_eval_step(cfg, step) and not was_evaluated(cfg.out_dir, step)  # a signal came first
     cfg, found, eval_missing = process.broadcast((cfg, found, eval_missing))
     if cfg.warmup_steps is None:
-        cfg.warmup_steps = budget.WARMUP_STEPS
+        cfg.warmup_steps = warmup_of(cfg) if cfg.max_steps else budget.WARMUP_STEPS
     if found:
         checkpoint.restore(found, state, model, optimizer, process)
+    if state["gpu_seconds"] is None:
+        state["gpu_seconds"] = state["seconds"] * process.world_size  # earlier code did not count
     return cfg, state, found, eval_missing
+
+
+def print_warnings(cfg, process, num_params, num_samples):
+    """Say what is likely to be a mistake, and what to do instead."""
+    if cfg.max_steps and (epochs := cfg.max_steps * cfg.global_batch_size / num_samples) > MANY_EPOCHS:
+        fewer = max(1, MANY_EPOCHS * num_samples // cfg.global_batch_size)
+        hint = f"try --max_steps={fewer}, a --budget_minutes, a smaller --global_batch_size, or more text"
+        process.say(f"warning: {cfg.max_steps:,} steps are {epochs:,.0f} epochs of {num_samples:,} samples ({hint})")
+    if process.device.type == "cpu" and num_params > LARGE_FOR_CPU:
+        hint = "configs/small.py is made for one; --dry_run estimates the time on a GPU"
+        process.say(f"warning: {num_params:,} parameters on a CPU: a step may take minutes ({hint})")
 
 
 def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
     """The whole run. run, saver: its RunDirectory and the Saver of its checkpoints, which write on rank 0 alone."""
     device, world_size, say = process.device, process.world_size, process.say
-    backend, vocab_size = choose_kernels(cfg.kernels, cfg, device), train_samples.vocab_size
+    backend, vocab_size = choose_kernels(cfg.kernels, cfg, device, process.dtype), train_samples.vocab_size
     process.check_equal(saved_config(cfg, train_samples), except_for=("data_dir", "out_dir", "init_from"))  # paths
     num_val = min(cfg.eval_samples or len(val_samples), len(val_samples))
 
     # The model, made on the CPU, so that its first weights are the same on any device.
     torch.manual_seed(cfg.seed)
-    raw_model = MaskedLM(cfg, vocab_size)
+    raw_model = MaskedLM(cfg, vocab_size, train_samples.special["[PAD]"])
     num_params = sum(parameter.numel() for parameter in raw_model.parameters())
-    started = checkpoint.start_from(raw_model, cfg.init_from, train_samples.tokenizer_text) if cfg.init_from else None
-    if started:
-        say(started)
     raw_model.to(device)
     micro_batch_tokens = estimate.choose_micro_batch_tokens(cfg, process, backend, num_params, vocab_size)
     if cfg.dry_run:
+        if cfg.init_from:
+            say(checkpoint.start_from(raw_model, cfg.init_from, train_samples.tokenizer_text))
         flops = partial(matrix_flops, cfg, vocab_size)
         estimate.print_estimate(cfg, process, backend, num_params, train_samples, num_val, micro_batch_tokens, flops)
         return
@@ -485,6 +521,10 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
         fused=True,
     )
     cfg, state, resumed_from, eval_missing = resume(cfg, process, train_samples, raw_model, optimizer)
+    started = None
+    if cfg.init_from and not resumed_from:
+        started = checkpoint.start_from(raw_model, cfg.init_from, train_samples.tokenizer_text)
+        say(started)
 
     dtype, name = str(process.dtype).removeprefix("torch."), processes.device_name(device)
     say(
@@ -499,7 +539,9 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
             raise UserError(f"{cfg.out_dir}: no checkpoint to evaluate (train first, or give --init_from)")
         return say(eval_line(state["step"], evaluation() or watchdog.leave(process)))
     if cfg.max_steps and state["step"] >= cfg.max_steps and not eval_missing:
-        return say(f"{cfg.out_dir}: finished, {state['step']} of {cfg.max_steps} steps")
+        hint = f"to train on, give --init_from={cfg.out_dir} and another --out_dir"
+        return say(f"{cfg.out_dir}: finished, {state['step']} of {cfg.max_steps} steps ({hint})")
+    print_warnings(cfg, process, num_params, len(train_samples))
     model = wrap(raw_model, cfg, process, train_samples)
     model.train()
     model.register_forward_hook(watchdog.progress)
@@ -528,7 +570,7 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
     tracer = trace.Tracer(cfg.profile if process.rank == 0 else "", cfg.out_dir, say)
     next_batches = partial(make_batches, train_samples, cfg, process, micro_batch_tokens)
     find_samples = partial(samples_of, train_samples, cfg, micro_batch_tokens, world_size)
-    report, next_report = Report(), state["step"] + 1
+    report, since, next_report = Report(), None, state["step"] + 1
     started_at = time.perf_counter() - state["seconds"]
     watchdog.training = True
     for step, batches in prefetch(next_batches, itertools.count(state["step"] + 1)):
@@ -553,13 +595,14 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
         state["step"] = step
         state["tokens"] += report.tokens
         state["samples"] += report.num_steps * cfg.global_batch_size
-        state["seconds"] = time.perf_counter() - started_at
+        count_time(state, started_at, process)
         next_report = step + max(1, int(TARGET_LOG_SECONDS * report.steps_per_second))
         saver.check()
         if log_now:
             record = train_record(report, cfg, state, process, num_params)
             run.log("train", **record)
-            say(progress_line(cfg, record, report.num_steps / report.seconds))
+            since = since or record  # after the step that compiled
+            say(progress_line(cfg, record, report, since))
         if eval_now:
             result = evaluation()
             stop = result is None  # a process was asked to stop
@@ -572,7 +615,7 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
             run.write_config(saved_config(cfg, train_samples))
         if save_now or stop:
             checkpoint.compare_parameters(raw_model, process, step)
-            state["seconds"] = time.perf_counter() - started_at
+            count_time(state, started_at, process)
             saver.save(state, raw_model, optimizer, saved_config(cfg, train_samples), train_samples.tokenizer_text)
         if planner.saves(step) and not stop:
             planner.time_rest(evaluation, num_val, saver)
@@ -584,9 +627,9 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
         report = Report()  # evaluation and saving do not count as training speed
 
     tracer.finish()
-    saver.wait()
-    state["seconds"] = time.perf_counter() - started_at
-    run.log("end", step=state["step"], seconds=round(state["seconds"], 3), **cost(cfg, state, world_size))
+    saver.finish(state["step"])
+    count_time(state, started_at, process)
+    run.log("end", step=state["step"], seconds=round(state["seconds"], 3), **cost(cfg, state))
 
 
 @command

@@ -1,6 +1,6 @@
-"""Options of a script: a dataclass, a config file of plain assignments, and --name=value flags.
+"""The options of a script: a dataclass, a config file of plain assignments, and --name=value flags.
 
-A script declares its options as a dataclass with one trailing comment a field, which is also the text of --help:
+A script declares its options as a dataclass with a trailing comment on each field, which is also its text in --help:
 
     @dataclass
     class TrainConfig:
@@ -12,13 +12,12 @@ A script declares its options as a dataclass with one trailing comment a field, 
     def main(argv):
         cfg = load_config(TrainConfig, argv)
 
-Precedence is default < config file < flag, wherever they stand on the line; of a flag given twice the last counts.
+Precedence is default < config file < flag, wherever they stand on the line; the last of a repeated flag counts.
 Types are int, float, bool, str and Literal[...]. A config file is Python and runs with your rights: read it first.
-
-Read next: train.py
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -33,9 +32,9 @@ from typing import Literal, get_args, get_origin
 
 
 class UserError(Exception):
-    """A mistake the user can mend. Its text is `FILE[:LINE]: REASON (HINT)`, without the file where there is none.
+    """A mistake that the user can fix. Its text is `FILE[:LINE]: REASON (HINT)`, without the file where there is none.
 
-    Under torchrun only rank 0 prints it, unless `this_rank_only` says that the others do not know.
+    Under torchrun only rank 0 prints it, unless `this_rank_only`: the other ranks don't know of it.
     """
 
     def __init__(self, text, this_rank_only=False):
@@ -44,7 +43,10 @@ class UserError(Exception):
 
 
 def command(main):
-    """Decorate a script's main(argv): a UserError or OSError becomes one `error: ...` line and exit status 2."""
+    """Decorate a script's main(argv): a UserError or OSError becomes one `error: ...` line and exit status 2.
+
+    Ctrl-C becomes one line and status 130.
+    """
 
     @functools.wraps(main)
     def wrapped(argv=None):
@@ -55,20 +57,25 @@ def command(main):
             if "--debug" in argv:
                 raise
             raise SystemExit(report(error)) from None
+        except KeyboardInterrupt:
+            if "--debug" in argv:
+                raise
+            print("stopped; the same command resumes", file=sys.stderr, flush=True)
+            raise SystemExit(130) from None
 
     return wrapped
 
 
 def report(error, anyway=False):
-    """Say what ended this process; returns its exit status: 2 after one line, for a UserError or OSError, 1 after a traceback.
+    """Print what ended this process; returns its exit status: 2 after one line (UserError, OSError), 1 after a traceback.
 
-    What all ranks know rank 0 says. The others then end a little later, as torchrun ends all when one ends. anyway: say it
-    on any rank.
+    Errors common to all ranks are printed by rank 0, and the others end a little later, since torchrun kills all when one
+    ends. anyway: print it on any rank.
     """
     if not isinstance(error, (UserError, OSError)) or "--debug" in sys.argv:
         traceback.print_exception(error)
         return 1
-    if isinstance(error, OSError):  # of the machine: a full disk, a right that is missing
+    if isinstance(error, OSError):  # the machine's: a full disk, a missing permission
         file = f"{error.filename}: " if error.filename else ""
         error = UserError(f"{file}{error.strerror or error} (the same command can be given again)", True)
     if anyway or error.this_rank_only or int(os.environ.get("RANK", 0)) == 0:
@@ -94,17 +101,18 @@ def load_config(cls, argv):
         if name in ("help", "h"):
             print_help(cls)
             raise SystemExit(0)
-        known_option(name, types, f"--{name}")
+        known_option(name, cls, f"--{name}")
         if not equals and types[name] is not bool:
             raise UserError(f"--{name}: no value given (write --{name}=VALUE)")
         flags[name] = convert(value if equals else "true", types[name], f"--{name}")
     if len(files) > 1:
         raise UserError(f"{files[1]}: a second config file (one at most; options are written --name=value)")
-    return cls(**{**(read_config_file(files[0], types) if files else {}), **flags})
+    return cls(**{**(read_config_file(files[0], cls) if files else {}), **flags})
 
 
-def read_config_file(path, types):
-    """The options a config file assigns: {name: value}. Names with a leading underscore are the file's own."""
+def read_config_file(path, cls):
+    """The options of `cls` that a config file assigns: {name: value}. Names with a leading underscore are the file's own."""
+    types = {field.name: field.type for field in dataclasses.fields(cls)}
     try:
         with open(path, encoding="utf-8") as file:
             tree = ast.parse(file.read())
@@ -127,20 +135,27 @@ def read_config_file(path, types):
         if not all(isinstance(target, ast.Name) for target in statement.targets):
             raise UserError(f"{where}: not a plain assignment (one name = value a line)")
         for name in [target.id for target in statement.targets if target.id[0] != "_"]:
-            known_option(name, types, f"{where}: {name}")
+            known_option(name, cls, f"{where}: {name}")
             values[name] = convert(namespace[name], types[name], f"{where}: {name}")
     return values
 
 
-def known_option(name, types, where):
-    if name not in types:
-        nearest = difflib.get_close_matches(name, types, n=1, cutoff=0.5)
-        hint = f"did you mean {nearest[0]}?" if nearest else "--help lists the options"
-        raise UserError(f"{where}: unknown option ({hint})")
+def known_option(name, cls, where):
+    """Raises: UserError with the nearest name, or an option whose description has the words of the unknown one."""
+    names = [field.name for field in dataclasses.fields(cls)]
+    if name in names:
+        return
+    words = re.findall("[a-z]+", name.lower())
+    texts = {option: text.lower() for base in cls.__mro__ for option, _, _, text in described(base) if option}
+    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    nearest = nearest or [option for option, text in texts.items() if words and all(word in text for word in words)]
+    nearest = nearest or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]}?" if nearest else "--help lists the options"
+    raise UserError(f"{where}: unknown option ({hint})")
 
 
 def convert(value, kind, where):
-    """`value`, a string off the command line or an object out of a config file, as an int, float, bool, str or choice."""
+    """`value`, a string from the command line or an object from a config file, as an int, float, bool, str or choice."""
     wrong = UserError(f"{where}: {value!r} is not {type_name(kind)}")
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
@@ -175,17 +190,26 @@ def type_name(kind):
     return {int: "a whole number", float: "a number", bool: "a bool", str: "a string"}[kind]
 
 
+def described(cls):
+    """Yield (name, type, default, text) of each option that the source of a dataclass declares, and (None, None, None,
+    heading) for its headings: comments on a line of their own."""
+    for line in inspect.getsource(cls).splitlines() if dataclasses.is_dataclass(cls) else ():
+        if option := re.fullmatch(r"    (\w+): (.+?) = (.+?)  # (.+)", line):
+            name, kind, _, text = option.groups()
+            kind = "|".join(re.findall(r'"(.*?)"', kind)) if kind.startswith("Literal") else kind
+            yield name, kind, getattr(cls, name), text
+        elif heading := re.fullmatch(r"    # (.+)", line):
+            yield None, None, None, heading[1]
+
+
 def print_help(cls):
-    """Every option with type, default and the comment beside it in the source; own-line comments are headings."""
-    print((inspect.getdoc(sys.modules[cls.__module__]) or "").partition("\n\n")[0])
-    print("\nusage: python SCRIPT [CONFIG.py] [--name=value ...]   (also --help, and --debug for tracebacks)")
-    for base in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
-        for line in inspect.getsource(base).splitlines():
-            heading = re.fullmatch(r"    # (.+)", line)
-            option = re.fullmatch(r"    (\w+): (.+?) = (.+?)  # (.+)", line)
-            if heading:
-                print(f"\n{heading[1]}")
-            elif option:
-                name, kind, default, text = option.groups()
-                kind = "|".join(re.findall(r'"(.*?)"', kind)) if kind.startswith("Literal") else kind
-                print(f"  --{name}={kind}  {text}  [{default}]")
+    """Print every option with its type, default, and the comment beside it in the source."""
+    lines = [(inspect.getdoc(sys.modules[cls.__module__]) or "").partition("\n\n")[0]]
+    lines.append("\nusage: python SCRIPT [CONFIG.py] [--name=value ...]   (also --help, and --debug for tracebacks)")
+    for base in reversed(cls.__mro__):
+        for name, kind, default, text in described(base):
+            lines.append(f"  --{name}={kind}  {text}  [{default!r}]" if name else f"\n{text}")
+    with contextlib.suppress(BrokenPipeError):  # as into `head`
+        print("\n".join(lines), flush=True)
+        return
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

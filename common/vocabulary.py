@@ -1,6 +1,6 @@
-"""Tokenizers: read one in any of its forms, train one, and turn texts into token ids.
+"""Tokenizers: read or train one, and turn texts into token ids.
 
-Read next: prepare_c4.py, which puts the ids into shards
+Read next: prepare_c4.py, which writes the ids to shards
 """
 
 import os
@@ -12,21 +12,21 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from common.options import UserError
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-PART_CHARS = 2**20  # a longer text is tokenized in parts, or one of 50 MB would take gigabytes
-MIN_ALPHABET = 1000  # characters that a new vocabulary has room for, at least
-ALPHABET_COVERAGE = 0.9999  # share of a text's characters that a new vocabulary knows, if half its entries suffice
-# WordPiece makes [UNK] of such words in any case, and training takes the square of their length: minutes for a million
-# letters, as of a picture in base64.
+PART_CHARS = 2**20  # longer texts are tokenized in parts: 50 MB at once would take gigabytes
+MIN_ALPHABET = 1000  # characters that a new vocabulary covers, at least
+ALPHABET_COVERAGE = 0.9999  # share of the text's characters to cover, as far as half the entries allow
+# WordPiece turns such words into [UNK] anyway, and training is quadratic in their length: minutes for a million letters,
+# such as an image in base64.
 LONG_WORD = Regex("^.{101,}$")
 SPACE = re.compile(r"[ \t\n\r]")  # where every BERT tokenizer splits; its normalizer removes \f and \x85
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Making and reading
+# Reading and training
 
 
 def wordpiece(cased, vocab=None):
-    """BERT's tokenizer with a vocabulary {entry: id}, or one yet to be trained."""
+    """BERT's tokenizer, with a vocabulary {entry: id} or untrained."""
     tokenizer = Tokenizer(models.WordPiece(vocab or {}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=not cased)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -35,7 +35,7 @@ def wordpiece(cased, vocab=None):
 
 
 def finish(tokenizer):
-    """Tell the tokenizer of its special tokens, once they have ids."""
+    """Register the special tokens, and put [CLS] and [SEP] around texts. The tokens must have ids by now."""
     tokenizer.add_special_tokens(SPECIAL_TOKENS)
     ids = [(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
     tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", ids)
@@ -44,8 +44,7 @@ def finish(tokenizer):
 def train_tokenizer(texts, size, cased):
     """The contents of a tokenizer.json with a new WordPiece vocabulary of `size` entries.
 
-    texts: a function that gives an iterator over the text; it is gone through twice. Training is not deterministic:
-    keep the result.
+    texts: a function that returns an iterator over the text; it is called twice. Training is not deterministic.
     """
     tokenizer = wordpiece(cased)
     words = tokenizer.pre_tokenizer
@@ -61,7 +60,7 @@ def train_tokenizer(texts, size, cased):
 
 
 def alphabet_size(texts, size):
-    """How many characters a vocabulary of `size` entries is to know: thousands for Chinese, else MIN_ALPHABET."""
+    """How many characters a vocabulary of `size` entries should cover: thousands for Chinese, else MIN_ALPHABET."""
     counts = np.zeros(0x110000, np.int64)
     for text in texts:
         characters = np.frombuffer(text.lower().encode("utf-32-le", "surrogatepass"), np.uint32)
@@ -73,11 +72,11 @@ def alphabet_size(texts, size):
 
 
 def read_tokenizer(name, cased=False):
-    """The contents of a tokenizer.json: of that file or directory, made from a BERT vocab.txt, or from the hub.
+    """The contents of a tokenizer.json. name: such a file, its directory, a BERT vocab.txt, or a hub id.
 
     Raises: UserError.
     """
-    if os.path.isdir(name):  # of shards, a checkpoint or a model: nothing to ask the hub for
+    if os.path.isdir(name):  # shards, a checkpoint or a model
         name = os.path.join(name, "tokenizer.json")
     if name.endswith(".json"):
         load_tokenizer(name)
@@ -94,11 +93,11 @@ def read_tokenizer(name, cased=False):
             entries = [line.rstrip("\r\n") for line in file]
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{name}: {reason} (expected a vocabulary, one entry a line)") from None
+        raise UserError(f"{name}: {reason} (expected a vocabulary, one entry per line)") from None
     vocab = {entry: i for i, entry in enumerate(entries)}
     if len(vocab) < len(entries):
         line = next(i for i, entry in enumerate(entries) if vocab[entry] != i) + 1
-        raise UserError(f"{name}:{line}: {entries[line - 1]!r} is there twice (an entry has one id)")
+        raise UserError(f"{name}:{line}: {entries[line - 1]!r} is listed twice (an entry has one id)")
     for token in SPECIAL_TOKENS:
         if token not in vocab:
             raise UserError(f"{name}: has no {token} token (a BERT-style vocabulary is needed)")
@@ -112,10 +111,10 @@ def read_tokenizer(name, cased=False):
 
 
 def load_tokenizer(path, text=None):
-    """A tokenizers.Tokenizer without truncation or padding, and the ids this project needs: {"[MASK]": 103, ...}.
+    """(tokenizers.Tokenizer without truncation or padding, ids of the special tokens: {"[MASK]": 103, ...}).
 
-    text: the contents of the file, where they are known. Raises: UserError when they are no tokenizer or lack one of
-    BERT's special tokens.
+    text: the contents of the file, if already read. Raises: UserError for anything but a tokenizer with BERT's special
+    tokens.
     """
     if text is None and not os.path.isfile(path):
         raise UserError(f"{path}: no such tokenizer (expected a tokenizer.json)")
@@ -125,7 +124,7 @@ def load_tokenizer(path, text=None):
         raise UserError(f"{path}: not a tokenizer: {error}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    special = {name: tokenizer.token_to_id(name) for name in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")}
+    special = {name: tokenizer.token_to_id(name) for name in SPECIAL_TOKENS}
     for name, token in special.items():
         if token is None:
             raise UserError(f"{path}: has no {name} token (a BERT-style vocabulary is needed)")
@@ -133,10 +132,10 @@ def load_tokenizer(path, text=None):
 
 
 def encode(tokenizer, texts, max_doc_tokens=0):
-    """(what of each text was read, its token ids, a list). With max_doc_tokens, at least that many ids if there are.
+    """(the part of each text that was read, its token ids): two lists.
 
-    Then only a beginning of each text is tokenized: cut at white space, where BERT's tokenizers split in any case, and
-    longer if it did not give tokens enough. A token is one character at least, and 4 on average in English.
+    With max_doc_tokens only the beginning of a text is read, enough for that many ids. It ends at white space, where
+    BERT's tokenizers split anyway, and grows until it yields enough tokens: one takes 4 characters on average in English.
     """
     if not max_doc_tokens:
         return texts, encode_whole(tokenizer, texts)
@@ -153,7 +152,7 @@ def encode(tokenizer, texts, max_doc_tokens=0):
 
 
 def encode_whole(tokenizer, texts):
-    """The token ids of each text, a list."""
+    """A list of token ids for each text."""
     parts, owners = [], []
     for owner, text in enumerate(texts):
         while len(text) > PART_CHARS:
@@ -170,6 +169,6 @@ def encode_whole(tokenizer, texts):
 
 
 def beginning(text, chars):
-    """The text up to white space at or after `chars` characters."""
+    """The text up to the first white space at or after `chars` characters."""
     space = SPACE.search(text, chars)
     return text[: space.start()] if space else text

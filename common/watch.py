@@ -174,6 +174,9 @@ class Watch:
             os._exit(128 + number)
         if not self.signal:
             self.signal, self.asked_at = number, time.monotonic()
+            if self.training and self.rank == 0:
+                name = signal.Signals(number).name
+                print(f"{name}: stopping after this step, with a checkpoint (Ctrl-C: without)", file=sys.stderr, flush=True)
         if not self.training:
             if self.store:
                 self._exchange()

@@ -1,15 +1,15 @@
-"""BERT-Base, the baseline MosaicBERT is compared with, trained as its authors trained it.
+"""BERT-Base, the baseline, as MosaicBERT's authors trained it.
 
     torchrun --nproc_per_node=8 train.py configs/bert_base.py --compile=true
 
 Data   python prepare_c4.py --source=c4 --out=data/c4 --max_doc_tokens=126
 Size   109,514,298 parameters
 Work   70,000 steps x 4,096 samples of at most 128 tokens: at most 36.7e9 tokens
-Cost   the original's baseline took 11.03 h on eight A100-80GB, about $221 at $2.50 a GPU-hour
+Cost   the original's baseline took 11.03 h on eight A100-80GB, about $221 at $2.50 per GPU-hour
 Score  the original's baseline reached 83.5 on GLUE (average of eight tasks)
 
-Source: mosaicml/examples, benchmarks/bert/yamls/main/hf-bert-base-uncased.yaml. It differs from base.py in the
-architecture, the masking rate, and dropout on attention weights.
+Source: mosaicml/examples, benchmarks/bert/yamls/main/hf-bert-base-uncased.yaml. Differs from base.py in architecture,
+masking rate, and dropout on attention weights.
 """
 
 data_dir = "data/c4"

@@ -8,8 +8,8 @@ Work   70,000 steps x 4,096 samples of at most 128 tokens: at most 36.7e9 tokens
 Cost   the original's baseline took 23.35 h on eight A100-80GB to reach 83.2 on GLUE
 Score  not measured here
 
-Settings: those of the MosaicML study of masking schedules (arXiv 2305.15096), which trained BERT-Large with a learning
-rate of 2e-4 and everything else as for Base.
+Source: MosaicML's study of masking schedules (arXiv 2305.15096), which trained BERT-Large with a learning rate of 2e-4
+and otherwise like Base.
 """
 
 data_dir = "data/c4"

@@ -4,12 +4,12 @@
 
 Data   python prepare_c4.py --source=c4 --out=data/c4 --max_doc_tokens=126
 Size   435,221,312 parameters
-Work   70,000 steps x 4,096 samples of at most 128 tokens: at most 36.7e9 tokens, 3.5 times base.py's operations
-Cost   the original's blog has 83.2 on GLUE after 15.85 h and 85.5 after about 60 h on eight A100-80GB; the number of
-       steps behind 85.5 is not published
+Work   70,000 steps x 4,096 samples of at most 128 tokens: at most 36.7e9 tokens, 3.5 times the FLOPs of base.py
+Cost   the original's blog reports 83.2 on GLUE after 15.85 h and 85.5 after about 60 h on eight A100-80GB; the number
+       of steps for 85.5 is not published
 Score  not measured here
 
-The original published no settings for Large. Its blog says: as Base, but for the sizes. The authors advise a lower
+The original published no settings for Large. Its blog says: like Base, except for the sizes. The authors advise a lower
 learning rate (mosaicml/examples, issue 236), and used 2e-4 for BERT-Large in their study of masking (arXiv 2305.15096).
 """
 
@@ -22,7 +22,7 @@ model = "mosaicbert"
 hidden_size = 1024
 num_layers = 24
 num_heads = 16  # of 64
-intermediate_size = 4096  # gives the 434 M parameters that others report, without the head
+intermediate_size = 4096  # gives the 434 M parameters reported elsewhere, without the head
 hidden_dropout = 0.1
 attention_dropout = 0.0
 

@@ -1,11 +1,11 @@
-"""A MosaicBERT of two layers, to compare vocabularies, data or recipes within minutes on one CPU core.
+"""A two-layer MosaicBERT, to compare vocabularies, data or recipes in minutes on one CPU core.
 
     python train.py configs/small.py --data_dir=data/mine --out_dir=out/small --max_steps=2000
 
 Size   2,460,800 parameters with a vocabulary of 16,384 entries; 4,285,376 with BERT's 30,522
-Work   a step is 32 samples of at most 128 tokens
+Work   32 samples of at most 128 tokens per step
 
-A comparison made with it: "Domain vocabulary" in results/README.md.
+Used in docs/data.md, "A vocabulary of your own".
 """
 
 # Model
@@ -21,7 +21,7 @@ seq_length = 128
 chunk = True
 mask_prob = 0.3
 
-# Optimizer. A small model takes a high learning rate; post-LN wants hundreds of steps of warm-up.
+# Optimizer. A small model tolerates a high learning rate; post-LN needs hundreds of steps of warm-up.
 global_batch_size = 32
 lr = 3e-3
 weight_decay = 0.02

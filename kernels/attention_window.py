@@ -1,67 +1,49 @@
-"""Attention over sequences of up to 128 tokens: a window of whole sequences in one tile, and nothing twice.
+"""Attention for sequences of up to 128 tokens: whole sequences in one tile. Formulas and shapes: kernels/attention.py.
 
-The formulas are those of kernels/attention.py, for tokens i and j of one window:
+At this length attention is memory-bound: at D = 64 forward does 64 operations per byte it must move and backward 91,
+where an H100 could do 200 and more. So the kernels move what they must and nothing twice: forward reads q, k, v and
+writes out; backward, a single kernel, reads q, k, v, dout and writes dq, dk, dv. All keys of a query are in its tile, so
+softmax needs no running maximum, and backward needs nothing from forward: it recomputes P, and sums delta from P and dP,
+where flash attention needs out and the softmax denominators. No two programs write the same element: no atomics, and
+equal inputs give equal bits.
 
-    S_ij = q_i . k_j / sqrt(D) - slope * |i - j|  if i and j belong to one sequence, else -inf
-    P    = softmax(S) by rows
-    out  = P v
+A sequence of 20 tokens would fill a sixth of its tile, so neighbours share one: `windows` (W + 1,) int32 says that window
+w holds sequences windows[w] to windows[w + 1], at most BLOCK tokens together. common/batch.py's `pack` chooses them on
+the CPU, where the lengths are known. Tokens of different sequences get a score of -inf. Without windows, each sequence
+is one.
 
-    dv    = P^T dout
-    dP    = dout v^T
-    delta = rowsum(P * dP)
-    dS    = P * (dP - delta)
-    dq    = dS k / sqrt(D)
-    dk    = dS^T q / sqrt(D)
-
-At this length memory bounds attention: at D = 64 forward does 64 operations a byte that it must move and backward 91,
-where an H100 could do 200 and more. So the kernels move what they must and no more: forward reads q, k, v and writes
-out; backward, one kernel, reads q, k, v, dout and writes dq, dk, dv. All keys of a query are in the tile. Its softmax
-therefore needs no running maximum, and backward nothing that forward found out: it makes P again, and sums delta from P
-and dP, where flash attention needs out and the softmax denominators. No two programs write one element: no atomic
-additions, and equal inputs give equal bits.
-
-A sequence of 20 tokens would fill a sixth of its tile. So neighbours share one: `windows` (W + 1,) int32 says that
-window w is the sequences windows[w] to windows[w + 1], at most BLOCK tokens together. common/batch.py's `pack` chooses them on the CPU,
-where the lengths are known. Without windows, each sequence is one. Rows past the last sequence become 0.
-
-Limits: bf16 and fp16, HEAD_SIZES, Hopper GPUs; kernels/attention.py does the rest. A NaN or infinity in one row reaches
-sequences less than BLOCK rows before it, and those of its window, as 0 * NaN is NaN.
-Tested: tests/test_attention.py, by Triton's interpreter on a CPU and compiled on a GPU; tests/test_compile_kernels.py
-inspects the machine code.
+Limits: bf16 and fp16, HEAD_SIZES, Hopper GPUs; attention_flash.py does the rest. A NaN or infinity in one row reaches
+the sequences of its window, and those less than BLOCK rows before it: 0 * NaN is NaN.
 
 Source: Dao 2023, arXiv 2307.08691, section 2.3, for the gradient; packing short sequences side by side: Krell et al.
 2021, arXiv 2107.02027.
 
-Read next: tests/test_attention.py
+Read next: kernels/layernorm.py
 """
 
 import torch
 from torch import Tensor
 
 from common.batch import WINDOW as BLOCK
-from kernels.attention_pieces import LOG2E, alibi, compute_capability, load_slope, store_rows, zero_rows
+from kernels.attention_flash import LOG2E, alibi, compute_capability, load_slope, store_rows, zero_rows
 from kernels.backend import TensorDescriptor, operator, tl, triton
 
-
 HEAD_SIZES = (16, 32, 64)  # of 2-byte elements
-MANY_WINDOWS = 264  # two for each SM of an H100
-# The fastest of 26 variants on an H100 with Triton 3.6 (results/kernel_variants_h100.txt) that spill no registers: 2.3 +
-# 5.1 ns a token for 12 heads of 64 and full windows, of which memory takes 5.6. A program a head, each waiting for its
-# loads: 2.7 + 7.3; the kernels of any length: 2.3 + 7.8.
+MANY_WINDOWS = 264  # two per SM of an H100
+# The fastest of 26 variants without spills on an H100 with Triton 3.6 (results/kernel_variants_h100.txt): 2.3 + 5.1 ns
+# per token for 12 heads of 64 and full windows; memory traffic alone takes 5.6. With one program per head, each waiting
+# for its loads: 2.7 + 7.3; attention_flash.py: 2.3 + 7.8.
 LAUNCH = {"forward": {"STAGES": 3, "num_warps": 8}, "backward": {"STAGES": 2, "num_warps": 8}}
 
 
 def fits_window(qkv, max_seqlen):
-    """Whether the kernels below take these inputs."""
+    """Whether these kernels take the inputs."""
     if max_seqlen > BLOCK or qkv.shape[-1] not in HEAD_SIZES:
         return False
     if not qkv.is_cuda:  # the interpreter has no registers to run out of
         return True
-    # Elsewhere backward's tile does not fit the registers, or there is no TMA; sm_100 spills some and was not tried.
+    # Other GPUs have no TMA, or too few registers for backward's tile; sm_100 spills some and was not tried.
     return qkv.element_size() == 2 and compute_capability(qkv) == 9
-
-
-# Pieces of the kernels. A program works on one head of one window, and rows count from the window's start.
 
 
 @triton.jit
@@ -77,7 +59,7 @@ def locate_window(windows_ptr, cu_seqlens_ptr, w):
 
 @triton.jit
 def locate_sequences(cu_seqlens_ptr, b, b_end, start, offs, BLOCK: tl.constexpr):
-    """(first, end), each (BLOCK,): the rows of each row's own sequence. Those past the window count as one more."""
+    """(first, end), each (BLOCK,): where each row's own sequence starts and ends. Rows past the window count as one."""
     first = tl.zeros((BLOCK,), tl.int32)
     end = tl.full((BLOCK,), BLOCK, tl.int32)
     for i in range(b + 1, b_end + 1):
@@ -89,25 +71,25 @@ def locate_sequences(cu_seqlens_ptr, b, b_end, start, offs, BLOCK: tl.constexpr)
 
 @triton.jit
 def mask_others(scores, offs, first, end):
-    """Keys of other sequences get no weight."""
+    """Scores with -inf for keys of other sequences."""
     own = (offs[None, :] >= first[:, None]) & (offs[None, :] < end[:, None])
     return tl.where(own, scores, float("-inf"))
 
 
 @triton.jit
 def exponentials(q, k, offs, first, end, slope, D: tl.constexpr):
-    """(BLOCK, BLOCK) exp(S - row maximum), and (BLOCK,) its row sums: their quotient is P. slope: as load_slope's."""
+    """exp(S - row maximum), (BLOCK, BLOCK), and its row sums, (BLOCK,): the quotient is P. slope: from load_slope."""
     scale = LOG2E / D**0.5
-    position = offs.to(tl.float32)  # here, so that not every element of the tile need be converted
+    position = offs.to(tl.float32)  # converted here, not once per element of the tile
     s = tl.dot(q, tl.trans(k), input_precision="ieee") + alibi(position[:, None], position[None, :], slope / scale)
     s = mask_others(s, offs, first, end)
-    e = tl.exp2(s * scale - (tl.max(s, 1) * scale)[:, None])  # finite: every row has itself
+    e = tl.exp2(s * scale - (tl.max(s, 1) * scale)[:, None])  # finite: each row sees itself
     return e, tl.sum(e, 1)
 
 
-# Both kernels load by descriptors (TMA on the GPUs in question): whole tiles, whose rows past the window are a
-# neighbour's and masked, or past the tensor and 0. While a program works on one head, the next ones' tiles are on their
-# way: without that, the one program that an SM has registers for would wait for each of its loads.
+# Both kernels load whole tiles through descriptors (TMA): rows past the window are a neighbour's and masked, or past the
+# tensor and 0. While a program works on one head, the next heads' tiles are being loaded: an SM has registers for one
+# program, which would otherwise wait for every load.
 
 
 @triton.jit(do_not_specialize=["W", "B", "total_tokens", "heads"])
@@ -121,12 +103,12 @@ def forward_kernel(
     B,
     H: tl.constexpr,
     total_tokens,
-    heads,  # of one program; divides H
+    heads,  # of one program; H is a multiple
     D: tl.constexpr,
     BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,  # heads whose tiles are loaded or worked on at once
+    STAGES: tl.constexpr,  # heads in flight: one is computed, the others' tiles are being loaded
 ):
-    """out for some heads of one window, or zeros for those of the tail. Grid: ((W + 1) * H / heads,)."""
+    """out for some heads of one window, or of the tail, where it is 0. Grid: ((W + 1) * H / heads,)."""
     w, h0 = tl.program_id(0) // (H // heads), tl.program_id(0) % (H // heads) * heads
     C = H * D
     if w == W:
@@ -166,7 +148,7 @@ def backward_kernel(
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dq, dk, dv for some heads of one window, or zeros for those of the tail. Grid: ((W + 1) * H / heads,)."""
+    """dq, dk, dv for some heads of one window, or of the tail. Grid as in forward_kernel."""
     w, h0 = tl.program_id(0) // (H // heads), tl.program_id(0) % (H // heads) * heads
     C = H * D
     if w == W:
@@ -190,7 +172,7 @@ def backward_kernel(
         dq_ptr = dqkv_ptr + start * 3 * C + h * D
         e, total = exponentials(q, k, offs, first, end, load_slope(slopes_ptr, h), D)
         p = e / total[:, None]  # (BLOCK, BLOCK)
-        # Each result is stored as soon as it is there, which frees its registers.
+        # Each result is stored as soon as it is computed, which frees its registers.
         dv = tl.dot(tl.trans(p.to(q.dtype)), dout, input_precision="ieee")
         store_rows(dq_ptr + 2 * C, offs, length, 3 * C, D, dv)
         dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
@@ -202,12 +184,12 @@ def backward_kernel(
 
 
 def tiles(tensor):
-    """The descriptor by which the kernels load (BLOCK, D) tiles of (total_tokens, ..., D)."""
+    """The descriptor through which the kernels load (BLOCK, D) tiles of (total_tokens, ..., D)."""
     return TensorDescriptor.from_tensor(tensor.flatten(1), [BLOCK, tensor.shape[-1]])
 
 
 def launch(kernel, name, tensors, qkv, cu_seqlens, windows, slopes):
-    """A program for each window, or for each head of it where that alone would leave the GPU idle; and the tail."""
+    """One program per window and one for the tail; one per head of each where that would leave SMs idle."""
     total_tokens, _, H, D = qkv.shape
     B = len(cu_seqlens) - 1
     W = B if windows is None else len(windows) - 1
@@ -216,7 +198,7 @@ def launch(kernel, name, tensors, qkv, cu_seqlens, windows, slopes):
     kernel[((W + 1) * (H // heads),)](*tensors, cu_seqlens, windows, slopes, *sizes, **LAUNCH[name])
 
 
-# The kernels as two PyTorch operators, opaque to torch.compile. Outputs are not initialised: kernels write every row.
+# The kernels as two PyTorch operators. Outputs start uninitialised: the kernels write every row.
 
 
 @operator("window_attention")
@@ -234,7 +216,7 @@ def window_attention_backward_op(
     dout: Tensor, qkv: Tensor, cu_seqlens: Tensor, windows: Tensor | None, slopes: Tensor | None
 ) -> Tensor:
     """dqkv"""
-    dout = dout.contiguous()  # autograd may hand over any layout: sum() gives an expanded scalar
+    dout = dout.contiguous()  # autograd passes any layout: sum() an expanded scalar
     dqkv = torch.empty_like(qkv)
     if len(qkv):
         launch(backward_kernel, "backward", (tiles(dout), tiles(qkv), dqkv), qkv, cu_seqlens, windows, slopes)

@@ -1,33 +1,33 @@
 """GeGLU with dropout as one operator: a plain PyTorch reference, and Triton kernels.
 
-For each row of 2F elements, gate the first half and value the second, with keep the dropout mask and p the probability
-of dropping:
+For each row of 2F elements, gate the first half and value the second, with keep the dropout mask and p the dropout
+probability:
 
     gelu(g)  = g * Phi(g),   Phi(g) = (1 + erf(g / sqrt(2))) / 2       exact, not the tanh approximation
     out      = gelu(gate) * value * keep / (1 - p)
 
-and with dout the gradient that comes in:
+and with dout the incoming gradient:
 
     dvalue   = dout * keep / (1 - p) * gelu(gate)
     dgate    = dout * keep / (1 - p) * value * (Phi(gate) + gate * phi(gate)),   phi the normal density
 
-Phi comes from its upper tail, for which one exponential and a polynomial P of the eighth degree suffice:
+Phi is computed from its upper tail, which takes one exponential and a polynomial P of degree 8:
 
     Phi(-a) = 2^P(a) for a >= 0,   gelu(g) = max(g, 0) - |g| Phi(-|g|)
 
-P, with P(0) = -1, is fitted to log2 Phi(-a) so that a Phi(-a) has the least largest error, 5e-8: below fp32's own
-rounding of Phi near 1. P falls all the way, so that large |g| give exactly 0 and g. CUDA's erf takes about twice the
-instructions, and at 3 TB/s of memory traffic there is time for about 57 an element in forward, dropout included.
+P, with P(0) = -1, is fitted to log2 Phi(-a) so that the largest error of a Phi(-a) is least, 5e-8: below fp32's own
+rounding of Phi near 1. P decreases throughout, so large |g| give exactly 0 and g. CUDA's erf takes about twice the
+instructions, and at 3 TB/s of memory traffic there is time for about 57 per element in forward, dropout included.
 
-Shapes: x (num_rows, 2F), out (num_rows, F), fp32, fp16 or bf16; arithmetic is fp32. x alone is saved for backward, and
-the mask is drawn again from its seed, as in layernorm.py: PyTorch's own operators would save four tensors of this size.
-Traffic: forward reads 2F and writes F values a row, backward reads 3F and writes 2F.
+Only x is saved for backward; the mask is drawn again from its seed, as in layernorm.py. PyTorch's own operators would
+save four tensors of this size. Traffic per row: forward reads 2F values and writes F, backward reads 3F and writes 2F.
 
-Limits: no second derivative. Tested: tests/test_geglu.py, by Triton's interpreter on a CPU and compiled on a GPU.
+Limits: no second derivative.
+Tested: tests/test_geglu.py, by Triton's interpreter on a CPU and compiled on a GPU.
 
 Source: Shazeer 2020, GLU Variants Improve Transformer, arXiv 2002.05202.
 
-Read next: tests/test_geglu.py
+Read next: kernels/cross_entropy.py
 """
 
 import math
@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import operator, tl, triton, uses_triton
+from kernels.backend import DTYPES, operator, tl, triton, uses_triton
 from kernels.layernorm import dropout_args, keep_mask
 
 MINUS_HALF_LOG2E = tl.constexpr(-0.5 * math.log2(math.e))
@@ -44,7 +44,7 @@ LOG2_PHI_0 = tl.constexpr(-0.5 * math.log2(2 * math.pi))  # log2 of the normal d
 
 
 def geglu_reference(x, dropout_prob=0.0):
-    """The same function in plain PyTorch, for any device and dtype. Its mask is PyTorch's, another one."""
+    """The same function in plain PyTorch, for any device and dtype. It draws another dropout mask, PyTorch's own."""
     gate, value = x.chunk(2, dim=-1)  # each (num_rows, F)
     return F.dropout(F.gelu(gate) * value, dropout_prob)
 
@@ -64,7 +64,7 @@ def upper_tail(a):
 
 @triton.jit
 def tile(num_rows, F_: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr):
-    """This program's part of a (num_rows, F) matrix: (rows, columns, which exist, first numbers for keep_mask)."""
+    """This program's tile of a (num_rows, F) matrix: (rows, columns, which exist, `first` of keep_mask)."""
     PARTS: tl.constexpr = (F_ + BLOCK_F - 1) // BLOCK_F
     part = tl.program_id(0) % PARTS
     offs_r = (tl.program_id(0) // PARTS * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
@@ -121,14 +121,17 @@ def backward_kernel(
     tl.store(dx_ptr + r * (2 * F_) + F_ + f, (dout * gate * cdf).to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-# 1,024 columns divide both the base and the large model's F. Measured on an H100 with 131,072 rows of F = 3,072 in bf16,
-# with dropout: 6.04 ns a row forward and 10.12 backward, a plain copy's speed. Seven other tiles were 0 to 2 % slower.
+# 1,024 columns divide F of both the base and the large model. Measured on an H100 with 131,072 rows of F = 3,072 in bf16,
+# with dropout: 6.04 ns per row forward and 10.12 backward, the speed of a copy. Seven other tiles were 0 to 2 % slower.
 def launch_config(F_):
     return {"F_": F_, "BLOCK_R": 1, "BLOCK_F": 1024, "num_warps": 4}
 
 
 def grid(num_rows, cfg):
     return (triton.cdiv(num_rows, cfg["BLOCK_R"]) * triton.cdiv(cfg["F_"], cfg["BLOCK_F"]),)
+
+
+# The kernels as two PyTorch operators. Outputs start uninitialised: the kernels write every element.
 
 
 @operator("geglu")
@@ -149,7 +152,7 @@ def _(x, seed, dropout_prob):
 @operator("geglu_backward")
 def geglu_backward_op(dout: Tensor, x: Tensor, seed: Tensor | None, dropout_prob: float) -> Tensor:
     dx = torch.empty_like(x)
-    dout = dout.contiguous()  # autograd may hand over any layout
+    dout = dout.contiguous()  # autograd passes any layout: sum() an expanded scalar
     cfg = launch_config(x.shape[1] // 2)
     if len(x):
         backward_kernel[grid(len(x), cfg)](dout, x, dx, seed, len(x), *dropout_args(dropout_prob), **cfg)
@@ -175,28 +178,23 @@ class GeGLU(torch.autograd.Function):
         return geglu_backward_op(dout, *ctx.saved_tensors, ctx.dropout_prob), None, None
 
 
-def check_geglu(x, dropout_prob):
-    """Raises: ValueError for what neither the kernels nor the reference would understand."""
+def geglu(x, dropout_prob=0.0):
+    """dropout(gelu(gate) * value) for the halves of x, with the exact gelu; differentiable.
+
+    x: (num_rows, 2F) in fp32, fp16 or bf16; arithmetic is fp32. Returns (num_rows, F) in x's dtype.
+    dropout_prob: torch.manual_seed decides what is dropped.
+
+    Raises: ValueError for wrong shapes or dtypes.
+    """
     if x.dim() != 2 or x.shape[1] % 2:
         raise ValueError(f"geglu: x has shape {tuple(x.shape)}; expected (num_rows, 2 * F)")
     if not 0 <= dropout_prob < 1:
         raise ValueError(f"geglu: dropout_prob={dropout_prob}; expected 0 <= dropout_prob < 1")
-
-
-def geglu_triton(x, dropout_prob=0.0):
-    """The function by the kernels; differentiable. Raises: ValueError for inputs that only the reference takes."""
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"geglu: x is {x.dtype}; the Triton kernels take float32, float16 and bfloat16")
+    if not uses_triton(x.device):
+        return geglu_reference(x, dropout_prob)
+    if x.dtype not in DTYPES:
+        raise ValueError(f"geglu: the Triton kernels take float32, float16 or bfloat16, not {x.dtype}")
     if not x.is_contiguous():
-        raise ValueError("geglu: x must be contiguous; call .contiguous() on it")
+        raise ValueError("geglu: the Triton kernels take contiguous x only; call .contiguous() on it")
     seed = torch.randint(2**62, (1,), device=x.device) if dropout_prob > 0 else None
     return GeGLU.apply(x, seed, dropout_prob)
-
-
-def geglu(x, dropout_prob=0.0):
-    """dropout(gelu(gate) * value) for the halves of x: (num_rows, 2F) to (num_rows, F); exact gelu; differentiable.
-
-    torch.manual_seed decides the dropout mask.
-    """
-    check_geglu(x, dropout_prob)
-    return geglu_triton(x, dropout_prob) if uses_triton(x.device) else geglu_reference(x, dropout_prob)

@@ -1,23 +1,23 @@
-"""How fast the kernels and whole training steps are, against what one would otherwise run.
+"""How fast the kernels and whole training steps are, compared with the alternatives.
 
-    python -m kernels.bench                                   # the default rows, under 8 minutes on one GPU
-    python -m kernels.bench --only='attention*,step_full'     # these rows, with every peer they have
-    python -m kernels.bench --only='step_fill80/flex_t2'      # one peer, beside this project's own code
-    python plot.py --kernels=out/bench.json --out=kernels.svg
+    python -m studies.bench                                   # the default rows, under 8 minutes on one GPU
+    python -m studies.bench --only='attention*,step_full'     # these rows, with all their peers
+    python -m studies.bench --only='step_fill80/flex_t2'      # one peer, beside our own code
+    python -m tools.plot --kernels=out/bench.json --out=kernels.svg
 
-A row is a piece of work, its entries are ways of doing it: "ours" and its peers, which kernels/peers.py describes. Rows
-are printed, and written to the JSON file, as soon as they are measured.
+A row is a workload; its entries are implementations of it: "ours" and its peers (studies/peers.py). Each result is
+printed and written to the JSON file as soon as it is measured.
 
-- Every entry must first give the numbers of plain PyTorch in fp32: results and all gradients, of the very size that is
-  timed, with dropout on. Its error may be twice that of plain PyTorch in bf16. Who fails is not timed.
-- Times are medians of CUDA events. Entries take turns, so that all see the same clock and temperature; inputs rotate
-  and are larger than the cache. Forward is forward as in training, and backward is the difference of both and forward.
-- The ceiling of a row is what the GPU could do at best: the bytes that must move at the rate of a copy, or the
-  operations at the rate of a large matrix product, whichever takes longer, both measured here on random data.
-- Whole steps (kernels/bench_steps.py) are forward, backward, accumulation and AdamW on 4,096 samples.
-- What cannot run here says why, "not measured: ...", and the rest goes on.
+- Every entry must first reproduce plain PyTorch in fp32: the result and all gradients, at the size that is timed, with
+  dropout on. Its error may be twice that of plain PyTorch in bf16. Entries that fail the check are not timed.
+- Times are medians of CUDA events. Entries take turns, so all see the same clocks and temperature; inputs rotate and
+  exceed the cache. Forward is timed as in training; backward is forward and backward minus forward.
+- A row's ceiling is the best the GPU could do: the bytes that must move at the speed of a copy, or the operations at the
+  speed of a large matrix product, whichever takes longer. Both speeds are measured here, on random data.
+- A whole step (studies/bench_steps.py) is forward, backward, accumulation and AdamW on 4,096 samples.
+- What cannot run here says why ("not measured: ..."), and the rest continues.
 
-Read next: kernels/bench_steps.py
+Read next: studies/bench_steps.py
 """
 
 import datetime
@@ -34,39 +34,39 @@ from functools import partial
 
 import torch
 
-import checkpoint
-from common.options import UserError, command, load_config
 from common.files import write_text
+from common.options import UserError, command, load_config
+from common.processes import device_name
+from common.versions import versions
 from studies import bench_kernels, bench_steps, peers
 from studies.peers import NotMeasured, WrongNumbers
-from common.processes import device_name
 
-ROUNDS = 30  # measurements of each entry
-MEASURED_SECONDS = 2e-3  # calls follow each other for about this long in one measurement
+ROUNDS = 30  # measurements per entry
+MEASURED_SECONDS = 2e-3  # a measurement repeats the call for about this long
 
 
 @dataclass
 class BenchConfig:
     # Options
-    only: str = ""  # rows, or row/entry, comma-separated, * for anything; empty: the default rows
-    list: bool = False  # print rows and entries, those of the default set marked *, and stop
-    seconds: int = 460  # begin nothing that would likely end later than this; 0: no limit
-    out: str = "out/bench.json"  # results so far, written anew after each row
-    micro_batch_tokens: int = 0  # of whole steps; 0: 131,072 for the base model, 49,152 for the large one
-    toy: bool = False  # tiny sizes on any machine: tries the benchmark itself, and measures nothing
+    only: str = ""  # rows or row/entry, comma-separated, with * as wildcard; empty: the default rows
+    list: bool = False  # print all rows and entries, the default ones marked *, and stop
+    seconds: int = 460  # start nothing that would likely end later than this; 0: no limit
+    out: str = "out/bench.json"  # results, rewritten after each row
+    micro_batch_tokens: int = 0  # for whole steps; 0: 131,072 for the base model, 49,152 for the large one
+    toy: bool = False  # tiny sizes on any machine: tests the benchmark itself, measures nothing
 
 
 @dataclass
 class Sizes:
-    """The base model's, at 1,024 samples of 128 tokens."""
+    """The base model's, for 1,024 samples of 128 tokens."""
 
     tokens: int = 131072
     hidden: int = 768
     heads: int = 12
     width: int = 3072
     vocab: int = 30522
-    masked: int = 39296  # rows of the head: 30 % of the tokens, in steps of 256
-    samples: int = 4096  # of a whole step
+    masked: int = 39296  # rows of the head: 30 % of the tokens, rounded to 256
+    samples: int = 4096  # in a whole step
     copy_bytes: int = 2**30
     matrix: int = 8192
 
@@ -75,7 +75,7 @@ TOY = Sizes(1024, 32, 2, 48, 500, 256, 16, 2**16, 64)
 
 
 class Bench:
-    """One run: what was asked for, the clock, and the results so far."""
+    """One run: its options, its clock, and its results so far."""
 
     def __init__(self, cfg, argv):
         self.cfg = cfg
@@ -90,8 +90,8 @@ class Bench:
         self.results = {
             "device": "toy sizes, times mean nothing" if cfg.toy else device_name(self.device),
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "command": " ".join(["python -m kernels.bench", *argv]),
-            **checkpoint.versions(),
+            "command": " ".join(["python -m studies.bench", *argv]),
+            **versions(),
             "cuda": torch.version.cuda,
             "ceilings": {},
             "rows": [],
@@ -100,14 +100,14 @@ class Bench:
     # Which rows, and for how long
 
     def selected(self, row, name, entry):
-        """Whether it was asked for; "ours" is with every peer."""
+        """Whether to run an entry; "ours" runs beside any peer."""
         asking = [p for p in self.patterns if fnmatch.fnmatch(f"{row}/{name}", p if "/" in p else f"{p}/*")]
         self.unmatched -= set(asking)
         beside = name == "ours" and any(fnmatch.fnmatch(row, p.partition("/")[0]) for p in self.patterns)
         return bool(asking) or beside if self.patterns else entry.default
 
     def choose(self, row, entries):
-        """The entries that were asked for; with --list none, but their names are printed."""
+        """The entries to run; with --list their names are printed, and none run."""
         chosen = {name: entry for name, entry in entries.items() if self.selected(row, name, entry)}
         if self.cfg.list:
             for name, entry in entries.items():
@@ -124,14 +124,14 @@ class Bench:
         return bool(self.cfg.seconds) and self.elapsed() + seconds > self.cfg.seconds
 
     def check_time(self, seconds):
-        """Raises: NotMeasured when so many seconds are not left."""
+        """Raises: NotMeasured when fewer seconds are left."""
         if self.out_of_time(seconds):
-            raise NotMeasured(f"would pass the limit of {self.cfg.seconds} s (--seconds, or --only for fewer rows)")
+            raise NotMeasured(f"would exceed the limit of {self.cfg.seconds} s (--seconds, or --only for fewer rows)")
 
     # Results
 
     def attempt(self, row, name, entry, function):
-        """function(), or None and a row that says why not. Nothing that happens in one row ends the benchmark.
+        """function(), or None and a row that says why it failed. A failing row doesn't end the benchmark.
 
         entry: what is attempted, or None for a whole row.
         """
@@ -144,7 +144,7 @@ class Bench:
             why, self.failed = f"wrong numbers: {reason}", True
         except UserError:
             raise
-        except Exception as error:  # compilers and drivers raise what they like
+        except Exception as error:  # compilers and drivers raise anything
             first = next((line for line in str(error).splitlines() if line.strip()), "")
             why, self.failed = f"{type(error).__name__}: {first[:200]}", self.failed or name == "ours"
         self.record(row, name, {"not_measured": why}, entry.note if entry else "")
@@ -164,7 +164,7 @@ class Bench:
             torch.cuda.synchronize()
 
     def time_interleaved(self, functions):
-        """{name: median seconds of functions[name](i)}, i counting calls. They take turns, `rounds` times."""
+        """{name: median seconds of functions[name](i)}, i counting calls. They take turns for `rounds` rounds."""
         calls = dict.fromkeys(functions, 1)
         for name, function in functions.items() if not self.cfg.toy else ():
             for i in range(3):
@@ -183,7 +183,7 @@ class Bench:
         return {name: statistics.median(read() for read in reads) for name, reads in measured.items()}
 
     def time_calls(self, busy, function, first, calls):
-        """A function that tells the seconds of one of `calls` calls, once they are done."""
+        """A function that returns the seconds per call, once all are done."""
         if self.device.type == "cpu":
             start = time.perf_counter()
             for i in range(first, first + calls):
@@ -199,13 +199,13 @@ class Bench:
         return lambda: start.elapsed_time(end) / 1e3 / calls
 
     def free(self):
-        """Give memory back, and forget what was compiled."""
+        """Free memory and compiled code."""
         torch._dynamo.reset()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def floor(self, num_bytes=0, flops=0):
-        """Seconds that the work takes at the measured ceilings."""
+        """Seconds the work takes at the measured ceilings."""
         ceilings = self.results["ceilings"]
         if not ceilings:  # --list
             return math.inf
@@ -213,7 +213,7 @@ class Bench:
 
 
 class Busy:
-    """Work for the GPU ahead of each measurement: it clears the cache, and lets Python run ahead of the GPU."""
+    """A copy ahead of each measurement: it flushes the cache, and lets Python run ahead of the GPU."""
 
     def __init__(self, device, sizes):
         self.device, self.size = device, sizes.copy_bytes
@@ -227,7 +227,7 @@ class Busy:
 
 
 def write_results(path, results):
-    """Write a dictionary as JSON, the whole file or none of it. Raises: UserError."""
+    """Write a dictionary as JSON, atomically. Raises: UserError."""
     try:
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         write_text(path, json.dumps(results, indent=1))
@@ -236,7 +236,7 @@ def write_results(path, results):
 
 
 def line_of(values):
-    """A row of the table on the screen."""
+    """A line of the printed table."""
     text = f"{values['row'] + '/' + values['entry']:28}"
     if "not_measured" in values:
         return f"{text} not measured: {values['not_measured']}"
@@ -263,7 +263,7 @@ def line_of(values):
 
 
 def ceilings(bench):
-    """Copy bandwidth and matrix rate, on random data. Always measured: other rows are held against them."""
+    """Copy bandwidth and matrix rate, on random data. Always measured: other rows are compared with them."""
     size, n = bench.sizes.copy_bytes, bench.sizes.matrix
     sources = [torch.randint(256, (size,), dtype=torch.uint8, device=bench.device) for _ in range(2)]
     target = torch.empty_like(sources[0])
@@ -274,7 +274,7 @@ def ceilings(bench):
     target.copy_(sources[0])
     error = bench_kernels.relative_error(a @ b, a.float() @ b.float())
     if not torch.equal(target, sources[0]) or not error <= bench_kernels.PRODUCT_ERROR:
-        raise UserError(f"this machine computes wrongly: a matrix product has error {error:.1e}")
+        raise UserError(f"this machine miscalculates: a matrix product has error {error:.1e}")
     copy, matrix = 2 * size / seconds["copy"], 2 * n**3 / seconds["matrix"]
     bench.results["ceilings"] = {"copy_bytes_per_second": copy, "matrix_flops_per_second": matrix}
     values = {"ms": 1e3 * seconds["copy"], "rate": f"{copy / 1e12:.2f} TB/s, read and write", "value": copy}
@@ -288,9 +288,9 @@ def ceilings(bench):
 def main(argv):
     cfg = load_config(BenchConfig, argv)
     if not (torch.cuda.is_available() or cfg.toy or cfg.list):
-        raise UserError("kernels.bench needs an NVIDIA GPU (--toy tries its code on any machine)")
+        raise UserError("studies.bench needs an NVIDIA GPU (--toy tests its code on any machine)")
     if 0 < cfg.micro_batch_tokens < 1024:
-        raise UserError(f"micro_batch_tokens={cfg.micro_batch_tokens}: must be at least 1024 (0 chooses)")
+        raise UserError(f"micro_batch_tokens={cfg.micro_batch_tokens}: must be at least 1024 (0 chooses for you)")
     if cfg.toy and peers.BACKEND == "inductor":
         peers.BACKEND = "aot_eager"
     bench = Bench(cfg, argv)

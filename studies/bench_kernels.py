@@ -1,13 +1,12 @@
-"""Single operators for kernels/bench.py: matrix products, attention, LayerNorm, GeGLU and the head's loss.
+"""Single operators for studies/bench.py: matrix products, attention, LayerNorm, GeGLU and the head's loss.
 
-An operator's inputs are those of a micro-batch of the base model, 131,072 tokens in bf16. Parameters are fp32 for this
-project's kernels, as in training, and bf16 for peers. The floors below are counted by hand: tensors that must be read
-or written once, or operations of matrix products; dropout masks are drawn, not read.
+An operator's inputs are those of a micro-batch of the base model, 131,072 tokens in bf16. Parameters are fp32 for our
+kernels, as in training, and bf16 for peers. The floors below are counted by hand: tensors that must be read or written
+once, or the operations of matrix products; dropout masks are drawn, not read.
 
-Read next: kernels/peers.py
+Read next: studies/peers.py
 """
 
-import importlib
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -17,32 +16,33 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
-from data import round_up
+from common.batch import round_up
+from kernels.cross_entropy import cross_entropy_
+from kernels.layernorm import DROPOUT_LEVELS
+from model import LAYER_NORM_EPS, VOCAB_MULTIPLE, alibi_slopes
 from studies import peers
 from studies.bench_steps import first_batch
-from kernels.layernorm import DROPOUT_LEVELS
 from studies.peers import NotMeasured, WrongNumbers
-from model import LAYER_NORM_EPS, VOCAB_MULTIPLE, alibi_slopes
 
 DROPOUT = 0.1
 OUR_DROPOUT = round(DROPOUT * DROPOUT_LEVELS) / DROPOUT_LEVELS
-INPUT_SETS = 2  # each is far larger than the 50 MB cache
-PRODUCT_ERROR = 2**-8  # of a bf16 result with fp32 sums: half a unit in the last place
+INPUT_SETS = 2  # each far larger than the 50 MB cache
+PRODUCT_ERROR = 2**-8  # half a unit in the last place of a bf16 result with fp32 sums
 
 
 @dataclass
 class Entry:
-    """A way of doing a row's work."""
+    """One implementation of a row's workload."""
 
-    make: object  # () -> function of the row's inputs, of one result or of equal ones; may raise
-    reference: object  # (keep, *inputs) -> the same in plain PyTorch; keep: what dropout multiplies with, or None
-    dropout_prob: float = 0.0  # with which it drops
+    make: object  # () -> a function of the row's inputs that returns one result, or several equal ones; may raise
+    reference: object  # (keep, *inputs) -> the same in plain PyTorch; keep: dropout's factor per element, or None
+    dropout_prob: float = 0.0  # the one it really has
     setting: str = "default"  # of torch.compile
     note: str = ""
     default: bool = True
-    seconds: float = 2  # it takes about this long, compilation included
+    seconds: float = 2  # about how long it takes, compilation included
     fp32_parameters: bool = False
-    prepare: object = None  # inputs -> those that this entry takes, made before the clock runs
+    prepare: object = None  # row's inputs -> this entry's, outside the timing
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -50,11 +50,11 @@ class Entry:
 
 
 def compare(bench, row, entries, make_inputs, floors, tokens, reveal=None, valid=None):
-    """Check, then time, forward and forward with backward.
+    """Check entries, then time forward, and forward with backward.
 
-    make_inputs(): (inputs, gradients of the results); gradients are taken to all inputs that require them.
-    reveal(function, inputs): True where dropout keeps, given one seed. floors: {"forward", "both"}: seconds.
-    valid: rows of results and gradients that count; the others are filling.
+    make_inputs(): (inputs, gradients of the results); all inputs that require gradients get them.
+    reveal(function, inputs): where dropout keeps, for one seed. floors: {"forward", "both"}, in seconds.
+    valid: how many rows of results and gradients count; the rest is padding.
     """
     entries = bench.choose(row, entries)
     if not entries:
@@ -99,7 +99,7 @@ def compare(bench, row, entries, make_inputs, floors, tokens, reveal=None, valid
 
 
 def inputs_for(entry, dtype, inputs, douts):
-    """The inputs as this entry takes them; those in its dtype already stay where they are."""
+    """The row's inputs in the form this entry takes. Those already in its dtype are shared."""
     if entry.prepare:
         return entry.prepare(inputs), douts
     if entry.fp32_parameters:
@@ -108,7 +108,7 @@ def inputs_for(entry, dtype, inputs, douts):
 
 
 def results_of(function, inputs, douts):
-    """As many results as there are gradients: a function that returns one has it read several times."""
+    """As many results as there are gradients: a single result is read several times."""
     results = function(*inputs)
     return results if isinstance(results, tuple) else (results,) * len(douts)
 
@@ -123,14 +123,14 @@ def differentiable(inputs):
 
 
 def numbers_of(function, inputs, douts):
-    """[result, gradient of each input that has one]. Functions may write over their inputs, so they get copies."""
+    """[result, gradient of each input that has one]. Functions get copies, which they may overwrite."""
     inputs = [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
     results = results_of(function, inputs, douts)
     return [results[0].detach(), *torch.autograd.grad(results, differentiable(inputs), douts)]
 
 
 def check(function, entry, inputs_and_douts, reveal, valid=None):
-    """The largest relative rms error of result and gradients against fp32. Raises: WrongNumbers."""
+    """The largest relative rms error among result and gradients, against fp32. Raises: WrongNumbers."""
     inputs, douts = inputs_and_douts
     keep = None
     if entry.dropout_prob:
@@ -149,7 +149,7 @@ def check(function, entry, inputs_and_douts, reveal, valid=None):
 
 
 def compare_numbers(got, own, exact, valid=None):
-    """The rule of the tests: largest and rms error at most twice PyTorch's own, plus one unit in the last place."""
+    """The tests' rule: largest and rms error at most twice PyTorch's own, plus one unit in the last place."""
     worst = 0.0
     for i, (g, o, e) in enumerate(zip(got, own, exact, strict=True)):
         if valid is not None and len(e) > valid:
@@ -166,16 +166,14 @@ def compare_numbers(got, own, exact, valid=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# This project's side: the one place that follows changes of the kernels
+# Our own entries
 
 
 def our_attention(batch, slopes):
-    windows = {} if getattr(batch, "windows", None) is None else {"windows": batch.windows}
-    return lambda qkv: kernels.attention_qkvpacked(qkv, batch.cu_seqlens, batch.max_seqlen, slopes, **windows)
+    return lambda qkv: kernels.attention_qkvpacked(qkv, batch.cu_seqlens, batch.max_seqlen, slopes, batch.windows)
 
 
 def our_layernorm(x, residual, weight, bias):
-    """One result, or two equal ones where the kernel takes two gradients."""
     return kernels.dropout_add_layernorm(x, residual, weight, bias, DROPOUT, LAYER_NORM_EPS)
 
 
@@ -184,35 +182,30 @@ def our_geglu(x):
 
 
 def our_cross_entropy(device):
-    """The kernel that writes the gradient over the logits. Here nothing is left to do in backward."""
-    try:
-        in_place = importlib.import_module("kernels.cross_entropy").cross_entropy_
-    except (ImportError, AttributeError):
-        raise NotMeasured("kernels has no cross-entropy of its own: the model takes PyTorch's") from None
+    """The kernel alone. It overwrites the logits with their gradient, so backward has nothing left to do."""
     if not kernels.uses_triton(device):
         raise NotMeasured("the kernel needs a GPU")
 
     class CrossEntropy(torch.autograd.Function):
         @staticmethod
         def forward(ctx, logits, labels):
-            loss = in_place(logits, labels).sum()
+            loss = cross_entropy_(logits, labels).sum()
             ctx.save_for_backward(logits)
             return loss
 
         @staticmethod
-        def backward(ctx, dloss):  # which is 1 here; the fused head multiplies its small results with it
+        def backward(ctx, dloss):  # 1 here; the fused head multiplies its small results by it
             return *ctx.saved_tensors, None
 
     return CrossEntropy.apply
 
 
 def our_head(device, dtype):
-    """What model.MaskedLM does with the hidden states of the masked tokens, under autocast as in training."""
-    compute = getattr(kernels, "linear_cross_entropy", peers.linear_cross_entropy)
+    """What model.MaskedLM does with the hidden states of masked tokens, under autocast as in training."""
 
     def head(*inputs):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return compute(*inputs)
+            return kernels.linear_cross_entropy(*inputs)
 
     return head
 
@@ -226,7 +219,7 @@ def relative_error(got, exact):
 
 
 def gemm(bench, row):
-    """The twelve products of a layer's four matrices: forward, and both gradients, as autograd asks for them."""
+    """The twelve products of a layer's four matrices: forward and both gradients, as autograd computes them."""
     s = bench.sizes
     shapes = {  # out features, in features
         "Wqkv": (3 * s.hidden, s.hidden), "Wo": (s.hidden, s.hidden), "Wgate_up": (2 * s.width, s.hidden),
@@ -272,9 +265,9 @@ def gemm(bench, row):
 
 
 def attention_floors(bench, tokens, sum_squared_lengths):
-    """Forward reads q, k, v and writes out; backward reads them and dout, and writes dq, dk, dv: 4 and 7 rows.
+    """Forward reads q, k, v and writes out; backward reads q, k, v, dout and writes dq, dk, dv: 4 and 7 rows.
 
-    Two products forward, five backward, of 2 D operations a pair of tokens and head.
+    Two products forward, five backward, each of 2 D operations per pair of tokens and head.
     """
     row, product = 2 * bench.sizes.hidden * tokens, 2 * bench.sizes.hidden * sum_squared_lengths
     forward = bench.floor(4 * row, 2 * product)
@@ -282,7 +275,7 @@ def attention_floors(bench, tokens, sum_squared_lengths):
 
 
 def attention(bench, row, samples):
-    """ALiBi attention of one micro-batch, of as many samples as fill it when full. samples: () -> data.Samples."""
+    """ALiBi attention on one micro-batch with as many samples as fit if all are full. samples: () -> data.Samples."""
     samples = samples()
     s, device, size = bench.sizes, bench.device, samples.seq_length
     slopes = alibi_slopes(s.heads).to(device)
@@ -304,25 +297,25 @@ def attention(bench, row, samples):
         return lambda qkv: attend(qkv, mask, slopes)
 
     def dense(backend):
-        """Padding and unpadding included, where there is something to pad."""
+        """With padding and unpadding, if there is anything to pad."""
         lengths = batch.cu_seqlens[: batch.num_samples + 1].diff()
         bias = peers.alibi_bias(lengths, size, slopes, bench.dtype)
-        places = (torch.arange(size, device=device) < lengths[:, None]).flatten().nonzero()[:, 0]
+        rows = (torch.arange(size, device=device) < lengths[:, None]).flatten().nonzero()[:, 0]  # of the padded stream
 
         def attend(qkv):
             with sdpa_kernel(backend):
-                if len(places) == len(qkv):
+                if len(rows) == len(qkv):
                     return peers.padded_attention(qkv, bias, slopes)
-                stream = qkv.new_zeros(len(lengths) * size, *qkv.shape[1:]).index_copy(0, places, qkv[: len(places)])
-                out = peers.padded_attention(stream, bias, slopes)[places]
-                return F.pad(out, (0, 0, 0, 0, 0, len(qkv) - len(places)))
+                stream = qkv.new_zeros(len(lengths) * size, *qkv.shape[1:]).index_copy(0, rows, qkv[: len(rows)])
+                out = peers.padded_attention(stream, bias, slopes)[rows]
+                return F.pad(out, (0, 0, 0, 0, 0, len(qkv) - len(rows)))
 
         return attend
 
     entries = {
         "ours": Entry(lambda: our_attention(batch, slopes), reference),
         "varlen": Entry(varlen, partial(reference, slopes=None), note="varlen_attn, without ALiBi"),
-        "flex": Entry(flex, reference, seconds=15, note="FlexAttention, mask built before"),
+        "flex": Entry(flex, reference, seconds=15, note="FlexAttention, mask prebuilt"),
         "sdpa_cudnn": Entry(lambda: dense(SDPBackend.CUDNN_ATTENTION), reference, note="dense ALiBi, padded"),
         "sdpa_efficient": Entry(lambda: dense(SDPBackend.EFFICIENT_ATTENTION), reference, note="dense ALiBi, padded"),
     }
@@ -335,7 +328,7 @@ def attention(bench, row, samples):
 
 
 def compiled_entries(make, reference):
-    """Entries of a function with dropout, compiled with each setting."""
+    """One entry per setting of torch.compile, for a function with dropout."""
     return {
         f"compiled_{setting}": Entry(
             partial(make, setting), reference, peers.dropped_share(setting, DROPOUT), setting, seconds=6
@@ -345,17 +338,17 @@ def compiled_entries(make, reference):
 
 
 def layernorm_floors(bench, num_gradients):
-    """Forward reads x and residual, writes their sum and the result. Backward reads that sum and the gradients that
-    come in, and writes those of x and residual."""
+    """Forward reads x and residual, and writes their sum and the result. Backward reads that sum and the incoming
+    gradients, and writes those of x and residual."""
     row = 2 * bench.sizes.hidden * bench.sizes.tokens
     return {"forward": bench.floor(4 * row), "both": bench.floor(4 * row) + bench.floor((3 + num_gradients) * row)}
 
 
 def layernorm(bench, row, num_gradients):
-    """num_gradients: how often the result is read. Twice, in the model: by a matrix product, and as next residual.
+    """num_gradients: how often the result is read. In the model twice: by a matrix product and as the next residual.
 
-    Autograd adds two gradients in a kernel of its own, unless the operator takes both, as ours does, or the whole
-    model is compiled.
+    Autograd adds two gradients in a kernel of its own, unless the operator takes both, as ours does, or the whole model
+    is compiled.
     """
     s, device = bench.sizes, bench.device
 
@@ -370,7 +363,7 @@ def layernorm(bench, row, num_gradients):
         return F.layer_norm(z, (s.hidden,), weight.to(z.dtype), bias.to(z.dtype), LAYER_NORM_EPS)
 
     def reveal(function, inputs):
-        """Rows of equal numbers: what stays is above their mean."""
+        """In rows of equal numbers, those kept are above the mean."""
         torch.manual_seed(1)
         x, residual, weight, bias = inputs
         probe = (torch.ones_like(x), torch.zeros_like(x), torch.ones_like(weight), torch.zeros_like(bias))
@@ -379,7 +372,7 @@ def layernorm(bench, row, num_gradients):
 
     def ours(*inputs):
         results = our_layernorm(*inputs)
-        return results[0] if isinstance(results, tuple) and num_gradients == 1 else results
+        return results[0] if num_gradients == 1 else results
 
     def peer(setting):
         normalize = peers.compiled(peers.dropout_add_layernorm)
@@ -439,11 +432,11 @@ def geglu(bench, row):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Cross-entropy, alone and with the head's matrix. Times are for each token of the micro-batch.
+# Cross-entropy, alone and with the head's matrix. Times are per token of the micro-batch.
 
 
 def cross_entropy_floors(bench, vocab):
-    """The logits are read once, and their gradient is written once: in forward, where it can be known already."""
+    """The logits are read once and their gradient is written once, in forward, which can compute it already."""
     seconds = bench.floor(2 * 2 * bench.sizes.masked * vocab)
     return {"forward": seconds, "both": seconds}
 
@@ -502,7 +495,7 @@ def head(bench, row):
 
 
 def rows(data):
-    """{name: function of the Bench and that name}, in the order of the table."""
+    """{row: function(bench, row)}, in the table's order."""
     return {
         "gemm": gemm,
         "attention_full": partial(attention, samples=partial(data.samples, "full")),

@@ -1,22 +1,22 @@
-"""Whole training steps for kernels/bench.py: this project's, its parts taken away one at a time, and its peers'.
+"""Whole training steps for studies/bench.py: ours, ours with one design choice undone, and its peers'.
 
-A step is train.py's own: forward and backward of each micro-batch, gradients added up in fp32, and fused AdamW, on
-4,096 samples of 128 tokens (1,024 of 512) of which 30 % are masked. Samples are random tokens that go through data.py,
-so that micro-batches are those of training. Entries take turns, one untimed and two timed steps at a time; between
-turns weights and optimizer go to the CPU and memory is given back, so that each has the GPU to itself.
+A step is train.train_step: forward and backward of each micro-batch, gradients accumulated in fp32, and fused AdamW, on
+4,096 samples of 128 tokens (1,024 of 512), of which 30 % are masked. Samples are random tokens that go through data.py,
+so micro-batches are those of training. Entries take turns of one untimed and two timed steps; between turns weights and
+optimizer move to the CPU and memory is freed, so each entry has the GPU to itself.
 
-Before that, loss and all gradients on a few sequences, dropout off, must be those of the model in fp32: the error of
-the gradients, all as one vector, may be twice that of the PyTorch path in bf16 and 2^-8. What was compiled must then
-start with the loss and gradient norm of this project's own, up to what dropout changes.
+Before that, the loss and all gradients on a few sequences, dropout off, are compared with the model in fp32: the error of
+the gradients, taken as one vector, may be twice that of the PyTorch path in bf16 plus 2^-8. Peers must then start with
+our loss and gradient norm, up to what dropout changes.
 
 Rows
-    step_full      all sequences 128 tokens
-    step_off       the same, with one of the design's changes taken away
+    step_full      all sequences have 128 tokens
+    step_off       the same, with one design choice undone
     step_fill80    lengths that fill 80.5 % of 128 tokens; "padded" gives each sequence 128 rows of the stream
     step_512       sequences of 512 tokens
     step_large     MosaicBERT-Large, 128 tokens
 
-Read next: kernels/peers.py
+Read next: studies/peers.py
 """
 
 import contextlib
@@ -38,16 +38,18 @@ from tokenizers import Tokenizer, models
 import kernels
 import model as model_file
 import train
+from common.estimate import peak_flops
 from common.files import file_digest
+from common.processes import Process
 from data import Samples, write_shard
+from model import MaskedLM, ModelConfig, matrix_flops
 from studies import peers
 from studies.peers import WrongNumbers
-from model import MaskedLM, ModelConfig, matrix_flops
 
 TURNS = 3
-TIMED_STEPS = 2  # in a turn, after one that is not timed
-SHORT_SHARE = 0.415  # of the samples, with lengths of 8 to 128: 0.585 + 0.415 * 68 / 128 = 80.5 %
-C4_SHORT_SHARE = 0.261  # with lengths of 30 to 128: the mean of 115 that 1,000 documents of C4 have, cut at 128 tokens
+TIMED_STEPS = 2  # per turn, after an untimed one
+SHORT_SHARE = 0.415  # of samples, with 8 to 128 tokens: 0.585 + 0.415 * 68 / 128 = 80.5 %
+C4_SHORT_SHARE = 0.261  # with 30 to 128 tokens: a mean of 115, as in 1,000 documents of C4 cut at 128 tokens
 MASK_PROB = 0.3
 CHECKED_SAMPLES = 8
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -63,13 +65,13 @@ MICRO_BATCH_TOKENS = {"base": 131072, "large": 49152}
 
 
 class Data:
-    """Random tokens as shards, read back by data.Samples."""
+    """Random tokens written as shards, and read back by data.Samples."""
 
     def __init__(self, directory, sizes):
         self.directory, self.sizes = directory, sizes
 
     def samples(self, kind, seq_length=128):
-        """kind: "full"; "fill80"; "padded", the lengths of fill80, each filled up with [PAD]; or "c4", C4's at 128."""
+        """kind: "full"; "fill80"; "padded", fill80's samples padded to the full length with [PAD]; "c4", C4's lengths."""
         path = os.path.join(self.directory, f"{kind}_{seq_length}")
         if not os.path.exists(path):
             self.write(path, kind, seq_length)
@@ -98,21 +100,21 @@ class Data:
 
 
 def first_batch(samples, count):
-    """The first `count` samples as one MicroBatch, on the CPU."""
+    """The first `count` samples as one MicroBatch on the CPU."""
     return samples.train_step(0, count, seed=1, mask_prob=MASK_PROB, micro_batch_tokens=2**40)[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Ways to make a step
+# A step, ours
 
 
 @dataclasses.dataclass
 class Work:
-    """What all entries of a row have to do."""
+    """The workload of a row."""
 
     cfg: ModelConfig
     samples: Samples
-    count: int  # samples in a step
+    count: int  # samples per step
     micro_batch_tokens: int
     device: torch.device
     dtype: torch.dtype
@@ -124,25 +126,17 @@ class Work:
         return self.samples.vocab_size
 
     def process(self):
-        return train.Process(0, 1, self.device, self.dtype)
+        return Process(0, 1, self.device, self.dtype)
 
     def make_model(self, dropout=True):
-        """The same weights each time."""
+        """A new model, always with the same weights."""
         torch.manual_seed(0)
         cfg = self.cfg if dropout else dataclasses.replace(self.cfg, hidden_dropout=0.0, attention_dropout=0.0)
         return MaskedLM(cfg, self.vocab_size()).to(self.device).train()
 
 
-def masked_lm_loss(model, batch):
-    """MaskedLM's loss of a MicroBatch on its device; the one place here that follows the model's arguments."""
-    windows = {} if getattr(batch, "windows", None) is None else {"windows": batch.windows}
-    return model(
-        batch.input_ids, batch.cu_seqlens, batch.max_seqlen, batch.masked_positions, batch.labels, **windows
-    )
-
-
 class Ours:
-    """train.py's step. change: a context manager in which everything happens, or None."""
+    """train.py's step. change: a context manager that wraps everything, or None."""
 
     largest_error = 0.0
 
@@ -151,40 +145,34 @@ class Ours:
         with self.change():
             self.model = work.make_model()
         self.parameters = list(self.model.parameters())
-        self.optimizer = torch.optim.AdamW(self.parameters, fused=True)
-        self.batches = work.batches()
-        self.num_masked = torch.tensor(float(sum(batch.num_masked for batch in self.batches)), device=work.device)
-        self.cfg = train.TrainConfig(**{**vars(work.cfg), "seed": 1})
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=peers.LEARNING_RATE, fused=True)
+        self.batches = [batch.pinned_for(work.device) for batch in work.batches()]
+        constant = {"lr": peers.LEARNING_RATE, "schedule": "wsd", "warmup_fraction": 0.0}
+        self.cfg = train.TrainConfig(**vars(work.cfg), **constant)
 
     def step(self, number):
         """(loss, gradient norm), on the device."""
         with self.change():
-            loss = train.forward_backward(
-                self.model, self.batches, self.num_masked, self.cfg, self.work.process(), number
-            )
-            grad_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in self.parameters])
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-        return loss, grad_norm
+            return train.train_step(self.model, self.optimizer, self.batches, self.cfg, self.work.process(), number + 1)[:2]
 
     def for_check(self):
-        """(model in fp32, the model whose gradients are compared with its own, loss of a MicroBatch with that one)."""
+        """(reference in fp32, the model under test, its loss as a function of a MicroBatch), dropout off."""
         with self.change():
             model = self.work.make_model(dropout=False)
 
         def loss_of(batch):
-            with self.change(), train.autocast(self.work.process()):
-                return masked_lm_loss(model, batch.to(self.work.device))
+            with self.change(), self.work.process().autocast():
+                return model(batch.to(self.work.device))
 
         return model, model, loss_of
 
     def move(self, device):
         peers.move(self.parameters, self.optimizer, device)
-        self.model.to(device)  # its buffers
+        self.model.to(device)  # the buffers
 
 
 class OursWithCopies(peers.PlainStep):
-    """This project's model with its layers' matrices in bf16 beside fp32 masters; train.py casts all once a step."""
+    """Our model with its layers' matrices in bf16 beside fp32 masters; train.py casts them once a step."""
 
     def __init__(self, work):
         super().__init__(work, "ours", "eager")
@@ -192,15 +180,15 @@ class OursWithCopies(peers.PlainStep):
     def low_precision(self, master):
         model = copy.deepcopy(master)
         for module in model.modules():
-            # The decoder's matrix is the embedding's, which the kernels want in fp32; vectors cost nothing to cast.
+            # The decoder's matrix is the embedding's, which the kernels take in fp32; vectors are cheap to cast.
             if isinstance(module, torch.nn.Linear) and module is not model.cls.predictions.decoder:
                 module.weight.data = module.weight.data.to(self.work.dtype)
         return model
 
     def module(self, model):
         def loss_sum(batch):
-            with train.autocast(self.work.process()):
-                return masked_lm_loss(model, batch)
+            with self.work.process().autocast():
+                return model(batch)
 
         return loss_sum
 
@@ -213,7 +201,7 @@ class OursWithCopies(peers.PlainStep):
 
 
 def check_gradients(work, runner):
-    """The relative error of a runner's gradients against its model in fp32, dropout off. Raises: WrongNumbers."""
+    """The relative error of a runner's gradients against its reference in fp32, dropout off. Raises: WrongNumbers."""
     reference, model, loss_of = runner.for_check()
     batch = first_batch(work.samples, CHECKED_SAMPLES)
     by_name = dict(model.named_parameters())
@@ -221,17 +209,18 @@ def check_gradients(work, runner):
 
     def gradients(loss, parameters):
         """(loss, all gradients as one vector), both fp32."""
-        found = torch.autograd.grad(loss, parameters, allow_unused=True)  # nobody reads the second token type
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
         return loss.detach().float(), torch.cat([grad.float().flatten() for grad in found if grad is not None])
 
     def plain(dtype):
-        with train.autocast(train.Process(0, 1, work.device, dtype)):
-            return masked_lm_loss(reference, batch.to(work.device))
+        with Process(0, 1, work.device, dtype).autocast():
+            return reference(batch.to(work.device))
 
     got = gradients(loss_of(batch), checked)
     without_bias = isinstance(runner, peers.PlainStep) and runner.kind == "varlen"
     slopes = None if without_bias else getattr(reference.bert, "slopes", None)
-    with torch_path(), mock.patch.object(reference.bert, "slopes", slopes, create=True):
+    torch_path = mock.patch.object(kernels.backend, "_backend", "torch")
+    with torch_path, mock.patch.object(reference.bert, "slopes", slopes, create=True):
         exact, own = (gradients(plain(dtype), list(reference.parameters())) for dtype in (torch.float32, work.dtype))
     for kind, g, o, e in zip(("loss", "gradients"), got, own, exact):
         error, own_error = (((x - e).norm() / e.norm()).item() for x in (g, o))
@@ -241,23 +230,12 @@ def check_gradients(work, runner):
     return error
 
 
-@contextlib.contextmanager
-def torch_path():
-    """The PyTorch twins of the kernels."""
-    before = kernels._backend
-    kernels.set_backend("torch")
-    try:
-        yield
-    finally:
-        kernels.set_backend(before)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# This project with one thing off
+# Our model with one design choice undone
 
 
 def fp32_layernorm():
-    """The residual stream and its LayerNorms in fp32, as plain autocast has them."""
+    """The residual stream and its LayerNorms in fp32, as under plain autocast."""
     normalize = kernels.dropout_add_layernorm
 
     def in_fp32(x, residual, *others, **named):
@@ -273,12 +251,12 @@ def unpadded_vocabulary():
 
 
 def torch_attention():
-    """SDPA with ALiBi as a dense bias; for full sequences alone, which need no mask."""
+    """SDPA with ALiBi as a dense bias; for full sequences only, which need no mask."""
 
     def attend(qkv, cu_seqlens, max_seqlen, slopes, *_, **__):
-        lengths = torch.full((1,), max_seqlen)  # on the CPU, so that nothing waits for the GPU
+        lengths = torch.full((1,), max_seqlen)  # on the CPU: no sync
         bias = peers.alibi_bias(lengths, max_seqlen, slopes, qkv.dtype)
-        full = len(qkv) // max_seqlen * max_seqlen  # what follows is filling
+        full = len(qkv) // max_seqlen * max_seqlen  # the rest is padding
         out = peers.padded_attention(qkv[:full], bias, slopes)
         return F.pad(out, (0, 0, 0, 0, 0, len(qkv) - full))
 
@@ -291,12 +269,12 @@ def torch_attention():
 
 @dataclasses.dataclass
 class StepEntry:
-    make: object  # Work -> a runner: Ours, or of kernels/peers.py
+    make: object  # Work -> a runner: Ours, or one of studies/peers.py
     setting: str = "default"
     note: str = ""
     default: bool = True
     seconds: float = 15
-    data: str = ""  # another kind of samples than the row's
+    data: str = ""  # kind of samples, if not the row's
 
 
 def peer(kind, setting, note, default=False, seconds=60):
@@ -304,7 +282,7 @@ def peer(kind, setting, note, default=False, seconds=60):
 
 
 def all_peers(fast=()):
-    """Every peer; those named in `fast` belong to the default rows."""
+    """Every peer; those named in `fast` run by default."""
     notes = {"varlen": "compiled, unpadded, no ALiBi", "flex": "compiled, unpadded", "padded": "compiled, dense ALiBi"}
     entries = {
         f"{kind}_{setting}": peer(kind, setting, notes[kind])
@@ -322,7 +300,7 @@ def all_peers(fast=()):
 
 
 def rows(data):
-    """{name: function of the Bench and that name}, in the order of the table."""
+    """{row: function(bench, row)}, in the table's order."""
     ours = {"ours": StepEntry(Ours)}
     changes = {
         "fp32_layernorm": (fp32_layernorm, "residual stream and LayerNorm in fp32"),
@@ -332,7 +310,7 @@ def rows(data):
     off = {name: StepEntry(partial(Ours, change=change), note=note) for name, (change, note) in changes.items()}
     off["bf16_copies"] = StepEntry(OursWithCopies, note="layers' matrices in bf16 beside fp32 masters, not cast")
     padded = {"ours_padded": StepEntry(Ours, note="with padding as tokens", data="padded")}
-    # The last two rows are not in the default set. Large takes longer to compile, too.
+    # The last two rows don't run by default. Large also takes longer to compile.
     same_model = {name: entry for name, entry in {**ours, **all_peers()}.items() if not name.startswith("bert")}
     at_512 = {name: dataclasses.replace(entry, default=False) for name, entry in same_model.items()}
     large = {name: dataclasses.replace(entry, seconds=2 * entry.seconds) for name, entry in at_512.items()}
@@ -347,7 +325,7 @@ def rows(data):
 
 
 def compare(bench, row, data, entries, size="base", kind="full", seq_length=128):
-    """Check, then time, the entries of one row in turn."""
+    """Check the entries of one row, then time them in turns."""
     entries = bench.choose(row, entries)
     if not entries:
         return
@@ -381,8 +359,8 @@ def compare(bench, row, data, entries, size="base", kind="full", seq_length=128)
     for name, runner in runners.items():
         result = results[name]
         seconds = statistics.median(result["seconds"])
-        mosaicbert = not isinstance(runner, peers.TransformersStep)  # whose operations were counted
-        peak = train.peak_flops(bench.device) if mosaicbert else None
+        mosaicbert = not isinstance(runner, peers.TransformersStep)  # whose FLOPs were counted
+        peak = peak_flops(bench.device) if mosaicbert else None
         values = {
             "ms": 1e3 * seconds,
             "samples_per_second": count / seconds,
@@ -401,9 +379,9 @@ def compare(bench, row, data, entries, size="base", kind="full", seq_length=128)
 
 
 def start(bench, entry, work, ours):
-    """(runner, result so far) after check and first step; too large a micro-batch is halved.
+    """(runner, result so far) after the check and a first step. Micro-batches that run out of memory are halved.
 
-    ours: this project's result so far, to agree with, or None.
+    ours: our result so far, for peers to agree with, or None.
     """
     begun = time.perf_counter()
     while True:
@@ -420,19 +398,19 @@ def start(bench, entry, work, ours):
             work = dataclasses.replace(work, micro_batch_tokens=work.micro_batch_tokens // 2)
         release(bench)
     if ours and not isinstance(runner, Ours):
-        bounds = {"loss": (loss, 0.01), "grad_norm": (grad_norm, 0.15)}  # what dropout changes is below 0.1 % and 3 %
-        if isinstance(runner, peers.TransformersStep):  # another model, as far from knowing anything
+        bounds = {"loss": (loss, 0.01), "grad_norm": (grad_norm, 0.15)}  # dropout changes them by less than 0.1 % and 3 %
+        if isinstance(runner, peers.TransformersStep):  # another model, equally untrained
             bounds = {"loss": (loss, 0.03)}
         for name, (value, bound) in bounds.items():
             if not abs(value / ours[name] - 1) <= bound:
-                raise WrongNumbers(f"{name} {value:.4f} at first, where this project's own is {ours[name]:.4f}")
+                raise WrongNumbers(f"{name} {value:.4f} in the first step, where ours is {ours[name]:.4f}")
     runner.move("cpu")
     result = {"error": error, "loss": loss, "grad_norm": grad_norm, "seconds": [], "peak": 0}
     return runner, {**result, "setup": time.perf_counter() - begun}
 
 
 def take_turn(bench, runner, result, turn):
-    """One untimed and some timed steps. Returns True."""
+    """An untimed step, then the timed ones. Returns True."""
     release(bench)
     runner.move(bench.device)
     cuda = bench.device.type == "cuda"
@@ -452,7 +430,7 @@ def take_turn(bench, runner, result, turn):
 
 
 def release(bench):
-    """Give memory back to the GPU."""
+    """Free the GPU memory that nothing uses."""
     if bench.device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()

@@ -1,10 +1,10 @@
-"""Is fine-tuning right? The same BERT, tuned by finetune_glue.py and by a plain loop with transformers.
+"""Compare fine-tuning with a plain transformers loop: the same BERT, settings and seeds.
 
-    python tests/compare_finetuning.py --checkpoint=minilm --data_dir=data/glue --out=out/compare --jobs=4
+    python -m studies.compare_finetuning --checkpoint=minilm --data_dir=data/glue --out=out/compare --jobs=4
 
-The loop below is what a user would write: AutoModelForSequenceClassification, batches padded to their longest text, a
-DataLoader that shuffles, AdamW, scores by scikit-learn and scipy. Settings, seeds and precision are those of the recipe
-`mosaic`. It prints both means, and the 95 % interval (Welch) of their difference, and writes them to OUT/compare.json.
+The loop is what a user would write: AutoModelForSequenceClassification, batches padded to their longest text, a shuffling
+DataLoader, AdamW, metrics from scikit-learn and scipy. Settings, seeds and precision are the `mosaic` recipe's. Prints both
+means, and their difference with its 95 % interval (Welch), and writes them to OUT/compare.json.
 """
 
 import json
@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).parent.parent
-
-import glue
 from common.options import command, load_config
+from finetune_glue import GLUE_TASKS, RECIPES, first_seeds, read_split
+
+ROOT = Path(__file__).parent.parent
 
 
 @dataclass
@@ -31,8 +31,8 @@ class CompareConfig:
     seeds: int = 5
     epochs: int = 0  # 0: the recipe's
     out: str = "out/compare"
-    jobs: int = 1  # runs that share the device at once
-    skip_bad_lines: int = 0  # of the TSV files
+    jobs: int = 1  # runs that share the device
+    skip_bad_lines: int = 0  # malformed lines to skip per file
 
 
 def plain_run(cfg, name, seed):
@@ -42,8 +42,8 @@ def plain_run(cfg, name, seed):
     from sklearn.metrics import accuracy_score, f1_score
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    task, settings = glue.GLUE_TASKS[name], glue.RECIPES["mosaic"][name]
-    train, dev = (glue.read_split(task, split, cfg) for split in ("train", "validation"))
+    task, settings = GLUE_TASKS[name], RECIPES["mosaic"][name]
+    train, dev = (read_split(task, split, cfg) for split in ("train", "validation"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(seed)
     if task.name == "stsb":
@@ -112,7 +112,7 @@ def difference(ours, theirs):
 @command
 def main(argv):
     cfg = load_config(CompareConfig, argv)
-    names, seeds = cfg.tasks.split(","), glue.seeds(cfg.seeds)
+    names, seeds = cfg.tasks.split(","), first_seeds(cfg.seeds)
     options = {name: getattr(cfg, name) for name in ("checkpoint", "data_dir", "tasks", "seeds", "jobs", "skip_bad_lines")}
     options |= {"epochs": cfg.epochs, "out": os.path.join(cfg.out, "ours")}
     flags = [f"--{name}={value}" for name, value in options.items()]

@@ -1,19 +1,19 @@
 """What the kernels are measured against: the same operators and the same model in plain PyTorch, written to win.
 
-Nothing here is used for training. Where a peer may choose, it gets what is fastest for it: weights in bf16 beside fp32
-masters instead of autocast, no padding, only the masked rows through the last layer and the head, inputs that are on
-the GPU already, masks of attention built before the clock runs, one shape in all micro-batches.
+Nothing here is used for training. Wherever a peer has a choice, it gets what is fastest for it: bf16 weights beside fp32
+masters instead of autocast, no padding, only the masked rows through the last layer and the head, inputs already on the
+GPU, attention masks built outside the timing, one shape for all micro-batches.
 
 Three settings of torch.compile, each including the one before:
 
     default   as it comes
-    t1        Inductor's two slow kernels at 131,072 rows mended: sums over rows and over columns share a kernel in
-              chunks of 32 rows (LayerNorm backward), and a cat of two tensors is written half by half, where Inductor
-              computes both halves for each element and drops one (GeGLU backward)
-    t2        dropout from one random byte an element, drawn by PyTorch's generator in an operator of its own, where
-              Inductor calls Philox once an element; so p is 26/256
+    t1        fixes two of Inductor's kernels that are slow at 131,072 rows: sums over rows and over columns share a
+              kernel in chunks of 32 rows (LayerNorm backward), and a cat of two tensors is written half by half, where
+              Inductor computes both halves for each element and drops one (GeGLU backward)
+    t2        dropout from one random byte per element, drawn by PyTorch's generator in a separate operator, where
+              Inductor calls Philox once per element; so p is 26/256
 
-Read next: kernels/bench.py
+Read next: studies/bench.py
 """
 
 import contextlib
@@ -28,19 +28,21 @@ from torch import Tensor, nn
 from torch.nn.attention import flex_attention as flex
 from torch.nn.attention.varlen import varlen_attn
 
-from data import IGNORED, MASKED_MULTIPLE, round_up
+from common.batch import IGNORED, round_up
+from data import MASKED_MULTIPLE
 from model import LAYER_NORM_EPS, MaskedLM, alibi_slopes
 
-BACKEND = "inductor"  # of torch.compile; bench.py --toy takes one that any machine has
+BACKEND = "inductor"  # of torch.compile; bench.py --toy uses one that every machine has
+LEARNING_RATE = 1e-3  # of all steps, ours too
 BYTE_LEVELS = 256
 
 
 class NotMeasured(Exception):
-    """Why a row stays empty."""
+    """Why an entry has no result."""
 
 
 class WrongNumbers(Exception):
-    """What was to be measured does not compute what it should."""
+    """An entry doesn't compute what it should."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -49,7 +51,7 @@ class WrongNumbers(Exception):
 
 @contextlib.contextmanager
 def tuned():
-    """Setting t1, for what is compiled inside."""
+    """Setting t1, for everything compiled inside."""
     from torch._inductor import config, ir, lowering
 
     pointwise_cat = lowering.pointwise_cat
@@ -62,18 +64,18 @@ def tuned():
 
 
 def compiling(setting):
-    """The context in which what is compiled with `setting` must run first."""
+    """The context for the first run of anything compiled with `setting`."""
     return tuned() if setting in ("t1", "t2") and BACKEND == "inductor" else contextlib.nullcontext()
 
 
 def compiled(function):
-    """`function` compiled for one shape. Compilation happens in its first call and that call's backward."""
-    torch._dynamo.config.recompile_limit = 64  # some rows compare many settings of one function
+    """`function`, compiled for one shape in its first call and that call's backward."""
+    torch._dynamo.config.recompile_limit = 64  # some rows compile one function with many settings
     return torch.compile(function, fullgraph=True, dynamic=False, backend=BACKEND)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Operators. Those with dropout are told the setting: it decides how, and compilers keep what they make by arguments.
+# Operators. Those with dropout take the setting as an argument: it chooses the dropout, and keys the compiled code.
 
 
 def plain_dropout(x, dropout_prob, source):
@@ -82,9 +84,9 @@ def plain_dropout(x, dropout_prob, source):
 
 @torch.library.custom_op("mosaicbert_peers::random_bytes", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def random_bytes(source: Tensor, columns: int) -> Tensor:
-    """(len(source), columns) uint8. An argument must differ from call to call, or compilers take two calls for one."""
+    """(len(source), columns) uint8. Each call needs another `source`, or compilers merge the calls."""
     words = torch.empty(-(-len(source) * columns // 8), dtype=torch.int64, device=source.device)
-    words.random_(-(2**63), None)  # all 64 bits, two words for each call of the generator
+    words.random_(-(2**63), None)  # all 64 bits, two words per call of the generator
     return words.view(torch.uint8)[: len(source) * columns].view(len(source), columns)
 
 
@@ -94,7 +96,7 @@ def _(source, columns):
 
 
 def byte_dropout(x, dropout_prob, source):
-    """Dropout in steps of 1/256. source: some tensor with x's rows that lies in memory, as x itself need not."""
+    """Dropout in steps of 1/256. source: a tensor with x's rows that is in memory, which a fused x may not be."""
     dropped = round(dropout_prob * BYTE_LEVELS)
     if dropped == 0:
         return x
@@ -106,7 +108,7 @@ DROPOUTS = {"eager": plain_dropout, "default": plain_dropout, "t1": plain_dropou
 
 
 def dropped_share(setting, dropout_prob):
-    """The probability with which a setting drops."""
+    """The dropout probability that a setting really has."""
     return round(dropout_prob * BYTE_LEVELS) / BYTE_LEVELS if setting == "t2" else dropout_prob
 
 
@@ -129,7 +131,7 @@ def linear_cross_entropy(hidden, weight, bias, labels):
 
 
 def liger(name):
-    """A function of Liger-Kernel's public interface. Raises: NotMeasured."""
+    """A function of Liger-Kernel's public API. Raises: NotMeasured."""
     try:
         return getattr(importlib.import_module("liger_kernel.transformers.functional"), name)
     except ImportError:
@@ -138,11 +140,11 @@ def liger(name):
         raise NotMeasured(f"this version of liger-kernel has no {name}") from None
 
 
-# Attention of qkv (total_tokens, 3, H, D), with what its way of handling lengths needs: (qkv, layout, slopes).
+# Attention of qkv (total_tokens, 3, H, D). layout: how the implementation represents lengths.
 
 
 def varlen_attention(qkv, layout, slopes):
-    """FlashAttention as PyTorch ships it. It takes no bias, so it does less than asked: too fast on purpose."""
+    """FlashAttention as PyTorch ships it. It takes no bias, so it does less work than ours: an unfair advantage."""
     cu_seqlens, max_seqlen = layout
     return varlen_attn(*qkv.unbind(1), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
 
@@ -152,7 +154,8 @@ def varlen_layout(batch):
 
 
 def flex_attention(qkv, block_mask, slopes):
-    """FlexAttention with ALiBi as its score function and a mask that keeps sequences apart."""
+    """FlexAttention with ALiBi as its score function and a mask that separates sequences."""
+
     def alibi(score, b, h, i, j):
         return score - slopes[h] * (i - j).abs()
 
@@ -161,11 +164,11 @@ def flex_attention(qkv, block_mask, slopes):
 
 
 def flex_layout(batch, block=128):
-    """A BlockMask made from the sequences' bounds: create_block_mask would evaluate total_tokens^2 pairs."""
+    """A BlockMask from the sequence bounds: create_block_mask would evaluate total_tokens^2 pairs."""
     lengths = batch.cu_seqlens.diff()
     document = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths.long())
     document = document.to(torch.int32)
-    first, last = document.view(-1, block)[:, 0], document.view(-1, block)[:, -1]  # of each block of tokens
+    first, last = document.view(-1, block)[:, 0], document.view(-1, block)[:, -1]  # in each block of tokens
     overlap = (first[:, None] <= last) & (first <= last[:, None])  # (query blocks, key blocks)
     whole = (first == last)[:, None] & (first == last) & (first[:, None] == first)  # one sequence: no mask needed
 
@@ -182,14 +185,14 @@ def flex_layout(batch, block=128):
 
 
 def padded_attention(qkv, bias, slopes):
-    """scaled_dot_product_attention with ALiBi as a dense bias; the stream holds B sequences of one length."""
+    """scaled_dot_product_attention with ALiBi as a dense bias, on B sequences of equal length."""
     q, k, v = (x.unflatten(0, (-1, bias.shape[-1])).transpose(1, 2) for x in qkv.unbind(1))  # (B, H, S, D)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     return out.transpose(1, 2).flatten(0, 1)
 
 
 def alibi_bias(lengths, size, slopes, dtype):
-    """(1 or B, H, size, size): ALiBi, and -inf for keys past a sequence's end if one is shorter than `size`."""
+    """(1 or B, H, size, size): ALiBi, and -inf for keys past the end of sequences shorter than `size`."""
     position = torch.arange(size, device=slopes.device)
     bias = (-slopes[:, None, None] * (position[:, None] - position).abs()).to(dtype)[None]
     if bool((lengths == size).all()):
@@ -203,7 +206,7 @@ def alibi_bias(lengths, size, slopes, dtype):
 
 
 class PlainMosaicBert(nn.Module):
-    """model.MaskedLM's computation and parameters, in PyTorch's own operators, for torch.compile as one graph."""
+    """model.MaskedLM's parameters and computation in PyTorch's own operators, compiled as one graph."""
 
     def __init__(self, model, attention, setting, slopes):
         super().__init__()
@@ -211,7 +214,7 @@ class PlainMosaicBert(nn.Module):
         self.dropout_prob = model.cfg.hidden_dropout
 
     def forward(self, input_ids, layout, positions, labels):
-        """The loss of model.MaskedLM. layout: what self.attention wants."""
+        """model.MaskedLM's loss. layout: see self.attention."""
         bert, p, dropout = self.model.bert, self.dropout_prob, DROPOUTS[self.setting]
         embeddings = bert.embeddings
         x = F.embedding(input_ids, embeddings.word_embeddings.weight, padding_idx=0)
@@ -246,7 +249,7 @@ class PeerBatch:
 
 
 def unpadded(batches, device):
-    """MicroBatches as PeerBatches of one shape: filling becomes sequences of its own, since peers skip no rows."""
+    """MicroBatches as PeerBatches of one shape. Padding becomes extra sequences, since peers skip no rows."""
     total = max(len(batch.input_ids) for batch in batches)
     rows = max(len(batch.labels) for batch in batches)
     size = batches[0].max_seqlen
@@ -266,18 +269,18 @@ def unpadded(batches, device):
 
 
 def padded(batches, device):
-    """MicroBatches as PeerBatches of one shape in which every sequence has max_seqlen places; cu_seqlens: its own."""
+    """MicroBatches as PeerBatches of one shape, each sequence padded to max_seqlen; cu_seqlens has the true lengths."""
     rows = max(len(batch.labels) for batch in batches)
     count = max(batch.num_samples for batch in batches)
     size = batches[0].max_seqlen
     made = []
     for batch in batches:
         lengths = F.pad(batch.cu_seqlens[: batch.num_samples + 1].diff(), (0, count - batch.num_samples))
-        places = (torch.arange(size) < lengths[:, None]).flatten().nonzero()[:, 0]  # of the stream's tokens
+        slots = (torch.arange(size) < lengths[:, None]).flatten().nonzero()[:, 0]  # where each token goes
         ids = batch.input_ids.new_zeros(count * size)
-        ids[places] = batch.input_ids[: len(places)]
+        ids[slots] = batch.input_ids[: len(slots)]
         positions, labels = filled_rows(batch, rows)
-        made.append(PeerBatch(ids, F.pad(lengths.cumsum(0), (1, 0)).int(), size, places[positions], labels, device))
+        made.append(PeerBatch(ids, F.pad(lengths.cumsum(0), (1, 0)).int(), size, slots[positions], labels, device))
     return made
 
 
@@ -291,12 +294,12 @@ def filled_rows(batch, rows):
 
 
 def move(parameters, optimizer, device):
-    """Parameters, gradients and optimizer state to a device."""
+    """Move parameters, gradients and optimizer state to a device."""
 
     def moved(value):
         if value is None or not value.is_cuda or torch.device(device).type == "cuda":
             return value if value is None else value.to(device)
-        # Pinned memory goes ten times faster, and PyTorch keeps it for the next entry.
+        # Copies to pinned memory are ten times faster, and PyTorch reuses it for the next entry.
         return torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value)
 
     for parameter in parameters:
@@ -309,12 +312,12 @@ def move(parameters, optimizer, device):
 
 
 class PlainStep:
-    """PlainMosaicBert with weights in the compute dtype and fp32 masters; gradients are added up in fp32.
+    """PlainMosaicBert with weights in the compute dtype and fp32 masters; gradients accumulate in fp32.
 
     work: bench_steps.Work. kind: "varlen", "flex" or "padded". setting: of torch.compile, or "eager" for none.
     """
 
-    largest_error = 0.0  # of its gradients, if the general rule allows less
+    largest_error = 0.0  # of its gradients, where the general rule is too strict
 
     def __init__(self, work, kind, setting):
         self.work, self.kind, self.setting = work, kind, setting
@@ -325,7 +328,7 @@ class PlainStep:
         self.weights = list(self.model.parameters())
         for parameter in self.masters:
             parameter.grad = torch.zeros_like(parameter)
-        self.optimizer = torch.optim.AdamW(self.masters, fused=True)
+        self.optimizer = torch.optim.AdamW(self.masters, lr=LEARNING_RATE, fused=True)
         self.run = self.module(self.model) if setting == "eager" else compiled(self.module(self.model))
         batches = work.batches()
         self.inputs, self.num_masked = self.make_inputs(batches), sum(batch.num_masked for batch in batches)
@@ -341,7 +344,7 @@ class PlainStep:
         return PlainMosaicBert(model, attentions[self.kind], self.setting, self.slopes)
 
     def make_inputs(self, batches):
-        """Arguments of PlainMosaicBert for each MicroBatch."""
+        """PlainMosaicBert's arguments for each MicroBatch."""
 
         def bias(batch):
             return alibi_bias(batch.cu_seqlens.diff(), batch.max_seqlen, self.slopes, self.work.dtype)
@@ -362,7 +365,7 @@ class PlainStep:
             for weight in self.weights:
                 weight.grad = None
             total += loss.detach()
-        grad_norm = torch.nn.utils.get_total_norm(grads) if number == 0 else None  # for a check; no time for it later
+        grad_norm = torch.nn.utils.get_total_norm(grads) if number == 0 else None  # for the check alone
         self.optimizer.step()
         with torch.no_grad():
             torch._foreach_zero_(grads)
@@ -370,7 +373,7 @@ class PlainStep:
         return total, grad_norm
 
     def for_check(self):
-        """(model in fp32, the copy whose gradients are compared with its own, loss of a MicroBatch with that copy)."""
+        """(reference in fp32, the model under test, its loss as a function of a MicroBatch), dropout off."""
         reference = self.work.make_model(dropout=False)
         model = self.low_precision(reference)
         return reference, model, lambda batch: self.module(model)(*self.make_inputs([batch])[0])
@@ -380,9 +383,9 @@ class PlainStep:
 
 
 class TransformersStep(PlainStep):
-    """transformers' BertForMaskedLM of the same sizes: padded, SDPA, the head on every token."""
+    """transformers' BertForMaskedLM of the same size: padded, SDPA, the head on every token."""
 
-    # In bf16, gradients of the two token types, each a sum over half of the tokens or all, are off by 10 %.
+    # In bf16 the gradients of the token types, sums over all tokens, are off by 10 %.
     largest_error = 0.1
 
     def __init__(self, work, setting):
@@ -403,7 +406,7 @@ class TransformersStep(PlainStep):
             num_attention_heads=cfg.num_heads,
             intermediate_size=cfg.intermediate_size,
             hidden_dropout_prob=cfg.hidden_dropout if dropout else 0.0,
-            attention_probs_dropout_prob=0.0,  # as ours; with it no fast backend is left
+            attention_probs_dropout_prob=0.0,  # like ours; otherwise SDPA has no fast backend
             attn_implementation="sdpa",
         )
         return self.transformers.BertForMaskedLM(config).to(self.work.device).train()
@@ -418,7 +421,7 @@ class TransformersStep(PlainStep):
         return loss_sum
 
     def make_inputs(self, batches):
-        """(B, T) ids; a mask where a sequence is shorter; a label for each place."""
+        """(B, T) ids, a mask if any sequence is shorter, and a label per position, flat."""
         size, made = batches[0].max_seqlen, []
         for batch in padded(batches, self.work.device):
             labels = torch.full_like(batch.input_ids, IGNORED, dtype=torch.int64)
@@ -431,7 +434,7 @@ class TransformersStep(PlainStep):
         return made
 
     def for_check(self):
-        """As above; the reference is the BERT of model.py, which has the same weights by the same names."""
+        """As above; the reference is model.py's BERT, whose weights have the same names."""
         theirs = self.make_masters(dropout=False)
         cfg = dataclasses.replace(self.work.cfg, model="bert", hidden_dropout=0.0)
         reference = MaskedLM(cfg, self.work.vocab_size()).to(self.work.device).train()

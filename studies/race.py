@@ -1,15 +1,15 @@
 """The race: MosaicBERT-Base against BERT-Base with equal minutes on one GPU, scored on GLUE.
 
-    python race.py --data_dir=data/race --glue_dir=data/glue --out=out/race --gpus=2
-    python race.py --table=results/race                # what came out, as the README shows it
+    python -m studies.race --data_dir=data/race --glue_dir=data/glue --out=out/race --gpus=2
+    python -m studies.race --table=results/race                # the results, as the README shows them
 
-Each run is pretrained alone on its GPU, with a schedule that decays within its minutes, and then fine-tuned at once,
-several jobs sharing the GPU (start nvidia-cuda-mps-control -d first). Everything is a command of train.py or
-finetune_glue.py, printed and kept beside its results: each can be given again alone. The same command again leaves out
-what is finished, and goes on with what was not; --runs picks a part, so that several machines can share the work.
+Each run is pretrained alone on its GPU, with a schedule that decays within its minutes, and then fine-tuned there by
+several jobs at a time (start nvidia-cuda-mps-control -d first). Every step is a command of train.py or finetune_glue.py,
+printed and kept with its results, so that it can be run by itself. The same command again skips finished runs and resumes
+the others; --runs picks some, so that several machines can share the work.
 
-Of each run, OUT/MODEL_MINUTESmin_seedSEED holds log.jsonl, glue.json, fine-tuning's runs.jsonl, lengths.json and
-commands.txt, and OUT/race.tar.gz holds all of that. Checkpoints lie in --work_dir until they have been fine-tuned.
+OUT/MODEL_MINUTESmin_seedSEED holds a run's log.jsonl, glue.json, lengths.json, commands.txt and the fine-tuning logs,
+runs.jsonl. OUT/race.tar.gz packs them all. Checkpoints stay in --work_dir until they are fine-tuned.
 
 Read next: results/README.md, for how the settings were chosen
 """
@@ -32,14 +32,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tools import plot
-from common.options import UserError, command, load_config
+from common.budget import LEAST_WARMUP
 from common.files import write_text
+from common.options import UserError, command, load_config
+from tools import plot
 
 LENGTHS = {"mosaicbert": (128, 256, 512, 1024), "bert": (128, 256, 512)}  # BERT has 512 positions
+WARMUP_STEPS = {"mosaicbert": 140, "bert": 250}  # per minute of budget: a quarter of an H100's steps in results/race
 INTERVALS = ("--eval_interval=250", "--log_interval=50", "--checkpoint_interval=2000", "--keep_checkpoints=1")
 PUBLISHED_FACTOR = 2.38  # MosaicML's blog: hours of BERT-Base over those of MosaicBERT-Base to 83.2 on GLUE
-DRAWS = 20_000  # of the interval's simulation
+DRAWS = 20_000  # simulations behind the interval
 
 
 @dataclass
@@ -48,27 +50,27 @@ class RaceConfig:
     data_dir: str = "data/race"  # token shards, made by prepare_c4.py
     glue_dir: str = "data/glue"  # GLUE's TSV files
     out: str = "out/race"  # logs and scores: small files
-    work_dir: str = "out/race_work"  # checkpoints, until they have been fine-tuned: 4 GB a GPU
-    gpus: int = 1  # so many of this machine's; 0: none, all on the CPU
+    work_dir: str = "out/race_work"  # checkpoints until they are fine-tuned, 4 GB a GPU
+    gpus: int = 1  # how many of this machine's GPUs to use; 0: the CPU
     # What
     runs: str = "8x17,4x17,4x18,2x17,2x18"  # MINUTESxSEED of pretraining, for each model
-    models: str = "mosaicbert,bert"  # one of them or both
-    mosaicbert: str = "configs/base.py"  # further ones; of an option given twice this one counts
-    bert: str = "configs/bert_base.py --compile=true --global_batch_size=256 --lr=2.5e-4"  # the same: see below
-    both: str = "--chunk=true --global_batch_size=512 --warmup_fraction=0.25"  # options of train.py for both: see below
+    models: str = "mosaicbert,bert"  # one or both
+    both: str = "--chunk=true --global_batch_size=512"  # train.py options for both models
+    mosaicbert: str = "configs/base.py"  # train.py options for one model; they override those for both
+    bert: str = "configs/bert_base.py --compile=true --global_batch_size=256 --lr=2.5e-4"  # likewise
     price_per_gpu_hour: float = 2.5  # dollars
-    tasks: str = "cola:3,mrpc:3,stsb:3,rte:3,sst2:1"  # of finetune_glue.py; empty: pretrain only, as for choosing settings
-    finetune: str = "--recipe=fast --jobs=8"  # further options of finetune_glue.py
-    bench: bool = False  # also time transformers' compiled BertForMaskedLM: needs that package, takes 2 minutes
-    # Or what came out
-    table: str = ""  # a directory of finished runs: print its table and the factor
+    tasks: str = "cola:3,mrpc:3,stsb:3,rte:3,sst2:1"  # for finetune_glue.py; empty: pretrain only, to choose settings
+    finetune: str = "--recipe=fast --jobs=8"  # more finetune_glue.py options
+    bench: bool = False  # also time transformers' compiled BertForMaskedLM: needs transformers, takes 2 minutes
+    # Results
+    table: str = ""  # directory of finished runs: print its table and the factor
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Running. Of the recipes, batch and warm-up are scaled for both models alike: 4,096 samples a step leave two minutes some
-# 130 steps, and 6 % of them are 8 to warm up, with which a post-LN model does not learn. So an eighth of the batch, and a
-# quarter of the steps to warm up. With that MosaicBERT learns and BERT does not; it has half of that batch and of the peak
-# learning rate, the best of what was tried (results/README.md).
+# Running. Batch and warm-up differ from the recipes, for both models alike: two minutes hold only some 130 steps of 4,096
+# samples, and a warm-up of 6 %, 8 steps, is too short for a post-LN model to learn. So the batch is an eighth, and the
+# warm-up a quarter of the time. MosaicBERT learns with that and BERT does not: BERT gets half that batch and half the peak
+# learning rate, the best of those tried (results/README.md).
 
 
 @dataclass(frozen=True)
@@ -83,15 +85,15 @@ class Run:
 
 
 def parse_runs(cfg):
-    """The Runs asked for, longest first. Raises: UserError."""
+    """The requested Runs, longest first. Raises: UserError."""
     runs = []
     for model in cfg.models.split(","):
         if model not in LENGTHS:
-            raise UserError(f"models={cfg.models}: no model {model!r} (there are {', '.join(LENGTHS)})")
+            raise UserError(f"models={cfg.models}: no model {model!r} (known: {', '.join(LENGTHS)})")
         for part in cfg.runs.split(","):
             match = re.fullmatch(r"(\d+|\d*\.\d+)x(\d+)", part.strip())
             if not match or not float(match[1]):
-                raise UserError(f"runs={cfg.runs}: {part!r} is no MINUTESxSEED (such as 8x17)")
+                raise UserError(f"runs={cfg.runs}: {part!r} is not MINUTESxSEED (such as 8x17)")
             runs.append(Run(model, float(match[1]), int(match[2])))
     return sorted(runs, key=lambda run: -run.minutes)
 
@@ -99,11 +101,12 @@ def parse_runs(cfg):
 def pretrain_command(cfg, run):
     options = [f"--data_dir={cfg.data_dir}", f"--out_dir={cfg.work_dir}/{run.name}", f"--seed={run.seed}"]
     options += [f"--budget_minutes={run.minutes:g}", f"--price_per_gpu_hour={cfg.price_per_gpu_hour:g}"]
-    return ["train.py", *INTERVALS, *model_options(cfg, run), *options]
+    warmup = max(LEAST_WARMUP, round(WARMUP_STEPS[run.model] * run.minutes))
+    return ["train.py", *INTERVALS, f"--warmup_steps={warmup}", *model_options(cfg, run), *options]
 
 
 def length_command(cfg, run, length):
-    """Evaluate on the held-out texts, cut into pieces of at most `length` tokens; to compile would take longer than that."""
+    """Evaluate on the held-out texts, split into samples of at most `length` tokens; compiling would take longer."""
     options = [f"--data_dir={cfg.data_dir}", f"--init_from={cfg.work_dir}/{run.name}", f"--seq_length={length}"]
     options += [f"--out_dir={cfg.work_dir}/{run.name}_lengths", "--eval_only", "--micro_batch_tokens=32768"]
     return ["train.py", *model_options(cfg, run), *options, "--compile=false"]
@@ -116,7 +119,7 @@ def finetune_command(cfg, run):
 
 def bench_command(cfg):
     toy = [] if cfg.gpus else ["--toy"]
-    return ["-m", "kernels.bench", "--only=step_full/bert_default", f"--out={cfg.out}/bench.json", *toy]
+    return ["-m", "studies.bench", "--only=step_full/bert_default", f"--out={cfg.out}/bench.json", *toy]
 
 
 def model_options(cfg, run):
@@ -124,7 +127,7 @@ def model_options(cfg, run):
 
 
 class Driver:
-    """The race under way: a thread for each GPU takes the next run that nobody has."""
+    """A race in progress: one thread per GPU, each taking the next run from the queue."""
 
     def __init__(self, cfg):
         self.cfg, self.begun = cfg, time.monotonic()
@@ -132,7 +135,7 @@ class Driver:
         self.children, self.stopped, self.failed = set(), False, []
 
     def race(self):
-        """All runs that are not finished. Raises: UserError when some failed."""
+        """Do all unfinished runs. Raises: UserError if some failed."""
         runs = parse_runs(self.cfg)
         for run in runs:
             if self.finished(run):
@@ -148,7 +151,7 @@ class Driver:
                 worker.start()
             for worker in workers:
                 worker.join()
-        finally:  # also when interrupted: leave no child behind
+        finally:  # leave no child behind, even when interrupted
             self.stopped = True
             with self.lock:
                 for child in self.children:
@@ -157,7 +160,7 @@ class Driver:
                 worker.join()
             signal.signal(signal.SIGTERM, previous)
         if self.failed:
-            raise UserError(f"failed: {', '.join(self.failed)} (the same command tries again)")
+            raise UserError(f"failed: {', '.join(self.failed)} (run the same command to try again)")
 
     def finished(self, run):
         wanted = ("commands.txt", "glue.json") if self.cfg.tasks else ("commands.txt",)
@@ -174,52 +177,52 @@ class Driver:
                 self.one(run, gpu) if run else self.call(bench_command(self.cfg), "bench", gpu)
                 with self.lock:
                     self.pack()
-            except Exception as error:  # the others go on
+            except Exception as error:  # the other runs continue
                 if not self.stopped:
                     self.failed.append(name)
                     self.say(f"{name}: {error or type(error).__name__}")
 
     def one(self, run, gpu):
-        """Pretrain, then fine-tune and evaluate, keep what is small, remove the rest."""
-        cfg, place, kept = self.cfg, f"{self.cfg.work_dir}/{run.name}", f"{self.cfg.out}/{run.name}"
+        """Pretrain, fine-tune and evaluate; keep the small files, remove the rest."""
+        cfg, work, kept = self.cfg, f"{self.cfg.work_dir}/{run.name}", f"{self.cfg.out}/{run.name}"
         commands = [pretrain_command(cfg, run)]
         self.call(commands[0], run.name, gpu)
         os.makedirs(kept, exist_ok=True)
         if cfg.tasks:
             commands += [finetune_command(cfg, run), *(length_command(cfg, run, length) for length in LENGTHS[run.model])]
             at_lengths = {}
-            beside = threading.Thread(target=self.evaluate, args=(run, gpu, at_lengths))
-            beside.start()
+            evaluation = threading.Thread(target=self.evaluate, args=(run, gpu, at_lengths))
+            evaluation.start()
             try:
                 self.call(commands[1], f"{run.name}_glue", gpu)
             finally:
-                beside.join()
+                evaluation.join()
             if len(at_lengths) < len(LENGTHS[run.model]):
-                raise RuntimeError("the held-out loss at some length is missing")
+                raise RuntimeError("a length has no held-out loss")
             result = {"model": run.model, "minutes": run.minutes, "seed": run.seed, "lengths": at_lengths}
             write_text(f"{kept}/lengths.json", json.dumps(result, indent=1))
-            write_text(f"{kept}/runs.jsonl", all_logs(f"{place}_glue/runs"))
-            shutil.copy(f"{place}_glue/glue.json", kept)
-        shutil.copy(f"{place}/log.jsonl", kept)
-        # The last file: now the run is finished.
+            write_text(f"{kept}/runs.jsonl", all_logs(f"{work}_glue/runs"))
+            shutil.copy(f"{work}_glue/glue.json", kept)
+        shutil.copy(f"{work}/log.jsonl", kept)
+        # Written last: it marks the run as finished.
         write_text(f"{kept}/commands.txt", "".join(f"{shlex.join(['python', *c])}\n" for c in commands))
-        for path in (place, f"{place}_glue", f"{place}_lengths"):
+        for path in (work, f"{work}_glue", f"{work}_lengths"):
             shutil.rmtree(path, ignore_errors=True)
         self.say(f"{run.name}: finished, {summary_of(read_run(kept))}")
 
     def evaluate(self, run, gpu, found):
-        """Fill `found` with {length: {"loss", "accuracy", "num_masked"}} of a run's checkpoint."""
+        """Fill `found` with a run's {length: {"loss", "accuracy", "num_masked"}}."""
         for length in LENGTHS[run.model]:
             try:
                 output = self.call(length_command(self.cfg, run, length), f"{run.name}_{length}", gpu)
             except RuntimeError as error:
                 return self.say(f"{run.name}: {error}")
-            said = re.search(r"held-out loss ([\d.]+), accuracy ([\d.]+)% of ([\d,]+)", output)
-            loss, percent, num_masked = (float(number.replace(",", "")) for number in said.groups())
+            match = re.search(r"held-out loss ([\d.]+), accuracy ([\d.]+)% of ([\d,]+)", output)
+            loss, percent, num_masked = (float(number.replace(",", "")) for number in match.groups())
             found[length] = {"loss": loss, "accuracy": percent / 100, "num_masked": int(num_masked)}
 
     def call(self, words, name, gpu):
-        """Run a command on one GPU; its output, also in work_dir/NAME.txt. Raises: RuntimeError with its last line."""
+        """Run a command on one GPU; returns its output, kept in work_dir/NAME.txt. Raises: RuntimeError."""
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(self.cfg.gpus)))
         visible = visible.split(",")[gpu] if self.cfg.gpus else ""
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": visible, "PYTHONUNBUFFERED": "1"}
@@ -242,7 +245,7 @@ class Driver:
         return text
 
     def pack(self):
-        """One file with all results so far."""
+        """Pack all results so far into one file."""
         partial = f"{self.cfg.out}/race.tar.gz.tmp"
         with tarfile.open(partial, "w:gz") as archive:
             out = glob.escape(self.cfg.out)
@@ -256,7 +259,7 @@ class Driver:
 
 
 def all_logs(directory):
-    """The logs of fine-tuning as one text, each line with the name of its run."""
+    """The fine-tuning logs as one text, with the run's name in each line."""
     lines = []
     for path in sorted(glob.glob(f"{glob.escape(directory)}/*.jsonl")):
         name = os.path.basename(path).removesuffix(".jsonl")
@@ -266,11 +269,11 @@ def all_logs(directory):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What came out
+# Results
 
 
 def read_run(directory):
-    """Of a finished run: model, minutes, seed, the log's records, and, where it was fine-tuned, glue.json."""
+    """A finished run's model, minutes, seed, held-out loss, speed and cost, and its glue.json if it was fine-tuned."""
     records = plot.read_log(f"{directory}/log.jsonl")
     config = next(record["config"] for record in records if record["event"] == "start")
     if not config.get("budget_minutes") or records[-1]["event"] != "end":
@@ -288,7 +291,7 @@ def read_run(directory):
 
 
 def read_runs(directory):
-    """Every finished run below a directory. Raises: UserError when there is none."""
+    """Every finished run in a directory. Raises: UserError if there is none."""
     paths = sorted(os.path.dirname(path) for path in glob.glob(f"{glob.escape(directory)}/*/log.jsonl"))
     if not paths:
         raise UserError(f"{directory}: no finished runs of race.py here (expected MODEL_MINUTESmin_seedSEED/log.jsonl)")
@@ -301,15 +304,15 @@ def summary_of(run):
 
 
 def mean_and_spread(values, digits=1):
-    """The mean, and the standard deviation of single values where there are several."""
+    """The mean, with the standard deviation of single values if there are several, as text."""
     spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
     return f"{np.mean(values):.{digits}f}{spread}"
 
 
 def table(directory):
-    """The results as lines of Markdown: a row for each model and budget, over its pretraining and fine-tuning seeds.
+    """The results as lines of Markdown: a row for each model and budget, over pretraining and fine-tuning seeds.
 
-    ± is the standard deviation of single runs; of the mean, of single seeds over all tasks.
+    ± is the standard deviation of single runs; in the column "mean", of single seeds' means over the tasks.
     """
     runs = read_runs(directory)
     tasks = [task for task in ("cola", "sst2", "mrpc", "stsb", "rte") if all(task in tasks_of(run) for run in runs)]
@@ -338,9 +341,9 @@ def price_of(group):
 
 
 def minutes_to_reach(points, target):
-    """Where a curve of (minutes, score) points, straight over the logarithm of minutes, first reaches a score.
+    """Minutes at which a curve through (minutes, score) points, linear in log(minutes), first reaches a score.
 
-    The first point's minutes if it is there already (an upper limit), infinity if it is never reached.
+    The first point's minutes, an upper limit, if that point is high enough; infinity if no point is.
     """
     if points[0][1] >= target:
         return points[0][0]
@@ -351,12 +354,12 @@ def minutes_to_reach(points, target):
 
 
 def factor(runs):
-    """How much sooner MosaicBERT has the score of BERT's longest run, with a 95 % interval.
+    """How much sooner MosaicBERT reaches the score of BERT's longest run, with a 95 % interval.
 
     Returns {"score", "minutes", "bert_minutes", "factor", "low", "high", "limit", "sd", "df"}. limit: the largest factor
-    that can be seen, since no run is shorter. Uncertainty: the means of pretraining runs differ between seeds with
-    standard deviation sd, pooled over the budgets with several (df degrees of freedom); every point is drawn with it
-    from Student's t, divided by the root of its number of runs. None where nothing was run twice.
+    that the shortest run can show. sd: standard deviation between pretraining seeds, pooled over the budgets with several
+    (df degrees of freedom). The interval comes from redrawing every point from Student's t with sd / sqrt(its number of
+    runs). sd, low and high are None if nothing was run twice.
     """
     scores = {}
     for run in runs:
@@ -374,14 +377,14 @@ def factor(runs):
         noise = [rng.standard_t(df, DRAWS) * sd / math.sqrt(len(v)) for _, v in [*ours, (0, last)]]
         drawn = np.stack([np.mean(v) + n for (_, v), n in zip(ours, noise)], 1)
         targets = np.mean(last) + noise[-1]
-        places = [x for x, _ in ours]
-        factors = [bert_minutes / minutes_to_reach(list(zip(places, row)), t) for row, t in zip(drawn.tolist(), targets)]
+        budgets = [x for x, _ in ours]
+        factors = [bert_minutes / minutes_to_reach(list(zip(budgets, row)), t) for row, t in zip(drawn.tolist(), targets)]
         result["low"], result["high"] = (float(np.quantile(factors, q)) for q in (0.025, 0.975))
     return result
 
 
 def factor_text(result):
-    """One sentence about `factor`."""
+    """The result of `factor` as a sentence."""
     bert, limit = f"BERT's {result['bert_minutes']:g}-minute score ({result['score']:.1f})", result["limit"]
     if math.isinf(result["minutes"]):
         text = f"MosaicBERT did not reach {bert} within its own longest run"
@@ -398,7 +401,7 @@ def factor_text(result):
 
 
 def results_text(directory):
-    """All lines that the README shows: the table, and the factor where both models were fine-tuned."""
+    """The lines that the README shows: the table, and the factor if both models were fine-tuned."""
     lines, runs = table(directory), [run for run in read_runs(directory) if run["glue"]]
     if {run["model"] for run in runs} == set(LENGTHS):
         lines += ["", factor_text(factor(runs))]
@@ -414,16 +417,14 @@ def main(argv):
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if not 0 <= cfg.gpus <= (len(visible.split(",")) if visible else cfg.gpus):
         raise UserError(f"gpus={cfg.gpus}: must be at least 0, and no more than CUDA_VISIBLE_DEVICES={visible}")
-    if not os.path.exists("finetune_glue.py"):
-        raise UserError("race.py calls the scripts beside it (start it in their directory)")
     for path in (cfg.data_dir, *([cfg.glue_dir] if cfg.tasks else [])):
         if not os.path.isdir(path):
-            raise UserError(f"{path}: no such directory (see the top of race.py)")
+            raise UserError(f"{path}: no such directory (give --data_dir and --glue_dir)")
     for path in (cfg.out, cfg.work_dir):
         os.makedirs(path, exist_ok=True)
     try:
         Driver(cfg).race()
-    finally:  # what there is, also when something failed
+    finally:  # show what there is, even after a failure
         if glob.glob(f"{glob.escape(cfg.out)}/*/log.jsonl"):
             print("\n".join([f"{cfg.out}/race.tar.gz", *results_text(cfg.out)]), flush=True)
 

@@ -1,7 +1,7 @@
-"""What all tests share.
+"""Fixtures and helpers for all tests.
 
-Without a GPU the Triton kernels run in Triton's interpreter, which must be asked for before triton is imported.
-Marks: gpu (needs an NVIDIA GPU, else skipped), slow (only with `-m slow`, or another -m that names it).
+Without a GPU the Triton kernels run in Triton's interpreter, which must be enabled before triton is imported.
+Marks: gpu (skipped without an NVIDIA GPU), slow (skipped unless -m names slow or gpu).
 """
 
 import functools
@@ -16,8 +16,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 ROOT = Path(__file__).parent.parent
-torch.set_num_threads(1)  # toy models are too small to share: the suite takes 5 minutes, with two threads 8
-with torch.device("meta"):  # PyTorch notes once what to replace here; it must not be what poison_empty has replaced
+torch.set_num_threads(1)  # toy models are too small for more: with two threads the suite takes 8 minutes, not 5
+with torch.device("meta"):  # on first use PyTorch collects the functions to override; do it before poison_empty patches them
     torch.empty(0)
 
 
@@ -47,8 +47,8 @@ def device():
 
 @pytest.fixture
 def triton_backend():
-    """The kernels on any device, by the interpreter where there is no GPU."""
-    import kernels
+    """The Triton kernels on any device, in the interpreter where there is no GPU."""
+    import kernels  # after TRITON_INTERPRET is set
 
     kernels.set_backend("triton")
     yield
@@ -57,7 +57,7 @@ def triton_backend():
 
 @pytest.fixture
 def poison_empty(monkeypatch):
-    """What kernels/ asks for uninitialised comes as NaN, so that an element that no kernel writes cannot pass."""
+    """torch.empty called from kernels/ returns NaN, so that an element no kernel writes cannot pass."""
 
     def poisoned(make):
         @functools.wraps(make)
@@ -75,11 +75,11 @@ def poison_empty(monkeypatch):
 
 
 def assert_close(got, own, exact):
-    """Each tensor is about as near to the exact one as PyTorch's own, by its largest error and by its rms error.
+    """Assert that each tensor is about as close to the exact one as PyTorch's own, by largest and by rms error.
 
-    got, own, exact: {name: tensor} of the kernel, of PyTorch in the same dtype, and of PyTorch in fp64 from the same
-    inputs. All fp32: the error may be 1e-5 of the tensor's scale. Otherwise it may be twice PyTorch's, plus one unit in
-    the last place at that scale.
+    got, own, exact: {name: tensor} from the kernel, from PyTorch in the same dtype, and from PyTorch in fp64 with the
+    same inputs. If all are fp32, the error may be 1e-5 of the tensor's scale; otherwise twice PyTorch's error plus one
+    unit in the last place at that scale.
     """
     single = all(tensor.dtype == torch.float32 for tensor in own.values())
     failed = []
@@ -97,7 +97,7 @@ def assert_close(got, own, exact):
 
 
 class Faulty:
-    """A real kernel, called with arguments changed by `fault(list of them)`; what that returns is called afterwards."""
+    """A kernel whose list of arguments `fault` changes before the launch; what `fault` returns is called afterwards."""
 
     def __init__(self, kernel, fault):
         self.kernel, self.fault = kernel, fault

@@ -1,8 +1,9 @@
-"""What the tests of prepare_c4.py and sources.py share: a place to work in, texts, and ways to run and to look."""
+"""Shared by the tests of prepare_c4.py and common/sources.py: a working directory, texts, ways to run and to inspect."""
 
 import json
 import os
 import random
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,9 @@ VOCAB = [*SPECIAL, *WORDS, *LETTERS, *(f"##{letter}" for letter in LETTERS), "ä¸
 
 @pytest.fixture(autouse=True)
 def workplace(tmp_path, monkeypatch):
-    """Each test runs in an empty directory of its own, with a vocab.txt."""
+    """Each test runs in an empty directory with a vocab.txt."""
     monkeypatch.chdir(tmp_path)
-    for name in ("RAYON_NUM_THREADS", "TOKENIZERS_PARALLELISM"):  # prepare_c4.py sets them; later tests must not see it
+    for name in ("RAYON_NUM_THREADS", "TOKENIZERS_PARALLELISM"):  # prepare_c4.py sets them, and later tests must not see that
         monkeypatch.setenv(name, "1")
     write_vocab(VOCAB)
 
@@ -36,24 +37,24 @@ def write_files(files):
 
 
 def write_texts(path, texts):
-    """One document a line."""
+    """One document per line."""
     Path(path).write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
 
 
 def make_texts(count, seed=0):
-    """Different texts of 1 to 30 words of the vocabulary."""
+    """Distinct texts of 1 to 30 words from the vocabulary."""
     rng = random.Random(seed)
     return list(dict.fromkeys(" ".join(rng.choices(WORDS, k=rng.randint(1, 30))) for _ in range(2 * count)))[:count]
 
 
 def prepare(**options):
-    """Run prepare_c4.py in this process. An option that is None is left out."""
+    """Run prepare_c4.py in this process. Options that are None are left out."""
     options = {"tokenizer": "vocab.txt", "workers": 1, "out": "out", **options}
     prepare_c4.main([f"--{name}={value}" for name, value in options.items() if value is not None])
 
 
 def prepare_fails(capsys, **options):
-    """The one line that refuses a command."""
+    """The one error line of a command that is refused."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         prepare(**options)
@@ -64,8 +65,8 @@ def prepare_fails(capsys, **options):
 
 def stored(split="train", out="out"):
     """The tokens of each document of a split, in order."""
-    shards = [shard.arrays() for shard in data.Samples(out, split, 128).shards]
-    return [tokens[a:b].tolist() for offsets, tokens in shards for a, b in zip(offsets, offsets[1:])]
+    shards = data.Samples(out, split, 128).shards
+    return [shard.tokens[a:b].tolist() for shard in shards for a, b in zip(shard.offsets, shard.offsets[1:])]
 
 
 def ids(text):
@@ -77,12 +78,12 @@ def texts_of(documents):
 
 
 def files_of(out="out"):
-    """{name: bytes} of a shard directory, without the report, which holds wall-clock times."""
+    """{name: bytes} of a shard directory, except the report, which holds wall-clock times."""
     return {path.name: path.read_bytes() for path in Path(out).iterdir() if path.name != "report.json"}
 
 
 def state_of(directory):
-    """{path: (time of last change, bytes)} of everything below."""
+    """{path: (mtime, bytes)} of all files below."""
     files = [path for path in Path(directory).rglob("*") if path.is_file()]
     return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
@@ -98,3 +99,11 @@ def only_whole_files(out="out"):
 
 def raise_interrupt(*_):
     raise KeyboardInterrupt
+
+
+@contextmanager
+def interrupted():
+    """The command inside ends as on Ctrl-C."""
+    with pytest.raises(SystemExit) as stopped:
+        yield
+    assert stopped.value.code == 130

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import common.processes
 import finetune_glue
+import tools.finetune_own
 import train
 from tests.toy import ROOT, make_documents, make_run, make_shards, make_tokenizer, reseal, toy_argv, train_environment
 
@@ -96,7 +98,7 @@ def run_with(name, contents):
 
 PREPARE = "prepare_c4 --tokenizer=v.txt --out=out --workers=1 --val_docs=2 --source="
 TRAIN = "train --out_dir=out --device=cpu --max_steps=1 --data_dir=d"
-OWN = "finetune_glue --checkpoint=r --out=out --device=cpu --epochs=1 --seeds=1 --val_file=v.tsv --train_file="
+OWN = "tools.finetune_own --checkpoint=r --out=out --device=cpu --epochs=1 --seeds=1 --val_file=v.tsv --train_file="
 GLUE = "finetune_glue --checkpoint=r --out=out --device=cpu --epochs=1 --seeds=1 --tasks=cola --data_dir=g"
 
 # (what, files, command, what the message must name): files as {name: bytes}, or a function that makes them.
@@ -166,15 +168,15 @@ FILES = [
     ("no GLUE directory", {}, GLUE, "g/CoLA"),
     ("a GLUE file with a wrong label", {"g/CoLA/train.tsv": b"a\tmaybe\t\tw1\n", "g/CoLA/dev.tsv": b"a\t1\t\tw1\n"}, GLUE, "g/CoLA/train.tsv:1"),
     ("a GLUE file with too few columns", {"g/CoLA/train.tsv": b"w1 w2\n", "g/CoLA/dev.tsv": b"a\t1\t\tw1\n"}, GLUE, "g/CoLA/train.tsv:1"),
-    ("no checkpoint", {"e/x": b""}, "fill_mask --text=w1 --checkpoint=e", "e"),
-    ("weights that are a pickle", run_with("model.safetensors", b"\x80\x02cos\nsystem\n"), "fill_mask --text=w1 --checkpoint=r", "r/step_00000001"),
-    ("weights with a huge header", run_with("model.safetensors", b"\xff" * 8 + b"{}"), "fill_mask --text=w1 --checkpoint=r", "r/step_00000001"),
-    ("a configuration that is not JSON", run_with("config.json", b"{"), "fill_mask --text=w1 --checkpoint=r", "r/step_00000001/config.json"),
-    ("a configuration of something else", run_with("config.json", b"{}"), "fill_mask --text=w1 --checkpoint=r", "r/step_00000001"),
-    ("a tokenizer that is none, in a checkpoint", run_with("tokenizer.json", b"\xff"), "fill_mask --text=w1 --checkpoint=r", "r"),
-    ("no file of texts", {}, "fill_mask --checkpoint=r --out=o.npy --embed=b.txt", "b.txt"),
-    ("texts that are not UTF-8", {"b.txt": b"\xff\n"}, "fill_mask --checkpoint=r --out=o.npy --embed=b.txt", "b.txt"),
-    ("a damaged shard to verify", put(64 + 31 * 8 + 3, b"\1"), "data --verify=d", "d/train_00000.bin"),
+    ("no checkpoint", {"e/x": b""}, "tools.fill_mask --text=w1 --checkpoint=e", "e"),
+    ("weights that are a pickle", run_with("model.safetensors", b"\x80\x02cos\nsystem\n"), "tools.fill_mask --text=w1 --checkpoint=r", "r/step_00000001"),
+    ("weights with a huge header", run_with("model.safetensors", b"\xff" * 8 + b"{}"), "tools.fill_mask --text=w1 --checkpoint=r", "r/step_00000001"),
+    ("a configuration that is not JSON", run_with("config.json", b"{"), "tools.fill_mask --text=w1 --checkpoint=r", "r/step_00000001/config.json"),
+    ("a configuration of something else", run_with("config.json", b"{}"), "tools.fill_mask --text=w1 --checkpoint=r", "r/step_00000001"),
+    ("a tokenizer that is none, in a checkpoint", run_with("tokenizer.json", b"\xff"), "tools.fill_mask --text=w1 --checkpoint=r", "r"),
+    ("no file of texts", {}, "tools.fill_mask --checkpoint=r --out=o.npy --embed=b.txt", "b.txt"),
+    ("texts that are not UTF-8", {"b.txt": b"\xff\n"}, "tools.fill_mask --checkpoint=r --out=o.npy --embed=b.txt", "b.txt"),
+    ("a damaged shard to verify", put(64 + 31 * 8 + 3, b"\1"), "tools.verify --data_dir=d", "d/train_00000.bin"),
 ]  # fmt: skip
 
 OPTIONS = [
@@ -203,8 +205,8 @@ def workplace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("set_device", "init", "current_device", "get_device_capability"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: pytest.fail("a GPU was touched"))
-    monkeypatch.setattr(train, "setup_device", lambda *_: pytest.fail("a device was set up"))
-    monkeypatch.setattr(finetune_glue, "setup_device", lambda *_: pytest.fail("a device was set up"))
+    for module in (common.processes, finetune_glue, tools.finetune_own):
+        monkeypatch.setattr(module, "pick_device", lambda *_: pytest.fail("a device was set up"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
@@ -255,7 +257,8 @@ def test_bad_options(capsys, options, names):
 
 
 def as_a_process(argv, names):
-    result = subprocess.run([sys.executable, *argv], capture_output=True, text=True, env=train_environment())
+    environment = train_environment(PYTHONPATH=str(ROOT))
+    result = subprocess.run([sys.executable, "-m", *argv], capture_output=True, text=True, env=environment)
     assert result.returncode == 2, result.stderr
     one_line(result.stderr, names)
 
@@ -269,14 +272,14 @@ def test_bad_files_as_a_process(what):
     (files, command, names) = next(row[1:] for row in FILES if row[0] == what)
     prepare_place(files)
     script, *argv = command.split()
-    as_a_process([str(ROOT / f"{script}.py"), *argv], names)
+    as_a_process([script, *argv], names)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options, names", OPTIONS[::9])
 def test_bad_options_as_a_process(options, names):
     prepare_options()
-    as_a_process([str(ROOT / "train.py"), *toy_argv("d", "out"), *options.split()], names)
+    as_a_process(["train", *toy_argv("d", "out"), *options.split()], names)
 
 
 def test_the_tables_are_long_enough():

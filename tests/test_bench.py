@@ -1,4 +1,4 @@
-"""The benchmark at toy size: that it runs to its end, refuses wrong numbers, and compares with honest peers."""
+"""The benchmark at toy size: it runs to the end, refuses wrong numbers, and compares with honest peers."""
 
 import contextlib
 import itertools
@@ -10,14 +10,15 @@ import torch.nn.functional as F
 from torch.nn.attention import flex_attention
 
 import kernels
+from common.batch import Batch
+from model import MaskedLM, ModelConfig, alibi_slopes
 from studies import bench, bench_kernels, bench_steps, peers
 from studies.peers import NotMeasured, WrongNumbers
-from model import MaskedLM, ModelConfig, alibi_slopes
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """No compiler; FlexAttention's and varlen_attn's computations where there is no GPU to run them on."""
+    """No compiler, and FlexAttention and varlen_attn without the GPU they ask for."""
 
     def varlen_attn(q, k, v, cu_seqlens, cu_seqlens_k, longest, longest_k):
         assert cu_seqlens is cu_seqlens_k and longest == longest_k
@@ -29,10 +30,6 @@ def quick(monkeypatch):
     monkeypatch.setattr(peers, "varlen_attn", varlen_attn)
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)  # refuses gradients on a CPU
     monkeypatch.setattr(peers, "BACKEND", "eager")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the tensors are too small for two
-    yield
-    torch.set_num_threads(threads)
 
 
 def toy(**options):
@@ -96,7 +93,7 @@ def test_limits_and_mistakes(tmp_path, capsys):
 
 
 def test_a_row_that_breaks_ends_alone(tmp_path, monkeypatch):
-    """Whatever happens while one row is timed, the others are measured; the status says that something is missing."""
+    """Whatever happens to one row, the others are measured; the exit status says that something is missing."""
     calls = itertools.count()
 
     def broken(*_):
@@ -148,11 +145,11 @@ WRONG = {
     ),
     "slope's sign": (
         "attention_fill80", "attention_qkvpacked",
-        lambda qkv, cu, n, slopes, **_: kernels.attention_reference(*qkv.unbind(1), cu, n, -slopes), "result",
+        lambda qkv, cu, n, slopes, _: kernels.attention_reference(*qkv.unbind(1), cu, n, -slopes), "result",
     ),
     "one sequence": (
         "attention_fill80", "attention_qkvpacked",
-        lambda qkv, cu, n, slopes, **_: kernels.attention_reference(
+        lambda qkv, cu, n, slopes, _: kernels.attention_reference(
             *qkv.unbind(1), torch.tensor([0, cu[-1]], dtype=torch.int32), cu[-1], slopes
         ), "result",
     ),
@@ -161,7 +158,7 @@ WRONG = {
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_wrong_kernels_are_refused(wrong, tmp_path, monkeypatch):
-    """Not timed, named with the reason, and the benchmark ends with status 1."""
+    """A wrong kernel is not timed but reported with the reason, and the benchmark exits with status 1."""
     row, function, replacement, says = WRONG[wrong]
     monkeypatch.setattr(kernels, function, replacement)
     out = tmp_path / "bench.json"
@@ -172,7 +169,7 @@ def test_wrong_kernels_are_refused(wrong, tmp_path, monkeypatch):
 
 
 def test_the_rule_of_errors():
-    """At most twice PyTorch's own error and one unit in the last place, by the largest and by the rms error."""
+    """At most twice PyTorch's own error plus one unit in the last place, by largest and by rms error."""
     exact = torch.linspace(-1, 1, 1001)
     own = exact.bfloat16()
     assert bench_kernels.compare_numbers([own], [own], [exact]) < 2**-8
@@ -193,7 +190,7 @@ def test_the_rule_of_errors():
 
 @pytest.fixture
 def work(tmp_path):
-    """Two micro-batches of mixed lengths for a tiny model, dropout off."""
+    """Two micro-batches of mixed lengths for a tiny model without dropout."""
     cfg = ModelConfig(hidden_size=48, num_layers=2, num_heads=3, intermediate_size=40, hidden_dropout=0.0)
     samples = bench_steps.Data(tmp_path, bench.TOY).samples("fill80", 32)
     return bench_steps.Work(cfg, samples, 16, 256, torch.device("cpu"), torch.float32)
@@ -205,7 +202,7 @@ PEERS = {"varlen": ("varlen", "default"), "flex": ("flex", "t2"), "padded": ("pa
 @pytest.mark.parametrize("name", [*PEERS, "bert", "bf16_copies"])
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_peers_compute_the_model(work, name):
-    """Loss and gradients in fp32, dropout off, and the same first step: gradients add up over micro-batches."""
+    """The same loss and gradients in fp32, and the same first step: gradients accumulate over micro-batches."""
     if name == "bert":
         pytest.importorskip("transformers")
         runner = peers.TransformersStep(work, setting="eager")
@@ -250,14 +247,14 @@ def test_ours_with_one_thing_off_computes_the_same(work, change):
 
 def test_fp32_layernorm_keeps_the_residual_stream_in_fp32():
     network = MaskedLM(ModelConfig(hidden_size=32, num_layers=1, num_heads=2, intermediate_size=48), 70)
-    ids, bounds = torch.arange(8) + 5, torch.tensor([0, 8], dtype=torch.int32)
+    batch = Batch(torch.arange(8) + 5, torch.tensor([0, 8], dtype=torch.int32), 8, None)
     for change, dtype in ((contextlib.nullcontext, torch.bfloat16), (bench_steps.fp32_layernorm, torch.float32)):
         with change(), torch.autocast("cpu", torch.bfloat16):
-            assert network.bert(ids, bounds, 8).dtype == dtype
+            assert network.bert(batch).dtype == dtype
 
 
 def test_step_keeps_what_was_moved_away(work):
-    """Parking a runner on the CPU between its turns loses nothing."""
+    """Moving a runner to the CPU between its turns loses nothing."""
     runner = peers.PlainStep(work, "padded", "default")
     runner.step(0)
     before = [master.clone() for master in runner.masters]
@@ -268,11 +265,11 @@ def test_step_keeps_what_was_moved_away(work):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pieces
+# Parts
 
 
 def test_floors_by_hand():
-    """Bytes and operations at 10 tokens, width 8, GLU width 12, 3 masked rows, 20 words; one of them takes a second."""
+    """Bytes and operations at 10 tokens, width 8, GLU width 12, 3 masked rows, 20 words; one of them per second."""
     run = toy()
     run.sizes = bench.Sizes(tokens=10, hidden=8, heads=2, width=12, masked=3)
 
@@ -335,7 +332,7 @@ def test_flex_blocks():
 
 
 def test_settings_of_the_compiler(monkeypatch):
-    """t1 names things that this PyTorch has, and leaves nothing behind."""
+    """t1 patches things that this PyTorch has, and restores them."""
     from torch._inductor import config, lowering
 
     before = lowering.pointwise_cat, config.triton.mix_order_reduction_split_size

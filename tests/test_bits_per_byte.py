@@ -1,4 +1,4 @@
-"""bits_per_byte.py: the same words for every model, all of their tokens charged, and what is refused."""
+"""tools/bits_per_byte.py: the same words for every model, all their tokens scored, and what is refused."""
 
 import math
 
@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from tools import bits_per_byte
 from common import vocabulary
 from tests.corpus import workplace, write_texts, write_vocab  # noqa: F401
 from tests.toy import SPECIAL, make_run, reseal
+from tools import bits_per_byte
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 PIECES = [*SPECIAL, *LETTERS, *(f"##{letter}" for letter in LETTERS), *".,"]
@@ -17,7 +17,7 @@ WHOLE = ["alpha", "beta", "gamma"]
 
 
 def make_reader(path, entries):
-    """A run of random weights with a WordPiece vocabulary of at most its 100 entries."""
+    """A run with random weights, and a WordPiece vocabulary of 100 entries: these, then fillers."""
     make_run(path)
     write_vocab([*entries, *(f"x{i}" for i in range(100 - len(entries)))], "entries.txt")
     text = vocabulary.read_tokenizer("entries.txt")
@@ -39,21 +39,21 @@ def test_tokens_belong_to_their_words(tmp_path):
     assert owners.tolist() == [-1] + [0] * 5 + [-1] + [1] * 4 + [-1] + [2] * 5 + [3] * 2 + [-1] and not unfit
     assert len(ids) == len(owners) and ids[0] == SPECIAL.index("[CLS]") and ids[-1] == SPECIAL.index("[SEP]")
     assert whole.read(TEXT, WORDS)[1].tolist() == [-1, 0, -1, 1, -1, 2, 3, 3, -1]
-    # An unknown word, and one that gives no token, cannot be charged for.
+    # An unknown word, and one that gives no token, cannot be scored.
     _, _, unfit = pieces.read("alpha \u4e2d \u0301 zz", [(0, 5), (6, 7), (8, 9), (10, 12)])
     assert unfit == {1, 2}
 
 
 def test_the_same_words_are_chosen_whatever_the_tokenizer():
-    """By a hash of the text and the word's number: 15 % of them, within 5 standard deviations."""
+    """A hash of the text and the word's index chooses them: 15 %, within 5 standard deviations."""
     texts = [f"text number {i}" for i in range(2000)]
-    chosen = [bits_per_byte.chosen_words(text, 20, 0.15) for text in texts]
-    assert chosen == [bits_per_byte.chosen_words(text, 20, 0.15) for text in texts]
+    chosen = [bits_per_byte.choose_words(text, 20, 0.15) for text in texts]
+    assert chosen == [bits_per_byte.choose_words(text, 20, 0.15) for text in texts]
     assert abs(sum(map(len, chosen)) / 40_000 - 0.15) < 5 * (0.15 * 0.85 / 40_000) ** 0.5
     assert len({tuple(words) for words in chosen}) > 500 and len({word for words in chosen for word in words}) == 20
 
 
-def test_the_charge_is_the_cross_entropy_of_every_token_of_a_masked_word(tmp_path):
+def test_the_score_is_the_cross_entropy_of_every_token_of_a_masked_word(tmp_path):
     reader = make_reader(tmp_path / "run", PIECES)
     ids, owners, _ = reader.read(TEXT, WORDS)
     expected = 0.0
@@ -62,7 +62,7 @@ def test_the_charge_is_the_cross_entropy_of_every_token_of_a_masked_word(tmp_pat
         inputs = torch.tensor(np.where(masked, SPECIAL.index("[MASK]"), ids))[None]
         log_p = reader.model.logits(inputs, torch.ones_like(inputs))[0].log_softmax(-1)
         expected -= sum(log_p[i, ids[i]].item() for i in np.flatnonzero(masked)) / math.log(2)
-    reader.charge([(ids, np.isin(owners, [0, 3])), (ids, np.isin(owners, [1]))])
+    reader.score([(ids, np.isin(owners, [0, 3])), (ids, np.isin(owners, [1]))])
     assert reader.tokens == 5 + 2 + 4 and reader.bits == pytest.approx(expected, rel=1e-4)
 
 
@@ -72,11 +72,11 @@ def test_command_line(tmp_path, capsys):
     write_texts("a.txt", ["alpha beta gamma zz alpha beta " * 5, "zz", " ".join(f"alpha beta gamma beta \u4e2d {c}" for c in LETTERS)])
     bits_per_byte.main(["--checkpoints=pieces, whole", "--files=a.txt", "--words=6", "--mask_prob=0.5", "--split=alphabet"])
     head, *lines = capsys.readouterr().out.splitlines()
-    assert "in 31 stretches of 6 words" in head and " 0 stretches left out" in head and "(0 words" not in head
+    assert "in 31 passages of 6 words" in head and " 0 passages left out" in head and "(0 words" not in head
     assert lines[0].endswith(" tokens a word: pieces") and lines[2].endswith(" tokens a word: whole")
     assert lines[1].split() == ["alphabet:", "a", *(f"##{letter}" for letter in "lphabet")] and "bits per byte" in lines[0]
     bits_per_byte.main(["--checkpoints=whole", "--files=a.txt", "--words=6", "--max_tokens=8"])
-    assert " 5 stretches left out" in capsys.readouterr().out
+    assert " 5 passages left out" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -84,10 +84,11 @@ def test_command_line(tmp_path, capsys):
     [
         (["--files=a.txt"], "--checkpoints: not given"),
         (["--checkpoints=run"], "--files: not given"),
-        (["--checkpoints=run", "--files=a.txt", "--mask_prob=1"], "words=64, mask_prob=1.0: at least 1"),
-        (["--checkpoints=nowhere", "--files=a.txt"], "nowhere"),
+        (["--checkpoints=run", "--files=a.txt", "--mask_prob=1"], "words=64, mask_prob=1.0: must be at least 1"),
+        (["--checkpoints=nowhere", "--files=a.txt"], "nowhere: no such directory (expected a run or step_* directory"),
+        (["--checkpoints=.", "--files=a.txt"], ".: no undamaged checkpoint here (expected a run or step_* directory; weights of"),
         (["--checkpoints=run", "--files=no.txt"], "no.txt: no such source"),
-        (["--checkpoints=run", "--files=a.txt"], "a.txt: no stretch of 64 words that all models can read"),
+        (["--checkpoints=run", "--files=a.txt"], "a.txt: no passage of 64 words that all models can read"),
     ],
 )
 def test_refused(tmp_path, capsys, argv, says):
@@ -99,7 +100,7 @@ def test_refused(tmp_path, capsys, argv, says):
     assert stopped.value.code == 2 and error.startswith(f"error: {says}") and error.count("\n") == 1
 
 
-def test_a_bert_has_so_many_positions(tmp_path, workplace, capsys):  # noqa: F811
+def test_more_tokens_than_a_bert_has_positions(tmp_path, workplace, capsys):  # noqa: F811
     make_run(tmp_path / "bert", "bert")
     with pytest.raises(SystemExit):
         bits_per_byte.main([f"--checkpoints={tmp_path}/bert", "--files=a.txt", "--max_tokens=600"])

@@ -1,7 +1,7 @@
-"""The machine code of every shipped kernel configuration, made ahead of time: no GPU is needed.
+"""The machine code of every kernel configuration we ship, compiled ahead of time: no GPU is needed.
 
-A configuration is right when no register is spilled to memory, the tile fits the shared memory of the GPU, and
-attention multiplies on the matrix units. `python tests/test_compile_kernels.py [all]` prints what was found.
+A configuration passes if no register spills, its tile fits the GPU's shared memory, and attention multiplies on the
+matrix units. `python -m tests.test_compile_kernels [all]` prints the table.
 """
 
 import importlib
@@ -20,33 +20,31 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # A100; consumer Ampere; Ada; H100 and H200; B200; consumer Blackwell.
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-# A block's: CUDA C++ Programming Guide, table of compute capabilities.
+# Per block: CUDA C++ Programming Guide, table of compute capabilities.
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-# mma.sync; wgmma, a warp group at a time; tcgen05, with accumulators in tensor memory.
+# mma.sync; wgmma, by whole warp groups; tcgen05, with accumulators in tensor memory.
 MATRIX_INSTRUCTION = {**dict.fromkeys(ARCHITECTURES, "HMMA"), 90: "HGMMA", 100: "UTC[A-Z]*MMA"}
 
-TYPES = {  # of arguments; pointers not named here point to the tensors' dtype, and other scalars are i32
+TYPES = {  # of arguments; other pointers have the tensors' dtype, other scalars are i32
     **dict.fromkeys(("slopes_ptr", "lse_ptr", "delta_ptr"), "*fp32"),
     **dict.fromkeys(("weight_ptr", "bias_ptr", "x_bias_ptr", "mean_ptr", "rstd_ptr", "partial_ptr"), "*fp32"),
-    **dict.fromkeys(("words_ptr", "types_ptr", "dembedding_ptr", "loss_ptr"), "*fp32"),
+    "loss_ptr": "*fp32",
     **dict.fromkeys(("keep_scale", "eps"), "fp32"),
     **dict.fromkeys(("cu_seqlens_ptr", "windows_ptr"), "*i32"),
-    "seed_ptr": "*i64",
-    "labels_ptr": "*i64",
-    **dict.fromkeys(("ids_ptr", "type_ids_ptr"), "*i32"),
+    **dict.fromkeys(("seed_ptr", "labels_ptr"), "*i64"),
 }
 
 
 def configurations(everything):
-    """(file, kernel, arch, dtype, size, None arguments): size is the head size D, the row length C, or the width F."""
+    """(file, kernel, arch, dtype, size, arguments that are None); size: D, C, V or F, whichever the kernel has."""
     found = []
     for arch in ARCHITECTURES if everything else (80, 90, 120):
         for dtype in ("bf16", "fp16", "fp32") if everything else ("bf16",):
             for kernel in ("forward", "dq", "dkv"):
                 for D in (16, 32, 64, 128) if everything else (64,):
-                    found.append(("attention", kernel, arch, dtype, D, ()))
+                    found.append(("attention_flash", kernel, arch, dtype, D, ()))
                 if everything:
-                    found.append(("attention", kernel, arch, dtype, 64, ("slopes_ptr",)))
+                    found.append(("attention_flash", kernel, arch, dtype, 64, ("slopes_ptr",)))
     for dtype in ("bf16", "fp16") if everything else ("bf16",):
         for kernel in ("forward", "backward"):
             for D in (16, 32, 64) if everything else (64,):
@@ -62,8 +60,6 @@ def configurations(everything):
                 # Both gradients; dz alone, without dropout; dx alone, without a residual.
                 for none in ((), ("seed_ptr", "dx_ptr"), ("dz_ptr", "dnext_ptr"))[: None if everything else 2]:
                     found.append(("layernorm", "backward", arch, dtype, C, none))
-                for none in ((), ("type_ids_ptr",)) if everything else ((),) if dtype == "bf16" else ():
-                    found += [("embedding", kernel, arch, dtype, C, none) for kernel in ("forward", "backward")]
             for V in (64, 30_528, 32_768) if everything else (30_528,) if dtype == "bf16" else ():
                 found.append(("cross_entropy", "cross_entropy", arch, dtype, V, ()))
             for F in (48, 3072, 4096) if everything else (3072,):
@@ -73,7 +69,7 @@ def configurations(everything):
 
 
 def compile_one(configuration):
-    """One row of the table: the configuration and what its machine code takes."""
+    """One row of the table: the configuration and what its machine code uses."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -81,7 +77,7 @@ def compile_one(configuration):
     file, name, arch, dtype, size, none = configuration
     module = importlib.import_module(f"kernels.{file}")
     kernel = getattr(module, f"{name}_kernel")
-    if file == "attention":
+    if file == "attention_flash":
         launch = {"D": size, **module.launch_config(name, size, 4 if dtype == "fp32" else 2, arch // 10)}
     elif file == "attention_window":
         launch = {"H": 12, "D": size, "BLOCK": module.BLOCK, **module.LAUNCH[name]}
@@ -99,7 +95,7 @@ def compile_one(configuration):
             signature[argument] = f"tensordesc<{dtype}[{launch['BLOCK']},{size}]>"
         elif argument.endswith("_ptr"):
             signature[argument] = TYPES.get(argument, f"*{dtype}")
-            aligned[(i,)] = [["tt.divisibility", 16]]  # as PyTorch's allocator gives them
+            aligned[(i,)] = [["tt.divisibility", 16]]  # as from PyTorch's allocator
         else:
             signature[argument] = TYPES.get(argument, "i32")
     source = ASTSource(kernel, signature, constants, aligned)
@@ -130,21 +126,21 @@ def compile_one(configuration):
 
 
 def compile_in_subprocess(*arguments):
-    """Rows of the table. Another process, since triton has compiled functions only where TRITON_INTERPRET is unset."""
+    """Rows of the table. In a process of its own: with TRITON_INTERPRET set on import, triton cannot compile."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, __file__, *arguments]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", "tests.test_compile_kernels", *arguments]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
 def faults(row):
     found = []
-    # In fp32, which bf16 training never takes, some rows of LayerNorm and embeddings may.
-    if (row["stack"] or row["local"]) and not (row["dtype"] == "fp32" and row["file"] in ("embedding", "layernorm")):
+    # LayerNorm may spill in fp32, which bf16 training never uses.
+    if (row["stack"] or row["local"]) and not (row["dtype"] == "fp32" and row["file"] == "layernorm"):
         found.append("spills registers")
     if row["shared"] > SHARED_KB[row["arch"]] * 1024:
-        found.append("takes too much shared memory")
+        found.append("uses too much shared memory")
     if row["file"].startswith("attention") and row["dtype"] != "fp32" and not row["matrix"]:
         found.append("does not use the matrix units")
     if not row["wide_loads"]:
@@ -168,19 +164,18 @@ def test_all_configurations():
 
 
 def test_a_spill_would_be_noticed():
-    """dq with whole rows of 128 elements in half the threads: more than 255 registers hold."""
+    """dq with rows of 128 elements in half the threads needs more than 255 registers."""
     (row,) = compile_in_subprocess("spill")
     assert "spills registers" in faults(row)
 
 
 def main(which):
-    """Compile on all cores; one JSON object a line."""
-    sys.path.insert(0, str(ROOT))
-    module = importlib.import_module("kernels.attention")  # once, before the pool forks
+    """Compile on all cores, and print one JSON object per line."""
+    module = importlib.import_module("kernels.attention_flash")  # once, before the pool forks
     chosen = configurations(which == "all")
     if which == "spill":
         module.LAUNCH["dq"][128, 2] = (128, 64, 4, 1)
-        chosen = [("attention", "dq", 80, "bf16", 128, ())]
+        chosen = [("attention_flash", "dq", 80, "bf16", 128, ())]
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
         for row in pool.map(compile_one, chosen):
             print(json.dumps(row), flush=True)

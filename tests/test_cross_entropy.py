@@ -1,22 +1,20 @@
-"""kernels/cross_entropy.py: what the operator must do, and proof that these tests notice when it does not.
+"""kernels/cross_entropy.py: what the operator must do, and proof that these tests notice when it doesn't.
 
-As in test_attention.py the kernel runs in Triton's interpreter where there is no GPU, and bf16 is left to a GPU.
+As in test_attention.py, the kernel runs in Triton's interpreter where there is no GPU, and bf16 is tested on a GPU only.
 """
 
 import math
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import kernels
+from kernels import cross_entropy, linear_cross_entropy, linear_cross_entropy_reference
 from tests.conftest import Faulty, assert_close
-from kernels import linear_cross_entropy, linear_cross_entropy_reference
 
-module = sys.modules["kernels.cross_entropy"]
 pytestmark = pytest.mark.usefixtures("poison_empty")
-SCALE = 0.37  # the gradient that comes in
+SCALE = 0.37  # the incoming gradient
 
 
 def make_inputs(num_rows, C, V, dtype, device="cpu"):
@@ -36,7 +34,7 @@ def run(function, hidden, weight, bias, labels, scale=SCALE):
 
 
 def unfused(hidden, weight, bias, labels):
-    """What PyTorch does under autocast: the yardstick for half precision."""
+    """PyTorch's computation under autocast: the yardstick for half precision."""
     logits = F.linear(hidden, weight.to(hidden.dtype), bias.to(hidden.dtype))
     return F.cross_entropy(logits.float(), labels, reduction="sum")
 
@@ -68,7 +66,7 @@ def test_matches_reference(num_rows, C, V, dtype, device, triton_backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_extreme_scores(dtype, device, triton_backend):
-    """Scores of up to +-30,000, certain and hopeless labels: nothing overflows, and the gradient is exact."""
+    """Logits of up to +-30,000, with certain and hopeless labels: nothing overflows, and the gradient is exact."""
     V = 100
     weight, bias = torch.eye(V, device=device), torch.zeros(V, device=device)
     hidden = torch.zeros(5, V, device=device)
@@ -95,7 +93,7 @@ def test_ignored_rows_do_not_count(device, triton_backend):
 
 
 def test_padded_vocabulary_counts(device, triton_backend):
-    """All columns are in the sum of exponentials, as in PyTorch's cross-entropy of the same scores."""
+    """The sum of exponentials includes all columns, as in PyTorch's cross-entropy of the same logits."""
     hidden, weight, bias, labels = make_inputs(8, 16, 128, torch.float32, device)
     whole = linear_cross_entropy(hidden, weight, bias, labels.clamp(max=99))
     part = linear_cross_entropy(hidden, weight[:100], bias[:100], labels.clamp(max=99))
@@ -104,7 +102,7 @@ def test_padded_vocabulary_counts(device, triton_backend):
 
 
 def test_gradient_scales_exactly(device, triton_backend):
-    """Forward makes the gradient before it knows the factor: a power of two must come through to the last bit."""
+    """Forward computes the gradient without the factor: a power of two must scale it to the last bit."""
     inputs = make_inputs(20, 16, 300, torch.float32, device)
     once, scaled = run(linear_cross_entropy, *inputs, scale=1.0), run(linear_cross_entropy, *inputs, scale=2.0**-18)
     assert all(torch.equal(once[name] * 2.0**-18, scaled[name]) for name in ("dhidden", "dweight", "dbias"))
@@ -144,17 +142,17 @@ def last_row_ignored(args):
 def test_faults_are_noticed(fault, noticed, device, monkeypatch, triton_backend):
     inputs = make_inputs(20, 16, 300, torch.float32, device)
     check(*inputs)
-    monkeypatch.setattr(module, "cross_entropy_kernel", Faulty(module.cross_entropy_kernel, fault))
+    monkeypatch.setattr(cross_entropy, "cross_entropy_kernel", Faulty(cross_entropy.cross_entropy_kernel, fault))
     with pytest.raises(AssertionError, match=noticed):
         check(*inputs)
 
 
 def test_operator_contract(device, triton_backend):
-    """torch.library's own test: schema, fake outputs, dynamic shapes under AOTAutograd."""
+    """torch.library's own checks: schema, fake outputs, dynamic shapes under AOTAutograd."""
     *inputs, labels = make_inputs(6, 16, 70, torch.float32, device)
     hidden, weight, bias = (t.detach() for t in inputs)
     dloss, dlogits = torch.tensor(2.0, device=device), torch.randn(6, 70, device=device)
-    for h, w in ((hidden, weight), (hidden.T.contiguous().T, weight.T.contiguous().T)):  # of any strides
+    for h, w in ((hidden, weight), (hidden.T.contiguous().T, weight.T.contiguous().T)):  # any strides
         torch.library.opcheck(torch.ops.mosaicbert.linear_cross_entropy, (h, w, bias, labels))
         torch.library.opcheck(torch.ops.mosaicbert.linear_cross_entropy_backward, (dloss, h, w, dlogits))
 
@@ -165,7 +163,7 @@ def test_compiled_equals_eager(backend, device, triton_backend):
     compiled = torch.compile(linear_cross_entropy, backend="aot_eager", fullgraph=True)
     for num_rows, stance in ((10, "default"), (12, "default"), (15, "fail_on_recompile")):
         inputs = make_inputs(num_rows, 16, 300, torch.float32, device)
-        with torch.compiler.set_stance(stance):  # the second row count is the last that compiles anything
+        with torch.compiler.set_stance(stance):  # nothing compiles after the second row count
             got = run(compiled, *inputs)
         expected = run(linear_cross_entropy, *inputs)
         assert all(torch.equal(got[name], expected[name]) for name in expected)
@@ -187,7 +185,7 @@ def test_errors_name_the_cause(device, triton_backend):
             linear_cross_entropy(*args)
 
 
-# On a GPU alone.
+# On a GPU only
 
 
 @pytest.mark.gpu
@@ -217,7 +215,7 @@ def test_compiled_by_inductor(triton_backend):
 
 @pytest.mark.gpu
 def test_memory_is_one_set_of_logits(triton_backend):
-    """Beside inputs and results, a pass holds num_rows * V values in bf16 and little more."""
+    """Besides inputs and results, a pass holds num_rows * V elements in bf16 and little more."""
     inputs = make_inputs(16384, 768, 30528, torch.bfloat16, "cuda")
     run(linear_cross_entropy, *inputs)
     torch.cuda.reset_peak_memory_stats()

@@ -1,5 +1,6 @@
-"""The README's links, commands and figures: what it names exists, and what it claims stands in a log."""
+"""README, docs/ and results/: links lead somewhere, commands and options exist, and every figure stands in a log."""
 
+import ast
 import dataclasses
 import importlib
 import json
@@ -10,67 +11,146 @@ from statistics import median
 
 import pytest
 
-from tools import plot
-from studies import race
-import budget
-from studies import scaling
+from common import estimate
+from studies import race, scaling
 from tests.test_race import write_race
+from tools import plot
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "results/README.md", "results/reliability.md"]
-OPTIONS = {
-    "train": "TrainConfig", "prepare_c4": "PrepareConfig", "fill_mask": "FillMaskConfig", "data": "DataConfig",
-    "finetune_glue": "GlueConfig", "plot": "PlotConfig",
-    "convert_hf": "ConvertConfig", "torture": "TortureConfig", "gpu_reliability": "GpuReliabilityConfig",
-    "bits_per_byte": "BitsConfig", "bench_data": "BenchConfig", "compare_finetuning": "CompareConfig",
-    "full_size_glue": "FullSizeConfig", "scaling": "ScalingConfig", "gpu_scaling": "GpuScalingConfig",
-    "gpu_faults": "GpuFaultsConfig", "race": "RaceConfig",
-}  # fmt: skip
+PAGES = ["README.md", *(str(path.relative_to(ROOT)) for folder in ("docs", "results") for path in (ROOT / folder).glob("*.md"))]
+SCRIPTS = [path for folder in (".", "configs", "kernels", "tools", "studies") for path in sorted((ROOT / folder).glob("*.py"))]
 
 
-def commands(page):
-    """The indented command lines of a page, each as a list of words; a backslash at the end goes on."""
-    text = (ROOT / page).read_text().replace("\\\n", " ")
-    return [shlex.split(line) for line in text.splitlines() if re.match(r"    (python|torchrun|make) ", line)]
+def text_of(page):
+    return (ROOT / page).read_text()
+
+
+def flat(page):
+    """A page's text on one line, however it is wrapped."""
+    return " ".join(text_of(page).split())
+
+
+def section(page, title):
+    """The part of a page under a heading of level 2."""
+    found = text_of(page).partition(f"\n## {title}\n")[2]
+    assert found, f"{page}: no section {title!r}"
+    return found.partition("\n## ")[0]
+
+
+def anchors(page):
+    """The names that GitHub gives to a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", text_of(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
-    links = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text())
-    assert not [link for link in links if not (ROOT / page).parent.joinpath(link).exists()]
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", text_of(page)):
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_the_readme_is_short():
+    assert len(text_of("README.md").splitlines()) <= 200
+
+
+def commands(text):
+    """The commands in indented lines and between backticks, each as a list of words; a backslash continues a line."""
+    text = text.replace("\\\n", " ")
+    lines = re.findall(r"^ {4,}((?:python|torchrun|make) .*)$", text, re.MULTILINE)
+    return [shlex.split(line, comments=True) for line in lines + re.findall(r"`((?:python|torchrun|make) [^`]*)`", text)]
+
+
+def options(module):
+    """The option names of a script: the fields of its last dataclass of options; None if it has none."""
+    found = [
+        value for name, value in vars(importlib.import_module(module)).items()
+        if name.endswith("Config") and dataclasses.is_dataclass(value) and value.__module__ == module
+    ]  # fmt: skip
+    return {field.name for field in dataclasses.fields(found[-1])} if found else None
+
+
+def check_command(words):
+    """Asserts that the script, the files and the options of a command exist."""
+    if words[0] == "make":
+        assert words[1] in re.findall(r"^([\w-]+):", text_of("Makefile"), re.MULTILINE), words[1]
+        return
+    if "-m" in words:
+        module, rest = words[words.index("-m") + 1], words[words.index("-m") + 2 :]
+        if module == "pytest":
+            assert not [word for word in rest if word.endswith(".py") and not (ROOT / word).exists()]
+            return
+        path = module.replace(".", "/") + ".py"
+    else:
+        path = next(word for word in words[1:] if word.endswith(".py"))
+        module, rest = path.removesuffix(".py"), words[words.index(path) + 1 :]
+    if not path.endswith("NAME.py"):
+        assert (ROOT / path).exists(), path
+        names = options(module)
+        for word in rest if names else ():
+            if word.startswith("--"):
+                assert word[2:].partition("=")[0].replace("-", "_") in names, f"{path} {word}"
+            else:
+                assert (ROOT / word).exists(), f"{path} {word}"
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_name_what_exists(page):
-    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    assert commands(page)
-    for words in commands(page):
-        if words[0] == "make":
-            assert words[1] in targets
-            continue
-        if words[1] == "-m":
-            continue
-        script = next(word for word in words if word.endswith(".py"))
-        assert (ROOT / script).exists(), script
-        if Path(script).stem not in OPTIONS:
-            continue
-        module = importlib.import_module(Path(script).stem)
-        names = {field.name for field in dataclasses.fields(getattr(module, OPTIONS[module.__name__]))}
-        for word in words[words.index(script) + 1 :]:
-            if word.startswith("--"):
-                assert word[2:].partition("=")[0] in names, word
-            else:
-                assert (ROOT / word).exists(), word
+    for words in commands(text_of(page)):
+        check_command(words)
 
 
-def test_every_file_is_in_the_table():
-    """A reader finds each script at the README's table."""
-    text = (ROOT / "README.md").read_text()
-    assert not [path.name for path in ROOT.glob("*.py") if f"({path.name})" not in text]
+def test_commands_in_docstrings_name_what_exists():
+    found = 0
+    for path in SCRIPTS:
+        for words in commands(ast.get_docstring(ast.parse(path.read_text())) or ""):
+            check_command(words)
+            found += 1
+    assert found > 30
+
+
+@pytest.mark.parametrize("text", [
+    "    python train.py configs/base.py --no_such_option=1",
+    "    python train.py configs/missing.py",
+    "    python missing.py",
+    "    torchrun --nproc_per_node=2 \\\n        train.py --missing",
+    "run `python -m tools.plot --los=out` now",
+    "    python -m tools.missing",
+    "    python -m pytest tests/test_missing.py",
+    "    make missing",
+])  # fmt: skip
+def test_a_wrong_command_would_be_seen(text):
+    (words,) = commands(text)
+    with pytest.raises((AssertionError, StopIteration)):
+        check_command(words)
+
+
+def test_names_in_files_exist():
+    """Where a page says `name` in file.py, the file defines it."""
+    found = [pair for page in PAGES for pair in re.findall(r"`(\w+)` in (\w[\w/]*\.py)", flat(page))]
+    assert len(found) > 3
+    for name, path in found:
+        assert re.search(rf"^(def {name}\(|class {name}\b|{name}\b.* = )", text_of(path), re.MULTILINE), (name, path)
+
+
+def test_the_file_tree_is_complete():
+    """The README's tree has every script, and nothing else."""
+    folder, named = "", set()
+    for line in section("README.md", "File structure").partition("```")[2].partition("```")[0].splitlines():
+        names = re.split(r" {2,}", line.lstrip("├│└─ "))[0]
+        if line.startswith(("├", "└")):
+            folder = names if names.endswith("/") else ""
+        inside = folder if line.startswith("│") else ""
+        named |= {inside + name for name in names.split(", ")} - {""}
+    assert not [name for name in named if not (ROOT / name).exists()]
+    scripts = {str(path.relative_to(ROOT)) for path in SCRIPTS if path.name != "__init__.py"}
+    assert {name for name in named if name.endswith(".py")} == scripts
 
 
 def test_every_log_is_explained():
-    text = (ROOT / "results" / "README.md").read_text()
+    text = text_of("results/README.md")
     assert not [path.name for path in (ROOT / "results").glob("*.jsonl") if f"## {path.name}" not in text]
 
 
@@ -95,14 +175,14 @@ def test_figures_are_those_of_the_log():
         f"{end['seconds']:.0f} s",
         f"${end['dollars']:.2f}",
     ]
-    text = (ROOT / "README.md").read_text()
+    text = section("docs/results.md", "Eight minutes of MosaicBERT-Base")
     assert end["event"] == "end" and not [figure for figure in figures if figure not in text]
 
 
 @pytest.mark.parametrize("recipe", ["mosaic", "fast"])
 def test_glue_scores_are_those_of_the_runs(recipe):
     results = json.loads((ROOT / "results" / "glue_h100" / recipe / "glue.json").read_text())
-    row = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(f"| `{recipe}`"))
+    row = next(line for line in section("docs/results.md", "GLUE").splitlines() if line.startswith(f"| `{recipe}`"))
     tasks = [results["tasks"][name] for name in ("cola", "sst2", "mrpc", "stsb", "rte")]
     assert row.split(" | ")[1:] == [f"{task['score']:.2f} ± {task['score_ci95']:.2f}" for task in tasks][:-1] + [
         f"{tasks[-1]['score']:.2f} ± {tasks[-1]['score_ci95']:.2f} |"
@@ -113,7 +193,7 @@ def test_glue_scores_are_those_of_the_runs(recipe):
 
 def test_comparison_with_transformers_is_that_of_the_runs():
     compared = json.loads((ROOT / "results" / "glue_h100" / "minilm" / "compare.json").read_text())
-    text = (ROOT / "results" / "README.md").read_text()
+    text = text_of("results/README.md")
     for name, result in compared.items():
         ours, theirs = (100 * sum(result[who]) / len(result[who]) for who in ("ours", "transformers"))
         assert f"| {ours:.2f} | {theirs:.2f} | {abs(result['difference_points']):.2f} ± {result['ci95_points']:.2f} |" in text
@@ -125,19 +205,18 @@ def missing(lines, text):
 
 
 def test_race_is_that_of_the_runs():
-    """The README has the race's table line by line, the spread behind its interval, and how exactly budgets ended."""
-    text = " ".join((ROOT / "README.md").read_text().split())
-    assert not missing(race.results_text(str(ROOT / "results" / "race")), (ROOT / "README.md").read_text())
+    """The README has the race's table line by line; docs/ has the spread behind its interval, and how late budgets ended."""
+    assert not missing(race.results_text(str(ROOT / "results" / "race")), text_of("README.md"))
     runs = race.read_runs(str(ROOT / "results" / "race"))
     spread = race.factor(runs)
-    assert spread["df"] == 4 and f"the four pairs of seeds: by {spread['sd']:.1f} points" in text
+    assert spread["df"] == 4 and f"the four pairs of seeds: by {spread['sd']:.1f} points" in flat("docs/results.md")
     late = [100 * (run["seconds"] / (60 * run["minutes"]) - 1) for run in runs]
-    assert f"from {-min(late):.1f} % early to {max(late):.1f} % late" in text
+    assert f"from {-min(late):.1f} % early to {max(late):.1f} % late" in flat("docs/training.md")
 
 
 def test_budgets_are_those_of_the_runs():
-    """results/README.md "budgets_h200": steps, their median time, and when each run ended; the README has the range."""
-    text, early = (ROOT / "results" / "README.md").read_text(), []
+    """results/README.md "budgets_h200": steps, their median time, and when each run ended; docs/training.md has the range."""
+    text, early = text_of("results/README.md"), []
     for path in (ROOT / "results" / "budgets_h200").glob("*.jsonl"):
         records = plot.read_log(path)
         steps = [record for record in records if record["event"] == "train"][1:]
@@ -147,13 +226,12 @@ def test_budgets_are_those_of_the_runs():
         (row,) = [line for line in text.splitlines() if f"(budgets_h200/{path.name})" in line]
         assert f"| {end['step']:,} steps, " in row and end["event"] == "end" and end["step"] == config["max_steps"]
         assert f", {milliseconds:.2f} | {end['seconds']:.1f} s | {early[-1]:.1f} % early |" in row
-    assert len(early) == 6 and f"from {min(early):.1f} % to {max(early):.1f} %\nearly" in (ROOT / "README.md").read_text()
+    assert len(early) == 6 and f"from {min(early):.1f} % to {max(early):.1f} % early" in flat("docs/training.md")
 
 
 def test_lengths_are_those_of_the_runs():
     """Each loss in the sentence about longer texts, of the runs of 8 minutes."""
-    text = (ROOT / "README.md").read_text()
-    sentence = text.partition("Trained on 128 tokens,")[2].partition("![held-out")[0]
+    sentence = text_of("docs/results.md").partition("**Longer texts.**")[2].partition("![held-out")[0]
     losses = []
     for model in ("mosaicbert", "bert"):
         runs = (ROOT / "results" / "race" / f"{model}_8min_seed17" / "lengths.json").read_text()
@@ -163,7 +241,7 @@ def test_lengths_are_those_of_the_runs():
 
 
 def test_plateau_on_a_cpu_is_that_of_the_logs():
-    text = (ROOT / "results" / "README.md").read_text()
+    text = text_of("results/README.md")
     steps = 500, 1000, 1500, 2000, 4000
     for title, model, count in (("BERT", "bert", 5), ("MosaicBERT", "mosaicbert", 4)):
         records = plot.read_log(ROOT / "results" / "race_settings" / f"{model}_cpu.jsonl")
@@ -182,8 +260,8 @@ def test_a_wrong_number_of_the_race_would_be_seen(tmp_path):
 
 
 def test_speeds_are_those_of_the_benchmark():
-    """README "Speed": each peer's samples/s and factor, beside what this project did in the same run."""
-    text = (ROOT / "README.md").read_text().partition("## Speed")[2].partition("\n## ")[0]
+    """docs/speed.md: each peer's samples/s and factor, beside what this project did in the same run."""
+    text = text_of("docs/speed.md")
     shown = re.findall(r"^\| .* \| ([\d,]+) \| ([\d.]+) \|$", text, re.MULTILINE)
     entries = {}
     for name in ("bench", "bench_others", "bench_512", "bench_large"):
@@ -202,48 +280,47 @@ def test_speeds_are_those_of_the_benchmark():
 
 
 def test_scaling_is_what_was_measured():
-    """README "Many GPUs" and results/README.md "scaling_h200", "scaling_h100": each row of the tables, also predicted ones."""
-    readme = (ROOT / "README.md").read_text().partition("## Many GPUs")[2].partition("\n## ")[0]
-    results, shown = {}, 0
+    """docs/scaling.md, and results/README.md "scaling_h200", "scaling_h100": each row of the tables, also predicted ones."""
+    short, results, shown = text_of("docs/scaling.md"), {}, 0
     for name in ("scaling_h200/scaling.json", "scaling_h200/overlapped.json", "scaling_h100/scaling.json"):
-        results[f"results/{name}"] = found = json.loads((ROOT / "results" / name).read_text())
+        results[f"results/{name}"] = found = json.loads(text_of(f"results/{name}"))
         place = name.partition("/")[0]
-        details = (ROOT / "results" / "README.md").read_text().partition(f"## {place}")[2].partition("\n## ")[0]
+        details = section("results/README.md", place)
         for row in found["rows"]:
             if row["gpus"] == 1:
                 continue
             figures = f"| {row['gpus']} | {row['samples_per_second']:,.0f} | {row['tokens_per_second']:,.0f} |"
             figures += f" {row['mfu']:.1%} | {row['efficiency']:.1%} |".replace("%", " %")
             title, batch = scaling.TITLES[row["model"]], "4,096" if row["batch"] == "global" else "512"
-            in_readme = name == "scaling_h200/scaling.json" or name == "scaling_h200/overlapped.json" and row["gpus"] == 4
-            for text, title in ((readme, title), (details, title.removeprefix("MosaicBERT-"))):
+            in_short = name == "scaling_h200/scaling.json" or name == "scaling_h200/overlapped.json" and row["gpus"] == 4
+            for text, title in ((short, title), (details, title.removeprefix("MosaicBERT-"))):
                 rows = [line for line in text.splitlines() if line.startswith(f"| {title} | {batch}") and figures in line]
-                assert len(rows) == (text is details or in_readme), figures
-            shown += in_readme
+                assert len(rows) == (text is details or in_short), figures
+            shown += in_short
             if place == "scaling_h200":
                 assert f"{figures} {row['ms']:,.1f} | {row['without_reduction_ms']:,.1f} |" in details
-    assert len(re.findall(r"^\| .* \| [24] \| [\d,]+ \| [\d,]+ \| .* \|$", readme, re.MULTILINE)) == shown == 12
+    assert len(re.findall(r"^\| .* \| [24] \| [\d,]+ \| [\d,]+ \| .* \|$", short, re.MULTILINE)) == shown == 12
     now = results["results/scaling_h200/scaling.json"]
     ddp = {row["model"]: (f"{row['ms']:.1f}", f"{row['ddp_ms']:.1f}") for row in now["rows"] if "ddp_ms" in row}
-    readme, sentence = " ".join(readme.split()), "{} ms with {}, {} with DistributedDataParallel"
-    for model, name in (("base", "Base"), ("large", "Large")):
-        assert sentence.format(ddp[model][0], name, ddp[model][1]) in readme
+    sentence = "A step of Base took {} ms with the hooks and {} ms with DDP; a step of Large took {} ms and {} ms."
+    assert sentence.format(*ddp["base"], *ddp["large"]) in flat("docs/scaling.md")
     predicted = {(row["model"], row["batch"], row["gpus"]): row for row in now["predicted"]}
-    assert f"eight share 4,096 samples at {100 * predicted['base', 'global', 8]['efficiency']:.1f} %" in readme
-    details = (ROOT / "results" / "README.md").read_text()
-    lines = re.findall(r"^\| (4,096|512 a GPU) \| (\d+) \| (.*) \|$", details, re.MULTILINE)
+    eight = f"Eight GPUs share 4,096 samples at {100 * predicted['base', 'global', 8]['efficiency']:.1f} %"
+    assert eight in flat("docs/scaling.md")
+    details = text_of("results/README.md")
+    lines = re.findall(r"^\| (4,096|512 per GPU) \| (\d+) \| (.*) \|$", details, re.MULTILINE)
     assert len(lines) == 8
     for batch, gpus, cells in lines:
         rows = [predicted[model, "global" if batch == "4,096" else "per_gpu", int(gpus)] for model in ("base", "large")]
         assert cells == " | ".join(f"{row['samples_per_second']:,.0f} | {100 * row['efficiency']:.1f} %" for row in rows)
     for name, count, sentence in (
-        ("scaling", 5, "say something of it is off by {:.1f} to +{:.1f} %."),
-        ("overlapped", 10, "from the run on two and four GPUs it was off by {:.1f} to +{:.1f} %"),
+        ("scaling", 5, "Against the five measured points on two GPUs it is off by {:.1f} to +{:.1f} %."),
+        ("overlapped", 10, "Made from the run on two and four GPUs, it was off by {:.1f} to +{:.1f} %"),
     ):
         rows = results[f"results/scaling_h200/{name}.json"]["predicted"]
         off = [100 * (row["ms"] / row["measured_ms"] - 1) for row in rows if row["measured_ms"] and row["gpus"] > 1]
-        assert len(off) == count and sentence.format(min(off), max(off)) in " ".join(details.split())
-    for (gpu, model, hidden_size, compiled), (mfu, source) in budget.MEASURED_MFU.items():
+        assert len(off) == count and sentence.format(min(off), max(off)) in flat("results/README.md")
+    for (gpu, model, hidden_size, compiled), (mfu, source) in estimate.MEASURED_MFU.items():
         if source in results:
             name = "bert" if model == "bert" else {768: "base", 1024: "large"}[hidden_size]
             place = (name, "global", 2)
@@ -252,7 +329,7 @@ def test_scaling_is_what_was_measured():
 
 
 def test_both_paths_end_with_these_losses():
-    text = (ROOT / "README.md").read_text()
+    text = text_of("docs/speed.md")
     for name in ("fast17", "torch17", "fast18"):
         lines = (ROOT / "results" / "fast_path_h100" / f"{name}.jsonl").read_text().splitlines()
         evals = [record for record in map(json.loads, lines) if record["event"] == "eval"]

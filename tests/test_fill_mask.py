@@ -1,25 +1,22 @@
-"""fill_mask.py on a toy checkpoint: guesses, vectors, and what it refuses."""
+"""fill_mask.py on a toy checkpoint: guesses, vectors, and errors."""
 
 import numpy as np
 import pytest
 import torch
 
-from tools import fill_mask
-import train
+from checkpoint import load_model
+from common.batch import Batch
 from common.vocabulary import load_tokenizer
-from model import load_model
-from tests.toy import make_shards, toy_argv
+from tests.toy import make_run
+from tools import fill_mask
 
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
-    path = tmp_path_factory.mktemp("fill")
-    train.main(toy_argv(make_shards(path / "shards"), path / "run", max_steps=120, lr=0.02))
-    return str(path / "run")
+    return make_run(tmp_path_factory.mktemp("fill") / "run", scale=6.0)
 
 
-def test_guesses_are_the_models_and_learnt(run_dir, capsys):
-    """The toy counts: between w20 and w22 comes w21."""
+def test_guesses_are_the_models(run_dir, capsys):
     fill_mask.main([f"--checkpoint={run_dir}", "--text=w18 w19 w20 [MASK] w22 [MASK] w24"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("([MASK] 1 of 2)") and lines[6].endswith("([MASK] 2 of 2)") and len(lines) == 12
@@ -42,9 +39,9 @@ def test_vectors_are_means_of_hidden_states(run_dir, tmp_path, monkeypatch):
     for text, vector in zip(texts, vectors):
         ids = torch.tensor([special["[CLS]"], *tokenizer.encode(text).ids, special["[SEP]"]])
         with torch.no_grad():
-            hidden = model.bert(ids, torch.tensor([0, len(ids)], dtype=torch.int32), len(ids))
+            hidden = model.bert(Batch(ids, torch.tensor([0, len(ids)], dtype=torch.int32), len(ids), windows=None))
         np.testing.assert_allclose(vector, hidden.mean(0).numpy(), rtol=1e-4, atol=1e-5)
-    monkeypatch.setattr(fill_mask, "TOKENS_AT_ONCE", 4)  # batches do not matter
+    monkeypatch.setattr(fill_mask, "BATCH_TOKENS", 4)  # the batches make no difference
     fill_mask.main(arguments)
     np.testing.assert_allclose(np.load(tmp_path / "v.npy"), vectors, rtol=1e-4, atol=1e-5)
     fill_mask.main([*arguments, "--normalize=true"])

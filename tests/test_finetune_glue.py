@@ -1,23 +1,36 @@
-"""Fine-tuning: tokens as the tokenizers library cuts them, one suite over small files, resume, staging, own labels."""
+"""Fine-tuning on GLUE: tokens, training against transformers, a whole suite over small files, MNLI's weights, resume."""
 
+import dataclasses
 import json
 import re
 import subprocess
-import sys
-import zipfile
 
 import numpy as np
 import pytest
 import torch
-from tokenizers.processors import TemplateProcessing
 
 import checkpoint
 import finetune_glue
-import glue
 from common.options import UserError
-from finetune_glue import GlueConfig, encode, load_pretrained, lr_at, main, make_classifier, make_plan, predict, result
-from tests.toy import ROOT, VOCAB_SIZE, make_run, make_tokenizer, train_environment
 from common.processes import Process
+from finetune_glue import (
+    GLUE_TASKS,
+    Examples,
+    GlueConfig,
+    Settings,
+    Steps,
+    Worker,
+    batches,
+    encode,
+    load_pretrained,
+    lr_at,
+    main,
+    make_classifier,
+    make_plan,
+    predict,
+)
+from tests.ranks import Ranks
+from tests.toy import VOCAB_SIZE, make_run, make_tokenizer
 
 PROCESS = Process(0, 1, torch.device("cpu"), torch.float32)
 CPU = ["--device=cpu", "--kernels=torch"]
@@ -33,13 +46,13 @@ def sentences(n, seed):
     return [" ".join(f"w{word}" for word in rng.integers(0, 90, rng.integers(3, 12))) for _ in range(n)]
 
 
-def write_glue(path, tasks=glue.GLUE_TASKS, n=20):
+def write_glue(path, tasks=GLUE_TASKS, n=20):
     """Small files in GLUE's layout, with no more columns than are read."""
     for name in tasks:
-        task = glue.GLUE_TASKS[name]
+        task = GLUE_TASKS[name]
         folder = path / task.folder
         folder.mkdir(parents=True)
-        for split in ("train", *glue.dev_splits(task)):
+        for split in ("train", *task.dev_splits):
             rows = ["\t".join([*task.text_columns, task.label_column])]
             for i, texts in enumerate(zip(*(sentences(n, seed) for seed in range(len(task.text_columns))))):
                 label = task.labels[i % len(task.labels)] if task.labels else str(i % 6)
@@ -58,24 +71,43 @@ def metrics_of(results):
     return {name: task["metrics"] for name, task in results["tasks"].items()}
 
 
+def kept(first, second, room):
+    """How many tokens of two texts `room` holds, the longer one truncated first."""
+    if first + second <= room:
+        return first, second
+    if first > second:
+        return room - min(second, room // 2), min(second, room // 2)
+    return min(first, room // 2), room - min(first, room // 2)
+
+
 @pytest.mark.parametrize("limit", [8, 9, 15, 64])
-def test_pairs_are_cut_as_by_the_tokenizers_library(pretrained, limit):
-    start = load_pretrained(pretrained)
-    pairs = list(zip(sentences(60, 3), sentences(60, 4)))
-    ours = encode(glue.Examples(pairs), start, limit)
-    library = type(start.tokenizer).from_str(start.tokenizer_text)
-    ids = [(name, start.special[name]) for name in ("[CLS]", "[SEP]")]
-    library.post_processor = TemplateProcessing("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", ids)
-    library.enable_truncation(limit, strategy="longest_first")
-    for i, theirs in enumerate(library.encode_batch(pairs)):
-        here = slice(ours.starts[i], ours.starts[i] + ours.lengths[i])
-        assert ours.ids[here].tolist() == theirs.ids
-        assert ours.types[here].tolist() == theirs.type_ids
+def test_tokens_of_texts_and_pairs(pretrained, limit):
+    start = load_pretrained(pretrained, "")
+    cls, sep = start.special["[CLS]"], start.special["[SEP]"]
+    words = [[[5 + int(word[1:]) for word in text.split()] for text in sentences(60, seed)] for seed in (3, 4)]
+    pairs, texts = list(zip(sentences(60, 3), sentences(60, 4))), [(text,) for text in sentences(60, 3)]
+    rows, types = [], []
+    for first, second in zip(*words):
+        one, two = kept(len(first), len(second), limit - 3)
+        rows.append([cls, *first[:one], sep, *second[:two], sep])
+        types.append([0] * (one + 2) + [1] * (two + 1))
+    single = [[cls, *first[: limit - 2], sep] for first in words[0]]
+    for examples, rows, types in ((pairs, rows, types), (texts, single, [[0] * len(row) for row in single])):
+        encoded = encode(Examples(examples, np.arange(60)), start, limit)
+        assert encoded.lengths.tolist() == [len(row) for row in rows]
+        for i, begin in enumerate(encoded.starts):
+            here = slice(begin, begin + encoded.lengths[i])
+            assert encoded.ids[here].tolist() == rows[i] and encoded.types[here].tolist() == types[i]
+        batch = encoded.batch(np.array([3, 0, 7]), PROCESS.device)
+        flat = rows[3] + rows[0] + rows[7]
+        assert batch.input_ids.tolist()[: len(flat)] == flat and not batch.input_ids[len(flat) :].any()
+        assert batch.cu_seqlens.tolist() == np.cumsum([0, *map(len, (rows[3], rows[0], rows[7]))]).tolist()
+        assert batch.labels.tolist() == [3, 0, 7] and batch.max_seqlen == max(map(len, (rows[3], rows[0], rows[7])))
 
 
 def test_suite_of_all_tasks(pretrained, tmp_path):
     results = suite(pretrained, write_glue(tmp_path / "data"), tmp_path / "out")
-    assert list(results["tasks"]) == list(glue.GLUE_TASKS) and results["complete"]
+    assert list(results["tasks"]) == list(GLUE_TASKS) and results["complete"]
     for name, task in results["tasks"].items():
         assert task["init"] == ("mnli" if name in ("rte", "mrpc", "stsb") else "pretrained")
         assert task["seeds"] == [19, 8364] and task["train_examples"] == 20 and task["seconds"] > 0
@@ -93,40 +125,6 @@ def test_suite_of_all_tasks(pretrained, tmp_path):
     assert (tmp_path / "out/predictions/mnli_mismatched.seed19.tsv").exists()
 
 
-def write_tests(path, rows):
-    """Small test sets in GLUE's layout, of the given numbers of rows."""
-    for file, count in rows.items():
-        name, split, _ = glue.SUBMISSION[file]
-        if name == "wnli":
-            continue
-        task = glue.AX if name == "ax" else glue.GLUE_TASKS[name]
-        columns = ("sentence1", "sentence2") if name == "ax" else task.text_columns
-        lines = ["\t".join(["id" if name == "qqp" else "index", *columns])]
-        for i, texts in enumerate(zip(*(sentences(count, seed) for seed in range(len(columns))))):
-            lines.append("\t".join([str(i), *texts]))
-        (path / task.folder).mkdir(exist_ok=True)
-        (path / task.folder / ("diagnostic.tsv" if name == "ax" else f"{split}.tsv")).write_text("\n".join(lines) + "\n")
-
-
-def test_submission_from_training_to_zip(pretrained, tmp_path, monkeypatch):
-    rows = {file: 3 + i for i, file in enumerate(glue.SUBMISSION)}  # GLUE's own are up to 390,965
-    small = {file: (name, split, rows[file]) for file, (name, split, _) in glue.SUBMISSION.items()}
-    monkeypatch.setattr(glue, "SUBMISSION", small)
-    data = write_glue(tmp_path / "data")
-    write_tests(tmp_path / "data", rows)
-    suite(pretrained, data, tmp_path / "out", "--submission", "--seeds=1")
-    with zipfile.ZipFile(tmp_path / "out/glue_submission.zip") as archive:
-        files = {name: archive.read(name).decode().splitlines() for name in archive.namelist()}
-    assert set(files) == {f"{file}.tsv" for file in rows}
-    words = {"ax": glue.AX.labels, "wnli": ("0",), **{name: task.labels for name, task in glue.GLUE_TASKS.items()}}
-    for file, (name, _, count) in small.items():
-        header, *lines = files[f"{file}.tsv"]
-        assert header == "index\tprediction" and len(lines) == count
-        assert [line.split("\t")[0] for line in lines] == [str(i) for i in range(count)]
-        found = {line.split("\t")[1] for line in lines}
-        assert all(0 <= float(word) <= 5 for word in found) if name == "stsb" else found <= set(words[name])
-
-
 def test_training_is_that_of_a_plain_transformers_loop(tmp_path):
     """Eight steps on pairs, dropout off, the same batches: equal losses, and equal weights at the end."""
     transformers = pytest.importorskip("transformers")
@@ -134,34 +132,54 @@ def test_training_is_that_of_a_plain_transformers_loop(tmp_path):
     off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     hf = transformers.BertConfig(vocab_size=VOCAB_SIZE, num_labels=3, attn_implementation="eager", **sizes, **off)
     theirs = transformers.BertForSequenceClassification(hf)
-    theirs.save_pretrained(tmp_path)
-    make_tokenizer(tmp_path / "tokenizer.json")
-    start = load_pretrained(str(tmp_path))
+    theirs.save_pretrained(tmp_path / "hf")
+    make_tokenizer(tmp_path / "hf" / "tokenizer.json")
+    start = load_pretrained(str(tmp_path / "hf"), str(tmp_path / "out"))
+    assert checkpoint.steps(str(tmp_path / "out/converted")) == [0]
     ours = make_classifier(start, 3, seed=0)
     ours.classifier.load_state_dict(theirs.classifier.state_dict())
     pairs = list(zip(sentences(60, 3), sentences(60, 4)))
-    encoded = encode(glue.Examples(pairs, np.arange(60) % 3), start, 64)
-    settings = glue.Settings(1e-3, 0.1, 16, 2, 1)
-    run = finetune_glue.Run(glue.GLUE_TASKS["mnli"], 5, True, "pretrained", settings, 60, 8, 0.0, ())
-    train_step = finetune_glue.Steps(ours, settings, PROCESS)
+    encoded = encode(Examples(pairs, np.arange(60) % 3), start, 64)
+    settings = Settings(1e-3, 0.1, 16, 2, 1)
+    train_step = Steps(ours, settings, PROCESS)
     their_optimizer = torch.optim.AdamW(theirs.parameters(), betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
-    for step, batch in enumerate(finetune_glue.batches(run, encoded, PROCESS.device), 1):
+    for step, batch in enumerate(batches(encoded, settings, 5, PROCESS.device), 1):
         loss = train_step(lr_at(settings, 8, step), batch)
-        flat, cu_seqlens, _, types, _, labels = batch
-        lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
+        lengths = batch.cu_seqlens.diff().tolist()
         ids, kinds = (
             torch.nn.utils.rnn.pad_sequence(x[: sum(lengths)].long().split(lengths), batch_first=True)
-            for x in (flat, types)
+            for x in (batch.input_ids, batch.token_type_ids)
         )
         mask = torch.arange(ids.shape[1])[None] < torch.tensor(lengths)[:, None]
         their_optimizer.param_groups[0]["lr"] = lr_at(settings, 8, step)
-        their_loss = theirs(ids, attention_mask=mask.long(), token_type_ids=kinds, labels=labels).loss
+        their_loss = theirs(ids, attention_mask=mask.long(), token_type_ids=kinds, labels=batch.labels).loss
         their_loss.backward()
         their_optimizer.step()
         their_optimizer.zero_grad()
         torch.testing.assert_close(loss, their_loss.detach(), rtol=0, atol=1e-5)
     for name, weight in checkpoint.weights_of(ours).items():
         torch.testing.assert_close(weight, theirs.state_dict()[name], rtol=0, atol=2e-5)
+
+
+def test_hugging_face_weights_are_converted_once(tmp_path, monkeypatch):
+    source, out = tmp_path / "hf", tmp_path / "out"
+    source.mkdir()
+    (source / "config.json").write_text("{}")
+    calls, load = [], load_pretrained.__wrapped__  # without its cache, as in another process
+
+    def convert(argv, env):
+        calls.append(argv[1:])
+        out.mkdir()
+        make_run(out / "converted")
+        return subprocess.CompletedProcess(argv, 0)
+
+    monkeypatch.setattr(subprocess, "run", convert)
+    first, second = load(str(source), str(out)), load(str(source), str(out))
+    assert calls == [["-m", "tools.convert_hf", f"--from_hf={source}", f"--out={out}/converted"]]
+    assert first.digest == second.digest
+    (source / "config.json").write_text("{ }")
+    with pytest.raises(UserError, match="converted from something other than .*/hf .choose another --out"):
+        load(str(source), str(out))
 
 
 def test_a_task_may_have_its_own_number_of_seeds(pretrained, tmp_path):
@@ -173,14 +191,14 @@ def test_a_task_may_have_its_own_number_of_seeds(pretrained, tmp_path):
 
 def test_tasks_start_from_the_mnli_weights(pretrained, tmp_path, monkeypatch):
     starts = {}
-    original = finetune_glue.Worker.classifier
+    original = Worker.classifier
 
     def recording(worker, run):
         model = original(worker, run)
         starts[run.name] = {name: weight.clone() for name, weight in checkpoint.weights_of(model).items()}
         return model
 
-    monkeypatch.setattr(finetune_glue.Worker, "classifier", recording)
+    monkeypatch.setattr(Worker, "classifier", recording)
     data = write_glue(tmp_path / "data", ("mnli", "rte"))
     suite(pretrained, data, tmp_path / "out", "--tasks=rte,mnli")
     tuned = checkpoint.read_tensors(checkpoint.find(str(tmp_path / "out/mnli")), "model.safetensors")
@@ -199,8 +217,8 @@ def test_goes_on_where_it_was_and_jobs_do_not_matter(pretrained, tmp_path, monke
     log = out / "runs/cola.seed19.jsonl"  # as a kill leaves it
     log.write_text("\n".join(log.read_text().splitlines()[:-1]) + '\n{"event": "en')
     trained = []
-    original = finetune_glue.Worker.run
-    monkeypatch.setattr(finetune_glue.Worker, "run", lambda w, run, *a: (trained.append(run.name), original(w, run, *a)))
+    original = Worker.run
+    monkeypatch.setattr(Worker, "run", lambda w, run, *a: (trained.append(run.name), original(w, run, *a)))
     assert metrics_of(suite(pretrained, data, out, "--tasks=cola,stsb")) == metrics_of(first)
     assert trained == ["cola.seed19"]
     assert metrics_of(suite(pretrained, data, out, "--tasks=cola")) == metrics_of(first)  # stsb's result is kept
@@ -213,72 +231,32 @@ def test_goes_on_where_it_was_and_jobs_do_not_matter(pretrained, tmp_path, monke
 def test_ranks_share_the_runs(pretrained, tmp_path):
     data = write_glue(tmp_path / "data", ("cola", "rte"))
     argv = [f"--checkpoint={pretrained}", f"--data_dir={data}", "--tasks=cola,rte", "--epochs=1", "--seeds=2"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*launcher, str(ROOT / "finetune_glue.py"), *argv, f"--out={tmp_path / 'two'}", *CPU]
-    done = subprocess.run(command, env=train_environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    ranks = Ranks([*argv, f"--out={tmp_path / 'two'}", *CPU], 2, tmp_path / "output", script="finetune_glue")
+    assert ranks.wait() == [0, 0], ranks.output()
     alone = metrics_of(suite(pretrained, data, tmp_path / "one", "--tasks=cola,rte"))
     assert metrics_of(json.loads((tmp_path / "two/glue.json").read_text())) == alone
 
 
-@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl"])
-def test_own_labels_are_learned_and_predicted(pretrained, tmp_path, suffix, capsys):
-    def write(path, n, seed):
-        texts = sentences(n, seed)
-        labels = ["yes" if i % 2 else "no" for i in range(n)]
-        rows = [(f"w91 {t}" if label == "yes" else f"w92 {t}", label) for t, label in zip(texts, labels)]
-        separator = {"csv": ",", "tsv": "\t"}.get(suffix)
-        if suffix == "jsonl":
-            lines = [json.dumps({"text": text, "kind": label}) for text, label in rows]
-        else:
-            lines = [f"text{separator}kind", *(separator.join(row) for row in rows)]
-        path.write_text("\n".join(lines) + "\n")
-        return path
-
-    train, val = write(tmp_path / f"train.{suffix}", 400, 0), write(tmp_path / f"val.{suffix}", 100, 1)
-    out = tmp_path / "out"
-    options = [f"--train_file={train}", f"--val_file={val}", "--label_column=kind", "--lr=3e-3", "--epochs=4"]
-    main([f"--checkpoint={pretrained}", f"--out={out}", *options, *CPU])
-    own = json.loads((out / "glue.json").read_text())["tasks"]["own"]
-    assert own["metrics"]["accuracy"]["mean"] > 0.95 and own["metrics"]["macro_f1"]["mean"] > 0.95
-    assert own["majority_accuracy"] == 0.5
-    assert "classification into no, yes" in capsys.readouterr().out
-    main([f"--checkpoint={out}/model", f"--predict_file={val}", f"--out={tmp_path / 'p'}", *CPU])
-    predicted = [line.split("\t")[1] for line in (tmp_path / "p/predictions.tsv").read_text().splitlines()[1:]]
-    scored = [line.split("\t")[2] for line in (out / "predictions/own.seed19.tsv").read_text().splitlines()[1:]]
-    assert predicted == scored
-
-
-def test_own_numbers_are_regression(pretrained, tmp_path, capsys):
-    rows = ["text\tlabel", *(f"{text}\t{len(text) / 7}" for text in sentences(60, 0))]
-    (tmp_path / "a.tsv").write_text("\n".join(rows) + "\n")
-    options = [f"--train_file={tmp_path}/a.tsv", f"--val_file={tmp_path}/a.tsv", "--random_weights"]
-    main([f"--checkpoint={pretrained}", f"--out={tmp_path}/out", *options, *CPU])
-    own = json.loads((tmp_path / "out/glue.json").read_text())["tasks"]["own"]
-    assert set(own["metrics"]) == {"pearson", "spearman"} and own["init"] == "random"
-    assert "regression" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("model", ["mosaicbert", "bert"])
 def test_examples_do_not_see_each_other(tmp_path, model):
-    start = load_pretrained(make_run(tmp_path, model))
+    start = load_pretrained(make_run(tmp_path, model), "")
     classifier = make_classifier(start, 3, seed=1)
     pairs = list(zip(sentences(30, 5), sentences(30, 6)))
-    together = predict(classifier, encode(glue.Examples(pairs), start, 256), PROCESS)
-    alone = [predict(classifier, encode(glue.Examples([pair]), start, 256), PROCESS)[0] for pair in pairs]
+    together = predict(classifier, encode(Examples(pairs), start, 256), PROCESS)
+    alone = [predict(classifier, encode(Examples([pair]), start, 256), PROCESS)[0] for pair in pairs]
     np.testing.assert_allclose(together, np.stack(alone), rtol=0, atol=1e-5)
 
 
 def test_schedule_and_order(pretrained, tmp_path):
     data = write_glue(tmp_path / "data", ("cola",))
     cfg = GlueConfig(checkpoint=pretrained, data_dir=data, tasks="cola", out=str(tmp_path), epochs=3, batch_size=8)
-    run = make_plan(cfg, load_pretrained(pretrained))[0]
-    assert run.num_steps == 9 and result(cfg, run) is None
-    settings = glue.Settings(1e-3, 0.1, 8, 1, 1)
+    run = make_plan(cfg, load_pretrained(pretrained, ""))[0]
+    assert run.num_steps == 9 and (run.settings.epochs, run.settings.batch_size) == (3, 8)
+    settings = Settings(1e-3, 0.1, 8, 1, 1)
     rates = [lr_at(settings, 100, step) for step in range(1, 101)]
     assert rates[0] == 0 and rates[6] == 1e-3 == max(rates) and rates[-1] == pytest.approx(1e-3 / 94)
-    encoded = encode(glue.Examples([(text,) for text in sentences(20, 0)], np.arange(20)), load_pretrained(pretrained), 256)
-    labels = [batch[-1].tolist() for batch in finetune_glue.batches(run, encoded, PROCESS.device)]
+    encoded = encode(Examples([(text,) for text in sentences(20, 0)], np.arange(20)), load_pretrained(pretrained, ""), 256)
+    labels = [batch.labels.tolist() for batch in batches(encoded, run.settings, run.seed, PROCESS.device)]
     epochs = [sum(labels[i : i + 3], []) for i in (0, 3, 6)]
     assert all(sorted(epoch) == list(range(20)) for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
 
@@ -297,24 +275,21 @@ def test_dry_run_writes_nothing(pretrained, tmp_path, capsys):
         ([], "--checkpoint: not given"),
         (["--checkpoint=RUN"], "--out: not given"),
         (["--checkpoint=RUN", "--out=OUT", "--tasks=colla"], "no task 'colla'"),
-        (["--checkpoint=RUN", "--out=OUT", "--tasks=cola:none"], "'cola:none' is no TASK:SEEDS"),
-        (["--checkpoint=RUN", "--out=OUT", "--tasks=cola", "--submission"], "all eight tasks"),
+        (["--checkpoint=RUN", "--out=OUT", "--tasks=cola:none"], "'cola:none' is not TASK:SEEDS"),
         (["--checkpoint=RUN", "--out=OUT", "--tasks=cola", "--data_dir=nowhere"], "no dev|no train"),
-        (["--checkpoint=RUN", "--out=OUT", "--train_file=a.csv"], "together"),
-        (["--checkpoint=RUN", "--out=OUT", "--predict_file=a.csv"], "not fine-tuned here"),
+        (["--checkpoint=RUN", "--out=OUT", "--train_file=a.csv"], "--train_file: unknown option"),
         (["--checkpoint=RUN", "--out=OUT", "--jobs=0"], "jobs=0"),
         (["--checkpoint=OUT", "--out=OUT"], "no weights here"),
-        (["--checkpoint=OUT/labels", "--out=OUT"], "they are in .*out/labels/model"),
         (["--checkpoint=RUN", "--out=RUN", "--tasks=cola", "--data_dir=GLUE"], "holds a pretraining run"),
     ],
 )
-def test_mistakes_are_one_line(pretrained, tmp_path, capsys, options, reason):
+def test_mistakes_are_one_line(pretrained, tmp_path, capfd, options, reason):
     places = {"RUN": pretrained, "OUT": str(tmp_path / "out"), "GLUE": str(tmp_path / "glue")}
-    (tmp_path / "out" / "labels" / "model").mkdir(parents=True)
+    (tmp_path / "out").mkdir()
     write_glue(tmp_path / "glue", ("cola",))
     with pytest.raises(SystemExit) as status:
         main([re.sub("RUN|OUT|GLUE", lambda match: places[match[0]], option) for option in options] + CPU)
-    error = capsys.readouterr().err
+    error = capfd.readouterr().err
     assert status.value.code == 2 and error.count("\n") == 1 and re.search(reason, error), error
 
 
@@ -323,19 +298,18 @@ def test_mistakes_are_one_line(pretrained, tmp_path, capsys, options, reason):
 def test_captured_steps_are_those_launched_one_by_one(tmp_path, model):
     """Batches of many shapes, dropout off: equal losses and weights. With dropout, every replay draws anew."""
     process = Process(0, 1, torch.device("cuda"), torch.float32)
-    settings = glue.Settings(1e-3, 0.1, 16, 6, 1)
-    run = finetune_glue.Run(glue.GLUE_TASKS["mnli"], 5, True, "pretrained", settings, 250, 96, 0.0, ())
-    start = load_pretrained(make_run(tmp_path / "run", model))
-    encoded = encode(glue.Examples(list(zip(sentences(250, 3), sentences(250, 4))), np.arange(250) % 3), start, 64)
+    settings = Settings(1e-3, 0.1, 16, 6, 1)
+    start = load_pretrained(make_run(tmp_path / "run", model), "")
+    encoded = encode(Examples(list(zip(sentences(250, 3), sentences(250, 4))), np.arange(250) % 3), start, 64)
     ends = []
     with torch.cuda.stream(torch.cuda.Stream()):
         for use_graphs in (True, False):
             classifier = make_classifier(start, 3, seed=0).cuda().train()
-            steps = finetune_glue.Steps(classifier, settings, process)
+            steps = Steps(classifier, settings, process)
             train_step = steps if use_graphs else lambda lr, batch: steps.lr.fill_(lr) * 0 + steps.step(batch)
             losses = [
                 train_step(lr_at(settings, 96, step), batch)
-                for step, batch in enumerate(finetune_glue.batches(run, encoded, process.device), 1)
+                for step, batch in enumerate(batches(encoded, settings, 5, process.device), 1)
             ]
             assert (sum(graph is not None for graph in steps.graphs.values()) > 1) == use_graphs
             ends.append((torch.stack(losses), checkpoint.weights_of(classifier)))
@@ -346,22 +320,22 @@ def test_captured_steps_are_those_launched_one_by_one(tmp_path, model):
         for module in classifier.modules():
             if hasattr(module, "dropout"):
                 module.dropout = 0.5
-        steps = finetune_glue.Steps(classifier, settings, process)
+        steps = Steps(classifier, settings, process)
         batch = encoded.batch(np.arange(16), process.device)
         losses = torch.stack([steps(0.0, batch) for _ in range(6)])
         assert len(losses.unique()) == 6 and steps.graphs
 
 
 def test_nan_stops_the_suite_with_the_run_named(pretrained, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(finetune_glue.Steps, "step", lambda *args: torch.tensor(float("nan")))
+    monkeypatch.setattr(Steps, "step", lambda *args: torch.tensor(float("nan")))
     with pytest.raises(SystemExit):
         suite(pretrained, write_glue(tmp_path / "data", ("cola",)), tmp_path / "out", "--tasks=cola")
     assert "cola.seed19: loss is nan at step 1" in capsys.readouterr().err
 
 
 def test_weights_that_do_not_fit_are_refused(pretrained):
-    start = load_pretrained(pretrained)
+    start = load_pretrained(pretrained, "")
     tensors = dict(start.tensors)
     tensors.pop("bert.encoder.layer.0.mlp.wo.weight")
     with pytest.raises(UserError, match="missing bert.encoder.layer.0.mlp.wo.weight"):
-        make_classifier(finetune_glue.dataclasses.replace(start, tensors=tensors), 2, seed=0)
+        make_classifier(dataclasses.replace(start, tensors=tensors), 2, seed=0)

@@ -1,29 +1,24 @@
-"""kernels/layernorm.py: what the operator must do, and proof that these tests notice when it does not.
+"""kernels/layernorm.py: what the operator must do, and proof that these tests notice when it doesn't.
 
-As in test_attention.py the kernels run in Triton's interpreter where there is no GPU, and bf16 is left to a GPU.
+As in test_attention.py, the kernels run in Triton's interpreter where there is no GPU, and bf16 is tested on a GPU only.
 """
-
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import kernels
+from kernels import dropout_add_layernorm, dropout_add_layernorm_reference, layernorm
 from tests.conftest import Faulty, assert_close
-from kernels import dropout_add_layernorm, dropout_add_layernorm_reference
 
-module = sys.modules["kernels.layernorm"]
 pytestmark = pytest.mark.usefixtures("poison_empty")
-
-
 NAMES = ("x", "residual", "weight", "bias", "x_bias")
 
 
 def make_inputs(num_rows, C, dtype, device="cpu", residual=True, mean=10.0):
-    """(dy, dnext, x, residual, weight, bias, x_bias), with a mean of z that is large beside its deviation of 1.
+    """(dy, dnext, x, residual, weight, bias, x_bias). The mean of z is large compared with its deviation of 1.
 
-    Without a residual dnext, residual and x_bias are None.
+    Without a residual, dnext, residual and x_bias are None.
     """
     dy, dnext, x, other = (torch.randn(num_rows, C, device=device) for _ in range(4))
     weight, bias, x_bias = torch.randn(3, C, device=device)
@@ -33,7 +28,7 @@ def make_inputs(num_rows, C, dtype, device="cpu", residual=True, mean=10.0):
 
 
 def run(function, dy, dnext, x, residual, weight, bias, x_bias, dropout_prob=0.0):
-    """{"y", "dx", "dresidual", "dweight", "dbias", "dx_bias"} of one forward and backward pass, as far as they exist."""
+    """{"y", "dx", "dresidual", "dweight", "dbias", "dx_bias"}, those that exist, of one forward and backward pass."""
     inputs = dict(zip(NAMES, (x, residual, weight, bias, x_bias)))
     inputs = {name: t.detach().requires_grad_() for name, t in inputs.items() if t is not None}
     y, following = function(*(inputs.get(name) for name in NAMES[:4]), dropout_prob, 1e-12, inputs.get("x_bias"))
@@ -44,7 +39,7 @@ def run(function, dy, dnext, x, residual, weight, bias, x_bias, dropout_prob=0.0
 
 
 def unfused(x, residual, weight, bias, dropout_prob=0.0, eps=1e-12, x_bias=None):
-    """What PyTorch does in x's dtype without this operator: the yardstick for half precision."""
+    """PyTorch's computation in x's dtype without this operator: the yardstick for half precision."""
     z = x if x_bias is None else x + x_bias.to(x.dtype)
     z = z if residual is None else z + residual
     y = F.layer_norm(z, weight.shape, weight.to(x.dtype), bias.to(x.dtype), eps)
@@ -62,7 +57,7 @@ def check(*inputs):
     assert_close(got, own, exact)
 
 
-# The reference.
+# The reference
 
 
 @pytest.mark.parametrize("residual", [True, False])
@@ -82,7 +77,7 @@ def test_reference_is_the_definition(residual):
     )
 
 
-# The kernels.
+# The kernels
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -90,7 +85,7 @@ def test_reference_is_the_definition(residual):
 @pytest.mark.parametrize("num_rows, C", [(1, 768), (3, 1024), (50, 64), (41, 200), (300, 128), (3, 1100), (2, 8192), (5, 1)])
 def test_matches_reference(num_rows, C, residual, dtype, device, triton_backend):
     if C == 1:
-        # A row of one element has xhat 0 and rstd 1e6, which only fp64 shows; y is the bias.
+        # A row of one element has xhat 0 and rstd 1e6, gradients that only fp64 resolves; y is the bias.
         _, _, x, other, weight, bias, _ = make_inputs(num_rows, C, dtype, device, residual)
         y, _ = dropout_add_layernorm(x, other, weight, bias)
         assert torch.equal(y, bias.to(dtype).expand(num_rows, 1))
@@ -108,18 +103,18 @@ def test_no_rows(dropout_prob, device, triton_backend):
 def recover_mask(num_rows, C, dropout_prob, device):
     """(num_rows, C) bool, the kernel's own mask, True where kept.
 
-    From a row of ones dropout leaves zeros and one positive value, of which LayerNorm makes negative and positive
-    ones (or zeros, in a row where all are alike).
+    Dropout turns a row of ones into zeros and one positive value, and LayerNorm makes these negative and positive
+    (or all 0, in a row of equal elements).
     """
     ones = torch.ones(num_rows, C, device=device)
     y, _ = dropout_add_layernorm(ones, None, ones[0], torch.zeros_like(ones[0]), dropout_prob)
     return y > 0
 
 
-@pytest.mark.parametrize("C, dropout_prob", [(768, 0.1), (200, 0.1), (200, 0.5), (200, 0.9), (1100, 0.1)])
+@pytest.mark.parametrize("C, dropout_prob", [(768, 0.1), (200, 0.1), (200, 0.5), (200, 0.9), (520, 0.1)])
 def test_dropout_keeps_the_right_share(C, dropout_prob, device, triton_backend):
     keep = recover_mask(200, C, dropout_prob, device).double()
-    # Five standard deviations of the mean of independent draws, over all elements, in each column and in each row.
+    # Five standard deviations of the mean of independent draws: over all elements, per column and per row.
     for dim in ((0, 1), 0, 1):
         share = keep.mean(dim)
         sigma = (dropout_prob * (1 - dropout_prob) * share.numel() / keep.numel()) ** 0.5
@@ -127,11 +122,11 @@ def test_dropout_keeps_the_right_share(C, dropout_prob, device, triton_backend):
 
 
 def test_dropout_draws_are_independent(device, triton_backend):
-    """Neither columns, nor rows, nor seeds repeat each other: correlations stay within five standard deviations."""
-    first, second = (recover_mask(256, 512, 0.5, device).double() - 0.5 for _ in range(2))
+    """Columns, rows and seeds are uncorrelated, to within five standard deviations."""
+    first, second = (recover_mask(128, 512, 0.5, device).double() - 0.5 for _ in range(2))
     bound = 5 * 0.25 / first.numel() ** 0.5
     pairs = [(first[:, shift:], first[:, : 512 - shift]) for shift in (1, 2, 3, 4, 5, 6, 7, 8, 64, 256)]
-    pairs += [(first[shift:], first[: 256 - shift]) for shift in (1, 2, 4, 8, 64)]
+    pairs += [(first[shift:], first[: 128 - shift]) for shift in (1, 2, 4, 8, 64)]
     for a, b in [*pairs, (first, second)]:
         assert (a * b).mean().abs() < bound * (first.numel() / a.numel()) ** 0.5
 
@@ -139,7 +134,7 @@ def test_dropout_draws_are_independent(device, triton_backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("residual", [True, False])
 def test_dropout_matches_formula(residual, dtype, device, triton_backend):
-    """Given the kernel's mask, y and all gradients are those of the formula."""
+    """With the kernel's own mask, the formula gives the same y and gradients."""
     num_rows, C, dropout_prob = 37, 200, 0.1
     inputs = make_inputs(num_rows, C, dtype, device, residual)
     torch.manual_seed(5)
@@ -174,11 +169,11 @@ def test_manual_seed_decides(backend, device, triton_backend):
     assert not torch.equal(results[0]["y"], results[2]["y"])
     state = torch.get_rng_state()
     run(dropout_add_layernorm, *inputs, 0.0)
-    assert torch.equal(state, torch.get_rng_state())  # without dropout nothing is drawn
+    assert torch.equal(state, torch.get_rng_state())  # nothing is drawn without dropout
 
 
 def test_deterministic(device, triton_backend):
-    inputs = make_inputs(100, 200, torch.float16, device)
+    inputs = make_inputs(50, 200, torch.float16, device)
     first, second = run(dropout_add_layernorm, *inputs), run(dropout_add_layernorm, *inputs)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -193,7 +188,7 @@ def test_any_layout_of_the_gradient(device, triton_backend):
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_either_result_may_be_unused(backend, device, triton_backend):
-    """One gradient through the first result, through the second, or in two halves: the same sums."""
+    """The same gradient through the first result, through the second, or half through each."""
     kernels.set_backend(backend)
     dy, _, *inputs = make_inputs(6, 64, torch.float32, device)
 
@@ -230,7 +225,7 @@ def second_gradient_dropped(args):
 def test_faults_are_noticed(fault, noticed, device, monkeypatch, triton_backend):
     inputs = make_inputs(60, 64, torch.float32, device)
     check(*inputs)
-    monkeypatch.setattr(module, "backward_kernel", Faulty(module.backward_kernel, fault))
+    monkeypatch.setattr(layernorm, "backward_kernel", Faulty(layernorm.backward_kernel, fault))
     with pytest.raises(AssertionError, match=noticed):
         check(*inputs)
 
@@ -257,7 +252,7 @@ def test_compiled_equals_eager(backend, device, triton_backend):
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
     for num_rows, stance in ((10, "default"), (12, "default"), (15, "fail_on_recompile")):
         inputs = make_inputs(num_rows, 64, torch.float32, device)
-        with torch.compiler.set_stance(stance):  # the second row count is the last that compiles anything
+        with torch.compiler.set_stance(stance):  # nothing compiles after the second row count
             torch.manual_seed(1)
             got = run(compiled, *inputs, 0.1)
         torch.manual_seed(1)
@@ -285,7 +280,7 @@ def test_errors_name_the_cause(device, triton_backend):
             dropout_add_layernorm(*args)
 
 
-# On a GPU alone.
+# On a GPU only
 
 
 @pytest.mark.gpu

@@ -20,8 +20,9 @@ STRANGERS = {("data", "kernels")}  # below it, and still none of its business
 
 
 def modules():
-    """{name: path} of every module, such as "model" or "common.files"; not of what travels with an export."""
-    paths = [*ROOT.glob("*.py"), *(path for name in ("common", "kernels", "tools", "studies", "tests") for path in (ROOT / name).glob("*.py"))]
+    """{name: path} of every module, such as "model" or "common.files"."""
+    folders = ("common", "kernels", "tools", "tools/hf", "studies", "tests")
+    paths = [*ROOT.glob("*.py"), *(path for folder in folders for path in (ROOT / folder).glob("*.py"))]
     names = {str(path.relative_to(ROOT).with_suffix("")).replace("/", "."): path for path in paths}
     return {name.removesuffix(".__init__"): path for name, path in names.items()}
 

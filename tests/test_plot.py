@@ -1,4 +1,4 @@
-"""Figures: what the points are, that every kind is drawn, and what wrong files end in."""
+"""Figures: the points themselves, every kind of figure, and errors for wrong files."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def write_results(path, step=100, cola=(50.0,), rte=(60.0,), model="mosaicbert",
 
 
 def write_bench(path):
-    """A result of kernels.bench: two operators, one not measured, and a row of steps."""
+    """A result of studies.bench: two operators, one not measured, and a row of steps."""
 
     def operator(row, entry, forward, backward):
         parts = {"forward": forward, "backward": backward, "both": forward + backward}
@@ -56,7 +56,7 @@ def scaling_row(model, batch, gpus, samples, **values):
 
 
 def write_scaling(path, predicted=True):
-    """A result of scaling.py: two models on one and two GPUs, one of them predicted for more."""
+    """A result of studies.scaling: two models on one and two GPUs, one of them predicted for more."""
     rows = [
         scaling_row(model, batch, gpus, 64 if batch == "global" else 16 * gpus)
         for model in ("base", "bert")
@@ -75,7 +75,7 @@ def write_scaling(path, predicted=True):
 
 
 def test_scaling(tmp_path, capsys):
-    """What was measured is drawn as measured, and only what was not as predicted."""
+    """Measured points are drawn as measured; only the rest is drawn as predicted."""
     from matplotlib import pyplot
 
     figure = plot.plot_scaling(plot.PlotConfig(scaling=write_scaling(tmp_path / "scaling.json")), pyplot)
@@ -84,10 +84,10 @@ def test_scaling(tmp_path, capsys):
     assert ("-", [1, 2]) in lines and ("--", [2, 4, 8]) in lines
     labels = upper.get_legend_handles_labels()[1]
     assert labels[:2] == ["MosaicBERT-Base", "BERT-Base, compiled"] and "published" in labels[2]
-    assert figure.axes[2].get_ylabel() == "efficiency (%)"  # this GPU's peak is not known
+    assert figure.axes[2].get_ylabel() == "efficiency (%)"  # this GPU's peak is unknown
     pyplot.close(figure)
     line = fails(capsys, f"--scaling={write_scaling(tmp_path / 'measured.json', predicted=False)}")
-    assert "no prediction" in line and "scaling.py --predict=" in line
+    assert "no prediction" in line and "python -m studies.scaling --predict=" in line
 
 
 def fails(capsys, *argv):
@@ -99,7 +99,7 @@ def fails(capsys, *argv):
 
 
 def test_curves(tmp_path):
-    """Two pretraining seeds of one length make one point; the band reaches from the lowest seed to the highest."""
+    """Two pretraining seeds of one length make one point; the band spans the lowest to the highest seed."""
     paths = [
         write_results(tmp_path / "a", 100, cola=(40.0, 44.0), rte=(60.0, 62.0), gpu_hours=0.1),
         write_results(tmp_path / "b", 100, cola=(46.0, 50.0), rte=(64.0,), gpu_hours=0.3),
@@ -124,7 +124,7 @@ def test_two_recipes_of_one_run_are_two_curves(tmp_path, capsys):
 
 
 def test_published_points():
-    """Hours are those of eight GPUs at $2.50 each: the original's own 9.65 h and 84.3."""
+    """Hours are of eight GPUs at $2.50 each: the original's own 9.65 h and 84.3."""
     step, hours, score = plot.PUBLISHED["MosaicBERT-Base"][-1]
     assert plot.published_x("gpu_hours", step, hours) == pytest.approx(77.2)
     assert plot.published_x("dollars", step, hours) == pytest.approx(193.0)
@@ -158,15 +158,22 @@ def test_figures_are_drawn_and_equal_inputs_give_equal_bytes(tmp_path, capsys):
         "tasks": ([f"--pareto={a},{b},{c}", "--tasks=true", "--x=dollars"], ["mean of 2 tasks", "CoLA", "US dollars"]),
     }
     for name, (argv, words) in kinds.items():
-        files = [tmp_path / f"{name}{suffix}" for suffix in ("1.svg", ".png", ".pdf")]
-        plot.main([*argv, f"--out={','.join(map(str, files))}"])
-        again = tmp_path / f"{name}2.svg"
+        figure, again = tmp_path / f"{name}1.svg", tmp_path / f"{name}2.svg"
+        plot.main([*argv, f"--out={figure}"])
         plot.main([*argv, f"--out={again}"])
-        text = files[0].read_text()
+        text = figure.read_text()
         assert not [word for word in words if word not in text]
-        assert files[0].read_bytes() == again.read_bytes()
-        assert files[1].stat().st_size > 5000 and files[2].stat().st_size > 5000
+        assert figure.read_bytes() == again.read_bytes()
+    figures = [tmp_path / "one.png", tmp_path / "one.pdf"]
+    plot.main([*kinds["glue"][0], f"--out={','.join(map(str, figures))}"])
+    assert all(figure.stat().st_size > 5000 for figure in figures)
     capsys.readouterr()
+
+
+def test_task_names_are_those_of_fine_tuning():
+    from finetune_glue import GLUE_TASKS
+
+    assert list(plot.TASK_NAMES.items()) == [(name, task.folder) for name, task in GLUE_TASKS.items()]
 
 
 def test_errors(tmp_path, capsys):
@@ -186,7 +193,7 @@ def test_errors(tmp_path, capsys):
     assert f"{good}: not a report.json" in fails(capsys, f"--lengths={good}")
     assert "report.json: No such file" in fails(capsys, f"--lengths={ROOT / 'tests'}")
     assert "no training steps" in fails(capsys, f"--loss={empty}")
-    assert f"{bad}: not a result of python -m kernels.bench" in fails(capsys, f"--kernels={bad}")
+    assert f"{bad}: not a result of python -m studies.bench" in fails(capsys, f"--kernels={bad}")
     assert "nowhere.json: No such file" in fails(capsys, "--kernels=nowhere.json")
     nothing = tmp_path / "nothing.json"
     nothing.write_text('{"device": "x", "rows": [{"row": "a", "entry": "b", "not_measured": "c"}]}')
@@ -198,6 +205,6 @@ def test_errors(tmp_path, capsys):
     assert f"{no_price}: holds no dollars" in fails(capsys, f"--pareto={no_price}", "--x=dollars")
     foreign = tmp_path / "foreign.json"
     foreign.write_text(json.dumps({**json.loads(Path(good).read_text()), "pretraining": None}))
-    assert "what pretraining cost" in fails(capsys, f"--pareto={foreign}")
+    assert "does not know what pretraining cost" in fails(capsys, f"--pareto={foreign}")
     many = [write_results(tmp_path / f"m{i}") for i in range(5)]
     assert "5 labels, at most 4" in fails(capsys, f"--glue={','.join(many)}")

@@ -1,4 +1,4 @@
-"""prepare_c4.py: interruption at any point, the held-out split, tokens, what is refused, and the report."""
+"""prepare_c4.py: interruption at any point, the held-out split, tokens, errors, and the report."""
 
 import fcntl
 import gzip
@@ -22,10 +22,10 @@ from tokenizers import Tokenizer, models
 
 import data
 import prepare_c4
-from common import sources
-from common import vocabulary
-from tests.corpus import LETTERS, VOCAB, WORDS, files_of, ids, make_texts, only_whole_files, prepare, prepare_fails, raise_interrupt
-from tests.corpus import state_of, stored, text_report, texts_of, workplace, write_files, write_texts, write_vocab  # noqa: F401
+from common import sources, vocabulary, workers
+from common.files import file_digest
+from tests.corpus import LETTERS, VOCAB, WORDS, files_of, ids, interrupted, make_texts, only_whole_files, prepare
+from tests.corpus import prepare_fails, raise_interrupt, state_of, stored, text_report, texts_of, workplace, write_files, write_texts, write_vocab  # noqa: F401
 from tests.toy import SPECIAL, make_tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -34,7 +34,7 @@ from tests.toy import SPECIAL, make_tokenizer
 
 @pytest.fixture
 def corpus(monkeypatch):
-    """Options for a corpus of four units of two shards and more."""
+    """Options for a corpus of four units with at least two shards each."""
     monkeypatch.setattr(prepare_c4, "UNIT_BYTES", 1)
     for i in range(4):
         write_texts(f"{i}.txt", make_texts(30, seed=i))
@@ -60,8 +60,8 @@ def test_small_files_share_a_unit(corpus, monkeypatch):
 
 
 @pytest.mark.parametrize("after", [False, True])
-def test_interrupted_at_any_point_it_goes_on(corpus, monkeypatch, after):
-    """Each file is renamed when it is whole: stop before, or after, the first, second, ... of these."""
+def test_interrupted_at_any_point_it_resumes(corpus, monkeypatch, after):
+    """Every file is renamed into place: stop before, or after, the first, second, ... rename."""
     for i in range(2, 4):
         os.remove(f"{i}.txt")
     rename, left = os.replace, [-1]
@@ -81,7 +81,7 @@ def test_interrupted_at_any_point_it_goes_on(corpus, monkeypatch, after):
     for number in range(1, renamed + 1):
         out = f"out{number}"
         left[0] = number
-        with pytest.raises(KeyboardInterrupt):
+        with interrupted():
             prepare(**corpus, out=out)
         prepare(**corpus, out=out)
         assert files_of(out) == expected and only_whole_files(out)
@@ -107,11 +107,11 @@ def test_finished_units_are_not_done_again(corpus, monkeypatch, capsys, error):
     if isinstance(error, OSError):
         assert "error: out: No space left on device" in prepare_fails(capsys, **corpus)
     else:
-        with pytest.raises(KeyboardInterrupt):
+        with interrupted():
             prepare(**corpus)
     assert done == [0, 1] and not os.path.exists("out/manifest.json")
     prepare(**corpus)
-    assert done == [0, 1, 1, 2, 3] and "1 of 4 units were done before" in capsys.readouterr().out
+    assert done == [0, 1, 1, 2, 3] and "1 of 4 units were already done" in capsys.readouterr().out
     prepare(**corpus, out="whole")
     assert files_of() == files_of("whole") and only_whole_files()
     reports = [json.loads(Path(out, "report.json").read_text()) for out in ("out", "whole")]
@@ -119,7 +119,7 @@ def test_finished_units_are_not_done_again(corpus, monkeypatch, capsys, error):
 
 
 def test_a_trained_tokenizer_is_kept_by_a_resumed_run(corpus, monkeypatch):
-    """Training is not deterministic, and the finished units were made with the first one."""
+    """Training is not deterministic, and finished units used the first tokenizer."""
     process_unit, made = prepare_c4.process_unit, []
 
     def fails_at_the_second(number, *arguments):
@@ -129,7 +129,7 @@ def test_a_trained_tokenizer_is_kept_by_a_resumed_run(corpus, monkeypatch):
         return process_unit(number, *arguments)
 
     monkeypatch.setattr(prepare_c4, "process_unit", fails_at_the_second)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted():
         prepare(**corpus, train_tokenizer=200)
     prepare(**corpus, train_tokenizer=200)
     assert len(made) == 5 and len(set(made)) == 1
@@ -139,7 +139,7 @@ def test_a_trained_tokenizer_is_kept_by_a_resumed_run(corpus, monkeypatch):
 # The same command again, and another one
 
 
-def test_again_there_is_nothing_to_do(corpus, capsys):
+def test_a_finished_run_has_nothing_to_do(corpus, capsys):
     prepare(**corpus)
     before = state_of("out")
     capsys.readouterr()
@@ -162,7 +162,7 @@ def test_another_option_is_refused(corpus, monkeypatch, capsys, finished, option
     if finished:
         prepare(**corpus)
     else:
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch, interrupted():
             patch.setattr(prepare_c4, "write_shard", raise_interrupt)
             prepare(**corpus)
     before = state_of("out")
@@ -184,8 +184,8 @@ def test_other_source_files_are_refused(corpus, capsys, change):
     assert state_of("out") == before
 
 
-def test_a_file_mended_before_anything_was_made_is_taken(capsys):
-    """The user mends the file that the message names, and gives the same command."""
+def test_a_file_fixed_before_anything_was_made_is_accepted(capsys):
+    """The user fixes the file that the error names, and repeats the command."""
     write_files({"1.txt": b"\n".join(text.encode() for text in make_texts(30)), "2.csv": b"id;text\n1;w1\n"})
     options = {"source": "?.txt,2.csv", "train_tokenizer": 100, "val_fraction": 0.2}
     assert prepare_fails(capsys, **options).startswith("error: 2.csv:1: no column 'text'")
@@ -209,7 +209,7 @@ def test_more_files_move_no_document_between_splits(corpus):
 
 
 def test_val_fraction_is_the_share_held_out():
-    """Within 5 standard deviations; a larger share holds out the same documents and others; equal texts go together."""
+    """Within 5 standard deviations. A larger share holds out the same documents and more; equal texts stay together."""
     texts = make_texts(1000)
     write_texts("a.txt", texts + texts)
     smaller = set()
@@ -222,7 +222,7 @@ def test_val_fraction_is_the_share_held_out():
 
 
 def test_the_hash_never_changes():
-    """Else a corpus that is prepared again with a later version trains on what was held out before."""
+    """Otherwise a later version would train on what an earlier one held out."""
     assert prepare_c4.text_hash("w1 é 中") == 13285077951972536269
 
 
@@ -243,11 +243,11 @@ def test_val_docs_is_a_number(corpus, max_docs):
 
 LONG_TEXTS = [
     " ".join(WORDS),
-    "abcdefghij" * 9 + " w1 w2",  # pieces of one long word
+    "abcdefghij" * 9 + " w1 w2",  # one long word in many tokens
     "abcdefghij" * 50 + " w1 w2 w3 w4 w5 w6",  # over BERT's 100 characters a word: one [UNK]
     " ".join(["abcdefghij" * 50] * 60),
     " " * 3000 + "w1 w2" + "\t" * 3000 + " w3 w4" + "\u3000" * 500 + "w5 w6 w7",
-    "\u200b" * 2000 + "w1" + "\u0301" * 1000 + " w2 w3 w4 w5 w6",  # characters that give no token
+    "\u200b" * 2000 + "w1" + "\u0301" * 1000 + " w2 w3 w4 w5 w6",  # characters without a token
     "中文" * 300,  # no spaces, each a token
     "ÉCOLE e\u0301 naïve \U0001f600\U0001f600 ... w1 [MASK] w2 [SEP]w3" * 40,
     "a" * 200 + "\u00a0" + "b" * 200 + "\u2028w1 w2 w3 w4 w5 w6",
@@ -270,7 +270,7 @@ def test_max_doc_tokens_keeps_the_first_tokens(limit, cased):
 
 @pytest.mark.parametrize("separator", ["\x0c", "\x1c", "\x85"])
 def test_max_doc_tokens_cuts_only_where_the_tokenizer_does(separator):
-    """str.isspace takes these for white space; BERT's normalizer removes them, so that here is one long word."""
+    """White space for str.isspace, but BERT's normalizer removes it, so this is one long word."""
     write_texts("a.txt", ["a" * 70 + separator + "a" * 40])
     prepare(source="a.txt", val_fraction=0, max_doc_tokens=1)
     assert stored() == [[VOCAB.index("[UNK]")]]
@@ -282,7 +282,7 @@ def test_shard_tokens(corpus):
     prepare(source="a.txt", val_fraction=0.3, shard_tokens=100)
     for split in ("train", "val"):
         assert stored(split) == stored(split, "one")
-        sizes = [shard.num_tokens for shard in data.Samples("out", split, 128).shards]
+        sizes = [len(shard.tokens) for shard in data.Samples("out", split, 128).shards]
         assert len(sizes) > 5 and all(100 <= size < 130 for size in sizes[:-1]) and sizes[-1] > 0
     manifest = json.loads(Path("out/manifest.json").read_text())
     assert data.verify("out") == len(manifest["shards"]) == len(list(Path("out").glob("*.bin")))
@@ -297,7 +297,7 @@ def test_a_large_vocabulary_takes_four_bytes_a_token(size, width):
     write_texts("a.txt", [f"w1 {last} w2"])
     prepare(source="a.txt", val_fraction=0)
     assert stored() == [[VOCAB.index("w1"), size - 1, VOCAB.index("w2")]]
-    assert data.Samples("out", "train", 128).shards[0].bytes_per_token == width and text_report()["vocab_size"] == size
+    assert data.Samples("out", "train", 128).shards[0].tokens.itemsize == width and text_report()["vocab_size"] == size
 
 
 TOKENIZER_TEXTS = [
@@ -317,14 +317,14 @@ def test_a_vocabulary_tokenizes_as_transformers_does(tmp_path, cased):
     prepare(source="a.jsonl", val_fraction=0, cased=cased)
     whole = [expected(text, add_special_tokens=False).input_ids for text in TOKENIZER_TEXTS]
     assert stored() == [document for document in whole if document]
-    tokenizer, _ = data.load_tokenizer("out/tokenizer.json")
+    tokenizer, _ = vocabulary.load_tokenizer("out/tokenizer.json")
     assert tokenizer.encode("w1 é", "w2").ids == expected("w1 é", "w2").input_ids
     assert tokenizer.encode("w1 é", "w2").type_ids == expected("w1 é", "w2").token_type_ids
     assert tokenizer.decode(ids("w1") + [VOCAB.index("##a")]) == "w1a"
 
 
-def test_a_tokenizer_json_is_taken_as_it_is():
-    """But for truncation and padding, which would be a second limit."""
+def test_a_tokenizer_json_is_copied_unchanged():
+    """Its truncation and padding are ignored: they would be a second limit."""
     make_tokenizer("given.json")
     tokenizer = Tokenizer.from_file("given.json")
     tokenizer.enable_truncation(2)
@@ -334,7 +334,7 @@ def test_a_tokenizer_json_is_taken_as_it_is():
     prepare(source="a.txt", val_fraction=0, tokenizer="given.json")
     assert stored() == [[6, 7, 8], [99]]
     assert Path("out/tokenizer.json").read_bytes() == Path("given.json").read_bytes()
-    prepare(source="a.txt", val_fraction=0, tokenizer="out", out="of_a_directory")  # that of other shards, or a checkpoint
+    prepare(source="a.txt", val_fraction=0, tokenizer="out", out="of_a_directory")  # as of other shards, or a checkpoint
     assert files_of("of_a_directory")["tokenizer.json"] == files_of()["tokenizer.json"]
 
 
@@ -346,11 +346,11 @@ def test_train_tokenizer(cased):
     texts = [" ".join(rng.choices(words, k=20)) for _ in range(1000)]
     write_texts("a.txt", texts)
     prepare(source="a.txt", train_tokenizer=600, cased=cased, val_docs=10, tokenizer=None)
-    tokenizer, special = data.load_tokenizer("out/tokenizer.json")
-    vocabulary = tokenizer.get_vocab()
-    assert len(vocabulary) == tokenizer.get_vocab_size() == text_report()["vocab_size"] == 600
-    assert sorted(vocabulary.values()) == list(range(600)) and list(special.values()) == list(range(5))
-    learnt = set(vocabulary) - set(SPECIAL)
+    tokenizer, special = vocabulary.load_tokenizer("out/tokenizer.json")
+    vocab = tokenizer.get_vocab()
+    assert len(vocab) == tokenizer.get_vocab_size() == text_report()["vocab_size"] == 600
+    assert sorted(vocab.values()) == list(range(600)) and list(special.values()) == list(range(5))
+    learnt = set(vocab) - set(SPECIAL)
     assert any(entry != entry.lower() for entry in learnt) == any("é" in entry for entry in learnt) == cased
     assert text_report()["unknown_percent"] == 0
     decoded = sorted(tokenizer.decode(document) for document in stored() + stored("val"))
@@ -359,20 +359,20 @@ def test_train_tokenizer(cased):
 
 
 def test_a_tokenizer_is_not_trained_on_what_is_held_out():
-    """Each text has a character of its own, which the vocabulary knows if it was trained on the text."""
+    """Each text has a character of its own, which is in the vocabulary only if it was trained on that text."""
     texts = [f"{chr(0x4E00 + i)} w w w" for i in range(200)]
     write_texts("a.txt", texts)
     prepare(source="a.txt", train_tokenizer=1000, val_docs=30)
-    unknown = data.load_tokenizer("out/tokenizer.json")[1]["[UNK]"]
+    unknown = vocabulary.load_tokenizer("out/tokenizer.json")[1]["[UNK]"]
     assert len(stored("val")) == 30 and all(document[0] == unknown for document in stored("val"))
     assert not any(unknown in document for document in stored())
 
 
-def test_a_huge_word_is_not_learnt_and_takes_no_time():
-    """A word of more than 100 characters is [UNK] whatever the vocabulary; learning it takes the square of its length."""
+def test_a_huge_word_is_not_learned_and_takes_no_time():
+    """A word above 100 characters is [UNK] with any vocabulary, and training is quadratic in its length."""
     write_texts("a.txt", [*make_texts(60), "q" * 300_000, "z" * 100])
-    prepare(source="a.txt", train_tokenizer=200, val_fraction=0, tokenizer=None)  # before: a minute
-    tokenizer, _ = data.load_tokenizer("out/tokenizer.json")
+    prepare(source="a.txt", train_tokenizer=200, val_fraction=0, tokenizer=None)  # a minute if it were learned
+    tokenizer, _ = vocabulary.load_tokenizer("out/tokenizer.json")
     of_q, of_z = (tokenizer.encode(letter * 100, add_special_tokens=False).tokens for letter in "qz")
     assert of_q == ["[UNK]"] and len(of_z) < 100 and "[UNK]" not in of_z
     assert "Removed" not in Path("out/tokenizer.json").read_text()
@@ -383,7 +383,7 @@ def test_a_huge_word_is_not_learnt_and_takes_no_time():
 
 
 JSON_LINES = b'{"text": "w1"}\n{"text": "w2"}\n'
-PACKED = random.Random(0).randbytes(5000).hex().encode()  # text that does not shrink to nothing
+PACKED = random.Random(0).randbytes(5000).hex().encode()  # text that does not compress well
 
 
 @pytest.mark.parametrize(
@@ -393,11 +393,11 @@ PACKED = random.Random(0).randbytes(5000).hex().encode()  # text that does not s
         ({}, {"out": None}, "--out: not given"),
         ({}, {"source": "a.txt,no.txt"}, "no.txt: no such source"),
         ({}, {"source": "no/*.txt"}, "no/*.txt: no such source"),
-        ({"b.tar": b"w1"}, {"source": "b.tar"}, "b.tar: unknown kind of file"),
-        ({"d/b.txt": b"w1"}, {"source": "d/b.txt,d"}, "d/b.txt: twice in --source=d/b.txt,d"),
-        ({}, {"source": "stdlib,stdlib"}, "stdlib: twice in --source=stdlib,stdlib"),
-        ({"b.parquet.gz": b"w1"}, {"source": "b.parquet.gz"}, "b.parquet.gz: unknown kind of file"),
-        ({"b.gz": b"w1"}, {"source": "b.gz"}, "b.gz: unknown kind of file"),
+        ({"b.tar": b"w1"}, {"source": "b.tar"}, "b.tar: unknown file format"),
+        ({"d/b.txt": b"w1"}, {"source": "d/b.txt,d"}, "d/b.txt: listed twice in --source=d/b.txt,d"),
+        ({}, {"source": "stdlib,stdlib"}, "stdlib: listed twice in --source=stdlib,stdlib"),
+        ({"b.parquet.gz": b"w1"}, {"source": "b.parquet.gz"}, "b.parquet.gz: unknown file format"),
+        ({"b.gz": b"w1"}, {"source": "b.gz"}, "b.gz: unknown file format"),
         ({"d/b.md": b"w1"}, {"source": "d"}, "d: no such source"),
         ({"b.jsonl": JSON_LINES + b"w3\n"}, {"source": "b.jsonl"}, "b.jsonl:3: not valid JSON: "),
         ({"b.json": b'{\n "text": "w1"\n}\n'}, {"source": "b.json"}, "b.json:1: not valid JSON: "),
@@ -420,11 +420,11 @@ PACKED = random.Random(0).randbytes(5000).hex().encode()  # text that does not s
         ({}, {"tokenizer": "no.json"}, "no.json: no such tokenizer"),
         ({"v.txt": b"[PAD]\n[UNK]\n[CLS]\n[SEP]\nw1\n"}, {"tokenizer": "v.txt"}, "v.txt: has no [MASK] token"),
         ({"v.txt": b"\xff\n"}, {"tokenizer": "v.txt"}, "v.txt: 'utf-8' codec"),
-        ({"v.txt": b"[PAD]\nw1\nw2\nw1\n"}, {"tokenizer": "v.txt"}, "v.txt:2: 'w1' is there twice"),
+        ({"v.txt": b"[PAD]\nw1\nw2\nw1\n"}, {"tokenizer": "v.txt"}, "v.txt:2: 'w1' is listed twice"),
         ({"v.json": b"[PAD]"}, {"tokenizer": "v.json"}, "v.json: not a tokenizer: "),
         ({"v.json": b"{}"}, {"tokenizer": "v.json"}, "v.json: not a tokenizer: "),
         ({}, {"tokenizer": "unmasked.json"}, "unmasked.json: has no [MASK] token"),
-        ({"out": b"w1"}, {}, "out: Not a directory"),
+        ({"out": b"w1"}, {}, "out: File exists"),
         ({"file": b"w1"}, {"out": "file/out"}, "file/out: Not a directory"),
         ({}, {"val_fraction": 1}, "val_fraction=1.0: must be"),
         ({}, {"val_fraction": -0.1}, "val_fraction=-0.1: must be"),
@@ -435,8 +435,8 @@ PACKED = random.Random(0).randbytes(5000).hex().encode()  # text that does not s
         ({}, {"max_doc_tokens": -1}, "max_doc_tokens=-1: must not"),
         ({}, {"shard_tokens": 0}, "shard_tokens=0: must be at least 1"),
         ({}, {"workers": 0}, "workers=0: must be at least 1"),
-        ({}, {"train_tokenizer": 99}, "train_tokenizer=99: a vocabulary needs 100"),
-        ({}, {"train_tokenizer": -1}, "train_tokenizer=-1: a vocabulary needs 100"),
+        ({}, {"train_tokenizer": 99}, "train_tokenizer=99: a vocabulary needs at least 100"),
+        ({}, {"train_tokenizer": -1}, "train_tokenizer=-1: a vocabulary needs at least 100"),
         ({}, {"doc_sep": "page"}, "--doc_sep: 'page' is not one of line, blank, file"),
         ({}, {"sauce": "a.txt"}, "--sauce: unknown option (did you mean source?)"),
     ],
@@ -501,8 +501,8 @@ def test_report(capsys):
     assert all(name in printed for name in report)
 
 
-def test_report_and_copy_with_duplicates(corpus):
-    """Equal documents, in one file and in several: counted, and with --dedup only the first is kept, wherever it is."""
+def test_duplicates_are_counted_or_removed(corpus):
+    """Equal documents within a file and across files are counted; --dedup keeps the first of them."""
     texts = make_texts(100)
     for i in range(4):
         write_texts(f"{i}.txt", [*texts[20 * i : 20 * i + 40], *texts[20 * i : 20 * i + 3], "", f"w{i} w{i}"])
@@ -521,13 +521,13 @@ def test_report_and_copy_with_duplicates(corpus):
 
 
 def test_compare_tokenizer(capsys):
-    """A vocabulary without whole words beside one that has them."""
+    """A vocabulary without whole words next to one that has them."""
     write_vocab([*SPECIAL, *LETTERS, *(f"##{letter}" for letter in LETTERS), *"0123456789", *(f"##{i}" for i in range(10))], "small.txt")
     write_texts("a.txt", ["w1 w22 w7", "w300 w4 \u4e2d\u00e9?"])
     prepare(source="a.txt", val_fraction=0, compare_tokenizer="small.txt", max_doc_tokens=3)
     compared = text_report()["compared"]
     assert (compared["with"], compared["bytes"]) == ("small.txt", 23)
-    # Here w300 and e (for \u00e9) are pieces or unknown; there each letter is a token, and \u4e2d and ? are unknown.
+    # Here w300 and e (for \u00e9) are several tokens or unknown; there each letter is a token, and \u4e2d and ? are unknown.
     assert compared["other"] == {
         "tokens_per_word": round(16 / 6, 4), "bytes_per_token": round(23 / 16, 4), "unknown_percent": round(100 * 2 / 16, 4),
     }  # fmt: skip
@@ -544,12 +544,12 @@ def test_a_text_in_parts_has_the_same_tokens(monkeypatch):
         assert vocabulary.encode(tokenizer, texts)[1] == expected
 
 
-def test_a_new_vocabulary_knows_the_characters_of_any_script():
-    """3,000 Chinese characters, and in an English text some that hardly ever come."""
+def test_a_new_vocabulary_covers_the_characters_of_any_script():
+    """3,000 Chinese characters; and an English text in which such are rare."""
     rng = random.Random(0)
     chinese = ["".join(chr(0x4E00 + min(2999, int(rng.expovariate(1 / 600)))) for _ in range(50)) for _ in range(3000)]
     assert 2500 < vocabulary.alphabet_size(chinese, 8000) < 3000
-    assert vocabulary.alphabet_size(chinese, 4000) == 2000  # half the entries remain for words
+    assert vocabulary.alphabet_size(chinese, 4000) == 2000  # the other half is for words
     rare = ["the cat sat " * 1000 + "".join(map(chr, range(0x4E00, 0x4E00 + 3000)))] + ["the cat sat " * 10**4] * 300
     assert vocabulary.alphabet_size(rare, 30_000) == vocabulary.MIN_ALPHABET
     write_texts("a.txt", chinese)
@@ -557,11 +557,11 @@ def test_a_new_vocabulary_knows_the_characters_of_any_script():
     assert text_report()["unknown_percent"] < 0.05
 
 
-def test_a_new_vocabulary_is_made_from_all_sources():
-    """Of more text than is used, each file gives its share."""
+def test_a_new_vocabulary_is_trained_on_all_sources():
+    """With more text than is needed, each file gives its share."""
     for i, letter in enumerate("abc"):
         write_texts(f"{i}.txt", [f"{letter * n} " * 20 for n in range(2, 40)])
-    units = prepare_c4.group_units(sources.list_pieces("0.txt,1.txt,2.txt"), whole=False)
+    units = prepare_c4.group_units(sources.list_segments("0.txt,1.txt,2.txt"), whole=False)
     cfg = prepare_c4.PrepareConfig()
     texts = list(prepare_c4.training_texts(units, cfg, 0, 9000))
     counts = Counter("".join(texts))
@@ -588,32 +588,32 @@ def test_a_tokenizer_without_a_special_token_is_refused(capsys, missing, name):
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
 @pytest.mark.parametrize("max_doc_tokens", [0, 5])
-def test_the_estimate_of_the_shards_size(monkeypatch, suffix, max_doc_tokens):
-    """Within a tenth, from a fifth of the text."""
+def test_the_estimated_size_of_the_shards(monkeypatch, suffix, max_doc_tokens):
+    """Within 10 %, from a fifth of the text."""
     pack = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}[suffix]
     for i in range(8):
         Path(f"{i}.txt{suffix}").write_bytes(pack("\n".join(make_texts(1000, seed=i)).encode()))
     monkeypatch.setattr(prepare_c4, "SAMPLE_CHARS", 60_000 if not suffix else 10**6)
     prepare(source=f"?.txt{suffix}", val_fraction=0, max_doc_tokens=max_doc_tokens)
     cfg = prepare_c4.PrepareConfig(max_doc_tokens=max_doc_tokens)
-    units = prepare_c4.group_units(sources.list_pieces(f"?.txt{suffix}"), whole=False)
-    estimate = prepare_c4.estimate_bytes(units, cfg, data.load_tokenizer("out/tokenizer.json")[0])
+    units = prepare_c4.group_units(sources.list_segments(f"?.txt{suffix}"), whole=False)
+    estimate = prepare_c4.estimate_bytes(units, cfg, vocabulary.load_tokenizer("out/tokenizer.json")[0])
     actual = sum(path.stat().st_size for path in Path("out").glob("*.bin"))
     assert abs(estimate / actual - 1) < 0.1
 
 
-def test_too_small_a_disk_is_refused_before_the_work(corpus, monkeypatch, capsys):
+def test_a_disk_that_is_too_small_is_refused_at_the_start(corpus, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(prepare_c4.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
         error = prepare_fails(capsys, **corpus)
-    assert "are still to be written, but 0.0 MB are free (choose another --out, or keep less of each document" in error
+    assert "MB more are needed, 0.0 MB are free (choose another --out, or truncate documents with" in error
     assert not list(Path("out").glob("*.bin"))
     prepare(**corpus)
     assert only_whole_files()
 
 
-def test_a_full_disk_is_one_line_and_leaves_what_was_finished(monkeypatch, capsys):
-    """A limit on the size of files stands for the disk: the second, larger unit does not fit."""
+def test_a_full_disk_ends_in_one_line_and_keeps_finished_units(monkeypatch, capsys):
+    """A limit on file sizes stands in for the disk: the second, larger unit does not fit."""
     monkeypatch.setattr(prepare_c4, "UNIT_BYTES", 1)
     write_texts("0.txt", make_texts(30))
     write_texts("1.txt", make_texts(3000, seed=1))
@@ -623,18 +623,18 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_finished(monkeypatch, capsy
         error = prepare_fails(capsys, source="?.txt", val_fraction=0)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert error == "error: out: File too large (finished units are kept; the same command goes on)\n"
+    assert error == "error: out: File too large (finished units are kept; the same command resumes)\n"
     assert sorted(path.name for path in Path("out").rglob("*.*")) == [
         ".work", "hashes_00000.npz", "plan.json", "tokenizer.json", "train_00000_000.bin", "unit_00000.json"
     ]  # fmt: skip
     prepare(source="?.txt", val_fraction=0)
-    assert "1 of 2 units were done before" in capsys.readouterr().out
+    assert "1 of 2 units were already done" in capsys.readouterr().out
     prepare(source="?.txt", val_fraction=0, out="whole")
     assert files_of() == files_of("whole")
 
 
 def test_progress(corpus, monkeypatch, capsys):
-    monkeypatch.setattr(prepare_c4, "REPORT_SECONDS", -1)
+    monkeypatch.setattr(workers, "REPORT_SECONDS", -1)
     monkeypatch.setattr(prepare_c4, "BATCH_CHARS", 500)
     prepare(**corpus)
     lines = [line for line in capsys.readouterr().out.splitlines() if "; " in line and "% of" in line]
@@ -649,18 +649,18 @@ def test_progress(corpus, monkeypatch, capsys):
 
 
 def test_a_second_live_run_is_refused(corpus, capsys):
-    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+    with interrupted(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare_c4, "write_shard", raise_interrupt)
         prepare(**corpus)
     lock = os.open("out", os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
-    assert prepare_fails(capsys, **corpus) == "error: out: in use by a live run (choose another --out)\n"
+    assert prepare_fails(capsys, **corpus) == "error: out: in use by a live run (choose another directory)\n"
     os.close(lock)
     prepare(**corpus)
 
 
 def test_a_failing_worker_stops_the_others(corpus, capsys):
-    """One line names the fault, whichever process met it; what the others had finished is kept."""
+    """One line names the fault, whichever process it occurs in; finished units are kept."""
     write_texts("4.txt", ["w1"])
     Path("3.txt").write_bytes(b"\xff\n")
     assert prepare_fails(capsys, **corpus, workers=3) == "error: 3.txt:1: not UTF-8: invalid start byte (convert the file first)\n"
@@ -668,7 +668,7 @@ def test_a_failing_worker_stops_the_others(corpus, capsys):
 
 
 def start(out, workers, **options):
-    """prepare_c4.py as a user starts it, in a process group of its own."""
+    """Start prepare_c4.py as a user would, in a process group of its own."""
     options = {"tokenizer": "vocab.txt", "out": out, "workers": workers, **options}
     code = "import prepare_c4, sys; prepare_c4.UNIT_BYTES = 1; prepare_c4.main(sys.argv[1:])"
     argv = [sys.executable, "-c", code, *(f"--{name}={value}" for name, value in options.items())]
@@ -678,10 +678,10 @@ def start(out, workers, **options):
 
 @pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("whole_group", [True, False])
-def test_killed_at_random_and_run_again(kills, whole_group):
-    """SIGKILL at random moments, to all processes or to the first one alone; then the bytes of an undisturbed run.
+def test_killed_at_random_and_resumed(kills, whole_group):
+    """SIGKILL at random moments, to all processes or only the parent; the bytes are those of an undisturbed run.
 
-    A directory that is finished before it has been killed often enough is followed by another.
+    If a directory is finished before there were enough kills, the next one is begun.
     """
     for i in range(24):
         write_texts(f"{i:02d}.txt", make_texts(150, seed=i))
@@ -703,9 +703,9 @@ def test_killed_at_random_and_run_again(kills, whole_group):
             assert files_of(f"out{number}") == expected and only_whole_files(f"out{number}")
             number += 1
         process.stderr.close()
-        for path in Path(f"out{number}").glob("*.bin"):  # nothing half-written has the name of a shard
-            digest = bytes.fromhex(data.file_digest(f"out{number}/tokenizer.json"))
-            data.open_shard(str(path), digest, len(VOCAB))
+        for path in Path(f"out{number}").glob("*.bin"):  # no shard is half-written
+            digest = bytes.fromhex(file_digest(f"out{number}/tokenizer.json"))
+            data.open_shard(str(path), digest)
     assert start(f"out{number}", 8, **options).wait() == 0
     assert files_of(f"out{number}") == expected and only_whole_files(f"out{number}")
 
@@ -719,8 +719,8 @@ def test_eight_workers_give_the_same_bytes(corpus):
         assert files_of(f"out{workers}") == files_of()
 
 
-def test_workers_end_with_a_parent_that_was_killed(corpus):
-    """Else they would go on, and wait for work for ever."""
+def test_workers_exit_when_their_parent_is_killed(corpus):
+    """Otherwise they would wait for work forever."""
     for i in range(10, 60):
         write_texts(f"{i}.txt", make_texts(2000, seed=i))
     process = start("out", 2, **{**corpus, "source": "*.txt"})
@@ -737,3 +737,9 @@ def test_workers_end_with_a_parent_that_was_killed(corpus):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert len(workers) >= 2
+
+
+def test_preparing_does_not_import_torch():
+    """It would cost each worker a second and some hundred megabytes."""
+    code = "import sys, prepare_c4; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(prepare_c4.__file__).parent).returncode == 0

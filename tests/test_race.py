@@ -1,4 +1,4 @@
-"""The race: which commands it gives, what it leaves out and keeps, and the arithmetic of its table and its factor."""
+"""The race: its commands, what it skips and keeps, and the arithmetic of its table and factor."""
 
 import json
 import math
@@ -13,16 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tools import plot
+from common.options import load_config
 from studies import race
 from studies.race import RaceConfig, Run
-from test_finetune_glue import write_glue
 from tests.toy import ROOT, make_shards, train_environment
+from tools import plot
 
 TASKS = ("cola", "sst2", "mrpc", "stsb", "rte")
 TOY = (
     "--hidden_size=32 --num_layers=2 --num_heads=2 --intermediate_size=48 --seq_length=32 --global_batch_size=16 "
-    "--device=cpu --kernels=torch --compile=false --chunk=true --warmup_fraction=0.25 --eval_interval=50 --log_interval=20"
+    "--device=cpu --kernels=torch --compile=false --chunk=true --eval_interval=50 --log_interval=20"
 )
 
 
@@ -76,24 +76,24 @@ def test_commands():
 
 
 def test_both_models_get_the_same_but_for_what_is_documented():
-    """What differs between the two commands, once configs are read: architecture, masking, attention dropout, compile, and
-    BERT's smaller batch and learning rate."""
+    """Once configs are read, the commands differ in architecture, masking, attention dropout, compile, BERT's smaller batch
+    and learning rate, and the steps in a quarter of the time."""
     import train
 
     cfg = RaceConfig()
     ours, theirs = (
-        train.load_config(train.TrainConfig, race.pretrain_command(cfg, Run(model, 4, 17))[1:]) for model in race.LENGTHS
+        load_config(train.TrainConfig, race.pretrain_command(cfg, Run(model, 4, 17))[1:]) for model in race.LENGTHS
     )
     differing = {name for name, value in vars(ours).items() if getattr(theirs, name) != value}
     assert differing == {
-        "model", "mask_prob", "attention_dropout", "compile", "out_dir", "global_batch_size", "lr"
+        "model", "mask_prob", "attention_dropout", "compile", "out_dir", "global_batch_size", "lr", "warmup_steps"
     }  # fmt: skip
     assert [(cfg.global_batch_size, cfg.lr) for cfg in (ours, theirs)] == [(512, 5e-4), (256, 2.5e-4)]
     ours.check(1), theirs.check(1)
 
 
 class Fake(race.Driver):
-    """Commands do not run; they are noted, and leave what the real ones would."""
+    """Commands do not run: they are recorded, and leave the files that real ones would."""
 
     def __init__(self, cfg, fails=()):
         super().__init__(cfg)
@@ -122,7 +122,7 @@ def fake(tmp_path, **options):
     return cfg
 
 
-def test_driver_keeps_what_is_small_and_leaves_out_what_is_finished(tmp_path, capsys):
+def test_driver_keeps_small_files_and_skips_finished_runs(tmp_path, capsys):
     cfg = fake(tmp_path, bench=True)
     driver = Fake(cfg)
     driver.race()
@@ -149,14 +149,14 @@ def test_driver_keeps_what_is_small_and_leaves_out_what_is_finished(tmp_path, ca
     capsys.readouterr()
 
 
-def test_a_failure_stops_nothing_else_and_is_tried_again(tmp_path, capsys):
+def test_a_failure_stops_nothing_else_and_is_retried(tmp_path, capsys):
     cfg = fake(tmp_path)
     driver = Fake(cfg, fails=("mosaicbert_2min_seed1", "bert_2min_seed17_512"))
     with pytest.raises(race.UserError, match="failed: mosaicbert_2min_seed1, bert_2min_seed17"):
         driver.race()
     assert "status 2: error: as asked" in capsys.readouterr().out
     assert sorted(os.listdir(tmp_path / "work" / "bert_2min_seed17_glue")) == ["glue.json", "runs"]  # not thrown away
-    # The neighbour whose name begins alike is finished, and took nothing with it.
+    # The run whose name is a prefix finished, and took nothing with it.
     assert (tmp_path / "out" / "bert_2min_seed1" / "commands.txt").exists()
     names = {name for name, _ in driver.calls}
     assert "bert_2min_seed1" in names and "mosaicbert_2min_seed17" in names
@@ -193,7 +193,7 @@ def test_table(tmp_path):
 
 def test_minutes_to_reach():
     points = [(2, 50.0), (4, 54.0), (8, 60.0)]
-    assert race.minutes_to_reach(points, 52) == pytest.approx(2 * math.sqrt(2))  # straight over the logarithm
+    assert race.minutes_to_reach(points, 52) == pytest.approx(2 * math.sqrt(2))  # linear in the logarithm
     assert race.minutes_to_reach(points, 54) == pytest.approx(4) and race.minutes_to_reach(points, 60) == pytest.approx(8)
     assert race.minutes_to_reach(points, 50) == 2 and race.minutes_to_reach(points, 10) == 2
     assert race.minutes_to_reach(points, 60.1) == math.inf
@@ -201,7 +201,7 @@ def test_minutes_to_reach():
 
 
 def test_factor(tmp_path):
-    """MosaicBERT is 4 points ahead and both gain 4 in a doubling: half the time. One seed is 0.5 better than the other."""
+    """MosaicBERT is 4 points ahead and both gain 4 per doubling: half the time. One seed is 0.5 better than the other."""
     runs = race.read_runs(write_race(tmp_path / "a"))
     result = race.factor(runs)
     # MosaicBERT's point at 4 minutes is the mean of 58 and 58.5, plus the seeds' 0.53; BERT's last is 58 + 0.53.
@@ -215,7 +215,7 @@ def test_factor(tmp_path):
     assert race.factor(runs) == result  # the same draws
     text = race.factor_text(result)
     assert "8-minute score (58.5) in 3.8 minutes: 2.09 times sooner (95 % interval" in text and "2.38" in text
-    # Far ahead: only a limit can be said. Far behind: never.
+    # Far ahead: only a limit is known. Far behind: never.
     assert "within its shortest run, 2 minutes: at least 4.0 times sooner" in race.factor_text(
         race.factor(race.read_runs(write_race(tmp_path / "b", factor=0.1)))
     )
@@ -250,7 +250,7 @@ def test_figures(tmp_path, capsys):
 
 
 def test_seeds_of_one_budget_are_one_point(tmp_path):
-    """They differ by some steps, as each was timed by itself."""
+    """They differ by a few steps: each run times its own."""
     paths = [write_run(tmp_path, "bert", 4, seed, score) / "glue.json" for seed, score in ((17, 50.0), (18, 52.0))]
     results = json.loads(paths[1].read_text())
     results["pretraining"]["step"] = 149
@@ -258,10 +258,22 @@ def test_seeds_of_one_budget_are_one_point(tmp_path):
     assert len(plot.curves(map(str, paths), ["x", "x"], "gpu_minutes", ["cola"])["x"]) == 1
 
 
+def test_logs_with_and_without_a_plan_read_alike(tmp_path):
+    """Logs used to have a budget's max_steps in "start"; now it is null there, and "plan" has it."""
+    path = write_run(tmp_path, "bert", 4, 17, 50.0)
+    start, *rest = map(json.loads, (path / "log.jsonl").read_text().splitlines())
+    found = []
+    for max_steps, plan in ((150, []), (None, [{"event": "plan", "step": 20, "max_steps": 150, "step_seconds": 1.6}])):
+        start["config"]["max_steps"] = max_steps
+        (path / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in [start, *plan, *rest]))
+        found.append(race.read_run(path))
+    assert found[0] == found[1] and (found[0]["minutes"], found[0]["step"], found[0]["seconds"]) == (4, 150, 240)
+
+
 @pytest.mark.parametrize(
     "options, says",
     [
-        (["--runs=8"], "'8' is no MINUTESxSEED"), (["--runs=0x17"], "is no MINUTESxSEED"), (["--models=gpt"], "no model 'gpt'"),
+        (["--runs=8"], "'8' is not MINUTESxSEED"), (["--runs=0x17"], "is not MINUTESxSEED"), (["--models=gpt"], "no model 'gpt'"),
         (["--data_dir=nowhere"], "nowhere: no such directory"), (["--gpus=-1"], "must be at least 0"),
         (["--table=nowhere"], "nowhere: no finished runs"),
     ],
@@ -276,10 +288,12 @@ def test_mistakes_end_in_one_line(capsys, monkeypatch, options, says):
 
 @pytest.mark.slow
 def test_whole_race_at_toy_size(tmp_path):
-    """Every command as it is on a GPU, on tiny models; stopped once in the middle, and gone on with."""
+    """Every command as on a GPU, on tiny models; stopped once in the middle, then resumed."""
+    from tests.test_finetune_glue import write_glue
+
     data, labels = make_shards(tmp_path / "shards"), write_glue(tmp_path / "glue", TASKS)
-    argv = [sys.executable, "race.py", f"--data_dir={data}", f"--glue_dir={labels}", f"--out={tmp_path}/race", "--gpus=0"]
-    argv += [f"--work_dir={tmp_path}/work", "--runs=0.1x17,0.05x1,0.05x17", "--both=", f"--mosaicbert=configs/base.py {TOY}"]
+    argv = [sys.executable, "-m", "studies.race", f"--data_dir={data}", f"--glue_dir={labels}", f"--out={tmp_path}/race"]
+    argv += ["--gpus=0", f"--work_dir={tmp_path}/work", "--runs=0.1x17,0.05x1,0.05x17", "--both=", f"--mosaicbert=configs/base.py {TOY}"]
     argv += [f"--bert=configs/bert_base.py {TOY}", "--finetune=--epochs=1 --device=cpu --kernels=torch"]
     first = subprocess.Popen(argv, cwd=ROOT, env=train_environment(), stdout=subprocess.PIPE, text=True)
     while not (tmp_path / "race" / "mosaicbert_0.1min_seed17" / "commands.txt").exists():

@@ -503,10 +503,10 @@ def test_python_keeps_running_while_a_checkpoint_waits_for_the_gpu():
 def test_the_allocator_uses_expandable_segments():
     script = """
 import torch
-from common.processes import joined
-with joined("cuda", "auto", 0):
-    kept = torch.zeros(1000, device="cuda")
-    print(all(segment["is_expandable"] for segment in torch.cuda.memory_snapshot()))
+from common.processes import join
+join("cuda", "auto", 0)
+kept = torch.zeros(1000, device="cuda")
+print(all(segment["is_expandable"] for segment in torch.cuda.memory_snapshot()))
 """
     environment = {name: value for name, value in os.environ.items() if not name.endswith("ALLOC_CONF")}
     assert subprocess.check_output([sys.executable, "-c", script], cwd=ROOT, env=environment) == b"True\n"
@@ -711,7 +711,7 @@ def test_fuzzed_shards(tmp_path, count):
     assert result.returncode == 0, result.stderr[-3000:]
     report = json.loads(result.stdout)
     assert report["refused"] + report["read"] == count and report["refused"] > count / 2 and report["read"] > count / 50
-    assert report["rss_mb"] < 500, report
+    assert report["anonymous_mb"] < 400, report
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,34 +1,37 @@
-"""sources.py: what is read of each kind of file, the hub, and what cannot be read."""
+"""common/sources.py: every file format, the hub, and what cannot be read."""
 
 import functools
 import gzip
-import io
 import json
+import logging
 import lzma
 import os
 import random
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+from huggingface_hub import HfFileSystem, constants
 
 import data
 import prepare_c4
 from common import sources
-from tests.corpus import VOCAB, ids, make_texts, only_whole_files, prepare, prepare_fails, raise_interrupt
+from tests.corpus import VOCAB, ids, interrupted, make_texts, only_whole_files, prepare, prepare_fails, raise_interrupt
 from tests.corpus import stored, text_report, texts_of, workplace, write_files, write_texts, write_vocab  # noqa: F401
+from tests.hub import COMMIT, Hub
 from tests.toy import make_tokenizer
 
 JSON_LINES = b'{"text": "w1"}\n{"text": "w2"}\n'
-PACKED = random.Random(0).randbytes(5000).hex().encode()  # text that does not shrink to nothing
+PACKED = random.Random(0).randbytes(5000).hex().encode()  # text that does not compress well
 
 
 def zstd(contents):
-    """A frame of Zstandard."""
+    """A Zstandard frame."""
     sink = pyarrow.BufferOutputStream()
     with pyarrow.CompressedOutputStream(sink, "zstd") as file:
         file.write(contents)
@@ -43,7 +46,7 @@ def parquet(rows_a_group=None, **columns):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Kinds of files
+# File formats
 
 
 @pytest.mark.parametrize(
@@ -88,7 +91,7 @@ def parquet(rows_a_group=None, **columns):
 )  # fmt: skip
 @pytest.mark.parametrize("small", [False, True])
 def test_sources(monkeypatch, files, source, options, expected, small):
-    if small:  # every document a batch of its own, every file a unit
+    if small:  # one document per batch, one file per unit
         monkeypatch.setattr(prepare_c4, "BATCH_CHARS", 1)
         monkeypatch.setattr(prepare_c4, "UNIT_BYTES", 1)
     write_files(files)
@@ -99,22 +102,22 @@ def test_sources(monkeypatch, files, source, options, expected, small):
     assert only_whole_files() and data.verify("out") > 0
 
 
-def test_a_byte_order_mark_and_line_ends_are_no_part_of_the_text():
-    """BERT's tokenizers would drop them, but the hash that decides about holding out sees the text."""
+def test_a_byte_order_mark_and_line_ends_are_not_part_of_the_text():
+    """BERT's tokenizers would drop them, but the hash that decides the split would not."""
     cfg = prepare_c4.PrepareConfig(doc_sep="file")
     write_files({"a.txt": b"\xef\xbb\xbfw1  w2 \r\nw3\n\xef\xbb\xbfw4\rw5\r\n", "b.txt.gz": gzip.compress(b"\xef\xbb\xbfw1\r\n")})
-    assert list(sources.documents(*sources.pieces_of_file("a.txt", "file"), cfg, Counter())) == ["w1  w2 \nw3\n\ufeffw4\rw5"]
-    assert list(sources.documents(*sources.pieces_of_file("b.txt.gz", "file"), cfg, Counter())) == ["w1"]
+    assert list(sources.documents(*sources.file_segments("a.txt", "file"), cfg, Counter())) == ["w1  w2 \nw3\n\ufeffw4\rw5"]
+    assert list(sources.documents(*sources.file_segments("b.txt.gz", "file"), cfg, Counter())) == ["w1"]
 
 
-def test_a_file_name_with_brackets_is_no_pattern():
+def test_brackets_in_a_file_name_are_not_a_pattern():
     write_files({"a[1].txt": b"w1\n", "d[2]/b.txt": b"w2\n", "a1.txt": b"w3\n"})
     prepare(source="a[1].txt,d[2]", val_fraction=0)
     assert texts_of(stored()) == ["w1", "w2"]
 
 
-def test_half_a_surrogate_pair_is_no_traceback():
-    """JSON may spell one, no UTF-8 can hold it: left out, replaced or refused, but the other documents are right."""
+def test_half_a_surrogate_pair_is_skipped_or_refused():
+    """JSON can spell one, UTF-8 cannot hold it. The other documents must be right."""
     write_files({"a.jsonl": b'{"text": "w1"}\n{"text": "\\ud800 w2"}\n{"text": "w3"}\n'})
     try:
         prepare(source="a.jsonl", val_fraction=0, skip_bad_lines=1)
@@ -125,7 +128,7 @@ def test_half_a_surrogate_pair_is_no_traceback():
 
 
 def test_the_standard_library(monkeypatch):
-    """A small one: docstrings of what is not skipped, and pydoc's topics."""
+    """A small one: docstrings outside the skipped directories, and pydoc's topics."""
     long = "w1 w2 w3 w4 w5 w6 w7 w8 w9 w10 w11 w12 w13 w14"
     write_files(
         {
@@ -156,22 +159,22 @@ def test_the_standard_library_of_this_python():
 
 
 @pytest.mark.parametrize("ends", [b"\n", b"\r\n"])
-def test_a_large_plain_file_is_cut_into_stretches(monkeypatch, ends):
-    """Every line is read once, whichever bytes the cuts fall on; empty lines and one longer than a stretch too."""
+def test_a_large_plain_file_is_divided_into_segments(monkeypatch, ends):
+    """Every line is read once, wherever the boundaries fall, also empty lines and one longer than a segment."""
     lines = [b"w%d" % i + b" w7" * (i % 5) for i in range(200)] + [b"", b"", b"w9 " * 300, b"w1"]
     Path("a.txt").write_bytes(ends.join(lines))
     Path("a.jsonl").write_bytes(ends.join(b'{"text": "%s"}' % line for line in lines))
     cfg, expected = prepare_c4.PrepareConfig(), [line.decode() for line in lines]
     for step in (1, 2, 7, 64, 501, 10**6):
-        monkeypatch.setattr(sources, "STRETCH_BYTES", step)
+        monkeypatch.setattr(sources, "SEGMENT_BYTES", step)
         for name in ("a.txt", "a.jsonl"):
-            pieces = sources.list_pieces(name)
-            assert pieces[-1].end == os.path.getsize(name) and len(pieces) == -(-pieces[-1].end // step)
-            assert [text for piece in pieces for text in sources.documents(piece, cfg, Counter())] == expected
+            segments = sources.list_segments(name)
+            assert segments[-1].end == os.path.getsize(name) and len(segments) == -(-segments[-1].end // step)
+            assert [text for segment in segments for text in sources.documents(segment, cfg, Counter())] == expected
 
 
-def test_errors_in_a_stretch_name_the_line_of_the_file(monkeypatch, capsys):
-    monkeypatch.setattr(sources, "STRETCH_BYTES", 50)
+def test_errors_in_a_segment_name_the_line_of_the_file(monkeypatch, capsys):
+    monkeypatch.setattr(sources, "SEGMENT_BYTES", 50)
     for line in (1, 2, 17, 59, 60):
         lines = [b'{"text": "w%d"}' % i for i in range(60)]
         lines[line - 1] = b"{"
@@ -181,7 +184,7 @@ def test_errors_in_a_stretch_name_the_line_of_the_file(monkeypatch, capsys):
 
 
 def test_a_line_of_50_megabytes():
-    """Read, and tokenized only as far as asked for."""
+    """It is read, and tokenized only as far as needed."""
     with open("a.jsonl", "wb") as file:
         file.write(b'{"text": "w1 ' + b"w2 " * (50 * 2**20 // 3) + b'"}\n{"text": "w3"}\n')
     prepare(source="a.jsonl", val_fraction=0, max_doc_tokens=126)
@@ -231,7 +234,7 @@ def test_what_cannot_be_read(capsys, files, options, says):
     assert not list(Path().rglob("manifest.json"))
 
 
-def test_rows_that_cannot_be_read_may_be_left_out():
+def test_rows_that_cannot_be_read_can_be_skipped():
     write_files({
         "a.csv": b'id,text\n1,w1\n2\n3,w2\n4,"w9"x\n5,w3\n', "b.parquet": parquet(text=["w4", None, "w5"]),
         "c.json": b'[{"text": "w6"}, 7, {"text": "w7"}]',
@@ -241,47 +244,22 @@ def test_rows_that_cannot_be_read_may_be_left_out():
 
 
 def test_skip_bad_lines_counts_all_units(monkeypatch, capsys):
-    """And with a higher number the run goes on with what it has done."""
+    """With a higher number the run resumes."""
     monkeypatch.setattr(prepare_c4, "UNIT_BYTES", 1)
     for i in range(4):
         Path(f"{i}.jsonl").write_bytes(b'{"text": "w%d"}\n{\n' % i)
     error = prepare_fails(capsys, source="?.jsonl", val_fraction=0, skip_bad_lines=2)
-    assert error.startswith("error: ?.jsonl: 3 lines cannot be read, --skip_bad_lines=2 may be left out (with a higher")
+    assert error.startswith("error: ?.jsonl: 3 bad lines, but --skip_bad_lines=2 (raise it,")
     prepare(source="?.jsonl", val_fraction=0, skip_bad_lines=4)
-    assert "3 of 4 units were done before" in capsys.readouterr().out
+    assert "3 of 4 units were already done" in capsys.readouterr().out
     assert texts_of(stored()) == ["w0", "w1", "w2", "w3"] and text_report()["bad_lines_skipped"] == 4
 
 
-@pytest.mark.parametrize("name", ["a.txt.zst", "a.parquet"])
-def test_a_missing_package_is_named(monkeypatch, capsys, name):
-    write_files({name: zstd(b"w1\n") if name.endswith("zst") else parquet(text=["w1"])})
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    error = prepare_fails(capsys, source=name)
-    assert error.startswith(f"error: {name}: .") and "need pyarrow" in error and "(pip install pyarrow)" in error
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# The hub's own libraries, from a local copy
+# A hub dataset: by the libraries of the hub, from a local server, or from a downloaded copy without a network
 
-
-def write_copy(kind, repo, files, commit="0123abcd" * 5):
-    """What huggingface_hub keeps of a repository that was downloaded."""
-    root = Path("hub", f"{kind}--{repo.replace('/', '--')}")
-    write_files({f"{root}/refs/main": commit.encode(), **{f"{root}/snapshots/{commit}/{name}": text for name, text in files.items()}})
-    return commit
-
-
-def prepare_offline(**options):
-    """prepare_c4.py as a user starts it without a network."""
-    argv = [f"--{name}={value}" for name, value in {"out": "out", "workers": 1, **options}.items()]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": os.path.abspath("hub"), "HF_HOME": os.path.abspath("home")}
-    script = Path(prepare_c4.__file__)
-    return subprocess.run([sys.executable, str(script), *argv], env=environment, capture_output=True, text=True)
-
-
-def test_a_dataset_and_a_tokenizer_of_the_hub_from_a_local_copy():
-    """The dataset's card says which files are of which configuration and split."""
-    card = b"""---
+TEXTS = {
+    "README.md": b"""---
 configs:
 - config_name: en
   data_files:
@@ -292,81 +270,90 @@ configs:
 - config_name: rows
   data_files: rows/*.parquet
 ---
-"""
-    commit = write_copy("datasets", "someone/some.texts", {
-        "README.md": card, "en/train-0.jsonl": JSON_LINES, "en/train-1.jsonl": b'{"text": "w3"}', "en/val.jsonl": b'{"text": "w9"}',
-        "rows/a.parquet": parquet(text=["w4"], id=[1]),
-    })  # fmt: skip
+""",
+    "en/train-0.jsonl": JSON_LINES,
+    "en/train-1.jsonl": b'{"text": "w3"}',
+    "en/val.jsonl": b'{"text": "w9"}',
+    "rows/a.parquet": parquet(text=["w4"], id=[1]),
+}
+
+
+def prepare_with_hub(environment, **options):
+    """Run prepare_c4.py as a user would."""
+    argv = [f"--{name}={value}" for name, value in {"out": "out", "workers": 1, "val_fraction": 0, **options}.items()]
+    environment = {**os.environ, "HF_HOME": os.path.abspath("home"), **environment}
+    return subprocess.run([sys.executable, prepare_c4.__file__, *argv], env=environment, capture_output=True, text=True)
+
+
+def downloaded(kind, repo, files):
+    """Make the cache that huggingface_hub keeps of a downloaded repository."""
+    root = f"hub/{kind}--{repo.replace('/', '--')}"
+    write_files({f"{root}/refs/main": COMMIT.encode(), **{f"{root}/snapshots/{COMMIT}/{name}": text for name, text in files.items()}})
+
+
+def check_english_texts(result):
+    """The documents of configuration en, listed under their names on the hub."""
+    assert result.returncode == 0 and stored() == [[6], [7], [8]], result.stderr
+    names = ["en/train-0.jsonl", "en/train-1.jsonl"]
+    expected = [[f"hf://datasets/someone/some.texts@{COMMIT}/{name}", 0, len(TEXTS[name]), ""] for name in names]
+    assert json.loads(Path("out/manifest.json").read_text())["sources"] == expected
+
+
+def check_refused(result, says):
+    assert result.returncode == 2 and result.stderr.startswith(f"error: {says}") and result.stderr.count("\n") == 1
+
+
+def test_a_dataset_of_the_hub():
+    """Its README says which files belong to which configuration and split."""
     make_tokenizer("tokenizer.json")
-    write_copy("models", "google-bert/bert-base-uncased", {"tokenizer.json": Path("tokenizer.json").read_bytes()})
-    result = prepare_offline(source="someone/some.texts:en", val_fraction=0)
-    assert result.returncode == 0, result.stderr
-    assert stored() == [[6], [7], [8]]
-    manifest = json.loads(Path("out/manifest.json").read_text())
-    prefix = f"hf://datasets/someone/some.texts@{commit}/en"
-    assert [piece[0] for piece in manifest["sources"]] == [f"{prefix}/train-0.jsonl", f"{prefix}/train-1.jsonl"]
-    result = prepare_offline(source="someone/some.texts:rows", tokenizer="tokenizer.json", val_fraction=0, out="rows")
+    with Hub("someone/some.texts", TEXTS) as hub:
+        environment = {"HF_ENDPOINT": hub.url, "NO_PROXY": "127.0.0.1"}
+        check_english_texts(prepare_with_hub(environment, source="someone/some.texts:en", tokenizer="tokenizer.json"))
+        result = prepare_with_hub(environment, source="someone/else", out="no")
+        check_refused(result, "someone/else: cannot be read: RepositoryNotFoundError")
+
+
+def test_a_dataset_and_a_tokenizer_of_the_hub_from_a_downloaded_copy():
+    make_tokenizer("tokenizer.json")
+    downloaded("datasets", "someone/some.texts", TEXTS)
+    downloaded("models", "google-bert/bert-base-uncased", {"tokenizer.json": Path("tokenizer.json").read_bytes()})
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": os.path.abspath("hub")}
+    check_english_texts(prepare_with_hub(environment, source="someone/some.texts:en"))
+    result = prepare_with_hub(environment, source="someone/some.texts:rows", tokenizer="tokenizer.json", out="rows")
     assert result.returncode == 0 and stored(out="rows") == [[9]], result.stderr
-    for source, says in (
-        ("someone/some.texts:fr", "someone/some.texts: cannot be read: ValueError: BuilderConfig 'fr' not found"),
-        ("someone/else", "someone/else: cannot be read: LocalEntryNotFoundError"),
-    ):
-        result = prepare_offline(source=source, out="no")
-        assert result.returncode == 2 and result.stderr.startswith(f"error: {says}") and result.stderr.count("\n") == 1
+    result = prepare_with_hub(environment, source="someone/some.texts:fr", out="no")
+    check_refused(result, "someone/some.texts: cannot be read: ValueError: BuilderConfig 'fr' not found")
+    result = prepare_with_hub(environment, source="someone/else", out="no")
+    check_refused(result, "someone/else: cannot be read: LocalEntryNotFoundError")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# C4, without the network
-
-
-class RemoteFile(io.BytesIO):
-    """A file on the hub that breaks off: once after each of `breaks` bytes, all told, by an error or "silently"."""
-
-    def __init__(self, contents, breaks):
-        super().__init__(contents)
-        self.size, self.breaks = len(contents), breaks
-
-    def read(self, count=-1):
-        if self.breaks and self.tell() + count > self.breaks[0][0]:
-            stop, how = self.breaks[0]
-            data = super().read(max(0, stop - self.tell()))
-            if not data:
-                self.breaks.pop(0)
-                if how != "silently":
-                    raise ConnectionError("reset\nby peer")
-            return data
-        return super().read(count)
+# C4, from a local server
 
 
 @pytest.fixture
-def hub(monkeypatch):
-    """A hub with two training files and a validation file of C4, as (texts, breaks, opened, waits).
+def c4(monkeypatch):
+    """(texts, hub, waits): a Hub with two training files and a validation file of C4, which are read 2,000 bytes at a time.
 
-    breaks: {file: [(bytes after which reading fails, how)]}. opened: names of files, in order. waits: seconds slept.
+    texts: {file: its documents}. waits: seconds that huggingface_hub slept before its retries.
     """
-    texts = {name: make_texts(200, seed=i) for i, name in enumerate(["en/t0.json.gz", "en/t1.json.gz", "en/v0.json.gz"])}
+    texts = {name: make_texts(1000, seed=i) for i, name in enumerate(["en/t0.json.gz", "en/t1.json.gz", "en/v0.json.gz"])}
     lines = {name: "".join(json.dumps({"text": text, "url": "w1"}) + "\n" for text in texts[name]) for name in texts}
-    files = {name: gzip.compress(lines[name].encode(), mtime=0) for name in texts}
-    breaks, opened, waits = {name: [] for name in texts}, [], []
-
-    def list_hub(repo, config, names):
-        assert (repo, config) == ("allenai/c4", "")
-        return "abc123", names, {name: len(files[name]) for name in names}
-
-    def open_remote(path):
-        name = path.removeprefix("hf://datasets/allenai/c4@abc123/")
-        opened.append(name)
-        if breaks[name] and breaks[name][0] == "at once":
-            breaks[name].pop(0)
-            raise ConnectionError("no route\nto host")
-        return RemoteFile(files[name], breaks[name])
-
-    monkeypatch.setattr(sources, "list_hub", list_hub)
-    monkeypatch.setattr(sources, "open_remote", open_remote)
-    monkeypatch.setattr(sources.time, "sleep", waits.append)
-    monkeypatch.setattr(sources, "C4_FILES", {"train": ("en/t%d.json.gz", 2), "val": ("en/v%d.json.gz", 1)})
-    monkeypatch.setattr(prepare_c4, "UNIT_BYTES", 1)
-    return texts, breaks, opened, waits
+    waits = []
+    with Hub("allenai/c4", {name: gzip.compress(lines[name].encode(), mtime=0) for name in texts}) as hub:
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(time, "sleep", waits.append)
+        monkeypatch.setattr(logging.getLogger("huggingface_hub"), "disabled", True)
+        monkeypatch.setattr(sources, "C4_FILES", {"train": ("en/t%d.json.gz", 2), "val": ("en/v%d.json.gz", 1)})
+        monkeypatch.setattr(sources, "READ_AHEAD", 2000)
+        monkeypatch.setattr(prepare_c4, "UNIT_BYTES", 1)
+        HfFileSystem.clear_instance_cache()
+        yield texts, hub, waits
+    HfFileSystem.clear_instance_cache()
 
 
 def is_all_of_c4(texts):
@@ -374,24 +361,24 @@ def is_all_of_c4(texts):
     return texts_of(stored()) == t0 + t1 and texts_of(stored("val")) == v0
 
 
-def test_c4(hub):
-    texts, _, opened, waits = hub
+def test_c4(c4):
+    texts, hub, waits = c4
     prepare(source="c4")
-    assert is_all_of_c4(texts) and set(opened) == set(texts) and not waits
+    assert is_all_of_c4(texts) and set(hub.requests) == {"info", *texts} and not waits
     assert {"train_00000_000.bin", "train_00001_000.bin", "val_00002_000.bin"} < set(os.listdir("out"))
     manifest = json.loads(Path("out/manifest.json").read_text())
-    assert [piece[0] for piece in manifest["sources"]] == [f"hf://datasets/allenai/c4@abc123/{name}" for name in texts]
+    assert [segment[0] for segment in manifest["sources"]] == [f"hf://datasets/allenai/c4@{COMMIT}/{name}" for name in texts]
 
 
-def test_c4s_own_names():
+def test_the_names_of_c4s_files():
     names = {name % i: split for split, (name, count) in sources.C4_FILES.items() for i in range(count)}
     assert len(names) == 1032 and list(names.values()).count("val") == 8
     assert "en/c4-train.00000-of-01024.json.gz" in names and "en/c4-validation.00007-of-00008.json.gz" in names
 
 
-def test_c4_beside_other_files(hub):
-    """The files' share is held out by hash, C4's by file."""
-    texts = hub[0]
+def test_c4_beside_other_files(c4):
+    """Documents of a.txt are held out by hash, C4's by file."""
+    texts = c4[0]
     write_texts("a.txt", make_texts(40, seed=9))
     prepare(source="a.txt,c4", val_docs=8)
     held_out = set(texts_of(stored("val")))
@@ -399,47 +386,54 @@ def test_c4_beside_other_files(hub):
     assert held_out - set(texts["en/v0.json.gz"]) < set(make_texts(40, seed=9))
 
 
-def test_a_broken_connection_loses_and_doubles_nothing(hub):
-    texts, breaks, opened, waits = hub
-    breaks.update({
-        "en/t0.json.gz": ["at once", "at once", (0, "reset"), (3000, "reset"), (3000, "silently"), (3001, "reset")],
-        "en/t1.json.gz": [(1, "silently"), (2, "reset")] + [(300 * i, "reset") for i in range(12)],
-    })  # fmt: skip
+def test_a_broken_connection_loses_and_repeats_nothing(c4):
+    texts, hub, waits = c4
+    whole = 10**6
+    faults = {"en/t0.json.gz": [503, 0, 1, whole, 4999, 500, whole], "en/t1.json.gz": [whole, whole, 0, 503, 700]}
+    hub.faults.update(faults)
     prepare(source="c4")
-    assert is_all_of_c4(texts) and not any(breaks.values()) and len(opened) > 20
-    assert waits[:3] == [1, 2, 4] and max(waits) <= 4  # after some bytes, counting starts anew
+    assert is_all_of_c4(texts) and not any(hub.faults.values())
+    assert waits == [1, 2, 4, 1, 2, 1, 2, 4]  # each request has its own retries
 
 
-def test_a_file_of_the_hub_that_cannot_be_read(hub, monkeypatch, capsys):
-    texts, breaks, opened, waits = hub
-    monkeypatch.setattr(prepare_c4, "SAMPLE_PIECES", 1)
-    breaks["en/t1.json.gz"] = [(100, "reset")] * 4 + ["at once"]
+def test_a_file_of_the_hub_that_cannot_be_read(c4, monkeypatch, capsys):
+    texts, hub, waits = c4
+    monkeypatch.setattr(prepare_c4, "SAMPLE_SEGMENTS", 1)
+    hub.faults["en/t1.json.gz"] = [503] * 3 + [100] * 3
     error = prepare_fails(capsys, source="c4")
-    assert error.startswith("error: hf://datasets/allenai/c4@abc123/en/t1.json.gz: cannot be read: ConnectionError: no route")
-    assert "5 attempts; the same command goes on" in error and waits == [1, 2, 4, 8]
+    assert error.startswith(f"error: hf://datasets/allenai/c4@{COMMIT}/en/t1.json.gz:1: cannot be read: RemoteProtocolError: ")
+    assert "the same command resumes" in error and waits == [1, 2, 4, 8, 8]
     assert not os.path.exists("out/manifest.json")
-    opened.clear()
+    hub.requests.clear()
     prepare(source="c4")
-    assert opened == ["en/t0.json.gz", "en/t1.json.gz", "en/v0.json.gz"]  # the first only for the estimate
+    files = list(dict.fromkeys(hub.requests))
+    assert files == ["en/t0.json.gz", "en/t1.json.gz", "en/v0.json.gz"]  # the first only for the estimate
     assert is_all_of_c4(texts)
 
 
-def test_what_waiting_does_not_mend_is_said_at_once(hub, monkeypatch, capsys):
-    def missing(*_):
-        raise FileNotFoundError("no such dataset")
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_a_file_that_ends_too_early(monkeypatch, capsys, name):
+    """As when a connection to the hub ends without an error. In a compressed file the decompressor notices."""
+    write_files({name: b'{"text": "w1"}\n' * 9 if name == "a.jsonl" else b"text\n" + b"w1\n" * 9})
+    real = prepare_c4.list_segments
+    monkeypatch.setattr(prepare_c4, "list_segments", lambda *args: [segment._replace(end=segment.end + 1) for segment in real(*args)])
+    size = os.path.getsize(name)
+    assert f": ends after {size} of {size + 1} bytes (truncated" in prepare_fails(capsys, source=name, val_fraction=0)
 
-    monkeypatch.setattr(sources, "list_hub", missing)
+
+def test_an_unknown_dataset_is_reported_without_waiting(c4, capsys):
     error = prepare_fails(capsys, source="someone/nothing")
-    assert error.startswith("error: someone/nothing: cannot be read: FileNotFoundError: no such dataset") and not hub[3]
+    assert error.startswith("error: someone/nothing: cannot be read: RepositoryNotFoundError: ") and not c4[2]
 
 
-def test_a_finished_or_begun_run_does_not_ask_the_hub_again(hub, monkeypatch, capsys):
-    texts = hub[0]
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+def test_an_interrupted_or_finished_run_does_not_ask_the_hub_again(c4, monkeypatch, capsys):
+    texts, hub, _ = c4
+    with monkeypatch.context() as patch, interrupted():
         patch.setattr(prepare_c4, "write_shard", raise_interrupt)
         prepare(source="c4")
     monkeypatch.setattr(sources, "list_hub", None)
     prepare(source="c4")
     assert is_all_of_c4(texts)
+    hub.requests.clear()
     prepare(source="c4")
-    assert "nothing to do" in capsys.readouterr().out
+    assert "nothing to do" in capsys.readouterr().out and not hub.requests

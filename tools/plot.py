@@ -1,18 +1,18 @@
-"""Figures from the logs: loss curves, GLUE task by task, GLUE against its cost, speed, and lengths of documents.
+"""Figures from logs: loss curves, GLUE scores, GLUE against cost, speed, and document lengths.
 
-    python plot.py --loss=out/base --x=gpu_hours --out=loss.svg
-    python plot.py --glue=results/mosaic/glue.json,results/fast/glue.json --labels=mosaic,fast --out=glue.svg
-    python plot.py --lengths=data/mine/report.json --out=lengths.svg
-    python plot.py --pareto='results/race/*/glue.json' --x=gpu_minutes --tasks=true --out=pareto.svg,pareto.png
-    python plot.py --loss='results/race/*/log.jsonl' --held_out=true --x=gpu_minutes --out=race_loss.svg
-    python plot.py --at_lengths='results/race/*/lengths.json' --out=race_lengths.svg
-    python plot.py --kernels=out/bench.json --out=kernels.svg
-    python plot.py --scaling=out/scaling.json --out=scaling.svg
+    python -m tools.plot --loss=out/base --x=gpu_hours --out=loss.svg
+    python -m tools.plot --glue=results/mosaic/glue.json,results/fast/glue.json --labels=mosaic,fast --out=glue.svg
+    python -m tools.plot --lengths=data/mine/report.json --out=lengths.svg
+    python -m tools.plot --pareto='results/race/*/glue.json' --x=gpu_minutes --tasks=true --out=pareto.svg,pareto.png
+    python -m tools.plot --loss='results/race/*/log.jsonl' --held_out=true --x=gpu_minutes --out=race_loss.svg
+    python -m tools.plot --at_lengths='results/race/*/lengths.json' --out=race_lengths.svg
+    python -m tools.plot --kernels=out/bench.json --out=kernels.svg
+    python -m tools.plot --scaling=out/scaling.json --out=scaling.svg
 
-Needs matplotlib. Curves differ in marker and line style as well as colour, bars in hatching, so that all can be read in
-grey. Equal inputs give equal bytes.
+Needs matplotlib. Curves differ in marker and line style as well as color, bars in hatching, so figures are readable in
+grayscale. Equal inputs give equal bytes.
 
-Read next: results/README.md, for what has been drawn
+Read next: results/README.md, for the figures drawn so far
 """
 
 import glob
@@ -25,10 +25,9 @@ from typing import Literal
 import numpy as np
 
 from common.options import UserError, command, load_config
-from glue import GLUE_TASKS
 
-# What MosaicML published (README of mosaicml/examples, benchmarks/bert, and the blog's figure): means over eight tasks
-# on eight A100-80GB at $2.50 a GPU-hour. The steps are read off the points' spacing, 70,000 being the last.
+# MosaicML's numbers (README of mosaicml/examples, benchmarks/bert, and the blog's figure): means over eight tasks, on
+# eight A100-80GB at $2.50 a GPU-hour. The steps are read off the points' spacing, 70,000 for the last.
 PUBLISHED_GPUS, PUBLISHED_PRICE, PUBLISHED_BATCH = 8, 2.50, 4096
 PUBLISHED = {  # model: [(step, hours, GLUE)]
     "MosaicBERT-Base": [
@@ -40,39 +39,47 @@ PUBLISHED = {  # model: [(step, hours, GLUE)]
         (42000, 6.62, 82.84), (49000, 7.71, 83.02), (56000, 8.82, 83.11), (63000, 9.93, 83.09), (70000, 11.03, 83.51),
     ],
 }  # fmt: skip
-PUBLISHED_TASKS = {  # MosaicBERT-Base's last point, five pretraining seeds, task by task (its model card)
+PUBLISHED_TASKS = {  # MosaicBERT-Base's last point by task, over five pretraining seeds (its model card)
     "mnli": 84.95, "qnli": 90.74, "qqp": 90.29, "rte": 81.36, "sst2": 92.46, "mrpc": 90.03, "cola": 55.11,
     "stsb": 89.27,
 }  # fmt: skip
 
+TASK_NAMES = {  # in the order of finetune_glue.GLUE_TASKS, whose file would import torch
+    "mnli": "MNLI", "qnli": "QNLI", "qqp": "QQP", "rte": "RTE", "sst2": "SST-2", "mrpc": "MRPC", "cola": "CoLA",
+    "stsb": "STS-B",
+}  # fmt: skip
+MODEL_NAMES = {"mosaicbert": "MosaicBERT", "bert": "BERT"}
+SCALING_NAMES = {"base": "MosaicBERT-Base", "large": "MosaicBERT-Large", "bert": "BERT-Base, compiled"}
 X_LABELS = {
     "step": "steps", "tokens": "tokens", "gpu_hours": "GPU-hours", "gpu_minutes": "GPU-minutes", "dollars": "US dollars",
 }  # fmt: skip
-DOLLAR_PARTS = {"gpu_hours": 1, "gpu_minutes": 60}  # of a GPU-hour
-TASK_NAMES = {name: task.folder for name, task in GLUE_TASKS.items()}
-MODEL_NAMES = {"mosaicbert": "MosaicBERT", "bert": "BERT"}
-STYLES = (  # colour, marker, line, hatch; the colours' greys are 30, 60, 45 and 75 % bright
+PER_GPU_HOUR = {"gpu_hours": 1, "gpu_minutes": 60}
+STYLES = (  # color, marker, line, hatch; in grayscale the colors are 30, 60, 45 and 75 % bright
     ("#1f4e79", "o", "-", ""), ("#d98c2b", "s", "--", "///"), ("#8e3b63", "^", "-.", "..."), ("#6fc2a8", "D", ":", "xxx"),
 )  # fmt: skip
 
 
 @dataclass
 class PlotConfig:
-    # One of these: files, directories that hold them, or patterns, comma-separated
+    # One of these: files, directories holding them, or patterns, comma-separated
     loss: str = ""  # log.jsonl of train.py: training and held-out loss
     glue: str = ""  # glue.json of finetune_glue.py: a bar for each task, with 95 % intervals
-    kernels: str = ""  # JSON of kernels.bench: a panel for each row, operators in ns a token, steps in samples/s
-    pareto: str = ""  # glue.json: the mean score against the cost of pretraining, with MosaicML's published points
-    at_lengths: str = ""  # lengths.json of race.py: held-out loss against the length of the pieces of text
-    scaling: str = ""  # JSON of scaling.py: samples/s and MFU by the number of GPUs, measured and predicted
-    lengths: str = ""  # report.json of prepare_c4.py: a histogram of the documents' lengths
+    kernels: str = ""  # JSON of studies.bench: a panel for each row, operators in ns a token, steps in samples/s
+    pareto: str = ""  # glue.json: mean score against the cost of pretraining, with MosaicML's published points
+    at_lengths: str = ""  # lengths.json of studies.race: held-out loss against text length
+    scaling: str = ""  # JSON of studies.scaling: samples/s and MFU by number of GPUs, measured and predicted
+    lengths: str = ""  # report.json of prepare_c4.py: histogram of document lengths
     # How
-    x: Literal["auto", "step", "tokens", "gpu_hours", "gpu_minutes", "dollars"] = "auto"  # auto: step, GLUE: gpu_hours
-    tasks: bool = False  # with --pareto: a panel for each task, too
-    held_out: bool = False  # with --loss: held-out losses alone, a curve for each run, the runs of a model alike
-    labels: str = ""  # one for each file, comma-separated; files with the same label make one curve
+    x: Literal["auto", "step", "tokens", "gpu_hours", "gpu_minutes", "dollars"] = "auto"  # auto: step, for GLUE gpu_hours
+    tasks: bool = False  # with --pareto: add a panel for each task
+    held_out: bool = False  # with --loss: held-out losses only, one curve a run, runs of a model in one style
+    labels: str = ""  # one for each file, comma-separated; files with equal labels form one curve
     title: str = ""  # of the figure
     out: str = "figure.svg"  # .svg, .png or .pdf files, comma-separated
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading results
 
 
 def find(patterns, name):
@@ -87,7 +94,7 @@ def find(patterns, name):
 
 
 def read_result(path, what, interpret):
-    """interpret(the JSON in a file). Raises: UserError where it is no `what`, as in "glue.json of finetune_glue.py"."""
+    """interpret(the JSON in a file). Raises: UserError if it is not a `what`, such as "glue.json of finetune_glue.py"."""
     try:
         with open(path, encoding="utf-8") as file:
             return interpret(json.load(file))
@@ -99,12 +106,7 @@ def read_result(path, what, interpret):
 
 def read_glue(path):
     """A glue.json as a dictionary. Raises: UserError."""
-
-    def interpret(results):
-        results["tasks"], results["model"]
-        return results
-
-    return read_result(path, "glue.json of finetune_glue.py", interpret)
+    return read_result(path, "glue.json of finetune_glue.py", lambda r: {**r, "tasks": r["tasks"], "model": r["model"]})
 
 
 def read_log(path):
@@ -124,55 +126,123 @@ def read_log(path):
     return records
 
 
+def read_bench(path):
+    """The JSON of studies.bench as a dictionary. Raises: UserError."""
+
+    def interpret(results):
+        [row["entry"] for row in results["rows"]], results["device"]
+        return results
+
+    return read_result(path, "result of python -m studies.bench", interpret)
+
+
+def read_scaling(path):
+    """The JSON of studies.scaling as a dictionary. Raises: UserError."""
+
+    def interpret(results):
+        [row["model"] for row in results["rows"]], results["models"], results["device"], results["toy"]
+        return results
+
+    return read_result(path, "result of python -m studies.scaling", interpret)
+
+
+def read_report(path):
+    """The length histogram of a report.json: {(shortest, longest): documents}. Raises: UserError."""
+
+    def interpret(report):
+        return {tuple(map(int, name.split("-"))): int(count) for name, count in report["lengths"].items()}
+
+    return read_result(path, "report.json of prepare_c4.py", interpret)
+
+
+def read_lengths(path):
+    """(model, minutes of pretraining, [(length, held-out loss)]) of a lengths.json. Raises: UserError."""
+
+    def interpret(result):
+        losses = sorted((int(length), found["loss"]) for length, found in result["lengths"].items())
+        return result["model"], result["minutes"], losses
+
+    return read_result(path, "lengths.json of python -m studies.race", interpret)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Labels
+
+
 def labels_for(cfg, paths, default):
-    """A label for each path."""
-    if not cfg.labels:
-        return [default(path) for path in paths]
-    labels = cfg.labels.split(",")
+    """A label for each path: from --labels, else default(path). Raises: UserError for too many."""
+    labels = cfg.labels.split(",") if cfg.labels else [default(path) for path in paths]
     if len(labels) != len(paths):
         raise UserError(f"--labels: {len(labels)} labels for {len(paths)} files ({', '.join(paths)[:200]})")
+    if len(set(labels)) > len(STYLES):
+        raise UserError(f"{len(set(labels))} labels, at most {len(STYLES)} can be told apart (give --labels)")
     return labels
 
 
 def bert_last(paths, labels):
-    """Both in another order, so that MosaicBERT looks the same in every figure that has BERT in it."""
+    """Both reordered, so that MosaicBERT looks the same in every figure with BERT in it."""
     return zip(*sorted(zip(paths, labels), key=lambda pair: pair[1].startswith(MODEL_NAMES["bert"])))
 
 
-def number_of(record, x, path):
-    """What a record holds for the x axis. Raises: UserError where it is not known."""
+def directory_name(path):
+    return os.path.basename(os.path.dirname(os.path.abspath(path)))
+
+
+def file_label(path):
+    """The file's name, or its directory's if every run calls the file so."""
+    name = os.path.splitext(os.path.basename(path))[0]
+    return directory_name(path) if name in ("log", "report") else name
+
+
+def model_of_log(path):
+    start = next((record for record in read_log(path) if record["event"] == "start"), {"config": {}})
+    return MODEL_NAMES.get(start["config"].get("model"), file_label(path))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GLUE
+
+
+def x_of(record, x, path):
+    """A record's place on the x axis. Raises: UserError if unknown."""
     if x == "gpu_minutes":
-        return 60 * number_of(record, "gpu_hours", path)
+        return 60 * x_of(record, "gpu_hours", path)
     if record.get(x) is None:
         raise UserError(f"{path}: holds no {x} (dollars need train.py --price_per_gpu_hour; try another --x)")
     return record[x]
 
 
+def published_x(x, step, hours):
+    gpu_hours = hours * PUBLISHED_GPUS
+    costs = {"gpu_hours": gpu_hours, "gpu_minutes": 60 * gpu_hours, "dollars": gpu_hours * PUBLISHED_PRICE}
+    return {"step": step, **costs}[x]
+
+
 def seed_scores(results, tasks):
-    """Mean score over `tasks` for each fine-tuning seed; a task with fewer seeds gives them again from its first."""
+    """Mean score over `tasks` for each fine-tuning seed; a task with fewer seeds repeats its own."""
     scores = [results["tasks"][task]["scores"] for task in tasks]
     return [sum(of_task[i % len(of_task)] for of_task in scores) / len(scores) for i in range(max(map(len, scores)))]
 
 
 def curves(paths, labels, x, tasks):
-    """{label: [(x, mean, lowest, highest)]}, one point for each pretraining length; pretraining seeds are averaged.
+    """{label: [(x, mean, lowest, highest)]}, one point for each pretraining length, averaged over pretraining seeds.
 
-    Runs of one budget have one length, others those of equally many steps.
-    The mean is that of all results; lowest and highest are those of single seeds, of pretraining and fine-tuning.
+    Runs have the same length if they have the same budget or, without one, the same number of steps. lowest and highest
+    are over single seeds, of pretraining and fine-tuning.
     """
     scores = {}
     for path, label in zip(paths, labels):
         results = read_glue(path)
         if not results["pretraining"]:
-            raise UserError(f"{path}: says nothing of what pretraining cost (its checkpoint is not of train.py)")
-        place = number_of(results["pretraining"], x, path)
+            raise UserError(f"{path}: does not know what pretraining cost (its checkpoint is not from train.py)")
+        place = x_of(results["pretraining"], x, path)
         budgets = [results["pretraining"].get(name, 0) for name in ("budget_minutes", "budget_dollars")]
         length = (*budgets, 0 if any(budgets) else results["pretraining"]["step"])
         scores.setdefault(label, {}).setdefault(length, []).append((place, seed_scores(results, tasks)))
     points = {}
-    for label, of_length in scores.items():
+    for label, by_length in scores.items():
         points[label] = []
-        for _, found in sorted(of_length.items()):
+        for _, found in sorted(by_length.items()):
             means = [sum(seeds) / len(seeds) for _, seeds in found]
             singles = [score for _, seeds in found for score in seeds]
             place = sum(place for place, _ in found) / len(found)
@@ -181,44 +251,39 @@ def curves(paths, labels, x, tasks):
 
 
 def draw_curves(axes, points):
-    for (label, rows), (colour, marker, line, _) in zip(points.items(), STYLES):
+    for (label, rows), (color, marker, line, _) in zip(points.items(), STYLES):
         x, mean, low, high = zip(*rows)
-        axes.plot(x, mean, color=colour, marker=marker, linestyle=line, label=label, zorder=3)
-        axes.fill_between(x, low, high, color=colour, alpha=0.25, linewidth=0)
-        axes.vlines(x, low, high, color=colour, linewidth=1)
+        axes.plot(x, mean, color=color, marker=marker, linestyle=line, label=label, zorder=3)
+        axes.fill_between(x, low, high, color=color, alpha=0.25, linewidth=0)
+        axes.vlines(x, low, high, color=color, linewidth=1)
 
 
-def published_x(x, step, hours):
-    gpu_hours = hours * PUBLISHED_GPUS
-    places = {"gpu_hours": gpu_hours, "gpu_minutes": 60 * gpu_hours, "dollars": gpu_hours * PUBLISHED_PRICE}
-    return {"step": step, **places}[x]
-
-
-def price_of(paths):
-    """Dollars of a GPU-hour, if it is the same in all results, else None."""
-    costs = [read_glue(path)["pretraining"] or {} for path in paths]
+def common_price(found):
+    """Dollars per GPU-hour if all results have the same price, else None."""
+    costs = [results["pretraining"] or {} for results in found]
     prices = {round(cost["dollars"] / cost["gpu_hours"], 4) if cost.get("dollars") else None for cost in costs}
     return prices.pop() if len(prices) == 1 else None
 
 
 def plot_pareto(cfg, pyplot):
+    """Mean score against the cost of pretraining; with --tasks a panel for each task, too."""
     x = "gpu_hours" if cfg.x == "auto" else cfg.x
     if x == "tokens":
         raise UserError("--x=tokens: not for --pareto (MosaicML published no tokens)")
     paths = find(cfg.pareto, "glue.json")
     found = {path: read_glue(path) for path in paths}
-    several = len({results.get("recipe") for results in found.values()}) > 1
+    recipes = {results.get("recipe") for results in found.values()}
 
     def label_of(path):
-        return model_label(found[path]) + (f", {found[path].get('recipe')}" if several else "")
+        results = found[path]
+        label = f"{MODEL_NAMES[results['model']]}, {results['num_layers']} layers"
+        return f"{label}, {results.get('recipe')}" if len(recipes) > 1 else label
 
-    labels = labels_for(cfg, paths, label_of)
-    too_many(labels)
-    paths, labels = bert_last(paths, labels)
-    common = [task for task in GLUE_TASKS if all(task in results["tasks"] for results in found.values())]
+    paths, labels = bert_last(paths, labels_for(cfg, paths, label_of))
+    common = [task for task in TASK_NAMES if all(task in results["tasks"] for results in found.values())]
     if not common:
         raise UserError("--pareto: no task that all results have")
-    price = price_of(paths)
+    price = common_price(found.values())
     panels = [common, *([task] for task in common if cfg.tasks)]
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
@@ -228,9 +293,9 @@ def plot_pareto(cfg, pyplot):
         draw_curves(axes, curves(paths, labels, x, tasks))
         if tasks is common:
             for (model, points), face in zip(PUBLISHED.items(), ("#555555", "none")):
-                places, scores = [published_x(x, step, hours) for step, hours, _ in points], [row[2] for row in points]
+                costs, scores = [published_x(x, step, hours) for step, hours, _ in points], [row[2] for row in points]
                 label = f"{model}, published: 8 tasks, A100"
-                axes.plot(places, scores, "*", color="#555555", markerfacecolor=face, markersize=7, label=label)
+                axes.plot(costs, scores, "*", color="#555555", markerfacecolor=face, markersize=7, label=label)
             axes.set_title(f"mean of {len(common)} tasks" if len(panels) > 1 else cfg.title)
             if len(panels) == 1:
                 axes.legend(fontsize="small", loc="lower right")
@@ -241,8 +306,8 @@ def plot_pareto(cfg, pyplot):
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.set_xlabel(f"{X_LABELS[x]} of pretraining")
-        if tasks is common and x in DOLLAR_PARTS and price == PUBLISHED_PRICE:  # then one scale is right for both
-            scale = price / DOLLAR_PARTS[x]
+        if tasks is common and x in PER_GPU_HOUR and price == PUBLISHED_PRICE:  # one dollar scale fits all points
+            scale = price / PER_GPU_HOUR[x]
             top = axes.secondary_xaxis("top", functions=(lambda v: v * scale, lambda v: v / scale))
             top.set_xlabel(f"US dollars, at ${price:.2f} a GPU-hour")
             top.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -257,24 +322,24 @@ def plot_pareto(cfg, pyplot):
 
 
 def plot_glue(cfg, pyplot):
+    """A group of bars for each task, a bar for each result."""
     paths = find(cfg.glue, "glue.json")
-    labels = labels_for(cfg, paths, lambda path: os.path.basename(os.path.dirname(os.path.abspath(path))))
-    too_many(labels)
+    labels = labels_for(cfg, paths, directory_name)
     results = [read_glue(path)["tasks"] for path in paths]
-    names = [task for task in [*GLUE_TASKS, "own"] if any(task in tasks for tasks in results)]
+    names = [task for task in [*TASK_NAMES, "own"] if any(task in tasks for tasks in results)]
     figure, axes = pyplot.subplots(figsize=(1.5 + 1.0 * len(names), 4.0), layout="constrained")
     width = 0.8 / len(paths)
-    for i, (label, tasks, (colour, *_, hatch)) in enumerate(zip(labels, results, STYLES)):
+    for i, (label, tasks, (color, *_, hatch)) in enumerate(zip(labels, results, STYLES)):
         for place, name in enumerate(names):
             if name not in tasks:
                 continue
             score, spread = tasks[name]["score"], tasks[name]["score_ci95"]
             left = place + (i - (len(paths) - 1) / 2) * width
-            axes.bar(left, score, width * 0.92, color=colour, hatch=hatch, edgecolor="white", label=label)
-            if spread is not None:  # of one seed nothing is known
+            axes.bar(left, score, width * 0.92, color=color, hatch=hatch, edgecolor="white", label=label)
+            if spread is not None:  # None for a single seed
                 axes.errorbar(left, score, spread, color="black", capsize=3, linewidth=1)
             axes.annotate(f"{score:.1f}", (left, score + (spread or 0) + 1), ha="center", fontsize="small")
-            label = None  # in the legend once
+            label = None  # once in the legend
     axes.set_xticks(range(len(names)), [TASK_NAMES.get(name, name) for name in names])
     axes.set_ylim(min(0, *axes.get_ylim()), 107)
     axes.set_ylabel("score (bars: 95 % interval over seeds)")
@@ -283,32 +348,35 @@ def plot_glue(cfg, pyplot):
     return figure
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Loss
+
+
 def plot_loss(cfg, pyplot):
+    """Training loss as a line and held-out loss as markers; with --held_out a line for each run's held-out loss."""
     x = "step" if cfg.x == "auto" else cfg.x
     paths = find(cfg.loss, "log.jsonl")
-    labels = labels_for(cfg, paths, model_of_log if cfg.held_out else log_label)
-    too_many(labels)
-    paths, labels = bert_last(paths, labels)
+    paths, labels = bert_last(paths, labels_for(cfg, paths, model_of_log if cfg.held_out else file_label))
     figure, axes = pyplot.subplots(figsize=(6.4, 4.4), layout="constrained")
     styles = {}
     for path, label in zip(paths, labels):
         records = read_log(path)
         new = label not in styles
-        colour, marker, line, _ = styles.setdefault(label, STYLES[len(styles) % len(STYLES)])
+        color, marker, line, _ = styles.setdefault(label, STYLES[len(styles) % len(STYLES)])
         train = [record for record in records if record["event"] == "train"]
-        places = [number_of(record, x, path) for record in train]
-        losses = [math.nan if record["loss"] is None else record["loss"] for record in train]  # of a skipped update
+        places = [x_of(record, x, path) for record in train]
+        losses = [math.nan if record["loss"] is None else record["loss"] for record in train]  # None: not finite
         if not cfg.held_out:
-            axes.plot(places, losses, color=colour, linestyle=line, linewidth=1.2, label=label if new else None)
+            axes.plot(places, losses, color=color, linestyle=line, linewidth=1.2, label=label if new else None)
         held_out = [record for record in records if record["event"] == "eval"]
         at = np.interp([record["step"] for record in held_out], [record["step"] for record in train], places)
         losses, name = [record["loss"] for record in held_out], f"{label}, held out (15 % masked)" if new else None
         if cfg.held_out:
-            axes.plot(at, losses, color=colour, linestyle=line, linewidth=1, alpha=0.6)
+            axes.plot(at, losses, color=color, linestyle=line, linewidth=1, alpha=0.6)
             end = at[-1:], losses[-1:]
-            axes.plot(*end, color=colour, linestyle=line, marker=marker, markersize=7, label=label if new else None)
+            axes.plot(*end, color=color, linestyle=line, marker=marker, markersize=7, label=label if new else None)
         else:
-            axes.plot(at, losses, marker, color=colour, markeredgecolor="black", markersize=6, label=name)
+            axes.plot(at, losses, marker, color=color, markeredgecolor="black", markersize=6, label=name)
     axes.set_xlabel(X_LABELS[x])
     axes.set_ylabel("held-out loss, 15 % masked (nats)" if cfg.held_out else "masked-language-model loss (nats)")
     axes.set_title(cfg.title)
@@ -317,14 +385,35 @@ def plot_loss(cfg, pyplot):
     return figure
 
 
-def read_bench(path):
-    """The JSON of kernels.bench as a dictionary. Raises: UserError."""
+def plot_at_lengths(cfg, pyplot):
+    """Held-out loss against length, a line for each model and budget, averaged over seeds."""
+    groups = {}
+    for path in find(cfg.at_lengths, "lengths.json"):
+        model, minutes, losses = read_lengths(path)
+        groups.setdefault((model, minutes), []).append(losses)
+    figure, axes = pyplot.subplots(figsize=(6.4, 4.4), layout="constrained")
+    styles = dict(zip(sorted({model for model, _ in groups}, reverse=True), STYLES))
+    for (model, minutes), seeds in sorted(groups.items(), reverse=True):
+        color, marker, line, _ = styles[model]
+        lengths = [length for length, _ in seeds[0]]
+        means = np.mean([[loss for _, loss in losses] for losses in seeds], 0)
+        label = MODEL_NAMES[model] if minutes == max(m for other, m in groups if other == model) else None  # once
+        axes.plot(lengths, means, color=color, marker=marker, linestyle=line, label=label)
+        beside = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "fontsize": "small"}
+        axes.annotate(f"{minutes:g} min", (lengths[-1], means[-1]), **beside)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_xlabel("tokens in a piece of text, at most")
+    axes.set_ylabel("held-out loss, 15 % masked (nats)")
+    axes.set_title(cfg.title)
+    axes.margins(x=0.12)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
 
-    def interpret(results):
-        [row["entry"] for row in results["rows"]], results["device"]
-        return results
 
-    return read_result(path, "result of python -m kernels.bench", interpret)
+# ---------------------------------------------------------------------------------------------------------------------
+# Speed
 
 
 def plot_kernels(cfg, pyplot):
@@ -336,7 +425,7 @@ def plot_kernels(cfg, pyplot):
             rows.setdefault(record["row"], []).append(record)
     if not rows:
         raise UserError(f"{cfg.kernels}: no operators and no steps were measured")
-    names = sorted(rows, key=lambda name: "both" not in rows[name][0])  # stable: else as measured
+    names = sorted(rows, key=lambda name: "both" not in rows[name][0])  # stable: otherwise in the order measured
     columns = min(3, len(names))
     lines = [names[i : i + columns] for i in range(0, len(names), columns)]
     heights = [max(len(rows[name]) for name in line) + 2.2 for line in lines]
@@ -354,22 +443,21 @@ def plot_kernels(cfg, pyplot):
 
 
 def draw_row(axes, records):
-    """Bars from the top in the order measured; forward and backward of an operator stand in one bar."""
+    """Bars from the top, in the order measured; an operator's bar stacks forward and backward."""
     ours, peer = STYLES[0][0], STYLES[3][0]
     operator = "both" in records[0]
     for place, record in enumerate(records):
-        colour = ours if record["entry"] == "ours" else peer
+        color = ours if record["entry"] == "ours" else peer
         if operator:
             forward, backward = (record[part]["ns_per_token"] for part in ("forward", "backward"))
             value = forward + backward
-            axes.barh(place, forward, color=colour, edgecolor="white")
-            axes.barh(place, backward, left=forward, color=colour, hatch="///", edgecolor="white")
+            axes.barh(place, forward, color=color, edgecolor="white")
+            axes.barh(place, backward, left=forward, color=color, hatch="///", edgecolor="white")
         else:
             value = record["samples_per_second"]
-            axes.barh(place, value, color=colour, edgecolor="white")
-        axes.annotate(
-            f" {value:,.1f}" if operator else f" {value:,.0f}", (value, place), va="center", fontsize="x-small"
-        )
+            axes.barh(place, value, color=color, edgecolor="white")
+        text = f" {value:,.1f}" if operator else f" {value:,.0f}"
+        axes.annotate(text, (value, place), va="center", fontsize="x-small")
     if operator:
         axes.axvline(records[0]["both"]["ceiling_ns_per_token"], color="black", linestyle="--", linewidth=1)
         axes.set_xlabel("ns a token: forward, then backward (hatched); dashed: ceiling", fontsize="x-small")
@@ -382,16 +470,15 @@ def draw_row(axes, records):
 
 
 def plot_scaling(cfg, pyplot):
-    """Samples/s and MFU (or efficiency, where no MFU is known) by GPUs, for both ways to set the batch.
+    """Samples/s, and MFU (or efficiency, if the GPU's peak is unknown), against GPUs, for a shared batch and one per GPU.
 
-    Full lines and markers are measured, dashed lines and empty markers predicted; grey is one GPU's rate times their
-    number.
+    Solid lines and filled markers are measured, dashed lines and empty markers predicted. Gray: perfect scaling from one
+    GPU's rate.
     """
-    import scaling  # here, as it brings PyTorch
-
-    results = scaling.read(cfg.scaling)
+    results = read_scaling(cfg.scaling)
     if "predicted" not in results:
-        raise UserError(f"{cfg.scaling}: no prediction (python scaling.py --predict={cfg.scaling} --out={cfg.scaling})")
+        hint = f"python -m studies.scaling --predict={cfg.scaling} --out={cfg.scaling}"
+        raise UserError(f"{cfg.scaling}: no prediction ({hint})")
     measured = [row for row in results["rows"] if "ms" in row and row["batch"] != "curve"]
     predicted = [row for row in results["predicted"] if row["measured_ms"] is None]
     lower = "mfu" if any(row["mfu"] for row in measured) else "efficiency"
@@ -400,11 +487,15 @@ def plot_scaling(cfg, pyplot):
         "per_gpu": f"{results['per_gpu']:,} samples on each GPU",
     }
     figure, grid = pyplot.subplots(2, 2, figsize=(9.6, 6.8), sharex=True, layout="constrained")
-    models = [name for name in scaling.TITLES if any(row["model"] == name for row in measured)]
+    models = [name for name in SCALING_NAMES if any(row["model"] == name for row in measured)]
     for column, batch in zip(grid.T, titles):
-        for model, (colour, marker, _, _) in zip(models, STYLES):
-            label = scaling.TITLES[model]
-            draw_scaling(column, measured, predicted, (model, batch), (lower, label, colour, marker))
+        for model, style in zip(models, STYLES):
+            here, more = (
+                sorted((row for row in rows if (row["model"], row["batch"]) == (model, batch)), key=lambda row: row["gpus"])
+                for rows in (measured, predicted)
+            )
+            if here:
+                draw_scaling(column, here, more, lower, SCALING_NAMES[model], style)
         if batch == "global":
             for (name, points), face in zip(PUBLISHED.items(), ("#555555", "none")):
                 step, hours, _ = points[-1]
@@ -425,55 +516,44 @@ def plot_scaling(cfg, pyplot):
     return figure
 
 
-def draw_scaling(column, measured, predicted, what, how):
-    """One model with one way to set the batch, in the upper and the lower panel."""
-    lower, label, colour, marker = how
-    rows, more = (
-        sorted((row for row in found if (row["model"], row["batch"]) == what), key=lambda row: row["gpus"])
-        for found in (measured, predicted)
-    )
-    if not rows:
-        return
-    ideal = [rows[0]["samples_per_second"] * n for n in (1, max(row["gpus"] for row in [*rows, *more]))]
+def draw_scaling(column, measured, predicted, lower, label, style):
+    """One model's rows with one kind of batch, in the upper and the lower panel of a column."""
+    color, marker, _, _ = style
+    ideal = [measured[0]["samples_per_second"] * n for n in (1, max(row["gpus"] for row in [*measured, *predicted]))]
     column[0].plot([1, ideal[1] / ideal[0]], ideal, color="#bbbbbb", linewidth=0.8)
-    more = [row for row in more if row["gpus"] > rows[-1]["gpus"]]
+    predicted = [row for row in predicted if row["gpus"] > measured[-1]["gpus"]]
     for axes, key, factor in ((column[0], "samples_per_second", 1), (column[1], lower, 100)):
-        # One GPU is measured beside each number of them: all those points are drawn, and the line takes the last.
-        places = [(row["gpus"], factor * (row.get(key) or 1)) for row in rows]
-        line = sorted(dict(places).items())
-        axes.plot(*zip(*places), marker, color=colour)
-        axes.plot(*zip(*line), "-", color=colour, marker=marker, label=label)
-        dashed = [line[-1], *((row["gpus"], factor * row[key]) for row in more)]
-        axes.plot(*zip(*dashed), "--", color=colour, linewidth=1)
-        axes.plot(*zip(*dashed[1:]), marker, color=colour, markerfacecolor="white", markersize=4) if more else None
+        # A single GPU is measured once beside each number of GPUs: the line goes through the last of those points.
+        points = [(row["gpus"], factor * (row.get(key) or 1)) for row in measured]
+        line = sorted(dict(points).items())
+        axes.plot(*zip(*points), marker, color=color)
+        axes.plot(*zip(*line), "-", color=color, marker=marker, label=label)
+        dashed = [line[-1], *((row["gpus"], factor * row[key]) for row in predicted)]
+        axes.plot(*zip(*dashed), "--", color=color, linewidth=1)
+        if predicted:
+            axes.plot(*zip(*dashed[1:]), marker, color=color, markerfacecolor="white", markersize=4)
 
 
-def read_report(path):
-    """How many documents of which length a report.json tells of: {(shortest, longest): documents}. Raises: UserError."""
-
-    def interpret(report):
-        return {tuple(map(int, name.split("-"))): int(count) for name, count in report["lengths"].items()}
-
-    return read_result(path, "report.json of prepare_c4.py", interpret)
+# ---------------------------------------------------------------------------------------------------------------------
+# Documents
 
 
 def plot_lengths(cfg, pyplot):
     """The share of documents in each doubling of length, a bar for each corpus."""
     paths = find(cfg.lengths, "report.json")
-    labels = labels_for(cfg, paths, log_label)
-    too_many(labels)
+    labels = labels_for(cfg, paths, file_label)
     reports = [read_report(path) for path in paths]
     ends = [end for report in reports for bounds in report for end in bounds]
-    powers = range(min(ends).bit_length() - 1, max(ends).bit_length())  # also those that no document has
+    powers = range(min(ends).bit_length() - 1, max(ends).bit_length())  # no gaps
     bins = [(2**power, 2 ** (power + 1) - 1) for power in powers]
     figure, axes = pyplot.subplots(figsize=(2.4 + 0.5 * len(bins), 4.0), layout="constrained")
     width = 0.8 / len(paths)
-    for i, (label, report, (colour, *_, hatch)) in enumerate(zip(labels, reports, STYLES)):
+    for i, (label, report, (color, *_, hatch)) in enumerate(zip(labels, reports, STYLES)):
         total = sum(report.values())
-        places = np.arange(len(bins)) + (i - (len(paths) - 1) / 2) * width
+        left = np.arange(len(bins)) + (i - (len(paths) - 1) / 2) * width
         shares = [100 * report.get(bounds, 0) / total for bounds in bins]
         label = f"{label}: {total:,} documents"
-        axes.bar(places, shares, width * 0.92, color=colour, hatch=hatch, edgecolor="white", label=label)
+        axes.bar(left, shares, width * 0.92, color=color, hatch=hatch, edgecolor="white", label=label)
     axes.set_xticks(range(len(bins)), [f"{low:,}" for low, _ in bins], rotation=45, ha="right", rotation_mode="anchor")
     axes.set_xlabel("tokens in a document, from this number to twice it")
     axes.set_ylabel("% of documents")
@@ -483,73 +563,16 @@ def plot_lengths(cfg, pyplot):
     return figure
 
 
-def read_lengths(path):
-    """A lengths.json as a dictionary. Raises: UserError."""
-
-    def interpret(result):
-        places = sorted((int(length), found["loss"]) for length, found in result["lengths"].items())
-        return {"model": result["model"], "minutes": result["minutes"], "places": places}
-
-    return read_result(path, "lengths.json of race.py", interpret)
-
-
-def plot_at_lengths(cfg, pyplot):
-    """Held-out loss against length, a line for each model and budget; the mean of its seeds."""
-    groups = {}
-    for path in find(cfg.at_lengths, "lengths.json"):
-        result = read_lengths(path)
-        groups.setdefault((result["model"], result["minutes"]), []).append(result["places"])
-    figure, axes = pyplot.subplots(figsize=(6.4, 4.4), layout="constrained")
-    styles = dict(zip(sorted({model for model, _ in groups}, reverse=True), STYLES))
-    for (model, minutes), seeds in sorted(groups.items(), reverse=True):
-        colour, marker, line, _ = styles[model]
-        lengths = [length for length, _ in seeds[0]]
-        means = np.mean([[loss for _, loss in places] for places in seeds], 0)
-        label = MODEL_NAMES[model] if minutes == max(m for other, m in groups if other == model) else None  # once
-        axes.plot(lengths, means, color=colour, marker=marker, linestyle=line, label=label)
-        beside = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "fontsize": "small"}
-        axes.annotate(f"{minutes:g} min", (lengths[-1], means[-1]), **beside)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set_xlabel("tokens in a piece of text, at most")
-    axes.set_ylabel("held-out loss, 15 % masked (nats)")
-    axes.set_title(cfg.title)
-    axes.margins(x=0.12)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    return figure
-
-
-def model_of_log(path):
-    start = next((record for record in read_log(path) if record["event"] == "start"), {"config": {}})
-    return MODEL_NAMES.get(start["config"].get("model"), log_label(path))
-
-
-def log_label(path):
-    name = os.path.splitext(os.path.basename(path))[0]
-    return os.path.basename(os.path.dirname(os.path.abspath(path))) if name in ("log", "report") else name
-
-
-def model_label(results):
-    return f"{MODEL_NAMES[results['model']]}, {results['num_layers']} layers"
-
-
-def too_many(labels):
-    if len(set(labels)) > len(STYLES):
-        raise UserError(f"{len(set(labels))} labels, at most {len(STYLES)} can be told apart (give --labels)")
-
-
 @command
 def main(argv):
     cfg = load_config(PlotConfig, argv)
     kinds = {
-        "loss": plot_loss, "glue": plot_glue, "pareto": plot_pareto, "lengths": plot_lengths, "kernels": plot_kernels,
-        "at_lengths": plot_at_lengths,
-        "scaling": plot_scaling,
+        "loss": plot_loss, "glue": plot_glue, "pareto": plot_pareto, "at_lengths": plot_at_lengths,
+        "lengths": plot_lengths, "kernels": plot_kernels, "scaling": plot_scaling,
     }  # fmt: skip
-    asked = [draw for name, draw in kinds.items() if getattr(cfg, name)]
-    if len(asked) != 1:
-        raise UserError("give one of --loss, --glue, --pareto, --at_lengths, --lengths, --kernels and --scaling")
+    chosen = [draw for name, draw in kinds.items() if getattr(cfg, name)]
+    if len(chosen) != 1:
+        raise UserError(f"give one of {', '.join(f'--{name}' for name in kinds)}")
     for path in cfg.out.split(","):
         if not path.endswith((".svg", ".png", ".pdf")):
             raise UserError(f"{path}: unknown suffix (expected .svg, .png or .pdf)")
@@ -561,7 +584,7 @@ def main(argv):
     matplotlib.rcParams.update({"svg.hashsalt": "plot.py", "svg.fonttype": "none", "hatch.linewidth": 0.6})
     from matplotlib import pyplot
 
-    figure = asked[0](cfg, pyplot)
+    figure = chosen[0](cfg, pyplot)
     for path in cfg.out.split(","):
         try:
             os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)

@@ -1,11 +1,11 @@
-"""A labelled task out of token shards: is this text as it was written, or were some of its words replaced?
+"""Make a labelled task from token shards: is this text genuine, or were some of its words replaced?
 
-    python smoke_task.py --data_dir=data/smoke --out=data/smoke_task
+    python -m tools.smoke_task --data_dir=data/smoke --out=data/smoke_task
 
-writes train.tsv and val.tsv with the columns text and label: windows of 40 tokens, half of them "genuine", in the
-other half 6 of the 40 "replaced" by random tokens of the vocabulary. `make smoke` fine-tunes on it.
+writes train.tsv and val.tsv with the columns text and label: windows of 40 tokens, half of them "genuine", the other half
+"replaced", with random tokens in 6 of the 40 positions. `make smoke` fine-tunes on it.
 
-Read next: finetune_glue.py
+Read next: tools/finetune_own.py
 """
 
 import os
@@ -24,19 +24,17 @@ WINDOW, REPLACED = 40, 6  # tokens
 class SmokeTaskConfig:
     data_dir: str = "data/smoke"  # directory of token shards
     out: str = "data/smoke_task"  # directory for train.tsv and val.tsv
-    examples: int = 8000  # for training, at most
-    seed: int = 17  # of the choice of words
+    examples: int = 8000  # per file, at most
+    seed: int = 17  # decides which windows, and which words are replaced
 
 
 def windows(data_dir, split):
-    """(n, WINDOW) int64 array: every whole window of the documents of a split."""
+    """(n, WINDOW) int64 array: every whole window of a split's documents."""
     samples = Samples(data_dir, split, WINDOW + 2, chunk=True)  # + [CLS] and [SEP]
     shard, start, length = samples.locate(np.arange(len(samples)))
     whole = length == WINDOW
-    found = np.empty((int(whole.sum()), WINDOW), samples.token_type)
-    for row, s, a in zip(found, shard[whole], start[whole]):
-        samples.shards[s].tokens(int(a), row)
-    return found.astype(np.int64)
+    rows = [samples.shards[s].tokens[i : i + WINDOW] for s, i in zip(shard[whole].tolist(), start[whole].tolist())]
+    return np.array(rows, np.int64).reshape(-1, WINDOW)
 
 
 @command
@@ -48,11 +46,11 @@ def main(argv):
     for split in ("train", "val"):
         tokens = rng.permutation(windows(cfg.data_dir, split))[: cfg.examples]
         if len(tokens) < 2:
-            raise UserError(f"{cfg.data_dir}: no documents of {WINDOW} tokens in its {split} shards (prepare more text)")
+            raise UserError(f"{cfg.data_dir}: no {split} documents of {WINDOW} tokens (prepare more text)")
         replaced = np.arange(len(tokens)) % 2 == 1
         for i in np.flatnonzero(replaced):
-            places = rng.choice(WINDOW, REPLACED, replace=False)
-            tokens[i, places] = rng.integers(len(special), tokenizer.get_vocab_size(), REPLACED)
+            positions = rng.choice(WINDOW, REPLACED, replace=False)
+            tokens[i, positions] = rng.integers(len(special), tokenizer.get_vocab_size(), REPLACED)
         texts = tokenizer.decode_batch(tokens.tolist())
         with open(os.path.join(cfg.out, f"{split}.tsv"), "w", encoding="utf-8") as file:
             file.write("text\tlabel\n")

@@ -1,10 +1,10 @@
-"""Sizes of a MosaicBERT, for Hugging Face transformers."""
+"""Configuration of a MosaicBERT, for Hugging Face transformers."""
 
 from transformers import PretrainedConfig
 
 
 class MosaicBertConfig(PretrainedConfig):
-    model_type = "mosaic_bert"  # its own: a loader that does not know it stops instead of taking it for BERT
+    model_type = "mosaic_bert"  # not "bert": a loader that ignores this code must stop, not build a BERT
 
     def __init__(
         self,

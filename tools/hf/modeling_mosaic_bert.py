@@ -21,7 +21,7 @@ from .configuration_mosaic_bert import MosaicBertConfig
 
 
 def alibi_slopes(num_heads):
-    """How steeply each head's scores fall with distance, a list; the bias is -slope * |i - j|."""
+    """ALiBi's slope of each head, a list; the bias is -slope * |i - j|."""
     power = 2 ** int(math.log2(num_heads))
     slopes = [2 ** (-8 * k / power) for k in range(1, power + 1)]
     between = [2 ** (-8 * k / (2 * power)) for k in range(1, 2 * power + 1, 2)]
@@ -29,9 +29,9 @@ def alibi_slopes(num_heads):
 
 
 def attention_bias(num_heads, attention_mask, x):
-    """(B or 1, H, T, T), added to the scores: ALiBi, and the lowest number where a key is padding.
+    """(B or 1, H, T, T), added to the scores: ALiBi, and the dtype's lowest number where a key is padding.
 
-    Made anew from the length in every forward pass: a buffer would be lost when a model is made without memory.
+    Computed in every forward pass: a non-persistent buffer would be lost when a model is created on the meta device.
     """
     position = torch.arange(x.shape[1], device=x.device)
     distance = (position[:, None] - position).abs().to(x.dtype)
@@ -42,7 +42,7 @@ def attention_bias(num_heads, attention_mask, x):
 
 
 def finish(output, return_dict, config):
-    """The output as the caller wants it."""
+    """A ModelOutput or a tuple, as return_dict says."""
     return_dict = config.return_dict if return_dict is None else return_dict
     return output if return_dict else output.to_tuple()
 
@@ -101,7 +101,7 @@ class MosaicBertPreTrainedModel(PreTrainedModel):
 
 
 class MosaicBertModel(MosaicBertPreTrainedModel):
-    """Token ids to hidden states. Sequences may be longer than those it was trained on, and padded on either side."""
+    """Token ids to hidden states. Sequences may be longer than in training, and padded on either side."""
 
     def __init__(self, config, add_pooling_layer=False):
         super().__init__(config)
@@ -154,7 +154,7 @@ class MosaicBertModel(MosaicBertPreTrainedModel):
         pooled = None
         if self.pooler is not None:
             first = x[:, 0]  # [CLS]
-            if attention_mask is not None:  # wherever the padding is
+            if attention_mask is not None:  # the padding may be on the left
                 first = x[torch.arange(len(x), device=x.device), attention_mask.bool().int().argmax(1)]
             pooled = torch.tanh(self.pooler["dense"](first))
         output = BaseModelOutputWithPooling(
@@ -197,7 +197,7 @@ class MosaicBertForMaskedLM(MosaicBertPreTrainedModel):
     def forward(
         self, input_ids=None, attention_mask=None, token_type_ids=None, labels=None, return_dict=None, **kwargs
     ):
-        """labels: (B, T), -100 where nothing is to be predicted."""
+        """labels: (B, T), -100 where no token is predicted."""
         output = self.bert(input_ids, attention_mask, token_type_ids, return_dict=True, **kwargs)
         logits = self.cls["predictions"](output.last_hidden_state)
         loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten())
@@ -206,7 +206,7 @@ class MosaicBertForMaskedLM(MosaicBertPreTrainedModel):
 
 
 class MosaicBertClassifier(MosaicBertPreTrainedModel):
-    """What the two classifiers share: encoder, dropout, and a linear layer."""
+    """Base of both classifiers: encoder, dropout, and a linear layer."""
 
     add_pooling_layer = False
 
@@ -226,7 +226,7 @@ class MosaicBertForSequenceClassification(MosaicBertClassifier):
     def forward(
         self, input_ids=None, attention_mask=None, token_type_ids=None, labels=None, return_dict=None, **kwargs
     ):
-        """labels: (B,) classes or numbers, or (B, num_labels) of 0s and 1s, by config.problem_type as in BERT."""
+        """labels: (B,) classes or numbers, or (B, num_labels) of 0 and 1, by config.problem_type as in BERT."""
         output = self.bert(input_ids, attention_mask, token_type_ids, return_dict=True, **kwargs)
         logits = self.classifier(self.dropout(output.pooler_output))
         loss = None
@@ -250,7 +250,7 @@ class MosaicBertForTokenClassification(MosaicBertClassifier):
     def forward(
         self, input_ids=None, attention_mask=None, token_type_ids=None, labels=None, return_dict=None, **kwargs
     ):
-        """labels: (B, T) classes, -100 where a token does not count."""
+        """labels: (B, T) classes, -100 for tokens to ignore."""
         output = self.bert(input_ids, attention_mask, token_type_ids, return_dict=True, **kwargs)
         logits = self.classifier(self.dropout(output.last_hidden_state))
         loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten())

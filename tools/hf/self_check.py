@@ -1,8 +1,8 @@
-"""Open an export as a stranger would, with transformers alone, and compare it with the trainer's own outputs.
+"""Load an export as a stranger would, with transformers alone, and compare it with this project's outputs.
 
-    python -I hf/self_check.py EXPORT EXPECTED     (convert_hf.py runs it)
+    python -I tools/hf/self_check.py EXPORT EXPECTED     (run by tools/hf/write.py)
 
-Writes EXPECTED/verdict.json: versions, the largest absolute difference, and how many rows have the same likeliest entry.
+Writes EXPECTED/verdict.json: versions, the largest absolute difference, and how many rows have the same top entry.
 """
 
 import json
@@ -39,7 +39,7 @@ def main(export, expected):
         batch = tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
         mask = batch["attention_mask"].bool()
         found = [row[keep].tolist() for row, keep in zip(batch["input_ids"], mask)]
-        assert found == ids, "the exported tokenizer gives other tokens"
+        assert found == ids, "the exported tokenizer gives different tokens"
         if about["onnx"]:
             inputs = {name.name: batch[name.name].numpy() for name in session.get_inputs()}
             logits = torch.from_numpy(session.run(None, inputs)[0])
@@ -51,9 +51,10 @@ def main(export, expected):
         difference = max(difference, (logits - wanted).abs().max().item())
         same += int((logits.argmax(-1) == wanted.argmax(-1)).sum())
         start += len(logits)
-    assert start == len(outputs), f"{start} rows, {len(outputs)} were expected"
+    assert start == len(outputs), f"{start} rows, expected {len(outputs)}"
     verdict = {"by": by, "difference": difference, "same": same}
     Path(expected, "verdict.json").write_text(json.dumps(verdict), encoding="utf-8")
 
 
-main(*sys.argv[1:])
+if __name__ == "__main__":
+    main(*sys.argv[1:])

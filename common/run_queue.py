@@ -1,0 +1,109 @@
+"""A queue of runs that any number of processes work on, on one host or on several with a shared file system.
+
+DIRECTORY/NAME.jsonl is a run's log, its lock and its result: a process locks the log of a free run, does the run, and the
+log's last record, with the event "end", is the result. A killed run starts over; a finished one is not repeated.
+
+A run has a `name`; its `identity`, a dictionary of everything that changes its result; its `cost`, in any unit; `after`, the
+name of a run that has to finish first, or ""; and `artifact`, a path that it leaves besides its log, or "".
+"""
+
+import fcntl
+import json
+import multiprocessing
+import os
+import threading
+import time
+
+import torch
+
+from common.options import UserError, command
+
+
+def log_path(directory, run):
+    return os.path.join(directory, f"{run.name}.jsonl")
+
+
+def result(directory, run):
+    """The last record of a finished run, or None. Raises: UserError if its identity was different."""
+    try:
+        with open(log_path(directory, run), encoding="utf-8") as file:
+            records = [json.loads(line) for line in file]
+    except (OSError, ValueError):  # missing, or ends in half a line: in progress, or killed
+        return None
+    if not records or records[-1]["event"] != "end":
+        return None
+    names = [name for name, value in run.identity.items() if records[0]["identity"].get(name) != value]
+    if names:
+        raise UserError(f"{log_path(directory, run)}: holds a run with another {', '.join(names)} (choose another --out)")
+    if run.artifact and not os.path.exists(run.artifact):  # nobody asked for it then, or it has been removed
+        return None
+    return records[-1]
+
+
+def claim(path):
+    """A run's log, opened and locked, or None if a live process holds it. The lock ends with the process."""
+    file = open(path, "a", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file
+    except BlockingIOError:
+        file.close()
+        return None
+
+
+def work(directory, runs, make_worker, jobs=1):
+    """Do free runs, the first ones first, until all are finished, here or in other processes.
+
+    make_worker(): an object whose run(run, log, say) does a run and returns a line about it; log: the opened file;
+    say(text): prints progress.
+    """
+    started, worker = time.time(), None
+    finished_before = {run.name for run in runs if result(directory, run)}
+
+    def say(text):
+        finished = [run for run in runs if result(directory, run)]
+        fresh = sum(run.cost for run in finished if run.name not in finished_before)
+        left = sum(run.cost for run in runs) - sum(run.cost for run in finished)
+        eta = f", about {(time.time() - started) * left / fresh / 60:.1f} min left" if fresh and left else ""
+        print(f"{text} | {len(finished)} of {len(runs)} runs{eta}", flush=True)
+
+    while waiting := [run for run in runs if not result(directory, run)]:
+        names, log = [run.name for run in waiting], None
+        for run in waiting:
+            if run.after not in names and (log := claim(log_path(directory, run))):
+                break
+        if log is None:
+            time.sleep(0.5)
+            continue
+        with log:
+            if result(directory, run):  # finished just before the claim
+                continue
+            log.truncate(0)
+            try:
+                worker = worker or make_worker()
+                text = worker.run(run, log, say)
+            except torch.OutOfMemoryError:
+                raise UserError(f"out of GPU memory with jobs={jobs} (lower --jobs or --batch_size)", True) from None
+        say(text)
+
+
+def job(_, directory, runs, make_worker, jobs):
+    """`work` in one of several processes."""
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # don't outlive a killed parent
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
+    command(lambda _: work(directory, runs, make_worker, jobs))([])
+
+
+def finish(directory, runs, make_worker, jobs):
+    """`work`, in as many processes as `jobs`. Raises: SystemExit with the status of the first one that fails."""
+    os.makedirs(directory, exist_ok=True)
+    if jobs == 1:
+        return work(directory, runs, make_worker)
+    try:
+        torch.multiprocessing.spawn(job, (directory, runs, make_worker, jobs), jobs, daemon=True)
+    except torch.multiprocessing.ProcessExitedException as error:
+        if error.signal_name:
+            hint = "out of memory? try a lower --jobs"
+            raise UserError(f"a process was killed by {error.signal_name} ({hint})", True) from None
+        raise SystemExit(error.exit_code) from None

@@ -1,0 +1,182 @@
+"""Your own labelled files: every kind is read, refused by file and line, learned, and predicted."""
+
+import functools
+import json
+
+import pytest
+
+from common.options import UserError
+from finetune_glue import to_examples
+from tests.test_finetune_glue import CPU, sentences
+from tests.test_glue import OPENERS
+from tests.toy import make_run
+from tools.finetune_own import OwnConfig, main, own_task, read_rows
+
+settings = functools.partial(OwnConfig, checkpoint="run", out="out")
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("run"))
+
+
+OWN = {
+    "csv": 'id,text,label\n1,"a, b",yes\n2,"two\nlines, ""quoted""",no\n\n3,plain,yes\n',
+    "tsv": 'label\ttext\nyes\ta, b\nno\ttwo "lines\nyes\tplain\n',
+    "jsonl": '{"text": "a, b", "label": "yes"}\n\n{"label": "no", "text": "two\\nlines"}\n'
+    '{"text": "plain", "label": "yes"}\n',
+}
+
+
+@pytest.mark.parametrize("kind, second", [("csv", 'two\nlines, "quoted"'), ("tsv", 'two "lines'), ("jsonl", "two\nlines")])
+@pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
+def test_own_files(tmp_path, kind, second, suffix):
+    path = str(tmp_path / f"a.{kind}{suffix}")
+    with OPENERS[suffix](path, "wb") as file:
+        file.write(OWN[kind].encode("utf-8-sig"))
+    cfg = settings(train_file=path)
+    rows = read_rows(path, ("text",), "label", cfg)
+    assert [cells for _, cells in rows] == [["a, b", "yes"], [second, "no"], ["plain", "yes"]]
+    last = OWN[kind].count("\n")
+    assert [number for number, _ in rows][0] in (1, 2) and rows[-1][0] == last
+    assert [cells for _, cells in read_rows(path, ("text",), "", cfg)] == [["a, b"], [second], ["plain"]]
+    task = own_task(cfg)
+    assert task.name == "own" and task.labels == ("no", "yes") and task.metrics == ("accuracy", "macro_f1")
+    assert to_examples(rows, path, task.labels).labels.tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    "labels, problem, regression",
+    [
+        (["a", "b"], "auto", False),
+        (["0", "1", "2"], "auto", False),
+        (["1.0", "2.0"], "auto", False),
+        ([str(i) for i in range(20)], "auto", False),
+        ([str(i) for i in range(21)], "auto", True),
+        (["0.5", "1", "2"], "auto", True),
+        ([f"word{i}" for i in range(30)], "auto", False),
+        (["0.5", "1", "x"], "auto", False),
+        (["0", "1"], "regression", True),
+        (["0.5", "1.5"], "classification", False),
+    ],
+)
+def test_classification_or_regression(tmp_path, labels, problem, regression):
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\n" + "".join(f"t,{label}\n" for label in labels))
+    task = own_task(settings(train_file=str(path), problem=problem))
+    assert task.labels == (() if regression else tuple(sorted(labels)))
+    assert task.metrics == (("pearson", "spearman") if regression else ("accuracy", "macro_f1"))
+    examples = to_examples(read_rows(str(path), ("text",), "label", settings()), str(path), task.labels)
+    if regression:
+        assert examples.labels.tolist() == [float(label) for label in labels]
+
+
+def test_json_labels_and_pairs(tmp_path):
+    path = tmp_path / "a.jsonl"
+    records = [{"a": "x", "b": "y", "c": i % 2 == 0} for i in range(4)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    task = own_task(settings(train_file=str(path), text_columns="a,b", label_column="c"))
+    assert task.labels == ("false", "true") and task.text_columns == ("a", "b")
+    rows = read_rows(str(path), ("a", "b"), "c", settings())
+    assert rows[0] == (1, ["x", "y", "true"])
+
+
+@pytest.mark.parametrize(
+    "file, contents, place, says",
+    [
+        ("a.csv", "text,label\na,yes\n", ":1", "no column 'sentence'"),
+        ("a.tsv", "text\tlabel\na\tyes\n", ":1", "no column 'sentence'"),
+        ("a.jsonl", '{"sentence": "a", "label": 1}\n{"text": "a", "label": 1}\n', ":2", "not an object with 'sentence'"),
+        ("a.jsonl", '{"sentence": "a", "label": 1}\n{"sentence": \n', ":2", "not valid JSON"),
+        ("a.jsonl", '"sentence"\n', ":1", "not an object"),
+        ("a.csv", 'sentence,label\na,yes\n"b,no\nc,yes\n', ":4", "quote not closed"),
+        ("a.csv", "sentence,label\na,yes\nb, c,no\n", ":3", "3 columns, expected 2"),
+        ("a.csv", "sentence,label\na,yes\n\xff,no\n", ":3", "not UTF-8"),
+        ("a.txt", "sentence\n", "", "unknown suffix"),
+        ("a.csv", None, "", "No such file"),
+    ],
+)
+def test_wrong_own_files(tmp_path, file, contents, place, says):
+    path = tmp_path / file
+    if contents is not None:
+        path.write_bytes(contents.encode("latin-1"))
+    with pytest.raises(UserError) as error:
+        read_rows(str(path), ("sentence",), "label", settings())
+    assert str(error.value).startswith(f"{path}{place}: ") and says in str(error.value)
+    if says in ("not valid JSON", "3 columns, expected 2", "not UTF-8"):
+        assert len(read_rows(str(path), ("sentence",), "label", settings(skip_bad_lines=1))) == 1
+
+
+def test_wrong_own_labels(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('text,label\n"a\nb",yes\nc,no\n')
+    rows = read_rows(str(path), ("text",), "label", settings())
+    with pytest.raises(UserError) as error:  # the validation file of another task
+        to_examples(rows, str(path), ("maybe", "yes"))
+    assert str(error.value).startswith(f"{path}:4: unknown label 'no' (expected one of maybe, yes")
+    with pytest.raises(UserError) as error:
+        to_examples(rows, str(path), ())
+    assert str(error.value).startswith(f"{path}:3: label 'yes' is not a number")
+    for contents in ("text,label\na,yes\nb,yes\n", "text,label\n", ""):
+        path.write_text(contents)
+        with pytest.raises(UserError, match=r"a\.csv: [01] different labels in 'label'"):
+            own_task(settings(train_file=str(path)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training and predicting
+
+
+def write_labelled(path, n, seed):
+    """Texts whose first word gives the label away."""
+    rows = [("yes", f"w91 {text}") if i % 2 else ("no", f"w92 {text}") for i, text in enumerate(sentences(n, seed))]
+    separator = {".csv": ",", ".tsv": "\t"}.get(path.suffix)
+    if separator:
+        lines = [f"text{separator}kind", *(f"{text}{separator}{label}" for label, text in rows)]
+    else:
+        lines = [json.dumps({"text": text, "kind": label}) for label, text in rows]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl"])
+def test_own_labels_are_learned_and_predicted(pretrained, tmp_path, suffix, capsys):
+    train, val = write_labelled(tmp_path / f"train.{suffix}", 400, 0), write_labelled(tmp_path / f"val.{suffix}", 100, 1)
+    out = tmp_path / "out"
+    options = [f"--train_file={train}", f"--val_file={val}", "--label_column=kind", "--lr=3e-3", "--epochs=4"]
+    main([f"--checkpoint={pretrained}", f"--out={out}", f"--predict_file={val}", *options, *CPU])
+    own = json.loads((out / "glue.json").read_text())["tasks"]["own"]
+    assert own["metrics"]["accuracy"]["mean"] > 0.95 and own["metrics"]["macro_f1"]["mean"] > 0.95
+    assert own["majority_accuracy"] == 0.5
+    assert "classification into no, yes" in capsys.readouterr().out
+    main([f"--checkpoint={out}/model", f"--predict_file={val}", f"--out={tmp_path / 'p'}", *CPU])
+    predicted = [line.split("\t")[1] for line in (tmp_path / "p/predictions.tsv").read_text().splitlines()[1:]]
+    scored = [line.split("\t")[2] for line in (out / "predictions/own.seed19.tsv").read_text().splitlines()[1:]]
+    assert predicted == scored
+    assert (out / "predictions.tsv").read_bytes() == (tmp_path / "p/predictions.tsv").read_bytes()
+
+
+def test_own_numbers_are_regression(pretrained, tmp_path, capsys):
+    rows = ["text\tlabel", *(f"{text}\t{len(text) / 7}" for text in sentences(60, 0))]
+    (tmp_path / "a.tsv").write_text("\n".join(rows) + "\n")
+    options = [f"--train_file={tmp_path}/a.tsv", f"--val_file={tmp_path}/a.tsv", "--random_weights"]
+    main([f"--checkpoint={pretrained}", f"--out={tmp_path}/out", *options, *CPU])
+    own = json.loads((tmp_path / "out/glue.json").read_text())["tasks"]["own"]
+    assert set(own["metrics"]) == {"pearson", "spearman"} and own["init"] == "random"
+    assert "regression" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ("--train_file=a.csv", "together"),
+        ("", "give --train_file and --val_file, or --predict_file"),
+        ("--predict_file=a.csv", "not fine-tuned"),
+        ("--predict_file=a.csv --text_columns=a,b,c", "two for pairs"),
+    ],
+)
+def test_mistakes_are_one_line(pretrained, tmp_path, capsys, options, reason):
+    with pytest.raises(SystemExit) as status:
+        main([f"--checkpoint={pretrained}", f"--out={tmp_path}/out", *options.split(), *CPU])
+    error = capsys.readouterr().err
+    assert status.value.code == 2 and error.count("\n") == 1 and reason in error, error

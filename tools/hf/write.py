@@ -1,0 +1,245 @@
+"""Write a model in Hugging Face form, for transformers or as ONNX, and check the result against this project's outputs."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+import checkpoint
+from common.batch import Batch
+from common.files import read_json, write_text
+from common.options import UserError
+from common.run_directory import read_log
+from common.vocabulary import finish, load_tokenizer
+from model import LAYER_NORM_EPS, MAX_POSITIONS, SequenceClassifier
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+CODE = ("configuration_mosaic_bert.py", "modeling_mosaic_bert.py")  # copied into every MosaicBERT export
+NAMES = {"mosaicbert": "MosaicBert", "bert": "Bert"}
+SPECIAL_NAMES = {
+    "pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]",
+}  # fmt: skip
+CHECK_TEXTS, CHECK_LONGEST = 64, 64  # of the self-check: texts, and tokens in the longest
+MAX_DIFFERENCE = 1e-5  # of fp32 outputs; for large outputs 1e-6 of the largest, about eight roundings
+MAX_ONNX_DIFFERENCE = 1e-4  # onnxruntime's operators round differently
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files. labels: a classifier's words, () for a regression, None for a masked LM.
+
+
+def hf_config(config, special, labels):
+    """The contents of transformers' config.json."""
+    family = NAMES[config["model"]]
+    hf = {
+        "architectures": [f"{family}ForMaskedLM" if labels is None else f"{family}ForSequenceClassification"],
+        "model_type": "mosaic_bert" if config["model"] == "mosaicbert" else "bert",
+        "vocab_size": config["vocab_size"],
+        "hidden_size": config["hidden_size"],
+        "num_hidden_layers": config["num_layers"],
+        "num_attention_heads": config["num_heads"],
+        "intermediate_size": config["intermediate_size"],
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": config["hidden_dropout"],
+        "attention_probs_dropout_prob": config["attention_dropout"],
+        "type_vocab_size": 2,
+        "layer_norm_eps": LAYER_NORM_EPS,
+        "pad_token_id": special["[PAD]"],
+        "torch_dtype": "float32",
+    }
+    if config["model"] == "bert":
+        hf["max_position_embeddings"] = MAX_POSITIONS
+    else:
+        configuration, modeling = (name.removesuffix(".py") for name in CODE)
+        hf["auto_map"] = {"AutoConfig": f"{configuration}.MosaicBertConfig", "AutoModel": f"{modeling}.MosaicBertModel"}
+        for kind in ("MaskedLM", "SequenceClassification", "TokenClassification"):
+            hf["auto_map"][f"AutoModelFor{kind}"] = f"{modeling}.MosaicBertFor{kind}"
+    if labels == ():
+        hf |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "problem_type": "regression"}
+    elif labels:
+        hf |= {"id2label": dict(enumerate(labels)), "label2id": {word: i for i, word in enumerate(labels)}}
+        hf["problem_type"] = "single_label_classification"
+    return hf
+
+
+def hf_tokenizer(text):
+    """The contents of transformers' tokenizer.json: it adds [CLS] and [SEP], and neither pads nor truncates."""
+    tokenizer, _ = load_tokenizer("tokenizer.json", text)
+    finish(tokenizer)
+    return tokenizer.to_str(pretty=True)
+
+
+def write_transformers(path, config, tensors, tokenizer_text, labels, card):
+    """Write what transformers and sentence-transformers read into the directory `path`; returns the model class's name."""
+    _, special = load_tokenizer("tokenizer.json", tokenizer_text)
+    tensors = dict(tensors)
+    for name in set(checkpoint.PER_WORD) & tensors.keys():
+        tensors[name] = tensors[name][: config["vocab_size"]].clone()
+    save_file(tensors, os.path.join(path, "model.safetensors"), {"format": "pt"})
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast", **SPECIAL_NAMES, "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
+    }  # fmt: skip
+    if config["model"] == "bert":
+        tokenizer_config["model_max_length"] = MAX_POSITIONS
+    # sentence-transformers: the mean over all tokens, [CLS] and [SEP] included, as tools/fill_mask.py --embed.
+    modules = [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+    ]
+    files = {
+        "config.json": hf_config(config, special, labels),
+        "tokenizer_config.json": tokenizer_config,
+        "modules.json": modules,
+        "1_Pooling/config.json": {"word_embedding_dimension": config["hidden_size"], "pooling_mode_mean_tokens": True},
+    }
+    os.makedirs(os.path.join(path, "1_Pooling"))
+    for name, contents in files.items():
+        write_text(os.path.join(path, name), json.dumps(contents, indent=2, ensure_ascii=False) + "\n")
+    write_text(os.path.join(path, "tokenizer.json"), hf_tokenizer(tokenizer_text))
+    write_text(os.path.join(path, "README.md"), card)
+    if config["model"] == "mosaicbert":
+        for name in CODE:
+            shutil.copyfile(os.path.join(HERE, name), os.path.join(path, name))
+    return files["config.json"]["architectures"][0]
+
+
+def export_onnx(path, architecture):
+    """Turn the transformers directory `path` into model.onnx, for any batch size and length, and its tokenizer."""
+    import transformers
+
+    auto = getattr(transformers, f"AutoModelFor{architecture.partition('For')[2]}")
+    model = auto.from_pretrained(path, trust_remote_code=True).eval()
+    model.config.return_dict = False
+    dimensions = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
+    names = ["input_ids", "attention_mask", "token_type_ids"]
+    examples = {name: torch.ones(2, 8, dtype=torch.int64) for name in names}  # a shared tensor would become one input
+    torch.onnx.export(
+        model, kwargs=examples, f=os.path.join(path, "model.onnx"), input_names=names,
+        output_names=["logits"], dynamic_shapes=dict.fromkeys(names, dimensions), dynamo=True, verbose=False,
+    )  # fmt: skip
+    for name in os.listdir(path):
+        if name not in ("model.onnx", "model.onnx.data", "tokenizer.json", "tokenizer_config.json", "README.md"):
+            leftover = os.path.join(path, name)
+            shutil.rmtree(leftover) if os.path.isdir(leftover) else os.remove(leftover)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The self-check
+
+
+def expected_outputs(config, tensors, tokenizer_text, labels, source):
+    """(texts, their token ids, this project's outputs) of random texts, for tools/hf/self_check.py to reproduce."""
+    tokenizer, special = load_tokenizer("tokenizer.json", tokenizer_text)
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, CHECK_LONGEST, CHECK_TEXTS)
+    words = [rng.integers(0, config["vocab_size"], length).tolist() for length in lengths]
+    texts = tokenizer.decode_batch(words, skip_special_tokens=True)
+    ids = [tokenizer.encode(text, add_special_tokens=False).ids[:CHECK_LONGEST] for text in texts]
+    ids = [[special["[CLS]"], *row, special["[SEP]"]] for row in ids]
+    if labels is None:
+        model = checkpoint.make_masked_lm(config, tensors, source)
+    else:
+        model = SequenceClassifier(checkpoint.model_config(config), config["vocab_size"], max(1, len(labels))).eval()
+        checkpoint.load_weights(model, tensors, source)
+    outputs = []
+    with torch.no_grad():
+        for row in map(torch.tensor, ids):
+            if labels is None:
+                outputs.append(model.logits(row[None], torch.ones_like(row)[None])[0])
+            else:
+                cu_seqlens = torch.tensor([0, len(row)], dtype=torch.int32)
+                outputs.append(model(Batch(row, cu_seqlens, len(row), windows=None)))
+    return texts, ids, torch.cat(outputs).numpy()
+
+
+def self_check(path, texts, ids, outputs, architecture, onnx=False):
+    """Run self_check.py on an export in its own process, and print the verdict. Raises: UserError if outputs differ."""
+    with tempfile.TemporaryDirectory() as scratch:
+        np.save(os.path.join(scratch, "outputs.npy"), outputs)
+        about = {"texts": texts, "ids": ids, "architecture": architecture, "onnx": onnx}
+        write_text(os.path.join(scratch, "about.json"), json.dumps(about))
+        # -I hides this project from the process. It downloads nothing, and transformers' copies of the code are thrown away.
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": scratch, "TRANSFORMERS_VERBOSITY": "error"}
+        argv = [sys.executable, "-I", os.path.join(HERE, "self_check.py"), os.path.abspath(path), scratch]
+        done = subprocess.run(argv, env=environment, cwd=scratch, capture_output=True, text=True)
+        if done.returncode != 0:
+            reason = (done.stderr.strip() or "killed").splitlines()[-1]
+            raise UserError(f"self-check: {reason} (nothing was written)")
+        verdict = read_json(os.path.join(scratch, "verdict.json"), "no verdict")
+    print(
+        f"self-check in {verdict['by']}: {len(texts)} texts, {len(outputs):,} rows of outputs, largest difference "
+        f"{verdict['difference']:.1e}, same top entry in {verdict['same']:,}"
+    )
+    limit = MAX_ONNX_DIFFERENCE if onnx else max(MAX_DIFFERENCE, 1e-6 * float(np.abs(outputs).max()))
+    if not verdict["difference"] <= limit or verdict["same"] != len(outputs):
+        raise UserError(f"self-check failed: outputs may differ by at most {limit:.1e} (nothing was written)")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model card
+
+
+def model_card(cfg, config, labels):
+    """README.md of an export, from the run's log. cfg: a ConvertConfig. Says "not known" for what the log lacks."""
+    unknown = "not known"
+    run, records = os.path.abspath(cfg.to_hf), {}
+    for directory in (os.path.dirname(run), run):  # of a step_* directory, its run's log
+        records = {record.get("event"): record for _, record in read_log(directory)} or records  # the last of each event
+    start, last, held_out = (records.get(event, {}) for event in ("start", "train", "eval"))
+    options = start.get("config", {})
+
+    def known(value, text="{}"):
+        return unknown if value is None else text.format(value)
+
+    scores = unknown
+    if cfg.glue:
+        results = read_json(cfg.glue, "expected a glue.json of finetune_glue.py")
+        scores = ", ".join(f"{name} {task['score']:.1f}" for name, task in results["tasks"].items())
+        scores += f"; mean {results['average']:.1f} (GLUE development sets, recipe {results['recipe']})"
+    name = os.path.basename(os.path.abspath(cfg.out))
+    mosaic = config["model"] == "mosaicbert"
+    task = "MaskedLM" if labels is None else "SequenceClassification"
+    pipeline = "fill-mask" if labels is None else "text-classification"
+    trust = ", trust_remote_code=True" if mosaic else ""
+    rows = {
+        "architecture": ("MosaicBERT (arXiv 2312.17482)" if mosaic else "BERT")
+        + f", {config['num_layers']} layers of {config['hidden_size']}, {config['num_heads']} heads",
+        "data": known(options.get("data_dir")),
+        "tokens seen": known(last.get("tokens"), "{:,}"),
+        "steps": known(last.get("step"), "{:,}") + known(options.get("global_batch_size"), " of {:,} samples"),
+        "sequence length": known(options.get("seq_length")),
+        "held-out loss, 15 % masked": known(held_out.get("loss"), "{:.4f}"),
+        "held-out accuracy": known(held_out.get("accuracy"), "{:.1%}"),
+        "hardware": known(start.get("device")) + known(start.get("world_size"), ", {} process(es)"),
+        "GPU-hours": known(last.get("gpu_hours"), "{:.2f}"),
+        "dollars": known(last.get("dollars"), "{:.2f}"),
+        "GLUE": scores,
+        "code": known(start.get("commit")),
+        "converted from": known((config.get("converted_from") or {}).get("name")),
+        "tokenizer": f"{config['vocab_size']:,} entries, sha256 {config['tokenizer_sha256'] or unknown}",
+        "license": cfg.license or unknown,
+    }
+    front = ["---", "library_name: transformers", f"pipeline_tag: {pipeline}"]
+    front += [f"license: {cfg.license}"] if cfg.license else []
+    table = [f"| {what} | {value} |" for what, value in rows.items()]
+    example = "Paris is the [MASK] of France." if labels is None else "A text."
+    use = [
+        "    from transformers import pipeline",
+        f'    pipe = pipeline("{pipeline}", "{name}"{trust})',
+        f'    pipe("{example}")',
+    ]
+    if cfg.format == "onnx":
+        use = [
+            "    import onnxruntime",
+            f'    session = onnxruntime.InferenceSession("{name}/model.onnx")',
+            '    session.run(["logits"], {"input_ids": ids, "attention_mask": mask, "token_type_ids": types})',
+        ]
+    about = f"A {task} model for padded batches of any length." if mosaic else f"A {task} model."
+    return "\n".join([*front, "---", "", f"# {name}", "", about, "", *use, "", "| | |", "|---|---|", *table, ""])
