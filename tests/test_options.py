@@ -1,4 +1,4 @@
-"""Options from defaults, files and flags: what is accepted, and the line that refuses the rest."""
+"""Options from defaults, config files and flags: what is accepted, and the one-line errors for the rest."""
 
 from dataclasses import dataclass
 from typing import Literal
