@@ -194,15 +194,21 @@ def table(results):
     saves, costs = results["base_checkpoints"], results["guards"]
     step, interval = saves["step_ms"], train.TrainConfig().checkpoint_interval
     blocked = 1000 * median(saves["save_holds_up_seconds"])
-    slower = max(0.0, saves["step_ms_while_writing"] / step - 1) * 1000 * median(saves["write_and_verify_seconds"])
-    rows = [
-        *((f"resume, {exact['model']}", f"{exact['steps']} steps without and with {exact['resumes']} resumes, {exact['kernels']} "
-           f"kernels, {exact['dtype']}: same bits: weights {exact['weights_equal']}, optimizer {exact['optimizer_equal']}, "
-           f"losses {exact['losses_equal']}") for exact in results["exact_resume"]),
-        ("checkpoint", f"{saves['bytes'] / 1e9:.2f} GB: training blocked for {blocked / 1000:.2f} s, written and verified in the "
-         f"background in {median(saves['write_and_verify_seconds']):.1f} s ({median(saves['verify_seconds']):.1f} s to verify)"),
-        ("SIGTERM to end", f"{saves['sigterm_to_end_seconds']:.1f} s"),
-    ]  # fmt: skip
+    written, verified = median(saves["write_and_verify_seconds"]), median(saves["verify_seconds"])
+    slower = max(0.0, saves["step_ms_while_writing"] / step - 1) * 1000 * written
+    rows = []
+    for exact in results["exact_resume"]:
+        rows.append((
+            f"resume, {exact['model']}",
+            f"{exact['steps']} steps without and with {exact['resumes']} resumes, {exact['kernels']} kernels, {exact['dtype']}: "
+            f"same bits: weights {exact['weights_equal']}, optimizer {exact['optimizer_equal']}, losses {exact['losses_equal']}",
+        ))  # fmt: skip
+    rows.append((
+        "checkpoint",
+        f"{saves['bytes'] / 1e9:.2f} GB: training blocked for {blocked / 1000:.2f} s, written and verified in the background "
+        f"in {written:.1f} s ({verified:.1f} s to verify)",
+    ))  # fmt: skip
+    rows.append(("SIGTERM to end", f"{saves['sigterm_to_end_seconds']:.1f} s"))
     for gpus in (1, 8):
         this_step = step / gpus  # the same global batch
         per_hour = 3_600_000 / (interval * this_step)  # saves

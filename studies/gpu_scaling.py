@@ -99,7 +99,8 @@ def largest_difference(records, others):
 def main(argv):
     cfg = load_config(GpuScalingConfig, argv)
     if not cfg.toy and torch.cuda.device_count() < cfg.gpus:
-        raise UserError(f"--gpus={cfg.gpus}: this machine has {torch.cuda.device_count()} (--toy tries the script on any machine)")
+        hint = "--toy tries the script on any machine"
+        raise UserError(f"--gpus={cfg.gpus}: this machine has {torch.cuda.device_count()} ({hint})")
     begun, everywhere = time.perf_counter(), list(range(cfg.gpus))
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)

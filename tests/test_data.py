@@ -155,7 +155,8 @@ def test_masking_rates():
     replaced = now[(now != special["[MASK]"]) & (now != labels)]
     assert len(np.unique(replaced)) == VOCAB_SIZE - 1  # every token but [MASK], which is counted above
     again = original.copy()
-    assert (data.mask_tokens(again, lengths, keys, 0.15, special, is_special)[0] == positions).all() and (again == tokens).all()
+    assert (data.mask_tokens(again, lengths, keys, 0.15, special, is_special)[0] == positions).all()
+    assert (again == tokens).all()
 
 
 def test_masks_depend_on_seed_epoch_and_sample_alone(samples):
@@ -293,7 +294,8 @@ def test_a_mixture_gives_each_source_its_share_and_its_own_order(two):
     of_b = samples >= 300
     for start in (0, data.MIXTURE_PERIOD):
         assert of_b[start : start + data.MIXTURE_PERIOD].sum() == 3000
-    assert 0.25 < of_b[:1000].mean() < 0.35 and len(set(np.flatnonzero(of_b[:200]) % 10)) > 5  # spread evenly, without a pattern
+    # Spread evenly, without a pattern.
+    assert 0.25 < of_b[:1000].mean() < 0.35 and len(set(np.flatnonzero(of_b[:200]) % 10)) > 5
     for here, source, n in ((~of_b, 0, 300), (of_b, 1, 47)):
         per_epoch = np.bincount(epochs[here])
         assert (per_epoch[:-1] == n).all()  # every sample once per epoch
@@ -407,7 +409,8 @@ def test_training_resumes_only_with_the_same_tokenizer(two, tmp_path, capsys):
     assert "tokenizer_sha256 was" in train_fails(capsys, tmp_path / "other", tmp_path / "run", max_steps=2)
     # Shards next to a tokenizer they were not made with.
     (tmp_path / "other" / "tokenizer.json").write_bytes((Path(a) / "tokenizer.json").read_bytes())
-    assert "train_00000.bin: made with another tokenizer" in train_fails(capsys, tmp_path / "other", tmp_path / "new", max_steps=2)
+    error = train_fails(capsys, tmp_path / "other", tmp_path / "new", max_steps=2)
+    assert "train_00000.bin: made with another tokenizer" in error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -424,7 +424,8 @@ def other_damage(path, kind):
 
 
 KINDS = [
-    "missing", "no digests", "zeros", "swapped", "extra", "foreign digests", "deep digests", "list", "empty", "fifo", "directory",
+    "missing", "no digests", "zeros", "swapped", "extra", "foreign digests", "deep digests", "list", "empty", "fifo",
+    "directory",
 ]  # fmt: skip
 
 
