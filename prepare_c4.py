@@ -422,6 +422,15 @@ def process_unit(number, unit, cfg, threshold):
         splits, texts = zip(*batch)
         return splits, *encode(tokenizer, list(texts), cfg.max_doc_tokens), source_bytes
 
+    def say_progress(source_bytes):
+        report_progress({
+            "documents": stats["documents train"] + stats["documents val"],
+            "tokens": stats["tokens train"] + stats["tokens val"],
+            "characters": stats["characters"],
+            "source bytes": source_bytes,
+            "shard bytes": writer.num_bytes(),
+        })  # fmt: skip
+
     for splits, texts, ids, source_bytes in prefetch(tokenize, batches()):  # the tokenizer runs in another thread, without the GIL
         if other and stats["compared characters"] < COMPARE_CHARS:
             compare(stats, texts, ids, special, *other)
@@ -446,15 +455,10 @@ def process_unit(number, unit, cfg, threshold):
             stats[f"length 2^{len(tokens).bit_length()}"] += 1
             for length in FILL_LENGTHS:
                 stats[f"fill {length}"] += min(len(tokens) + 2, length)
-        report_progress({
-            "documents": stats["documents train"] + stats["documents val"],
-            "tokens": stats["tokens train"] + stats["tokens val"],
-            "characters": stats["characters"],
-            "source bytes": source_bytes,
-            "shard bytes": writer.num_bytes(),
-        })  # fmt: skip
+        say_progress(source_bytes)
     writer.flush("train")
     writer.flush("val")
+    say_progress(stats["source bytes"])
     if not os.path.exists(hash_path(cfg.out, number)):
         save_hashes(cfg.out, number, hashes, by_hash)
     result = {"shards": writer.entries, "stats": dict(stats), "longest": longest, "examples": examples}

@@ -492,7 +492,8 @@ def csv_rows(path, lines, cfg, stats):
             continue
         if cells is None:
             return
-        if len(row) > 1 < len(cells) and all(line.count(",") >= len(cells) - 1 for _, line in row):
+        rows_inside = sum(line.count(",") == len(cells) - 1 for _, line in row[1:]) if len(cells) > 1 else 0
+        if rows_inside and 2 * rows_inside >= len(row) - 1:
             stats[f"suspect {path}:{row[0][0]}: a cell holds the next lines, to {row[-1][0]} (is a quote not closed?)"] += 1
         yield row[0][0], cells
 
