@@ -9,6 +9,8 @@ The same command again resumes from the newest checkpoint in out_dir, with any n
 Read next: model.py
 """
 
+import common  # noqa: F401, I001, before anything that may be missing
+
 import dataclasses
 import datetime
 import itertools
@@ -19,7 +21,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-import common  # noqa: F401, before torch, whose threads it tells to sleep while they wait
 import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
