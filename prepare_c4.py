@@ -439,8 +439,9 @@ def process_unit(number, unit, cfg, threshold):
         )
         for split, text, tokens in zip(splits, texts, ids):
             stats["tokens read"] += len(tokens)
-            stats["words read"] += len(text.split())
-            stats["letters read"] += letters(text)
+            words = text.split()
+            stats["words read"] += len(words)
+            stats["letters read"] += sum(map(len, words))
             if special["[UNK]"] in tokens:
                 stats["unknown letters"] += unknown_characters(tokenizer, text, special["[UNK]"])
             stats["bytes read"] += len(text.encode("utf-8", "surrogatepass"))
@@ -635,7 +636,7 @@ def prepare(cfg, plan, units):
         raise UserError(f"{cfg.source}: no document was held out (try --val_docs=100 and a new --out)")
     stats["duplicates"] = sum(map(len, find_duplicates(out, len(units))))
     longest = heapq.nlargest(NUM_LONGEST, itertools.chain(*(result["longest"] for result in results)))
-    examples = heapq.nlargest(NUM_EXAMPLES, itertools.chain(*(result["examples"] for result in results)), key=lambda e: e[0])
+    examples = heapq.nlargest(NUM_EXAMPLES, itertools.chain(*(result.get("examples", ()) for result in results)), key=lambda e: e[0])
     report = make_report(stats, longest, examples, cfg, tokenizer.get_vocab_size(), time.perf_counter() - start)
     write_text(os.path.join(out, "report.json"), json.dumps(report, indent=1, ensure_ascii=False))
     manifest = {
