@@ -122,7 +122,7 @@ def read_plan(out):
         if os.path.exists(path):
             plan = read_json(path, "not a shard directory of prepare_c4.py; choose another --out")
             try:
-                plan["options"].items()
+                plan["options"].items(), plan.get("modified", {}).items()
                 return {**plan, "sources": [Segment(*segment) for segment in plan["sources"]]}, finished
             except (AttributeError, KeyError, TypeError):
                 raise UserError(f"{path}: not written by prepare_c4.py (choose another --out)") from None
@@ -131,8 +131,10 @@ def read_plan(out):
 
 def check_same(out, plan, earlier):
     """Raises: UserError if the earlier run makes other shards."""
-    before = {"strip_accents": bool(plan["options"]["train_tokenizer"] and not plan["options"]["cased"]), **earlier["options"]}
-    differing = [name for name, value in plan["options"].items() if before.get(name) != value]
+    options = plan["options"]
+    # Before there was --strip_accents, an uncased new vocabulary implied it.
+    before = {"strip_accents": bool(options["train_tokenizer"]) and not options["cased"], **earlier["options"]}
+    differing = [name for name, value in options.items() if before.get(name) != value]
     changed = changed_files(earlier.get("modified", {}), plan["modified"])
     if earlier["sources"] != plan["sources"] or changed:
         differing.append(f"source files{f': {changed[0]} was changed' if changed else ''}")
@@ -431,12 +433,11 @@ def process_unit(number, unit, cfg, threshold):
             "shard bytes": writer.num_bytes(),
         })  # fmt: skip
 
-    for splits, texts, ids, source_bytes in prefetch(tokenize, batches()):  # the tokenizer runs in another thread, without the GIL
+    # The tokenizer runs in another thread, without the GIL.
+    for splits, texts, ids, source_bytes in prefetch(tokenize, batches()):
         if other and stats["compared characters"] < COMPARE_CHARS:
             compare(stats, texts, ids, special, *other)
-        examples = heapq.nlargest(
-            NUM_EXAMPLES, itertools.chain(examples, inspect_changes(stats, texts, tokenizer, special["[UNK]"])), key=lambda e: e[0]
-        )
+        examples = most_changed(examples, inspect_changes(stats, texts, tokenizer, special["[UNK]"]))
         for split, text, tokens in zip(splits, texts, ids):
             stats["tokens read"] += len(tokens)
             words = text.split()
@@ -480,9 +481,14 @@ def inspect_changes(stats, texts, tokenizer, unknown):
         stats["letters changed"] += changed_characters(tokenizer, text)
         line = text[:EXAMPLE_CHARS]
         differing = changed_characters(tokenizer, line) + unknown_characters(tokenizer, line, unknown)
-        yield differing, line, tokenizer.decode(tokenizer.encode(line, add_special_tokens=False).ids, skip_special_tokens=False)
+        ids = tokenizer.encode(line, add_special_tokens=False).ids
+        yield differing, line, tokenizer.decode(ids, skip_special_tokens=False)
         if chars >= INSPECT_CHARS:
             return
+
+
+def most_changed(*examples):
+    return heapq.nlargest(NUM_EXAMPLES, itertools.chain(*examples), key=lambda example: example[0])
 
 
 def compare(stats, texts, ids, special, other, other_special):
@@ -636,7 +642,7 @@ def prepare(cfg, plan, units):
         raise UserError(f"{cfg.source}: no document was held out (try --val_docs=100 and a new --out)")
     stats["duplicates"] = sum(map(len, find_duplicates(out, len(units))))
     longest = heapq.nlargest(NUM_LONGEST, itertools.chain(*(result["longest"] for result in results)))
-    examples = heapq.nlargest(NUM_EXAMPLES, itertools.chain(*(result.get("examples", ()) for result in results)), key=lambda e: e[0])
+    examples = most_changed(*(result.get("examples", ()) for result in results))
     report = make_report(stats, longest, examples, cfg, tokenizer.get_vocab_size(), time.perf_counter() - start)
     write_text(os.path.join(out, "report.json"), json.dumps(report, indent=1, ensure_ascii=False))
     manifest = {

@@ -108,7 +108,9 @@ def list_files(part, out=""):
         directory, name = os.path.split(part)
         known = os.listdir(directory or ".") if os.path.isdir(directory or ".") else []
         nearest = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {os.path.join(directory, nearest[0])}?" if nearest else "c4, stdlib, owner/name on the hub, or files"
+        hint = "c4, stdlib, owner/name on the hub, or files"
+        if nearest:
+            hint = f"did you mean {os.path.join(directory, nearest[0])}?"
         raise UserError(f"{part}: no such source ({hint}; formats: {EXPECTED})")
     for path in paths:
         check_format(path, path)
@@ -380,7 +382,8 @@ def json_documents(segment, cfg, stats):
                 parts.append(line)
                 size += len(line) + 1
                 if size > MAX_ARRAY:
-                    raise UserError(f"{path}: an array of more than {gigabytes(MAX_ARRAY)} (write one object per line, .jsonl)")
+                    reason = f"an array of more than {gigabytes(MAX_ARRAY)} (write one object per line, .jsonl)"
+                    raise UserError(f"{path}: {reason}")
             yield from array_documents("\n".join(parts), segment, cfg, stats)
             return
         lines = itertools.chain([(number, first)], lines)

@@ -86,7 +86,7 @@ def describe_vocabulary(vocab, size):
     single = sum(len(entry.removeprefix("##")) == 1 for entry in vocab)
     text = f"trained a vocabulary of {len(vocab):,} entries, {single:,} of them single characters"
     if len(vocab) > size:
-        return f"{text}: more than the {size:,} asked for, as every character gets one entry, or two (at the start of a word, inside)"
+        return f"{text}: more than the {size:,} asked for, as every character gets one, and another one inside words"
     if len(vocab) < size:
         return f"{text}: fewer than the {size:,} asked for, as the text has no more pieces that occur twice"
     return text
@@ -148,7 +148,7 @@ def settings_beside(name):
 
 
 def bert_settings(name, cased, vocab):
-    """(lowercase, strip_accents, split_chinese) of a vocab.txt: as the tokenizer_config.json beside it says, else by `cased`.
+    """(lowercase, strip_accents, split_chinese) of a vocab.txt: from the tokenizer_config.json beside it, else by `cased`.
 
     Raises: UserError for settings that this project does not follow.
     """
@@ -160,9 +160,10 @@ def bert_settings(name, cased, vocab):
         added += read_json(added_path, "fix or remove it")
     missing = [entry for entry in added if entry not in vocab]
     if missing:
-        raise UserError(f"{name}: has no {missing[0]!r}, a token that the files beside it add (give a tokenizer.json that has it)")
+        raise UserError(f"{name}: has no {missing[0]!r}, a token that the files beside it add (give a tokenizer.json)")
     if settings.get("tokenizer_class", "BertTokenizer").removesuffix("Fast") not in BERT_CLASSES:
-        raise UserError(f"{path}: tokenizer_class is {settings['tokenizer_class']} (only BERT's tokenizer reads a vocab.txt)")
+        reason = f"tokenizer_class is {settings['tokenizer_class']}"
+        raise UserError(f"{path}: {reason} (of a vocab.txt, only BERT's tokenizer is supported)")
     if not settings.get("do_basic_tokenize", True):
         raise UserError(f"{path}: do_basic_tokenize is false (not supported; give a tokenizer.json)")
     if cased and lowercase:
@@ -171,7 +172,7 @@ def bert_settings(name, cased, vocab):
 
 
 def check_settings(name, tokenizer):
-    """Raises: UserError if the tokenizer_config.json beside a tokenizer.json contradicts it: transformers may follow either."""
+    """Raises: UserError if the tokenizer_config.json beside a tokenizer.json contradicts it; transformers follows either."""
     path, settings = settings_beside(name)
     normalizer = tokenizer.normalizer
     if not isinstance(normalizer, normalizers.BertNormalizer):
