@@ -100,6 +100,8 @@ class TrainConfig(ModelConfig):
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name}={getattr(self, name)}: must be at least {least}")
+        if self.seed >= 2**63:
+            raise UserError(f"seed={self.seed}: must be below 2^63")
         for name in ("lr", "adam_eps", "mask_prob"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name}={getattr(self, name)}: must be above 0")
@@ -627,7 +629,7 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
         report = Report()  # evaluation and saving do not count as training speed
 
     tracer.finish()
-    saver.finish(state["step"])
+    saver.finish()
     count_time(state, started_at, process)
     run.log("end", step=state["step"], seconds=round(state["seconds"], 3), **cost(cfg, state))
 
@@ -642,7 +644,7 @@ def main(argv):
         if len(part) == 0:
             raise UserError(f"{cfg.data_dir}: no {split} samples (prepare more text, or hold out another share)")
     with processes.joined(cfg.device, cfg.dtype, cfg.hang_timeout) as (process, watchdog):
-        writes = process.rank == 0 and not cfg.dry_run
+        writes = process.rank == 0 and not (cfg.dry_run or cfg.eval_only)
         with RunDirectory(cfg.out_dir, cfg.on_save_error, writes) as run, Saver(run, cfg.keep_checkpoints) as saver:
             try:
                 train(cfg, process, watchdog, run, saver, *samples)
