@@ -1,7 +1,6 @@
 """Read BERT or MosaicBERT weights in Hugging Face form: config.json, model.safetensors, and a tokenizer."""
 
 import datetime
-import difflib
 import glob
 import hashlib
 import json
@@ -15,7 +14,7 @@ from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, normalizers
 
 from checkpoint import PER_WORD, model_config
-from common.files import read_json
+from common.files import read_json, similar
 from common.options import UserError
 from common.vocabulary import SPECIAL_TOKENS, finish, load_tokenizer, read_tokenizer, wordpiece
 from model import LAYER_NORM_EPS, MAX_POSITIONS, MaskedLM
@@ -43,7 +42,7 @@ def read_hf(path, revision="", tokenizer="", allow_pickle=False):
     weights, tensors, hf = read_weights(path, allow_pickle)
     config_path = os.path.join(directory, "config.json")
     if hf is None:
-        hf = read_object(config_path, "expected Hugging Face's files: config.json, model.safetensors, tokenizer.json")
+        hf = read_json(config_path, "expected Hugging Face's files: config.json, model.safetensors, tokenizer.json")
     if "num_layers" in hf and "vocab_size" in hf and "model" in hf:
         raise UserError(f"{directory}: a checkpoint of this project (it needs no conversion: use it as it is)")
     mosaic = any("attention.self.Wqkv" in name for name in tensors)
@@ -90,12 +89,11 @@ def find_model(name, revision="", allow_pickle=False):
 
 def download(name, revision, files):
     """Download some files of a hub repository; returns the local directory."""
-    parent, _, child = name.rpartition("/")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or os.path.isdir(parent):  # out/smok, beside out/smoke
-        near = difflib.get_close_matches(child, os.listdir(parent or ".") if os.path.isdir(parent or ".") else [], n=1)
-        hint = "expected a directory in Hugging Face form, or a hub id"
-        hint = f"did you mean {os.path.join(parent, near[0])}?" if near else hint
-        raise UserError(f"{name}: no such directory ({hint})")
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not os.path.isdir(os.path.dirname(name))  # as in out/smok
+    if near := similar(name):
+        raise UserError(f"{name}: no such directory (did you mean {near}?)")
+    if not is_hub_id:
+        raise UserError(f"{name}: no such directory (expected a directory in Hugging Face form, or a hub id)")
     try:
         from huggingface_hub import snapshot_download  # comes with datasets
 
@@ -105,20 +103,9 @@ def download(name, revision, files):
         raise UserError(f"{name}: no such directory, and the download from the hub failed: {reason}") from None
 
 
-def read_object(path, hint=""):
-    """The JSON object in a file. Raises: UserError."""
-    try:
-        contents = read_json(path, hint)
-    except RecursionError:
-        contents = None
-    if not isinstance(contents, dict):
-        raise UserError(f"{path}: not a JSON object ({hint or 'is the file complete?'})")
-    return contents
-
-
 def read_if_there(directory, name):
     path = os.path.join(directory, name)
-    return read_object(path) if os.path.exists(path) else {}
+    return read_json(path, "is it complete?") if os.path.exists(path) else {}
 
 
 def read_weights(path, allow_pickle):
@@ -251,9 +238,9 @@ def as_bert_tokenizer(tokenizer, about, source, path):
     finish(bert)
     new = json.loads(bert.to_str())
     changed = [part for part in ("normalizer", "pre_tokenizer", "model") if old[part] != new[part]]
-    if not changed:
+    if not changed and "added_tokens_decoder" not in about:  # which also replaces tokenizer.json's list
         return tokenizer
-    if source.endswith(".json"):
+    if changed and source.endswith(".json"):
         print(f"{source}: {' and '.join(changed)} set as BertTokenizer has them: {json.dumps(settings)[1:-1]}")
     return bert
 
@@ -301,7 +288,7 @@ def sentence_vectors(directory):
         raise UserError(f"{os.path.join(directory, 'modules.json')}: not sentence-transformers' list of modules") from None
     about = read_if_there(directory, "sentence_bert_config.json")
     pools = sorted(glob.glob(f"{glob.escape(directory)}/*_Pooling/config.json"))
-    pooling = read_object(pools[0]) if pools else {}
+    pooling = read_json(pools[0], "is it complete?") if pools else {}
     modes = [name for name, value in pooling.items() if name.startswith("pooling_mode_") and value is True]
     modes = [name.removeprefix("pooling_mode_").removesuffix("_tokens").removesuffix("_token") for name in modes]
     needs = [module for module in modules if module not in ("Transformer", "Pooling", "Normalize")]

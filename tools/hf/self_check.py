@@ -41,7 +41,8 @@ def main(path, expected):
         found = [row[keep].tolist() for row, keep in zip(batch["input_ids"], mask)]
         for text, theirs, ours in zip(texts, found, ids):
             theirs, ours = map(tokenizer.convert_ids_to_tokens, (theirs, ours))
-            assert theirs == ours, f"{text!r} is {theirs} in transformers, and {ours} here"
+            there, here = [" ".join(map(str, row)) for row in (theirs, ours)]
+            assert theirs == ours, f"{text[:60]!r} becomes {there[:200]} in transformers, {here[:200]} here"
         if not about["architecture"]:
             continue
         if about["onnx"]:
