@@ -74,7 +74,7 @@ def compare(path, config, tensors, tokenizer_text):
     has_head = any(name.startswith("cls.") for name in tensors)
     expected = expected_outputs(config, tensors, tokenizer_text, None, path, encoder_only=not has_head)
     architecture = ("BertForMaskedLM" if has_head else "BertModel") if config["model"] == "bert" else None
-    failure = self_check(path, *expected, architecture, trust=False)  # None: MosaicBERT's code there is not ours to run
+    failure = self_check(path, *expected, architecture, foreign=True)  # None: MosaicBERT's code there is not ours to run
     if failure:
         print(f"{path}: not compared with transformers, which cannot load it: {failure}")
 
