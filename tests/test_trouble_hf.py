@@ -354,6 +354,15 @@ def card_of(run, path, out):
     return write.model_card(cfg, checkpoint.load(run)[0], None)
 
 
+@pytest.mark.parametrize("contents", ["[]", "{}", '{"tasks": {"cola": 3}}', DEEP])
+def test_a_strange_glue_file_for_the_card(tmp_path, contents):
+    run = make_run(tmp_path / "run")
+    (tmp_path / "glue.json").write_text(contents)
+    cfg = convert_hf.ConvertConfig(to_hf=run, out="exported", glue=f"{tmp_path}/glue.json")
+    with pytest.raises(UserError, match="glue.json: "):
+        write.model_card(cfg, checkpoint.load(run)[0], None)
+
+
 def test_a_card_is_of_its_checkpoint(tmp_path, capsys):
     """An older checkpoint does not carry the run's last figures, and none at all where the log has no line for it."""
     run = make_run(tmp_path / "run")

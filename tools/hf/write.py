@@ -260,8 +260,11 @@ def model_card(cfg, config, labels):
     scores = unknown
     if cfg.glue:
         results = read_json(cfg.glue, "expected a glue.json of finetune_glue.py")
-        scores = ", ".join(f"{name} {task['score']:.1f}" for name, task in results["tasks"].items())
-        scores += f"; mean {results['average']:.1f} (GLUE development sets, recipe {results['recipe']})"
+        try:
+            scores = ", ".join(f"{name} {task['score']:.1f}" for name, task in results["tasks"].items())
+            scores += f"; mean {results['average']:.1f} (GLUE development sets, recipe {results['recipe']})"
+        except (KeyError, TypeError, AttributeError, ValueError):
+            raise UserError(f"{cfg.glue}: not a glue.json of finetune_glue.py") from None
     name = os.path.basename(os.path.abspath(cfg.out))
     mosaic = config["model"] == "mosaicbert"
     task = "MaskedLM" if labels is None else "SequenceClassification"
