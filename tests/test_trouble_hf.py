@@ -143,6 +143,26 @@ def test_other_models_are_refused_by_name(tmp_path, options, says):
         read_hf(str(tmp_path / "model"))
 
 
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+
+
+@pytest.mark.parametrize("name", [*SIZES, "hidden_dropout_prob"])
+def test_strange_sizes(tmp_path, name):
+    make_bert(tmp_path / "model")
+    path = tmp_path / "model/config.json"
+    config = json.loads(path.read_text())
+    values = [-1, 10**9, 10**30, 32.5, True, None, "32", [], float("nan")]
+    for value in values if name == "hidden_dropout_prob" else [0, *values]:
+        path.write_text(json.dumps({**config, name: value}))
+        with pytest.raises(UserError, match="config.json"):
+            read_hf(str(tmp_path / "model"))
+
+
+def test_half_precision_is_read_as_it_is_stored(tmp_path, check_in_process):
+    make_bert(tmp_path / "model").half().save_pretrained(tmp_path / "model")
+    convert_hf.main([f"--from_hf={tmp_path / 'model'}", f"--out={tmp_path / 'run'}"])
+
+
 def test_the_encoder_of_a_question_answerer(tmp_path, capsys):
     make_bert(tmp_path / "model", transformers.BertForQuestionAnswering)
     convert_hf.main([f"--from_hf={tmp_path / 'model'}", f"--out={tmp_path / 'run'}"])

@@ -46,7 +46,7 @@ def read_hf(path, revision="", tokenizer="", allow_pickle=False):
     if "num_layers" in hf and "vocab_size" in hf and "model" in hf:
         raise UserError(f"{directory}: a checkpoint of this project (it needs no conversion: use it as it is)")
     mosaic = any("attention.self.Wqkv" in name for name in tensors)
-    check_config(config_path, hf, mosaic)
+    check_config(config_path, hf, mosaic, len(tensors))
     tokenizer_text = find_tokenizer(tokenizer or directory)
     words = load_tokenizer(tokenizer or directory, tokenizer_text)[0].get_vocab()
     vocab_size = len(words)
@@ -167,7 +167,7 @@ def our_name(name):
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
 
-def check_config(path, hf, mosaic):
+def check_config(path, hf, mosaic, num_weights):
     """Raises: UserError naming the field of config.json that this project's models do not support."""
     if hf.get("model_type", "bert") not in ("bert", "mosaic_bert"):
         raise UserError(f"{path}: model_type is {hf['model_type']!r} (only BERT and MosaicBERT are supported)")
@@ -182,8 +182,11 @@ def check_config(path, hf, mosaic):
             raise UserError(f"{path}: {name} is {hf[name]!r} (only {value!r} is supported)")
     sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     for name in (*sizes, "hidden_dropout_prob", "attention_probs_dropout_prob"):
-        if not isinstance(hf.get(name), (int, float)):
+        kind = int if name in sizes else (int, float)
+        if not isinstance(hf.get(name), kind) or isinstance(hf[name], bool):
             raise UserError(f"{path}: {name} is {hf.get(name)!r} (expected the config of a BERT or MosaicBERT)")
+    if not 1 <= hf["num_hidden_layers"] <= num_weights:
+        raise UserError(f"{path}: num_hidden_layers is {hf['num_hidden_layers']}, of {num_weights} weights in all")
 
 
 def find_tokenizer(source):

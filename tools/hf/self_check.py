@@ -29,7 +29,7 @@ def main(path, expected):
     elif about["architecture"]:
         kind = about["architecture"].partition("For")[2]
         auto = getattr(transformers, f"AutoModelFor{kind}" if kind else "AutoModel")
-        model = auto.from_pretrained(path, trust_remote_code=about["trust"]).eval()
+        model = auto.from_pretrained(path, trust_remote_code=about["trust"]).float().eval()
         assert type(model).__name__ == about["architecture"], type(model).__name__
     start, difference, same = 0, 0.0, 0
     for first in range(0, len(about["texts"]), BATCH):
