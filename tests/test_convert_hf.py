@@ -538,7 +538,7 @@ def test_start_with_a_new_vocabulary(tmp_path, family):
 def test_start_from_another_size_is_refused(tmp_path):
     run = make_run(tmp_path / "run")
     model = MaskedLM(ModelConfig(hidden_size=32, num_layers=3, num_heads=2, intermediate_size=48), VOCAB_SIZE)
-    with pytest.raises(UserError, match="num_layers is 2, that of this run 3 .set --num_layers=2"):
+    with pytest.raises(UserError, match="num_layers is 2, but this run has 3 .set --num_layers=2"):
         checkpoint.start_from(model, run, Path(run, "tokenizer.json").read_text())
 
 
