@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 import checkpoint
+import kernels
 from common.batch import Batch, pack
 from common.options import UserError, command, load_config
 from common.vocabulary import load_tokenizer
@@ -112,6 +113,7 @@ def main(argv):
         raise UserError(f"{cfg.checkpoint}: {pooling} (--embed supports pooling mean and cls)")
     tokenizer, special = load_tokenizer(cfg.checkpoint, tokenizer_text)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kernels.set_backend("torch")  # float32 and any head size; speed matters less here
     model = checkpoint.make_masked_lm(config, tensors, cfg.checkpoint, encoder_only=bool(cfg.embed)).to(device)
     if cfg.text:
         return fill_mask(model, tokenizer, special, cfg.text, device)
