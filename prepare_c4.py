@@ -292,7 +292,7 @@ def make_tokenizer(units, cfg, threshold, path):
         texts = functools.partial(training_texts, units, cfg, threshold, TOKENIZER_TRAIN_CHARS)
         write_text(path, train_tokenizer(texts, cfg.train_tokenizer, cfg.cased, cfg.strip_accents))
     else:
-        write_text(path, read_tokenizer(cfg.tokenizer, cfg.cased))
+        write_text(path, read_tokenizer(cfg.tokenizer, cfg.cased, beside=True))
 
 
 def training_texts(units, cfg, threshold, limit):
@@ -614,7 +614,7 @@ def prepare(cfg, plan, units):
     if not os.path.exists(tokenizer_path):
         make_tokenizer(units, cfg, threshold, tokenizer_path)
     if cfg.compare_tokenizer and not os.path.exists(work_path(out, "other.json")):
-        write_text(work_path(out, "other.json"), read_tokenizer(cfg.compare_tokenizer, cfg.cased))
+        write_text(work_path(out, "other.json"), read_tokenizer(cfg.compare_tokenizer, cfg.cased, beside=True))
     tokenizer, _ = load_tokenizer(tokenizer_path)
     done = [number for number in range(len(units)) if os.path.exists(unit_path(out, number))]
     estimate, unknown = inspect_sample(units, cfg, tokenizer)

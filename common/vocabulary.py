@@ -35,10 +35,10 @@ BERT_CLASSES = {"BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "Pre
 # Reading and training
 
 
-def wordpiece(lowercase, strip_accents=None, split_chinese=True, vocab=None):
-    """BERT's tokenizer, with a vocabulary {entry: id} or untrained. strip_accents: None is BERT's rule, if lowercase."""
+def wordpiece(cased, vocab=None, strip_accents=None, split_chinese=True):
+    """BERT's tokenizer, with a vocabulary {entry: id} or untrained. strip_accents: None is BERT's rule, unless cased."""
     tokenizer = Tokenizer(models.WordPiece(vocab or {}, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(True, split_chinese, strip_accents, lowercase)
+    tokenizer.normalizer = normalizers.BertNormalizer(True, split_chinese, strip_accents, lowercase=not cased)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece("##")
     return tokenizer
@@ -65,7 +65,7 @@ def train_tokenizer(texts, size, cased, strip_accents=False):
             unspaced += sum(len(word) for word in part.split() if len(word) > UNSPACED_WORD)
             yield part
 
-    tokenizer = wordpiece(not cased, strip_accents)
+    tokenizer = wordpiece(cased, strip_accents=strip_accents)
     words, alphabet = tokenizer.pre_tokenizer, alphabet_size(counted(), size)
     learn_long = unspaced > UNSPACED_SHARE * chars
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, CUT_WORDS if learn_long else DROP_WORDS])
@@ -104,16 +104,18 @@ def alphabet_size(texts, size):
     return max(MIN_ALPHABET, min(needed, size // 2))
 
 
-def read_tokenizer(name, cased=False):
+def read_tokenizer(name, cased=False, beside=False):
     """The contents of a tokenizer.json. name: such a file, its directory, a BERT vocab.txt, or a hub id.
 
+    beside: follow the tokenizer_config.json beside a vocab.txt, and refuse one that contradicts a tokenizer.json.
     Raises: UserError.
     """
     if os.path.isdir(name):  # shards, a checkpoint or a model
         name = os.path.join(name, "tokenizer.json")
     if name.endswith(".json"):
         tokenizer, _ = load_tokenizer(name)
-        check_settings(name, tokenizer)
+        if beside:
+            check_settings(name, tokenizer)
         with open(name, encoding="utf-8") as file:
             return file.read()
     if not name.endswith(".txt"):
@@ -135,7 +137,7 @@ def read_tokenizer(name, cased=False):
     for token in SPECIAL_TOKENS:
         if token not in vocab:
             raise UserError(f"{name}: has no {token} token (a BERT-style vocabulary is needed)")
-    tokenizer = wordpiece(*bert_settings(name, cased, vocab), vocab)
+    tokenizer = wordpiece(vocab=vocab, **(bert_settings(name, cased, vocab) if beside else {"cased": cased}))
     finish(tokenizer)
     return tokenizer.to_str(pretty=True)
 
@@ -148,7 +150,7 @@ def settings_beside(name):
 
 
 def bert_settings(name, cased, vocab):
-    """(lowercase, strip_accents, split_chinese) of a vocab.txt: from the tokenizer_config.json beside it, else by `cased`.
+    """The arguments of `wordpiece` for a vocab.txt: from the tokenizer_config.json beside it, else `cased`.
 
     Raises: UserError for settings that this project does not follow.
     """
@@ -168,7 +170,11 @@ def bert_settings(name, cased, vocab):
         raise UserError(f"{path}: do_basic_tokenize is false (not supported; give a tokenizer.json)")
     if cased and lowercase:
         raise UserError(f"{path}: says do_lower_case, but --cased=true was given (leave it out, or change the file)")
-    return lowercase, settings.get("strip_accents"), settings.get("tokenize_chinese_chars", True)
+    return {
+        "cased": not lowercase,
+        "strip_accents": settings.get("strip_accents"),
+        "split_chinese": settings.get("tokenize_chinese_chars", True),
+    }
 
 
 def check_settings(name, tokenizer):

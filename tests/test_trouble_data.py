@@ -146,7 +146,7 @@ def test_the_settings_beside_a_vocabulary_are_followed(settings, expected):
     transformers = pytest.importorskip("transformers")
     write_vocab([*SPECIAL, "W1", "e", "é", "中"], "d.txt")
     write_files({"d/vocab.txt": Path("d.txt").read_bytes(), "d/tokenizer_config.json": json.dumps(settings).encode()})
-    tokenizer = Tokenizer.from_str(vocabulary.read_tokenizer("d/vocab.txt"))
+    tokenizer = Tokenizer.from_str(vocabulary.read_tokenizer("d/vocab.txt", beside=True))
     assert tokenizer.encode("W1 é 中中", add_special_tokens=False).tokens[:3] == expected
     theirs = transformers.BertTokenizerFast.from_pretrained("d", **settings)
     assert tokenizer.encode("W1 é 中中").ids == theirs("W1 é 中中").input_ids
