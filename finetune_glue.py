@@ -34,7 +34,8 @@ from common import run_queue
 from common.batch import Batch, pack, round_up
 from common.cuda_graphs import GraphedStep
 from common.files import file_digest, hash_of, read_json, write_text
-from common.labelled import Examples, read_rows, to_examples, write_table
+from common.glue import GLUE_TASKS, Task, read_task
+from common.labelled import write_table
 from common.metrics import METRICS, as_text, ci95
 from common.options import UserError, command, load_config
 from common.processes import Process, device_name, pick_device
@@ -111,41 +112,9 @@ class GlueConfig(FineTuneConfig):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The tasks
+# Settings
 
-
-@dataclass(frozen=True)
-class Task:
-    name: str
-    folder: str  # of GLUE's TSV files
-    text_columns: tuple  # one, or two for pairs
-    label_column: str
-    labels: tuple  # words, in the order of their class numbers; () for regression
-    metrics: tuple  # names in METRICS; their mean is the score
-    hub_columns: tuple = ()  # where the hub renamed the text columns
-    shown: tuple = ()  # further metrics, not part of the score
-    scale: tuple = ()  # (mean, standard deviation) with which a regression's labels are standardized; (): they are not
-    dev_splits: tuple = ("validation",)  # what the task is scored on
-
-
-PAIR, YES_NO, ENTAILS = ("sentence1", "sentence2"), ("0", "1"), ("entailment", "not_entailment")  # in the hub's order
-NLI = ("entailment", "neutral", "contradiction")
-GLUE_TASKS = {
-    task.name: task
-    for task in (
-        Task("mnli", "MNLI", PAIR, "gold_label", NLI, ("accuracy",), ("premise", "hypothesis"),
-             dev_splits=("validation_matched", "validation_mismatched")),
-        Task("qnli", "QNLI", ("question", "sentence"), "label", ENTAILS, ("accuracy",)),
-        Task("qqp", "QQP", ("question1", "question2"), "is_duplicate", YES_NO, ("accuracy", "f1")),
-        Task("rte", "RTE", PAIR, "label", ENTAILS, ("accuracy",)),
-        Task("sst2", "SST-2", ("sentence",), "label", YES_NO, ("accuracy",)),
-        Task("mrpc", "MRPC", ("#1 String", "#2 String"), "Quality", YES_NO, ("accuracy", "f1"), PAIR),
-        Task("cola", "CoLA", ("sentence",), "label", YES_NO, ("matthews",)),
-        Task("stsb", "STS-B", PAIR, "score", (), ("spearman",), shown=("pearson",)),
-    )
-}  # fmt: skip
 FROM_MNLI = ("rte", "mrpc", "stsb")  # small tasks that gain from weights fine-tuned on MNLI
-COLA_COLUMNS = ["source", "label", "original_label", "sentence"]  # GLUE's own CoLA files have no header
 
 
 @dataclass(frozen=True)
@@ -193,49 +162,6 @@ def first_seeds(count):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Reading
-
-
-def read_task(cfg, task):
-    """{split: Examples} of a GLUE task: "train" and its dev splits. Raises: UserError."""
-    return {split: read_split(task, split, cfg) for split in ("train", *task.dev_splits)}
-
-
-def read_split(task, split, cfg):
-    """The Examples of "train" or a dev split, from TSV files in cfg.data_dir or, without one, from the hub.
-
-    Raises: UserError naming file and line.
-    """
-    if not cfg.data_dir:
-        rows = load_hub(task.name, split)
-        labels = np.array(rows["label"], np.int64 if task.labels else np.float64)
-        return Examples(list(zip(*(rows[column] for column in task.hub_columns or task.text_columns))), labels)
-    path = find_file(os.path.join(cfg.data_dir, task.folder), split)
-    header = COLA_COLUMNS if task.name == "cola" else None
-    return to_examples(read_rows(path, task.text_columns, task.label_column, cfg, header), path, task.labels)
-
-
-def load_hub(name, split):
-    """A split of nyu-mll/glue as a datasets.Dataset, from the hub or, offline, the cache of `datasets`."""
-    try:
-        import datasets
-
-        return datasets.load_dataset("nyu-mll/glue", name, split=split)
-    except Exception as error:  # network, hub and library each raise their own
-        reason = f"{type(error).__name__}: {error}"[:200]
-        raise UserError(f"nyu-mll/glue {name}: cannot be read: {reason} (or give --data_dir)") from None
-
-
-def find_file(folder, split):
-    """The path of a split's TSV file, plain or compressed, under GLUE's name or the hub's."""
-    names = [split, split.replace("validation", "dev")]
-    for name in [f"{name}.tsv{suffix}" for name in names for suffix in ("", ".gz", ".xz")]:
-        if os.path.exists(os.path.join(folder, name)):
-            return os.path.join(folder, name)
-    raise UserError(f"{folder}: no {names[1]}.tsv (GLUE's layout is TASK/train.tsv and TASK/dev.tsv, also .gz or .xz)")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The pretrained model
 
 
@@ -279,7 +205,7 @@ def convert(path, out):
     """
     parent, name = os.path.split(path.rstrip("/"))
     if os.path.exists(os.path.join(parent, checkpoint.DIGESTS)):
-        raise UserError(f"{path}: a file of a checkpoint (give its directory, --checkpoint={parent})")
+        raise UserError(f"{path}: a file of a checkpoint (give its directory, {parent})")
     if not os.path.exists(path) and (os.path.isdir(parent) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path)):
         nearest = difflib.get_close_matches(name, os.listdir(parent) if os.path.isdir(parent) else [], n=1)
         hint = f"did you mean {os.path.join(parent, nearest[0])}?" if nearest else "expected a run, or a model's directory"
@@ -419,13 +345,13 @@ class Steps:
     def __init__(self, model, settings, process):
         self.model, self.process, self.lr = model, process, settings.lr
         on_gpu, bert = process.device.type == "cuda", model.cfg.model == "bert"
-        self.graphed = None
-        if on_gpu and (bert or kernels.uses_triton(process.device)):  # plain attention waits for the lengths
-            self.graphed = GraphedStep(self.step)
-            self.lr = torch.zeros((), device=process.device)  # graphs read its value at replay
+        use_graphs = on_gpu and (bert or kernels.uses_triton(process.device))  # plain attention waits for the lengths
+        self.graphed = GraphedStep(self.step) if use_graphs else None
         self.seqlen_multiple = 32 if bert else 128  # fewer shapes: bert pads to max_seqlen; to the kernels it is a bound
+        if use_graphs:
+            self.lr = torch.zeros((), device=process.device)  # graphs read its value at replay
         self.optimizer = torch.optim.AdamW(
-            model.parameters(), self.lr, weight_decay=settings.weight_decay, fused=True, capturable=bool(self.graphed), **ADAM
+            model.parameters(), self.lr, weight_decay=settings.weight_decay, fused=True, capturable=use_graphs, **ADAM
         )
 
     def __call__(self, lr, batch):
@@ -539,7 +465,8 @@ class Worker:
         return model.to(self.process.device)
 
     def set_precision(self, task):
-        """Regression in float32, as the original's STS-B, with TF32 products, which Composer allows (mosaicml/composer#1275)."""
+        """Regression in float32, as STS-B in the original, with TF32 products, which Composer allows
+        (mosaicml/composer#1275)."""
         self.process.dtype = self.dtype if task.labels else torch.float32
         torch.set_float32_matmul_precision("highest" if task.labels else "high")
 
@@ -635,13 +562,13 @@ def fine_tune(cfg, pretrained, plan, read):
 
     Returns what glue.json holds; None after a dry run, and on ranks other than 0.
     """
+    rank, earlier = int(os.environ.get("RANK", 0)), earlier_results(cfg, pretrained)
+    if rank == 0:
+        print_plan(plan)
     if cfg.dry_run:
         return print_estimate(plan, Worker(cfg, read))
-    rank, earlier = int(os.environ.get("RANK", 0)), earlier_results(cfg, pretrained)
     with RunDirectory(cfg.out, writes=rank == 0):  # refuses a second live suite
         os.makedirs(os.path.join(cfg.out, "predictions"), exist_ok=True)
-        if rank == 0:
-            print_plan(plan)
         pinned = dataclasses.replace(cfg, checkpoint=pretrained.path)  # the same for every worker
         run_queue.finish(os.path.join(cfg.out, "runs"), plan, functools.partial(Worker, pinned, read), cfg.jobs)
         if rank > 0:
@@ -656,8 +583,8 @@ def print_plan(plan):
     """What each task is trained with."""
     for run in {run.task: run for run in plan}.values():
         settings, seeds = run.settings, sum(other.task == run.task for other in plan)
-        steps = f"{settings.epochs} epochs, {run.num_steps:,} steps of {settings.batch_size}"
-        print(f"{run.task.name}: {run.num_examples:,} examples, {steps}, peak lr {settings.lr:g}, {seeds} seeds, from {run.init}")
+        steps = f"{settings.epochs} epochs, {run.num_steps:,} steps of {settings.batch_size}, peak lr {settings.lr:g}"
+        print(f"{run.task.name}: {run.num_examples:,} examples, {steps}, {seeds} seeds, from {run.init}", flush=True)
         if settings.batch_size > run.num_examples:
             text = f"batch_size={settings.batch_size} is more than the {run.num_examples:,} examples of {run.task.name}"
             print(f"warning: {text}: an epoch is one step, {run.num_steps} in all (lower --batch_size)", flush=True)
@@ -746,9 +673,8 @@ def print_table(results):
 
 
 def print_estimate(plan, worker):
-    """The plan, and how long it will take: steps are timed on this device."""
-    total, steps, device = 0.0, 0, worker.process.device
-    print(f"{'task':6} {'examples':>9} {'steps':>8} {'seeds':>5} {'ms/step':>8} {'minutes':>8}  start")
+    """How long the plan will take: some steps of each task are timed on this device."""
+    total, device = 0.0, worker.process.device
     for run in {run.task: run for run in plan}.values():  # any seed will do
         data, model = worker.encoded(run.task)["train"], worker.classifier(dataclasses.replace(run, init="random"))
         train_step, times = Steps(model, run.settings, worker.process), []
@@ -758,12 +684,11 @@ def print_estimate(plan, worker):
             times.append(time.perf_counter() - start)
             if len(times) == 200 or (len(times) > 2 and sum(times) > 5):  # enough to have captured most shapes
                 break
-        count = sum(other.task == run.task for other in plan)
         ms = 1000 * float(np.median(times[1:] or times))
-        minutes = count * run.num_steps * ms / 60_000
-        total, steps = total + minutes, steps + count * run.num_steps
-        row = f"{run.task.name:6} {run.num_examples:9,} {run.num_steps:8,} {count:5} {ms:8.1f} {minutes:8.1f}"
-        print(f"{row}  {run.init}", flush=True)
+        minutes = sum(other.num_steps for other in plan if other.task == run.task) * ms / 60_000
+        total += minutes
+        print(f"{run.task.name}: {ms:.1f} ms/step, {minutes:.1f} minutes", flush=True)
+    steps = sum(run.num_steps for run in plan)
     print(f"in all {steps:,} steps, {total:.1f} min on one {device_name(device)}, without scoring")
 
 

@@ -99,8 +99,8 @@ def table_rows(record_at, path, lines, columns, _, default_header):
                 continue
         yield number, cells if isinstance(cells, str) else [cells[j] for j in wanted]
     if long_rows:
-        what = f"{len(long_rows)} rows of more than {LONG_ROW} lines" if len(long_rows) > 1 else f"a row of over {LONG_ROW} lines"
-        print(f"warning: {path}:{long_rows[0]}: {what} (is a quote not closed?)", flush=True)
+        more = f", and {len(long_rows) - 1} more" if len(long_rows) > 1 else ""
+        print(f"warning: {path}:{long_rows[0]}: a row of over {LONG_ROW} lines{more} (is a quote not closed?)", flush=True)
 
 
 def position(header, name, where):

@@ -11,9 +11,9 @@ import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.glue import COLA_COLUMNS, GLUE_TASKS, find_file
 from common.labelled import read_rows
 from common.options import UserError, command, load_config
-from finetune_glue import COLA_COLUMNS, GLUE_TASKS, find_file
 
 SIZES = {  # rows of GLUE's training files
     "mnli": 392_702, "qnli": 104_743, "qqp": 363_846, "rte": 2_490, "sst2": 67_349, "mrpc": 3_668, "cola": 8_551,

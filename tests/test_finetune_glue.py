@@ -10,12 +10,11 @@ import pytest
 import torch
 
 import checkpoint
-import finetune_glue
+from common.glue import GLUE_TASKS
 from common.labelled import Examples
 from common.options import UserError
 from common.processes import Process
 from finetune_glue import (
-    GLUE_TASKS,
     GlueConfig,
     Settings,
     Steps,

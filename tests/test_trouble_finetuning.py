@@ -1,7 +1,7 @@
 """What went wrong for people who fine-tuned: guesses about labels, lost rows, late checks, results of another run."""
 
-import dataclasses
 import json
+import re
 import shutil
 from functools import partial
 
@@ -49,7 +49,7 @@ def guess(tmp_path, labels, **options):
     "labels, says",
     [
         ([*(f"{i / 4}" for i in range(199)), "N/A"], ":201: label 'N/A' is not a number, as 199 of 200 labels are"),
-        ([f"{i},5" for i in range(100)], ":2: label '0,5' is not a number, as 100 of 100 labels are .write numbers with a point"),
+        ([f"{i},5" for i in range(99)], ":2: label '0,5' is not a number, as 99 of 99 labels are .write numbers with a point"),
         ([*map(str, range(30)), "unknown"], ":32: label 'unknown'"),
     ],
 )
@@ -221,7 +221,7 @@ def test_columns_of_the_file_to_label(pretrained, tmp_path, files, capfd):
 @pytest.mark.parametrize(
     "path, says",
     [
-        ("RUN/step_00000001/model.safetensors", r"a file of a checkpoint \(give its directory, --checkpoint=.*step_00000001\)"),
+        ("RUN/step_00000001/model.safetensors", r"a file of a checkpoint \(give its directory, .*/step_00000001\)"),
         ("OUT/smok", r"out/smok: no such directory \(did you mean .*/out/smoke\?\)"),
         ("OUT/nothing/at/all", "no such directory"),
         ("OUT/smoke", "no undamaged checkpoint here"),
@@ -233,7 +233,7 @@ def test_a_checkpoint_that_is_none(pretrained, tmp_path, capfd, path, says):
     path = path.replace("RUN", pretrained).replace("OUT", str(tmp_path / "out"))
     argv = [f"--checkpoint={path}", f"--out={tmp_path}/glue", "--tasks=cola", *CPU]
     error = fails(finetune_glue.main, argv, capfd)
-    assert pytest.importorskip("re").search(says, error), error
+    assert re.search(says, error), error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,13 +18,13 @@ from typing import Literal
 
 import torch
 
+from common.glue import Task
 from common.labelled import NUMBER, Examples, read_rows, to_examples, write_table
 from common.options import UserError, command, load_config
 from common.processes import Process, pick_device
 from finetune_glue import (
     FineTuneConfig,
     Settings,
-    Task,
     encode,
     fine_tune,
     load_classifier,
@@ -124,7 +124,8 @@ def warn_about(path, rows):
     rare = [f"{word!r} ({places(found)})" for word, found in lines.items() if len(found) < RARE]
     if rare:
         more = f" and {len(rare) - 5} more" if len(rare) > 5 else ""
-        print(f"warning: {path}: labels with fewer than {RARE} rows: {', '.join(rare[:5])}{more} (too few to learn)", flush=True)
+        text = f"labels with fewer than {RARE} rows: {', '.join(rare[:5])}{more} (too few to learn)"
+        print(f"warning: {path}: {text}", flush=True)
 
 
 def essence(word):
@@ -148,7 +149,8 @@ def print_labels(path, examples, task):
         print(f"{path}: {', '.join(texts[:MAX_CLASSES])}{more}", flush=True)
     else:
         x = examples.labels
-        print(f"{path}: {len(x):,} labels from {x.min():g} to {x.max():g}, mean {x.mean():g}, standard deviation {x.std():g}")
+        spread = f"from {x.min():g} to {x.max():g}, mean {x.mean():g}, standard deviation {x.std():g}"
+        print(f"{path}: {len(x):,} labels {spread}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

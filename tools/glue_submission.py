@@ -15,25 +15,19 @@ import zipfile
 from dataclasses import dataclass, replace
 
 from common.files import whole_file
+from common.glue import GLUE_TASKS, NLI, PAIR, Task, find_file, load_hub, read_task
 from common.labelled import Examples, read_rows
 from common.options import UserError, command, load_config
 from finetune_glue import (
-    GLUE_TASKS,
-    NLI,
-    PAIR,
     SEEDS,
     GlueConfig,
-    Task,
     Worker,
     encode,
-    find_file,
     fine_tune,
     load_classifier,
-    load_hub,
     load_pretrained,
     make_plan,
     predict,
-    read_task,
     to_predictions,
 )
 
