@@ -562,7 +562,7 @@ def fine_tune(cfg, pretrained, plan, read):
 
     Returns what glue.json holds; None after a dry run, and on ranks other than 0.
     """
-    rank, earlier = int(os.environ.get("RANK", 0)), earlier_results(cfg, pretrained)
+    rank, earlier = int(os.environ.get("RANK", 0)), earlier_results(cfg, pretrained, plan)
     if rank == 0:
         print_plan(plan)
     if cfg.dry_run:
@@ -637,20 +637,24 @@ def shared_options(cfg, pretrained):
     return {"checkpoint_sha256": pretrained.digest, **{name: getattr(cfg, name) for name in names}}
 
 
-def earlier_results(cfg, pretrained):
-    """What OUT/glue.json holds, {} if there is none. Raises: UserError if its tasks had other options."""
+def earlier_results(cfg, pretrained, plan):
+    """What OUT/glue.json holds, {} if there is none. Raises: UserError if its tasks had other options or another start."""
     path = os.path.join(cfg.out, "glue.json")
     if not os.path.exists(path):
         return {}
     earlier, options = read_json(path, "not written by finetune_glue.py"), shared_options(cfg, pretrained)
-    if names := [name for name in options if earlier.get(name, options[name]) != options[name]]:  # missing: older code
+    names = [name for name in options if earlier.get(name, options[name]) != options[name]]  # missing: older code
+    starts = {task["init"] for name, task in earlier["tasks"].items() if name in FROM_MNLI}
+    if len(starts | {run.init for run in plan if run.task.name in FROM_MNLI}) > 1:
+        names.append("start of RTE, MRPC or STS-B, with and without mnli among the --tasks")
+    if names:
         raise UserError(f"{path}: holds results with another {', '.join(names)} (choose another --out)")
     return earlier
 
 
 def pretraining_cost(path):
     """Steps, seconds, GPU-hours and dollars behind a checkpoint of train.py; None for weights from elsewhere."""
-    starts = [record for _, record in read_log(os.path.dirname(path)) if record["event"] == "start"]
+    starts = [record for _, record in read_log(os.path.dirname(path)) if record.get("event") == "start"]
     if not starts or not os.path.exists(os.path.join(path, "state.json")):
         return None
     state, start = read_json(os.path.join(path, "state.json"), "not a checkpoint of train.py"), starts[-1]
