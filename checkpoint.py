@@ -108,7 +108,7 @@ class Saver:
         self.run, self.keep = run, keep
         self.thread, self.saving = ThreadPoolExecutor(1, "checkpoint"), None
         self.seconds = 0.0  # that the last checkpoint took
-        self.written = None  # its step
+        self.begun = self.written = None  # steps of the last checkpoint that was begun, and of the last on disk
 
     def __enter__(self):
         return self
@@ -149,6 +149,7 @@ class Saver:
             "config.json": json.dumps(config, indent=1),
             "tokenizer.json": tokenizer_text,
         }
+        self.begun = state["step"]
         self.saving = self.thread.submit(self.write, state["step"], *snapshot(tensors), texts)
 
     def write(self, step, tensors, copied, texts):
@@ -178,11 +179,12 @@ class Saver:
         if saving:
             saving.result()
 
-    def finish(self, step):
+    def finish(self):
         """Wait for the last checkpoint. Raises: UserError when it is not on disk, also with on_save_error="continue"."""
         self.wait()
-        if self.run.writes and self.written != step:
-            raise UserError(f"{self.run.path}: trained to step {step}, but its checkpoint could not be written (free some space)")
+        if self.written != self.begun:
+            hint = "free some space; the same command resumes from the newest checkpoint"
+            raise UserError(f"{self.run.path}: trained to step {self.begun}, but its checkpoint was not written ({hint})")
 
 
 def weights_of(model):

@@ -511,6 +511,7 @@ class Mixture(Samples):
 
     def make_quotas(self, weights):
         """Of MIXTURE_PERIOD samples, how many each source gives: rounded so that they add up (largest remainder)."""
+        weights = weights / weights.max()  # or the sum of some that are huge would be infinite
         exact = weights / weights.sum() * MIXTURE_PERIOD
         quotas = np.floor(exact).astype(np.int64)
         quotas[np.argsort(quotas - exact, kind="stable")[: MIXTURE_PERIOD - quotas.sum()]] += 1

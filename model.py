@@ -55,6 +55,9 @@ class ModelConfig:
         for name in ("hidden_size", "num_layers", "num_heads", "intermediate_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name, most in {"hidden_size": 2**16, "num_layers": 2**12, "intermediate_size": 2**18}.items():
+            if getattr(self, name) > most:
+                raise UserError(f"{name}={getattr(self, name)}: at most {most} (no GPU could hold it)")
         for name in ("hidden_dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: must be at least 0 and below 1")

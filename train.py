@@ -9,6 +9,8 @@ The same command again resumes from the newest checkpoint in out_dir, with any n
 Read next: model.py
 """
 
+import common  # noqa: F401, I001, before anything that may be missing
+
 import dataclasses
 import datetime
 import itertools
@@ -19,7 +21,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-import common  # noqa: F401, before torch, whose threads it tells to sleep while they wait
 import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -100,6 +101,8 @@ class TrainConfig(ModelConfig):
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name}={getattr(self, name)}: must be at least {least}")
+        if self.seed >= 2**63:
+            raise UserError(f"seed={self.seed}: must be below 2^63")
         for name in ("lr", "adam_eps", "mask_prob"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name}={getattr(self, name)}: must be above 0")
@@ -627,7 +630,7 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
         report = Report()  # evaluation and saving do not count as training speed
 
     tracer.finish()
-    saver.finish(state["step"])
+    saver.finish()
     count_time(state, started_at, process)
     run.log("end", step=state["step"], seconds=round(state["seconds"], 3), **cost(cfg, state))
 
@@ -642,7 +645,7 @@ def main(argv):
         if len(part) == 0:
             raise UserError(f"{cfg.data_dir}: no {split} samples (prepare more text, or hold out another share)")
     with processes.joined(cfg.device, cfg.dtype, cfg.hang_timeout) as (process, watchdog):
-        writes = process.rank == 0 and not cfg.dry_run
+        writes = process.rank == 0 and not (cfg.dry_run or cfg.eval_only)
         with RunDirectory(cfg.out_dir, cfg.on_save_error, writes) as run, Saver(run, cfg.keep_checkpoints) as saver:
             try:
                 train(cfg, process, watchdog, run, saver, *samples)

@@ -35,14 +35,17 @@ def write_text(path, text):
 
 
 def read_json(path, hint):
-    """The JSON object in a file. Raises: UserError with `hint` when it is missing or not JSON."""
+    """The JSON object in a file, a dictionary. Raises: UserError with `hint` when it is missing or something else."""
     try:
         with open(path, encoding="utf-8") as file:
-            return json.load(file)
+            value = json.load(file)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror} ({hint})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON: {error} ({hint})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds a {type(value).__name__}, expected an object ({hint})")
+    return value
 
 
 def file_digest(path):

@@ -163,7 +163,7 @@ def convert(value, kind, where):
             raise UserError(f"{wrong} (did you mean {nearest[0]}?)" if nearest else str(wrong))
         return value
     if kind is str:
-        if not isinstance(value, str):
+        if not isinstance(value, str) or "\0" in value:
             raise wrong
         return value
     if kind is bool:

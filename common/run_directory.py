@@ -59,13 +59,15 @@ class RunDirectory:
             return
         line = (json.dumps({"event": event, **values}) + "\n").encode()
         with self.log_lock:  # the thread that writes checkpoints logs too
-            end = os.path.getsize(self.log_file.name)
+            end = os.fstat(self.log_file.fileno()).st_size
             try:
+                if not os.path.exists(self.log_file.name):
+                    raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
                 if self.log_file.write(line) < len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 return
             except OSError as error:
-                os.truncate(self.log_file.name, end)  # no half line
+                self.log_file.truncate(end)  # no half line
                 hint = f"{gigabytes(len(line), 2)} needed; checkpoints are intact"
                 fault = f"{self.log_file.name}: {error.strerror} ({hint})"
         self.failed(fault)

@@ -1,10 +1,10 @@
-"""How a run of two processes ends when one of them is lost, hangs, fails or is asked to stop; two minutes on two GPUs.
+"""How a run of two processes ends when one is killed, hangs, fails or is asked to stop. Two minutes on two GPUs.
 
-    python tests/gpu_faults.py --out=gpu_faults           # writes .json
-    python tests/gpu_faults.py --toy --out=/tmp/try       # the same on a CPU at toy size, to try the script
+    python -m studies.gpu_faults --out=gpu_faults           # writes gpu_faults.json
+    python -m studies.gpu_faults --toy --out=/tmp/try       # on a CPU at toy size, to try the script
 
-The processes are started by hand, without torchrun, which would end the second one for them. NCCL has ways to wait for
-ever that Gloo, on which the other tests run, does not have.
+Processes are started by hand: torchrun would end the second one itself. NCCL can wait forever where Gloo, which the CPU
+tests use, does not.
 """
 
 import json
@@ -17,25 +17,23 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-
 import torch
 
-import checkpoint
 from common.options import UserError, command, load_config
-from studies.gpu_scaling import make_data
-from tests.toy import ROOT, read_log
 from common.processes import device_name
+from common.versions import versions
+from tests.toy import ROOT, TOY_SIZE, flags, make_documents, make_shards, read_log
 
-AT_STEP, HANG_TIMEOUT, LONGEST = 55, 15, 60  # a step, while the checkpoint of step 50 is written; seconds; seconds
+AT_STEP, HANG_TIMEOUT, LONGEST = 55, 15, 60  # a step at which the checkpoint of step 50 is being written; seconds; seconds
 
-# What is done to rank 1: (to its code before it starts, or a signal to it), and with which statuses both ranks end.
+# What happens to rank 1: {case: (code it runs before training, or the signal it gets, expected exit statuses)}.
 CASES = {
     "killed": (signal.SIGKILL, [3, -9]),
-    "hangs": (signal.SIGSTOP, [3, -9]),  # it is killed when rank 0 has ended
+    "hangs": (signal.SIGSTOP, [3, -9]),  # and is killed once rank 0 has ended
     "asked to stop": (signal.SIGTERM, [143, 143]),
     "out of memory": (f"faults.raise_at({AT_STEP}, torch.OutOfMemoryError('here'))", [3, 2]),
     "a bug": (f"faults.raise_at({AT_STEP}, ValueError('here'))", [3, 1]),
-    "both fail": ("pass", [2, 2]),  # updates that are not finite, by their weight_decay
+    "both fail": ("pass", [2, 2]),  # their weight_decay makes updates that are not finite
     "other options": ("faults.another_option(lr=1e-5)", [2, 2]),
 }
 
@@ -46,37 +44,37 @@ class GpuFaultsConfig:
     toy: bool = False  # on the CPU, at toy size
 
 
-def start(cfg, data, out, port, before, **more):
-    """Both ranks of a run, whose rank 1 calls `before` first."""
+def start(cfg, data, out, port, fault, **more):
+    """Start both ranks of a run; rank 1 executes the code `fault` first."""
     options = {
         "data_dir": data, "out_dir": out, "max_steps": 100000, "global_batch_size": 64, "log_interval": 1, "num_layers": 2,
         "eval_samples": 64, "lr": 1e-4, "checkpoint_interval": 50, "hang_timeout": HANG_TIMEOUT, **more,
     }  # fmt: skip
     if cfg.toy:
-        options |= {"hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "device": "cpu"}
-    argv = [f"--{name}={value}" for name, value in options.items()]
+        options |= {**TOY_SIZE, "device": "cpu"}
     ranks = []
     for rank in range(2):
-        code = f"import faults, torch, train; {before if rank else 'pass'}; train.main({argv!r})"
+        code = f"import torch, train; from tests import faults; {fault if rank else 'pass'}; train.main({flags(options)!r})"
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        paths = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT}/tests", "OMP_NUM_THREADS": 1, "PYTHONFAULTHANDLER": 1}
-        environment = {**os.environ, **{name: str(value) for name, value in {**place, **paths}.items()}}
+        fixed = {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": 1, "PYTHONFAULTHANDLER": 1}
+        environment = {**os.environ, **{name: str(value) for name, value in {**place, **fixed}.items()}}
         with open(f"{out}.{rank}.txt", "w") as output:
             ranks.append(subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=output, stderr=output))
     return ranks
 
 
 def ended(process):
+    """The exit status of a process, or a text if it is still alive after LONGEST seconds."""
     try:
         return process.wait(LONGEST)
     except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGABRT)  # shows where it stands
+        process.send_signal(signal.SIGABRT)  # dumps its stacks
         time.sleep(2)
         process.kill()
         return f"not after {LONGEST} s"
 
 
-def steps_of(out):
+def steps_logged(out):
     return len(read_log(out)) if (out / "log.jsonl").exists() else 0
 
 
@@ -84,11 +82,13 @@ def steps_of(out):
 def main(argv):
     cfg = load_config(GpuFaultsConfig, argv)
     if not cfg.toy and torch.cuda.device_count() < 2:
-        raise UserError("two GPUs are needed (--toy tries the script on any machine)")
+        raise UserError("needs two GPUs (--toy tries the script on any machine)")
     device = device_name(torch.device("cpu" if cfg.toy else "cuda"))
-    results = {"device": device, **checkpoint.versions(), "hang_timeout": HANG_TIMEOUT, "cases": {}}
+    results = {"device": device, **versions(), "hang_timeout": HANG_TIMEOUT, "cases": {}}
     with tempfile.TemporaryDirectory() as scratch:
-        data = make_data(Path(scratch) / "data", 500 if cfg.toy else 30522)
+        vocab_size = 500 if cfg.toy else 30522
+        documents = make_documents(8000, longest=127, shortest=30, vocab_size=vocab_size)
+        data = make_shards(Path(scratch) / "data", documents, documents[:64], vocab_size=vocab_size)
         for number, (name, (what, expected)) in enumerate(CASES.items()):
             out = Path(scratch) / str(number)
             by_signal = isinstance(what, signal.Signals)
@@ -96,7 +96,7 @@ def main(argv):
             ranks = start(cfg, data, out, 29700 + number, "pass" if by_signal else what, **more)
             begun = time.monotonic()
             while all(process.poll() is None for process in ranks) and time.monotonic() - begun < 120:
-                if by_signal and steps_of(out) >= AT_STEP:
+                if by_signal and steps_logged(out) >= AT_STEP:
                     break
                 time.sleep(0.05)
             begun = time.monotonic()

@@ -1,29 +1,29 @@
-"""What reliability costs, and whether resuming is exact, on this machine's GPU; under 90 s on an H100.
+"""What reliability costs on this machine's GPU, and whether resuming is exact there. Under 90 s on an H100.
 
-    python tests/gpu_reliability.py --out=gpu_reliability          # writes .json and .md
-    python tests/gpu_reliability.py --toy --out=/tmp/try           # the same on a CPU at toy size, to try the script
+    python -m studies.gpu_reliability --out=gpu_reliability          # writes gpu_reliability.json and .md
+    python -m studies.gpu_reliability --toy --out=/tmp/try           # on a CPU at toy size, to try the script
 """
 
 import json
 import os
 import platform
 import signal
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-
-import numpy as np  # noqa: E402
+import numpy as np
 import torch
 
 import checkpoint
 import train
 from common import watch
 from common.options import command, load_config
-from tests.toy import make_shards, read_log
+from common.processes import Process, device_name
+from common.versions import versions
+from tests.toy import TOY_SIZE, flags, make_shards, read_log
 
 
 @dataclass
@@ -33,20 +33,21 @@ class GpuReliabilityConfig:
 
 
 def make_data(path, vocab_size, count, length):
+    """Shards of `count` documents of random tokens, each of length / 4 to length - 1."""
     rng = np.random.default_rng(0)
     documents = [rng.integers(5, vocab_size, rng.integers(length // 4, length)) for _ in range(count)]
     return make_shards(path, documents, documents[:100], vocab_size=vocab_size)
 
 
 def run(argv, stop_at=None):
-    """train.main(argv), which gets SIGTERM as it begins step `stop_at`. Returns (exit status, seconds after SIGTERM)."""
+    """train.main(argv), with a SIGTERM as step `stop_at` begins. Returns (exit status, seconds from SIGTERM to the end)."""
     forward_backward, sent = train.forward_backward, []
 
-    def signalling(model, batches, num_masked, cfg, process, step, *gradient_sum):
+    def signalling(model, batches, num_masked, cfg, process, step):
         if step == stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
             sent.append(time.perf_counter())
-        return forward_backward(model, batches, num_masked, cfg, process, step, *gradient_sum)
+        return forward_backward(model, batches, num_masked, cfg, process, step)
 
     train.forward_backward = signalling
     try:
@@ -59,19 +60,16 @@ def run(argv, stop_at=None):
     return status, time.perf_counter() - sent[0] if sent else None
 
 
-def options(values):
-    return [f"--{name}={value}" for name, value in values.items()]
-
-
 def exact_resume(cfg, scratch, model, steps, resumes):
-    """So many steps at once, and with stops in between: whether weights, moments and losses are the same bits."""
+    """Whether weights, moments and losses of an uninterrupted run and of one stopped and resumed are the same bits."""
     data, scratch = scratch / "small_data", scratch / model
     if not data.exists():
         make_data(data, 1000, 2000, 126)
     size = {"hidden_size": 256, "num_layers": 4, "num_heads": 4, "intermediate_size": 512, "global_batch_size": 128}
     if cfg.toy:
-        size = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48, "global_batch_size": 8}
-    argv = options({"model": model, "data_dir": data, "max_steps": steps, "log_interval": 1, "eval_interval": 0, "checkpoint_interval": 1000, **size})
+        size = {**TOY_SIZE, "global_batch_size": 8}
+    intervals = {"log_interval": 1, "eval_interval": 0, "checkpoint_interval": 1000}
+    argv = flags({"model": model, "data_dir": data, "max_steps": steps, **intervals, **size})
     start = time.perf_counter()
     assert run([*argv, f"--out_dir={scratch}/straight"])[0] == 0
     for stop_at in [(i + 1) * steps // (resumes + 1) for i in range(resumes)]:
@@ -96,7 +94,7 @@ def exact_resume(cfg, scratch, model, steps, resumes):
 
 
 def timed(function, times):
-    """Wrap a function so that the seconds of each call are appended to `times`."""
+    """`function`, with the seconds of each call appended to `times`."""
 
     def wrapper(*args, **kwargs):
         start = time.perf_counter()
@@ -108,22 +106,23 @@ def timed(function, times):
 
 
 def base_checkpoints(cfg, scratch):
-    """The base model's run: seconds a save holds training up, seconds to write and verify, seconds after SIGTERM."""
+    """A run of the base model: seconds that a save blocks training, to write and verify, and from SIGTERM to the end."""
     size = {"global_batch_size": 4096}
     if cfg.toy:
-        size = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48, "global_batch_size": 16}
+        size = {**TOY_SIZE, "global_batch_size": 16}
     data = make_data(scratch / "base_data", 1000 if cfg.toy else 30522, 2000 if cfg.toy else 20000, 126)
     out = scratch / "base"
-    argv = options({"data_dir": data, "out_dir": out, "max_steps": 1000, "log_interval": 1, "eval_interval": 0, "checkpoint_interval": 14, **size})
-    held_up, written, verified = [], [], []
-    originals = checkpoint.RunDirectory.save, checkpoint.write, checkpoint.damage
-    checkpoint.RunDirectory.save = timed(checkpoint.RunDirectory.save, held_up)
+    intervals = {"log_interval": 1, "eval_interval": 0, "checkpoint_interval": 14}
+    argv = flags({"data_dir": data, "out_dir": out, "max_steps": 1000, **intervals, **size})
+    blocked, written, verified = [], [], []
+    originals = checkpoint.Saver.save, checkpoint.write, checkpoint.damage
+    checkpoint.Saver.save = timed(checkpoint.Saver.save, blocked)
     checkpoint.write = timed(checkpoint.write, written)
     checkpoint.damage = timed(checkpoint.damage, verified)
     try:
         status, after_sigterm = run(argv, stop_at=30)  # while the second checkpoint is being written
     finally:
-        checkpoint.RunDirectory.save, checkpoint.write, checkpoint.damage = originals
+        checkpoint.Saver.save, checkpoint.write, checkpoint.damage = originals
     assert status == 128 + signal.SIGTERM and checkpoint.steps(out)[0] == 30, (status, checkpoint.steps(out))
     steps = {record["step"]: record for record in read_log(out)}
     ms = {step: 1000 / record["samples_per_second"] * size["global_batch_size"] for step, record in steps.items()}
@@ -133,7 +132,7 @@ def base_checkpoints(cfg, scratch):
         "bytes": sum(file.stat().st_size for file in path.iterdir()),
         "step_ms": median(ms[step] for step in range(7, 14)),
         "step_ms_while_writing": median(ms[step] for step in range(15, 20)),
-        "save_holds_up_seconds": held_up[:2],
+        "save_holds_up_seconds": blocked[:2],
         "write_and_verify_seconds": written,
         "verify_seconds": verified[-len(written) :],
         "sigterm_to_end_seconds": after_sigterm,
@@ -141,9 +140,8 @@ def base_checkpoints(cfg, scratch):
 
 
 def guards(cfg, device):
-    """Milliseconds of what each step pays for: found_inf in AdamW, on and off in turn; the stop flag; the checksum."""
-    size = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48} if cfg.toy else {}
-    model_cfg = train.TrainConfig(**size)
+    """Milliseconds of each guard: found_inf in AdamW, measured on and off in turn; the stop flag; the checksum."""
+    model_cfg = train.TrainConfig(**TOY_SIZE if cfg.toy else {})
     model = train.MaskedLM(model_cfg, 1000 if cfg.toy else 30522).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     for parameter in model.parameters():
@@ -165,24 +163,24 @@ def guards(cfg, device):
     for i in range(6):
         step(i % 2)
     pairs = [(step(True), step(False)) for _ in range(100)]
-    process = train.Process(0, 1, device, torch.float32)
+    process = Process(0, 1, device, torch.float32)
     sums = []
     for _ in range(12):
         synchronize()
         start = time.perf_counter()
         checkpoint.compare_parameters(model, process, 1)
         sums.append(1000 * (time.perf_counter() - start))
-    guard = watch.Watch(0)
-    guard.world_size = 2  # the way of several processes; the store is not asked
+    watchdog = watch.Watch(0)
+    watchdog.world_size = 2  # takes the path of several processes; there is no store to ask
     flags = []
     for i in range(50):
         asked = torch.zeros((), device=device)
         synchronize()
         start = time.perf_counter()
-        guard.at(i)
-        guard.all_stop(asked)
+        watchdog.at(i)
+        watchdog.all_stop(asked)
         flags.append(1000 * (time.perf_counter() - start))
-    guard.close()
+    watchdog.close()
     return {
         "adamw_ms": median(off for _, off in pairs),
         "found_inf_ms": median(on - off for on, off in pairs),
@@ -195,29 +193,38 @@ def table(results):
     """Markdown rows for results/reliability.md."""
     saves, costs = results["base_checkpoints"], results["guards"]
     step, interval = saves["step_ms"], train.TrainConfig().checkpoint_interval
-    held_up = 1000 * median(saves["save_holds_up_seconds"])
-    slower = max(0.0, saves["step_ms_while_writing"] / step - 1) * 1000 * median(saves["write_and_verify_seconds"])
-    rows = [
-        *((f"resume, {exact['model']}", f"{exact['steps']} steps at once and with {exact['resumes']} resumes, {exact['kernels']} "
-           f"kernels, {exact['dtype']}: the same bits: weights {exact['weights_equal']}, optimizer {exact['optimizer_equal']}, "
-           f"losses {exact['losses_equal']}") for exact in results["exact_resume"]),
-        ("checkpoint", f"{saves['bytes'] / 1e9:.2f} GB: training held up {held_up / 1000:.2f} s, written and verified in the "
-         f"background in {median(saves['write_and_verify_seconds']):.1f} s, of which verifying {median(saves['verify_seconds']):.1f} s"),
-        ("SIGTERM to end", f"{saves['sigterm_to_end_seconds']:.1f} s"),
-    ]  # fmt: skip
+    blocked = 1000 * median(saves["save_holds_up_seconds"])
+    written, verified = median(saves["write_and_verify_seconds"]), median(saves["verify_seconds"])
+    slower = max(0.0, saves["step_ms_while_writing"] / step - 1) * 1000 * written
+    rows = []
+    for exact in results["exact_resume"]:
+        rows.append((
+            f"resume, {exact['model']}",
+            f"{exact['steps']} steps without and with {exact['resumes']} resumes, {exact['kernels']} kernels, {exact['dtype']}: "
+            f"same bits: weights {exact['weights_equal']}, optimizer {exact['optimizer_equal']}, losses {exact['losses_equal']}",
+        ))  # fmt: skip
+    rows.append((
+        "checkpoint",
+        f"{saves['bytes'] / 1e9:.2f} GB: training blocked for {blocked / 1000:.2f} s, written and verified in the background "
+        f"in {written:.1f} s ({verified:.1f} s to verify)",
+    ))  # fmt: skip
+    rows.append(("SIGTERM to end", f"{saves['sigterm_to_end_seconds']:.1f} s"))
     for gpus in (1, 8):
-        this_step = step / gpus  # of the same global batch
-        hour = 3_600_000 / (interval * this_step)  # saves in an hour
+        this_step = step / gpus  # the same global batch
+        per_hour = 3_600_000 / (interval * this_step)  # saves
         shares = {
-            "saves": (held_up + slower) / (interval * this_step),
+            "saves": (blocked + slower) / (interval * this_step),
             "checksum": costs["checksum_ms"] / (interval * this_step) if gpus > 1 else 0.0,
             "found_inf": max(0.0, costs["found_inf_ms"]) / this_step,
             "stop flag": costs["stop_flag_ms"] / this_step if gpus > 1 else 0.0,
         }
         text = ", ".join(f"{name} {100 * share:.3f} %" for name, share in shares.items())
-        seconds = hour * (held_up + slower) / 1000
-        rows.append(("overhead, one GPU" if gpus == 1 else f"overhead, {gpus} GPUs (calculated)", f"step {this_step:.0f} ms, {hour:.1f} saves an hour take "
-                     f"{seconds:.1f} s of it; {text}; together {100 * sum(shares.values()):.3f} %"))  # fmt: skip
+        seconds = per_hour * (blocked + slower) / 1000
+        rows.append((
+            "overhead, one GPU" if gpus == 1 else f"overhead, {gpus} GPUs (calculated)",
+            f"step {this_step:.0f} ms, {per_hour:.1f} saves an hour cost {seconds:.1f} s; {text}; "
+            f"together {100 * sum(shares.values()):.3f} %",
+        ))  # fmt: skip
     return "\n".join(["| what | figure |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows)])
 
 
@@ -226,7 +233,7 @@ def main(argv):
     cfg = load_config(GpuReliabilityConfig, argv)
     start = time.perf_counter()
     device = torch.device("cpu" if cfg.toy else "cuda")
-    about = {"device": train.device_name(device), "python": platform.python_version(), **checkpoint.versions()}
+    about = {"device": device_name(device), "python": platform.python_version(), **versions()}
     results = {"about": about, "date": time.strftime("%Y-%m-%d")}
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
@@ -242,7 +249,7 @@ def main(argv):
     Path(f"{cfg.out}.md").write_text(text + "\n")
     print(json.dumps(results, indent=1))
     print(text)
-    exact = results["exact_resume"][0]  # of BERT's, PyTorch's attention decides
+    exact = results["exact_resume"][0]  # MosaicBERT; BERT's depends on PyTorch's attention
     assert exact["weights_equal"] and exact["optimizer_equal"] and exact["losses_equal"]
 
 

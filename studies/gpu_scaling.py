@@ -1,68 +1,57 @@
-"""Whether several GPUs train as one does, and a run killed on several goes on with one; under a minute on two H100s.
+"""Do several GPUs train as one does, and does a run killed on several resume on one? Under a minute on two H100s.
 
-    python tests/gpu_scaling.py --out=gpu_scaling          # writes .json
-    python tests/gpu_scaling.py --toy --out=/tmp/try       # the same on a CPU at toy size, to try the script
+    python -m studies.gpu_scaling --out=gpu_scaling          # writes gpu_scaling.json
+    python -m studies.gpu_scaling --toy --out=/tmp/try       # on a CPU at toy size, to try the script
 
-The base model, without dropout, for 100 steps of 64 samples. What may differ between one GPU and several is the order of
-sums, and the same may differ on one GPU when it cuts the batch into more micro-batches. So the bound is set before
-anything is known of several: twice the largest relative difference of a step's loss between cuts on one GPU, in which
-bf16's rounding shows. All runs go on at the same time, side by side on the same GPUs.
+The base model, without dropout, for 100 steps of 64 samples. Several GPUs may differ from one only in the order of sums,
+and so does one GPU that splits the batch into more micro-batches. That gives a bound which knows nothing of several GPUs:
+twice the largest relative difference in a step's loss between splits on one GPU, which shows the rounding of bf16. All
+runs train at the same time, side by side on the same GPUs.
 """
 
 import json
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-
-import numpy as np  # noqa: E402
 import torch
 
-import checkpoint
 from common.options import UserError, command, load_config
-from data import Samples
-from studies.torture import descendants
-from tests.toy import make_shards, read_log, train_command
 from common.processes import device_name
+from common.versions import versions
+from data import Samples
+from tests.ranks import descendants
+from tests.toy import TOY_SIZE, flags, make_documents, make_shards, read_log, train_command
 
-CHECKPOINT, KILLED_AFTER = 40, 50  # steps: of the checkpoint to go on from, and of the kill at the earliest
-SUMS_IN_FP32 = 1e-6  # relative: where all is fp32, cuts may agree by chance
+CHECKPOINT, KILLED_AFTER = 40, 50  # steps: of the checkpoint to resume from, and of the kill at the earliest
+SUMS_IN_FP32 = 1e-6  # relative: where everything is fp32, splits may agree by chance
 
 
 @dataclass
 class GpuScalingConfig:
     gpus: int = 2  # to compare with one
     steps: int = 100
-    batch: int = 64  # samples in a step
+    batch: int = 64  # samples per step
     out: str = "gpu_scaling"  # results, without the suffix
     toy: bool = False  # on the CPU, at toy size
 
 
-def make_data(path, vocab_size):
-    """Counting sequences from random places, so that there is something to learn."""
-    rng = np.random.default_rng(0)
-    starts, lengths = rng.integers(0, vocab_size - 5, 8000), rng.integers(30, 127, 8000)
-    documents = [5 + (start + np.arange(n)) % (vocab_size - 5) for start, n in zip(starts, lengths)]
-    return make_shards(path, documents, documents[:64], vocab_size=vocab_size)
-
-
 class Run:
-    """train.py, started, on the GPUs `visible`, cutting a process's share of a step into about so many micro-batches."""
+    """train.py, started on the GPUs `visible`; each process splits its share of a step into about `splits` micro-batches."""
 
-    def __init__(self, cfg, data, out, visible, cuts=1, **options):
-        self.out, tokens = out, cfg.batch * 128 // len(visible) // cuts
-        size = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48, "device": "cpu", "lr": 3e-3}
+    def __init__(self, cfg, data, out, visible, splits=1, **options):
+        self.out, tokens = out, cfg.batch * 128 // len(visible) // splits
+        toy = {**TOY_SIZE, "device": "cpu", "lr": 3e-3} if cfg.toy else {}
         options = {
             "data_dir": data, "out_dir": out, "max_steps": cfg.steps, "global_batch_size": cfg.batch, "log_interval": 1,
             "micro_batch_tokens": max(128, tokens), "hidden_dropout": 0, "lr": 1e-4, "warmup_fraction": 0.3,
-            "eval_interval": 0, "eval_samples": 64, "checkpoint_interval": 1000, **(size if cfg.toy else {}), **options,
+            "eval_interval": 0, "eval_samples": 64, "checkpoint_interval": 1000, **toy, **options,
         }  # fmt: skip
-        argv = train_command([f"--{name}={value}" for name, value in options.items()], len(visible))
+        argv = train_command(flags(options), len(visible))
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ",".join(map(str, visible))}
         out.parent.mkdir(parents=True, exist_ok=True)
         self.output = out.with_suffix(".txt")
@@ -83,7 +72,7 @@ class Run:
 
 
 def same_samples_and_masks(cfg, data):
-    """Whether the processes have, all together, the tokens, masks and labels that one process has, in every step."""
+    """Whether in every step all processes together have the tokens, masks and labels that one process has."""
     samples = Samples(data, "train", 128)
 
     def of_step(step, world_size):
@@ -110,20 +99,23 @@ def largest_difference(records, others):
 def main(argv):
     cfg = load_config(GpuScalingConfig, argv)
     if not cfg.toy and torch.cuda.device_count() < cfg.gpus:
-        raise UserError(f"--gpus={cfg.gpus}: {torch.cuda.device_count()} are here (--toy tries the code on any machine)")
+        hint = "--toy tries the script on any machine"
+        raise UserError(f"--gpus={cfg.gpus}: this machine has {torch.cuda.device_count()} ({hint})")
     begun, everywhere = time.perf_counter(), list(range(cfg.gpus))
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
-        data = make_data(scratch / "data", 500 if cfg.toy else 30522)
+        vocab_size = 500 if cfg.toy else 30522
+        documents = make_documents(8000, longest=127, shortest=30, vocab_size=vocab_size)
+        data = make_shards(scratch / "data", documents, documents[:64], vocab_size=vocab_size)
         killed = Run(cfg, data, scratch / "killed", everywhere, checkpoint_interval=CHECKPOINT)
         many = Run(cfg, data, scratch / "many", everywhere)
         one, three, five = (
-            Run(cfg, data, scratch / f"cut_{cuts}", [i % cfg.gpus], cuts) for i, cuts in enumerate((1, 3, 5))
+            Run(cfg, data, scratch / f"splits_{splits}", [i % cfg.gpus], splits) for i, splits in enumerate((1, 3, 5))
         )
         same = same_samples_and_masks(cfg, data)
         while not (killed.out / f"step_{CHECKPOINT:08d}").exists() or len(killed.records()) < KILLED_AFTER:
             if killed.process.poll() is not None:
-                raise UserError(f"ended before it was to be killed: {killed.output.read_text()[-3000:]}")
+                raise UserError(f"train.py ended before it could be killed: {killed.output.read_text()[-3000:]}")
             time.sleep(0.01)
         killed.kill()
         killed_at = len(killed.records())
@@ -135,7 +127,7 @@ def main(argv):
         spread = max(largest_difference(one.records(), run.records()) for run in (three, five))
         results = {
             "device": device_name(torch.device("cpu" if cfg.toy else "cuda")),
-            **checkpoint.versions(),
+            **versions(),
             "gpus": cfg.gpus,
             "steps": cfg.steps,
             "samples_and_masks_equal": same,

@@ -1,7 +1,9 @@
-"""Does a long run grow? python tests/soak.py [STEPS] trains a small model for 20,000 steps, with evaluations and
-checkpoints, and prints this process's memory, open files and threads along the way.
+"""Does a long run grow? Train a small model for 20,000 steps, with evaluations and checkpoints, and watch the process.
 
-It fails when memory grows by 2 % from a tenth of the run on, or when files or threads do.
+    python -m studies.soak [STEPS]
+
+Prints anonymous memory, open files and threads 40 times along the way. Fails if memory grows by 2 % after the first tenth
+of the run, or if the number of files or threads changes. Mapped shard pages are page cache, so they do not count.
 """
 
 import contextlib
@@ -12,7 +14,6 @@ import threading
 import time
 from pathlib import Path
 
-
 import torch
 
 import train
@@ -20,25 +21,26 @@ from tests.toy import make_shards, read_log, toy_argv
 
 
 def measure():
-    """(resident MB, open files, threads) of this process."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6, len(os.listdir("/proc/self/fd")), threading.active_count()
+    """(anonymous resident memory in MB, open files, threads) of this process."""
+    kilobytes = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("RssAnon"))
+    return int(kilobytes) * 1024 / 1e6, len(os.listdir("/proc/self/fd")), threading.active_count()
 
 
 def main(max_steps):
     torch.set_num_threads(1)
-    rows, forward_backward = [], train.forward_backward
+    rows, train_step = [], train.train_step
 
-    def watched(model, batches, num_masked, cfg, process, step, *gradient_sum):
-        if step % (max_steps // 40) == 0:
+    def watched(model, optimizer, batches, cfg, process, step, *rest):
+        if step % max(1, max_steps // 40) == 0:
             rows.append((step, *measure()))
             print("step {:6d}  {:7.1f} MB  {:3d} files  {:2d} threads".format(*rows[-1]), file=sys.__stdout__, flush=True)
-        return forward_backward(model, batches, num_masked, cfg, process, step, *gradient_sum)
+        return train_step(model, optimizer, batches, cfg, process, step, *rest)
 
-    train.forward_backward = watched
+    train.train_step = watched
     with tempfile.TemporaryDirectory() as scratch:
         data, out, start = make_shards(Path(scratch) / "data"), Path(scratch) / "run", time.monotonic()
-        options = {"max_steps": max_steps, "log_interval": 10, "eval_interval": 250, "checkpoint_interval": 250}
+        interval = min(250, max_steps // 20)  # the checkpoint thread must exist after a tenth of the run
+        options = {"max_steps": max_steps, "log_interval": 10, "eval_interval": interval, "checkpoint_interval": interval}
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             train.main(toy_argv(data, out, **options))
         seconds, logged = time.monotonic() - start, len(read_log(out))

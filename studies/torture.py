@@ -1,19 +1,20 @@
-"""Break a training run again and again, and see that nothing is lost.
+"""Break a training run again and again, and check that nothing is lost.
 
-    python tests/torture.py                     # all of it, half an hour on two cores
-    python tests/torture.py --kills=100 --save_kills=0 --resumes=0 --signals=0
+    python -m studies.torture                     # everything, half an hour on two cores
+    python -m studies.torture --kills=100 --save_kills=0 --resumes=0 --signals=0
 
-Each part trains a small model in two processes on the CPU, without and with disasters, and asks for the same weights,
-optimizer state and loss log, bit for bit, with nothing done by hand between two starts of the same command.
+Each part trains a small model in two processes on the CPU, once undisturbed and once with faults. Both must end with the
+same weights, optimizer state and losses, bit for bit, and restarting must take nothing but the same command.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -21,31 +22,30 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-
 import checkpoint
-from tests import faults
 from common.options import command, load_config
-from tests.ranks import Ranks, run_ranks
+from tests import faults
+from tests.ranks import Ranks, descendants, run_ranks
 from tests.toy import make_shards, read_log, run_train, toy_argv, train_command, train_environment
 
 
 @dataclass
 class TortureConfig:
-    kills: int = 100  # of a random process of a torchrun (launcher included), at a random moment
-    save_kills: int = 5  # at each point inside a save
-    resumes: int = 10  # in a row
-    signals: int = 50  # SIGTERM, SIGINT or SIGUSR1, at a random moment
-    seed: int = 1  # of what happens when
-    max_steps: int = 300  # of the run that is tortured by kills
+    kills: int = 100  # SIGKILLs of a random process of a torchrun (the launcher included), at random moments
+    save_kills: int = 5  # SIGKILLs at each point inside a save
+    resumes: int = 10  # stops and resumes in a row
+    signals: int = 50  # SIGTERM, SIGINT or SIGUSR1, at random moments
+    seed: int = 1  # of the random moments and victims
+    max_steps: int = 300  # length of the runs that `kills` disturbs
     out: str = ""  # directory to work in; empty: a temporary one
 
 
 def digests(out_dir):
-    """{what: sha256} of a finished run: its last weights and optimizer state, and its log without the times."""
+    """{what: sha256} of a finished run: its final weights and optimizer state, and its log without the times."""
     last = Path(out_dir) / f"step_{checkpoint.steps(out_dir)[0]:08d}"
     assert checkpoint.damage(last) is None
     lines = [
-        [record["event"], record["step"], record["loss"], record.get("grad_norm"), record.get("accuracy"), record.get("tokens")]
+        [*(record[key] for key in ("event", "step", "loss")), *map(record.get, ("grad_norm", "accuracy", "tokens"))]
         for event in ("train", "eval")
         for record in read_log(out_dir, event)
     ]
@@ -54,26 +54,21 @@ def digests(out_dir):
     return {name: hashlib.sha256(data).hexdigest() for name, data in parts.items()}
 
 
-def descendants(pid):
-    """Of a process that lives: its children, their children, and so on."""
-    found = []
-    try:
-        for thread in os.listdir(f"/proc/{pid}/task"):
-            found += map(int, Path(f"/proc/{pid}/task/{thread}/children").read_text().split())
-    except (FileNotFoundError, ProcessLookupError):
-        pass
-    return found + [pid for child in found for pid in descendants(child)]
-
-
-def lives(pid):
+def alive(pid):
+    """Whether a process is running (a zombie is not)."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
 
 
-def what_happens(out, started):
-    """What a run is doing now, as far as its directory tells."""
+def starts(out):
+    """The log's start records: one per start of the run that got as far as training."""
+    return read_log(out, "start") if Path(out, "log.jsonl").exists() else []
+
+
+def phase(out, started):
+    """What a run is doing, as far as its directory shows. started: len(starts(out)) before this start."""
     if len(starts(out)) == started:
         return "start-up"
     if list(Path(out).glob("*.tmp")):
@@ -85,17 +80,17 @@ def what_happens(out, started):
     return "training"
 
 
-def starts(out):
-    return read_log(out, "start") if Path(out, "log.jsonl").exists() else []
+def counts(counter, text):
+    return ", ".join(f"{count} {text} {name}" for name, count in sorted(counter.items()))
 
 
 def kills(cfg, data, directory):
-    """Kill a random process of a torchrun at a random moment, until the run is finished; and so on with new runs."""
+    """SIGKILL a random process of a torchrun at a random moment, until the run finishes; then the next run."""
     rng = random.Random(cfg.seed)
     options = {"max_steps": cfg.max_steps, "checkpoint_interval": 5, "eval_interval": 10, "keep_checkpoints": 2}
     straight = directory / "straight"
     assert run_train(toy_argv(data, straight, **options), processes=2).returncode == 0
-    expected, killed, moments, victims, runs, slowest = digests(straight), 0, Counter(), Counter(), 0, 0.0
+    expected, killed, phases, victims, runs, slowest = digests(straight), 0, Counter(), Counter(), 0, 0.0
     while killed < cfg.kills:
         out = directory / f"run{runs}"
         argv = toy_argv(data, out, **options)
@@ -117,31 +112,27 @@ def kills(cfg, data, directory):
                 break
             workers = descendants(launcher.pid)
             victim = rng.choice([launcher.pid, *workers])
-            moments[what_happens(out, started)] += 1
+            phases[phase(out, started)] += 1
             victims["launcher" if victim == launcher.pid else "rank"] += 1
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(victim, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             killed += 1
-            dead_at = time.monotonic()
-            while launcher.poll() is None or any(map(lives, workers)):
-                assert time.monotonic() - dead_at < 60, "processes outlive a killed one by a minute"
+            killed_at = time.monotonic()
+            while launcher.poll() is None or any(map(alive, workers)):
+                assert time.monotonic() - killed_at < 60, "processes are still alive a minute after one was killed"
                 time.sleep(0.01)
-            slowest = max(slowest, time.monotonic() - dead_at)
+            slowest = max(slowest, time.monotonic() - killed_at)
             print(f"kill {killed}: {victim}, run {runs}, checkpoints {checkpoint.steps(out)}", flush=True)
         assert digests(out) == expected, f"{out} differs from {straight}"
         runs += 1
-    where = ", ".join(f"{count} in {moment}" for moment, count in sorted(moments.items()))
-    who = ", ".join(f"{count} of a {victim}" for victim, count in sorted(victims.items()))
     return (
-        f"{killed} kills ({where}; {who}) over {runs} runs of {cfg.max_steps} steps: each run's digests equal the "
-        f"uninterrupted one's; the others ended at most {slowest:.1f} s after the killed one"
+        f"{killed} kills ({counts(phases, 'in')}; {counts(victims, 'of a')}) over {runs} runs of {cfg.max_steps} steps: "
+        f"every run has the digests of the undisturbed one; the other processes ended within {slowest:.1f} s of the kill"
     )
 
 
 def save_kills(cfg, data, directory):
-    """Kill the writing process at each point inside a save, each time after some saves that succeed."""
+    """SIGKILL the writing process at each point inside a save, each time after two saves that succeed."""
     rng = random.Random(cfg.seed)
     labels = directory / "points.txt"
     options = {"checkpoint_interval": 3, "eval_interval": 0, "keep_checkpoints": 2}
@@ -150,10 +141,10 @@ def save_kills(cfg, data, directory):
     assert statuses == [0, 0], (statuses, output[-2000:])
     points = labels.read_text().splitlines()
     begins = [i for i, label in enumerate(points) if label.startswith("rmtree") and label.endswith(".tmp")]
-    names = points[begins[-1] :]  # of the last save, which removes an old checkpoint
+    names = points[begins[-1] :]  # of the last save, which also removes an old checkpoint
     todo = [number for number in range(len(names)) for _ in range(cfg.save_kills)]
     rng.shuffle(todo)
-    # Two saves succeed and the third is killed: at least two intervals of progress with every start.
+    # Two saves succeed and the third is killed, so every start makes at least two intervals of progress.
     options["max_steps"] = 9 * len(todo) + 9
     argv = toy_argv(data, directory / "run", **options)
     for i, number in enumerate(todo):
@@ -168,11 +159,11 @@ def save_kills(cfg, data, directory):
         statuses, output = run_ranks(toy_argv(data, directory / out, **options), 2, directory, timeout=600)
         assert statuses == [0, 0], (statuses, output[-2000:])
     assert digests(directory / "run") == digests(directory / "straight")
-    return f"{len(todo)} kills at {len(names)} points of a save, {cfg.save_kills} each: the digests equal the uninterrupted run's"
+    return f"{len(todo)} kills at {len(names)} points of a save, {cfg.save_kills} each: the digests of the undisturbed run"
 
 
 def resumes(cfg, data, directory):
-    """Stop by signal and go on, so many times in a row."""
+    """Stop by SIGTERM and resume, many times in a row."""
     options = {"max_steps": 20 * (cfg.resumes + 2), "checkpoint_interval": 7, "eval_interval": 15}
     statuses, output = run_ranks(toy_argv(data, directory / "straight", **options), 2, directory)
     assert statuses == [0, 0], (statuses, output[-2000:])
@@ -189,22 +180,22 @@ def resumes(cfg, data, directory):
     assert statuses == [0, 0], (statuses, output[-2000:])
     assert len(read_log(directory / "run", "start")) == cfg.resumes + 1
     assert digests(directory / "run") == digests(directory / "straight")
-    return f"{cfg.resumes} resumes in a row: the digests equal the uninterrupted run's"
+    return f"{cfg.resumes} resumes in a row: the digests of the undisturbed run"
 
 
 def signals(cfg, data, directory):
-    """A signal to one or all ranks at a random moment of start-up, training, evaluation or saving."""
+    """A signal to one rank or all, at a random moment of start-up, training, evaluation or saving."""
     rng = random.Random(cfg.seed)
     options = {"max_steps": 300, "checkpoint_interval": 5, "eval_interval": 5}
     statuses, output = run_ranks(toy_argv(data, directory / "straight", **options), 2, directory)
     assert statuses == [0, 0], (statuses, output[-2000:])
-    argv, slowest, moments, i = toy_argv(data, directory / "run", **options), 0.0, Counter(), 0
+    argv, slowest, phases, i = toy_argv(data, directory / "run", **options), 0.0, Counter(), 0
     while i < cfg.signals:
         started = len(starts(directory / "run"))
         ranks = Ranks(argv, 2, directory)
         early = rng.random() < 0.2
         if early:
-            while "on 2 x" not in ranks.output():  # the handlers are there when the first line is printed
+            while "on 2 x" not in ranks.output():  # the first line printed; the handlers are installed by then
                 time.sleep(0.002)
         else:
             while len(starts(directory / "run")) == started:
@@ -212,28 +203,27 @@ def signals(cfg, data, directory):
             time.sleep(rng.uniform(0.05, 0.6))
         number = rng.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
         everyone = early or rng.random() < 0.5
-        moment = what_happens(directory / "run", started)
+        now = phase(directory / "run", started)
         sent = time.monotonic()
         ranks.signal(number, None if everyone else [rng.randrange(2)])
         statuses = ranks.wait(30)
         seconds = time.monotonic() - sent
-        if statuses == [0, 0]:  # it was finished already
-            checkpoint.shutil.rmtree(directory / "run")
+        if statuses == [0, 0]:  # it had already finished
+            shutil.rmtree(directory / "run")
             continue
-        assert set(statuses) == {128 + number}, (statuses, moment, ranks.output()[-3000:])
+        assert set(statuses) == {128 + number}, (statuses, now, ranks.output()[-3000:])
         newest = checkpoint.newest(directory / "run")
-        assert newest or moment == "start-up"
+        assert newest or now == "start-up"
         i += 1
         slowest = max(slowest, seconds)
-        moments[moment] += 1
-        print(f"signal {i}: {signal.Signals(number).name} in {moment}, {seconds:.2f} s, newest {newest}", flush=True)
+        phases[now] += 1
+        print(f"signal {i}: {signal.Signals(number).name} in {now}, {seconds:.2f} s, newest {newest}", flush=True)
     statuses, output = run_ranks(argv, 2, directory)
     assert statuses == [0, 0], (statuses, output[-2000:])
     assert digests(directory / "run") == digests(directory / "straight")
-    where = ", ".join(f"{count} in {moment}" for moment, count in sorted(moments.items()))
     return (
-        f"{i} signals ({where}): all ranks left together with 128 + n after at most {slowest:.2f} s, and the last run's "
-        "digests equal the uninterrupted one's"
+        f"{i} signals ({counts(phases, 'in')}): all ranks exit together with 128 + n within {slowest:.2f} s, and the last run "
+        "has the digests of the undisturbed one"
     )
 
 
@@ -248,7 +238,8 @@ def main(argv):
             if getattr(cfg, part.__name__):
                 (scratch / part.__name__).mkdir()
                 start = time.monotonic()
-                results.append(f"{part.__name__}: {part(cfg, data, scratch / part.__name__)} [{time.monotonic() - start:.0f} s]")
+                result = part(cfg, data, scratch / part.__name__)
+                results.append(f"{part.__name__}: {result} [{time.monotonic() - start:.0f} s]")
                 print(results[-1], flush=True)
         print("\n" + "\n".join(results))
 

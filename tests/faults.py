@@ -1,4 +1,4 @@
-"""Faults for ranks.py: each function, called in a rank before it starts, makes something go wrong later."""
+"""Faults for ranks.py. Each function is called in a rank before training, and makes something go wrong later."""
 
 import builtins
 import ctypes
@@ -21,24 +21,25 @@ from common import files, processes, watch
 
 
 def together(*faults):
+    """Several faults in one rank."""
     for fault in faults:
         fault()
 
 
 def at_steps(steps, act):
-    """Have act(step, model) done in the forward passes of these steps; its result multiplies the loss."""
-    now = [0]
+    """Call act(step, model) in the forward passes of these steps; the loss is multiplied by what it returns, if not None."""
+    current_step = [0]
     forward_backward, forward = train.forward_backward, train.MaskedLM.forward
 
-    def noting(model, batches, num_masked, cfg, process, step):
-        now[0] = step
+    def note_step(model, batches, num_masked, cfg, process, step):
+        current_step[0] = step
         return forward_backward(model, batches, num_masked, cfg, process, step)
 
     def faulty(self, batch):
-        factor = act(now[0], self) if now[0] in steps else None
+        factor = act(current_step[0], self) if current_step[0] in steps else None
         return forward(self, batch) * (1 if factor is None else factor)
 
-    train.forward_backward, train.MaskedLM.forward = noting, faulty
+    train.forward_backward, train.MaskedLM.forward = note_step, faulty
 
 
 def nan_at(steps, value=float("nan")):
@@ -50,7 +51,7 @@ def hang_at(step):
 
 
 def freeze_at(step, notice_after):
-    """Keep Python's lock for an hour; in the watch, notice after so many seconds beyond the hang_timeout."""
+    """Hold the GIL for an hour. The watchdog's timer fires `notice_after` seconds after hang_timeout."""
     watch.STANDSTILL_SECONDS = notice_after
     at_steps([step], lambda step, model: ctypes.PyDLL(None).sleep(3600))
 
@@ -60,10 +61,11 @@ def die_at(step):
 
 
 def stop_at(step):
-    """A signal comes in this step."""
+    """Send this process SIGTERM in this step."""
+
     def act(step, model):
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.5)  # until it is heard
+        time.sleep(0.5)  # until the watchdog has seen it
 
     at_steps([step], act)
 
@@ -81,13 +83,13 @@ def small_buckets(megabytes):
 
 
 def another_option(**options):
-    """Have this rank started with other options."""
+    """Start this rank with different options."""
     load_config = train.load_config
     train.load_config = lambda cls, argv: dataclasses.replace(load_config(cls, argv), **options)
 
 
 def one_ulp_at(step):
-    """Change the last bit of one parameter."""
+    """Flip the last bit of one weight."""
 
     def change(step, model):
         with torch.no_grad():
@@ -97,7 +99,7 @@ def one_ulp_at(step):
 
 
 def slow_start(seconds):
-    """Wait before the processes look for each other."""
+    """Wait before joining the process group."""
     join = processes.join
 
     def slow(*arguments):
@@ -109,12 +111,12 @@ def slow_start(seconds):
 
 
 def slow_watch(seconds):
-    """Look at the other processes this rarely."""
+    """Make the watchdog check the other processes only this often."""
     watch.TICK = seconds
 
 
 def slow_evaluation(seconds):
-    """Make each evaluation batch take so long."""
+    """Delay each evaluation batch by this much."""
     forward = train.MaskedLM.masked_logits
 
     def slow(self, batch):
@@ -125,7 +127,7 @@ def slow_evaluation(seconds):
 
 
 def slow_write(seconds):
-    """Make writing a checkpoint take so much longer."""
+    """Delay each checkpoint write by this much."""
     write = checkpoint.write
 
     def slow(*contents):
@@ -136,7 +138,7 @@ def slow_write(seconds):
 
 
 def note_weights(directory):
-    """Write the sha256 of this rank's weights at each checkpoint: STEP.RANK."""
+    """At each checkpoint, write the sha256 of this rank's weights to the file STEP.RANK."""
     compare = checkpoint.compare_parameters
 
     def noting(model, process, step):
@@ -150,12 +152,12 @@ def note_weights(directory):
 
 
 def small_files(num_bytes):
-    """No file may grow beyond this, as on a full disk."""
+    """Limit the size of every file, which acts like a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
 
 
 class HalfWriting:
-    """A file whose write comes in two halves, with a point after each."""
+    """A file that writes everything in two halves, and calls point(label) after each."""
 
     def __init__(self, file, point):
         self.file, self.point = file, point
@@ -180,7 +182,7 @@ class HalfWriting:
 
 
 def in_saves(reach):
-    """Call reach(label) at every point inside a save: after each write, half write, fsync, rename and removal."""
+    """Call reach(label) at every point of a save: after each half write, write, fsync, mkdir, rename and removal."""
 
     def point(label):
         if threading.current_thread().name.startswith("checkpoint"):
@@ -190,8 +192,10 @@ def in_saves(reach):
         @functools.wraps(function)
         def wrapper(target, *rest, **options):
             result = function(target, *rest, **options)
-            named = os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else str(rest[0] if name == "rename" else target)
-            point(f"{name} of {os.path.basename(named)}")
+            path = str(rest[0] if name == "rename" else target)
+            if isinstance(target, int):
+                path = os.readlink(f"/proc/self/fd/{target}")
+            point(f"{name} of {os.path.basename(path)}")
             return result
 
         return wrapper
@@ -206,7 +210,7 @@ def in_saves(reach):
 
 
 def list_points(path):
-    """Append every point's label to a file."""
+    """Append the label of every point to a file."""
 
     def note(label):
         with builtins.open(path, "a") as file:
@@ -216,11 +220,11 @@ def list_points(path):
 
 
 def kill_at_point(number, after_saves):
-    """SIGKILL at the point of this number, counted from 0, of a save that comes after so many others."""
-    seen = [0, -1]  # saves begun, points of this save
+    """SIGKILL at point `number`, counted from 0, of the save that follows `after_saves` others."""
+    seen = [0, -1]  # saves begun, points passed in this save
 
     def count(label):
-        if label.startswith("rmtree") and label.endswith(".tmp"):  # a save begins
+        if label.startswith("rmtree") and label.endswith(".tmp"):  # the first point of a save
             seen[:] = [seen[0] + 1, -1]
         seen[1] += 1
         if seen == [after_saves + 1, number]:

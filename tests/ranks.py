@@ -1,5 +1,8 @@
-"""Processes of a run for the tests, forked from a server that has imported train already: a start takes tens of
-milliseconds, not seconds. A fault is a function that a rank calls before it starts training, to break something."""
+"""Runs of one or more processes for the tests, without the seconds of a torchrun start.
+
+Processes are forked from a server that has already imported train, so one starts in tens of milliseconds. A fault is a
+function from faults.py that a rank calls before it starts training.
+"""
 
 import contextlib
 import faulthandler
@@ -13,26 +16,26 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+import torch
+
+from tests.toy import ROOT
 
 
 @functools.cache
 def context():
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    os.environ["PYTHONPATH"] = str(ROOT)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "toy", "ranks", "torch._dynamo"])
+    context.set_forkserver_preload(["tests.faults", "tests.ranks", "torch._dynamo"])  # faults imports train
     return context
 
 
 def rank_main(argv, rank, world_size, port, output, fault, script):
-    """One rank: `script`.main(argv) with what torchrun would put into the environment; prints go to a file."""
+    """One rank: `script`.main(argv) in the environment that torchrun would set, with its output in a file."""
     sys.stdout = sys.stderr = open(output, "w", buffering=1)
     os.dup2(sys.stdout.fileno(), 1)
     os.dup2(sys.stdout.fileno(), 2)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="")
-    import torch
-
     faulthandler.enable()
     torch.set_num_threads(1)
     if fault:
@@ -41,7 +44,7 @@ def rank_main(argv, rank, world_size, port, output, fault, script):
 
 
 class Ranks:
-    """A started run of several processes. faults: {rank: function to call first}."""
+    """A run of `world_size` processes, started. faults: {rank: function to call before training}."""
 
     def __init__(self, argv, world_size, directory, faults=None, script="train"):
         Path(directory).mkdir(parents=True, exist_ok=True)
@@ -61,7 +64,7 @@ class Ranks:
             process.start()
 
     def wait(self, timeout=120):
-        """Exit statuses, once all have ended; -6 for a process that hung, and then shows where in its output."""
+        """Every rank's exit status. A rank still alive after `timeout` seconds gets SIGABRT (-6) and dumps its stacks."""
         end = time.monotonic() + timeout
         for process in self.processes:
             process.join(max(0, end - time.monotonic()))
@@ -74,15 +77,26 @@ class Ranks:
         return any(process.is_alive() for process in self.processes)
 
     def signal(self, number, ranks=None):
+        """Send a signal to these ranks, by default all."""
         for rank in range(len(self.processes)) if ranks is None else ranks:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.processes[rank].pid, number)
 
     def output(self):
+        """Everything printed so far, rank by rank."""
         return "".join(path.read_text() for path in self.outputs if path.exists())
 
 
 def run_ranks(argv, world_size, directory, faults=None, timeout=120):
-    """The exit statuses and the output of a run."""
+    """Run to the end: (every rank's exit status, everything printed)."""
     ranks = Ranks(argv, world_size, directory, faults)
     return ranks.wait(timeout), ranks.output()
+
+
+def descendants(pid):
+    """The pids of a live process's children, their children, and so on."""
+    found = []
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            found += map(int, Path(f"/proc/{pid}/task/{thread}/children").read_text().split())
+    return found + [pid for child in found for pid in descendants(child)]

@@ -1,4 +1,4 @@
-"""What users give by mistake: every bad file and every bad option ends in one line that names it, before a GPU is touched."""
+"""Users' mistakes: every bad file and option ends in a one-line error that names it, before any GPU is touched."""
 
 import gzip
 import importlib
@@ -24,7 +24,7 @@ VOCAB = "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nw1\nw2\n"
 
 
 def shard(change):
-    """Files of a shard directory in which `change(contents, manifest)` has broken something."""
+    """A function that makes a shard directory broken by change(contents, manifest)."""
 
     def make():
         make_shards("d", make_documents(30), shards=1)
@@ -58,11 +58,11 @@ def replaced(name, contents):
     return make
 
 
-def put(place, contents):
-    return shard(lambda shard, _: shard.__setitem__(slice(place, place + len(contents)), contents))
+def put(offset, contents):
+    return shard(lambda shard, _: shard.__setitem__(slice(offset, offset + len(contents)), contents))
 
 
-def cut_shard(shard, manifest):
+def truncate_shard(shard, manifest):
     del shard[-1]
 
 
@@ -86,7 +86,7 @@ def tokenizer_without(special):
 
 
 def run_with(name, contents):
-    """A run whose checkpoint was written, with right digests, by something else."""
+    """A function that makes a run whose checkpoint has other contents in one file, with matching digests."""
 
     def make():
         path = Path(make_run(Path("r"))) / "step_00000001"
@@ -101,12 +101,12 @@ TRAIN = "train --out_dir=out --device=cpu --max_steps=1 --data_dir=d"
 OWN = "tools.finetune_own --checkpoint=r --out=out --device=cpu --epochs=1 --seeds=1 --val_file=v.tsv --train_file="
 GLUE = "finetune_glue --checkpoint=r --out=out --device=cpu --epochs=1 --seeds=1 --tasks=cola --data_dir=g"
 
-# (what, files, command, what the message must name): files as {name: bytes}, or a function that makes them.
+# (case, files, command, what the message must name). Files are {name: bytes}, or a function that makes them.
 FILES = [
     ("a line that is not JSON", {"b.jsonl": b'{"text": "w1"}\n{"text": "w2"\n'}, PREPARE + "b.jsonl", "b.jsonl:2"),
-    ("JSON that is no object", {"b.jsonl": b"[1, 2]\n"}, PREPARE + "b.jsonl", "b.jsonl:1"),
-    ("JSON nested without end", {"b.jsonl": b"[" * 100_000 + b"\n"}, PREPARE + "b.jsonl", "b.jsonl:1"),
-    ("no such key", {"b.jsonl": b'{"body": "w1"}\n'}, PREPARE + "b.jsonl", "b.jsonl:1"),
+    ("JSON that is not an object", {"b.jsonl": b"[1, 2]\n"}, PREPARE + "b.jsonl", "b.jsonl:1"),
+    ("JSON nested too deeply", {"b.jsonl": b"[" * 100_000 + b"\n"}, PREPARE + "b.jsonl", "b.jsonl:1"),
+    ("a missing key", {"b.jsonl": b'{"body": "w1"}\n'}, PREPARE + "b.jsonl", "b.jsonl:1"),
     ("text that is a number", {"b.jsonl": b'{"text": 5}\n'}, PREPARE + "b.jsonl", "b.jsonl:1"),
     ("text that is null", {"b.jsonl": b'{"text": null}\n'}, PREPARE + "b.jsonl", "b.jsonl:1"),
     ("JSON over several lines", {"b.json": b'{\n"text": "w1"\n}\n'}, PREPARE + "b.json", "b.json:1"),
@@ -114,24 +114,24 @@ FILES = [
     ("bad UTF-8", {"b.txt": TEXT + b"\xff\n"}, PREPARE + "b.txt", "b.txt:51"),
     ("UTF-16", {"b.txt": TEXT.decode().encode("utf-16")}, PREPARE + "b.txt", "b.txt:1"),
     ("Latin-1", {"b.txt": TEXT + "w\u00e9".encode("latin-1")}, PREPARE + "b.txt", "b.txt:51"),
-    ("nothing", {"b.txt": b""}, PREPARE + "b.txt", "b.txt"),
-    ("white space", {"b.txt": b" \n\t\n"}, PREPARE + "b.txt", "b.txt"),
+    ("an empty file", {"b.txt": b""}, PREPARE + "b.txt", "b.txt"),
+    ("only white space", {"b.txt": b" \n\t\n"}, PREPARE + "b.txt", "b.txt"),
     ("one document, all held out", {"b.txt": b"w1\n"}, PREPARE + "b.txt", "b.txt"),
-    ("gzip cut short", {"b.txt.gz": gzip.compress(os.urandom(3000).hex().encode())[:-9]}, PREPARE + "b.txt.gz", "b.txt.gz:"),
+    ("truncated gzip", {"b.txt.gz": gzip.compress(os.urandom(3000).hex().encode())[:-9]}, PREPARE + "b.txt.gz", "b.txt.gz:"),
     ("gzip with a flipped byte", {"b.txt.gz": gzip.compress(TEXT)[:40] + b"\0\0\0" + gzip.compress(TEXT)[43:]}, PREPARE + "b.txt.gz", "b.txt.gz:"),
-    ("no gzip", {"b.txt.gz": TEXT}, PREPARE + "b.txt.gz", "b.txt.gz:1"),
-    ("xz cut short", {"b.txt.xz": lzma.compress(os.urandom(3000).hex().encode())[:-20]}, PREPARE + "b.txt.xz", "b.txt.xz:"),
-    ("no xz", {"b.txt.xz": TEXT}, PREPARE + "b.txt.xz", "b.txt.xz:1"),
+    ("a .gz that is not gzip", {"b.txt.gz": TEXT}, PREPARE + "b.txt.gz", "b.txt.gz:1"),
+    ("truncated xz", {"b.txt.xz": lzma.compress(os.urandom(3000).hex().encode())[:-20]}, PREPARE + "b.txt.xz", "b.txt.xz:"),
+    ("a .xz that is not xz", {"b.txt.xz": TEXT}, PREPARE + "b.txt.xz", "b.txt.xz:1"),
     ("an unknown suffix", {"b.docx": TEXT}, PREPARE + "b.docx", "b.docx"),
-    ("a directory without texts", {"e/b.jpg": b"x"}, PREPARE + "e", "e: "),
+    ("a directory without text files", {"e/b.jpg": b"x"}, PREPARE + "e", "e: "),
     ("no such file", {}, PREPARE + "b.txt", "b.txt"),
-    ("a shard directory in the way", {"out/x": b""}, PREPARE + "a.txt", "out"),
+    ("another directory in the way", {"out/x": b""}, PREPARE + "a.txt", "out"),
     ("a file in the way", {"out": b""}, PREPARE + "a.txt", "out"),
     ("a vocabulary without [MASK]", {"v.txt": VOCAB.replace("[MASK]\n", "").encode()}, PREPARE + "a.txt", "v.txt"),
-    ("a vocabulary with an entry twice", {"v.txt": (VOCAB + "w1\n").encode()}, PREPARE + "a.txt", "v.txt:6"),
+    ("a vocabulary with a duplicate entry", {"v.txt": (VOCAB + "w1\n").encode()}, PREPARE + "a.txt", "v.txt:6"),
     ("a vocabulary that is not text", {"v.txt": b"\x80\x81\n"}, PREPARE + "a.txt", "v.txt"),
     ("a tokenizer that is not JSON", {"t.json": b"{"}, PREPARE + "a.txt --tokenizer=t.json", "t.json"),
-    ("a tokenizer that is another JSON", {"t.json": b"[]"}, PREPARE + "a.txt --tokenizer=t.json", "t.json"),
+    ("a tokenizer that is other JSON", {"t.json": b"[]"}, PREPARE + "a.txt --tokenizer=t.json", "t.json"),
     ("a tokenizer without [CLS]", tokenizer_without("[CLS]"), PREPARE + "a.txt --tokenizer=t.json", "t.json"),
     ("no shards", {}, TRAIN, "d/manifest.json"),
     ("no manifest", without("manifest.json"), TRAIN, "d/manifest.json"),
@@ -141,10 +141,10 @@ FILES = [
     ("a manifest of something else", replaced("manifest.json", b'{"shards": [{}]}'), TRAIN, "d/manifest.json"),
     ("no tokenizer", without("tokenizer.json"), TRAIN, "d/tokenizer.json"),
     ("another tokenizer", lambda: (make_shards("d"), make_tokenizer("d/tokenizer.json", 90)), TRAIN, "d/train_00000.bin"),
-    ("a shard that is missing", without("train_00000.bin"), TRAIN, "d/train_00000.bin"),
+    ("a missing shard", without("train_00000.bin"), TRAIN, "d/train_00000.bin"),
     ("an empty shard", replaced("train_00000.bin", b""), TRAIN, "d/train_00000.bin"),
-    ("a foreign shard", replaced("train_00000.bin", b"hello" * 100), TRAIN, "d/train_00000.bin"),
-    ("a shard cut short", shard(cut_shard), TRAIN, "d/train_00000.bin"),
+    ("a shard of another format", replaced("train_00000.bin", b"hello" * 100), TRAIN, "d/train_00000.bin"),
+    ("a truncated shard", shard(truncate_shard), TRAIN, "d/train_00000.bin"),
     ("a shard of format 7", put(8, b"\7"), TRAIN, "d/train_00000.bin"),
     ("a shard with 3 bytes a token", put(12, b"\3"), TRAIN, "d/train_00000.bin"),
     ("a shard with 2^63 documents", put(23, b"\x80"), TRAIN, "d/train_00000.bin"),
@@ -201,7 +201,7 @@ CONFIGS = {
 
 @pytest.fixture(autouse=True)
 def workplace(tmp_path, monkeypatch):
-    """An empty directory with what a right command needs; and no GPU may be asked for."""
+    """An empty working directory, and a failure if a device is set up."""
     monkeypatch.chdir(tmp_path)
     for name in ("set_device", "init", "current_device", "get_device_capability"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: pytest.fail("a GPU was touched"))
@@ -210,7 +210,8 @@ def workplace(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
-def prepare_place(files):
+def make_files(files):
+    """What a correct command needs, and these files."""
     write("a.txt", TEXT)
     write("v.txt", VOCAB.encode())
     write("v.tsv", ROWS.encode())
@@ -231,7 +232,7 @@ def one_line(err, names):
 
 @pytest.mark.parametrize("files, command, names", [row[1:] for row in FILES], ids=[row[0] for row in FILES])
 def test_bad_files(capsys, files, command, names):
-    prepare_place(files)
+    make_files(files)
     script, *argv = command.split()
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
@@ -263,14 +264,14 @@ def as_a_process(argv, names):
     one_line(result.stderr, names)
 
 
-PROCESSES = ["bad UTF-8", "gzip cut short", "a shard cut short", "a row too short", "weights that are a pickle"]
+PROCESSES = ["bad UTF-8", "truncated gzip", "a truncated shard", "a row too short", "weights that are a pickle"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", PROCESSES)
 def test_bad_files_as_a_process(what):
     (files, command, names) = next(row[1:] for row in FILES if row[0] == what)
-    prepare_place(files)
+    make_files(files)
     script, *argv = command.split()
     as_a_process([script, *argv], names)
 

@@ -1,6 +1,7 @@
 """Shards, the order of samples, masking, and micro-batches."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ import train
 from common.batch import IGNORED
 from common.files import file_digest, whole_file, write_text
 from common.options import UserError
-from tests.toy import SPECIAL, VOCAB_SIZE, files_of, make_documents, make_shards, toy_argv
+from tests.toy import ROOT, SPECIAL, VOCAB_SIZE, files_of, make_documents, make_shards, toy_argv
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def samples(tmp_path_factory, documents):
 
 
 def sequences(batch):
-    """The micro-batch as a list of lists, with the masked tokens put back."""
+    """The micro-batch's sequences as lists of ids, with the masked tokens restored."""
     tokens = batch.input_ids.clone()
     real = batch.labels != IGNORED
     tokens[batch.masked_positions[real]] = batch.labels[real].int()
@@ -39,7 +40,7 @@ def sequences(batch):
 
 
 def stream(samples, steps, micro_batch_tokens, world_size, seed=3, batch_size=24):
-    """Everything the processes see in some steps, in the order of the samples: (tokens, masked input) of each."""
+    """Everything the processes see in these steps, in sample order: (tokens, masked input) of each sample."""
     seen = []
     for step in steps:
         ranks = [
@@ -63,9 +64,10 @@ def test_a_sample_is_the_beginning_of_its_document(samples, documents):
     assert sequences(batch) == [[cls, *document[:30].tolist(), sep] for document in stored]
 
 
-def test_chunks_are_whole_documents_cut_up(tmp_path_factory, documents):
+def test_chunks_cover_whole_documents(tmp_path_factory, documents):
     chunked = data.open_samples(make_shards(tmp_path_factory.mktemp("c") / "shards", documents), "train", 12, chunk=True)
-    expected = [document[i : i + 10].tolist() for document in documents[0::2] + documents[1::2] for i in range(0, len(document), 10)]
+    stored = documents[0::2] + documents[1::2]  # two shards
+    expected = [document[i : i + 10].tolist() for document in stored for i in range(0, len(document), 10)]
     batch = chunked.micro_batch(np.arange(len(chunked)), np.zeros(len(chunked), int), 1, 0.3)
     assert [sequence[1:-1] for sequence in sequences(batch)] == expected
 
@@ -91,15 +93,15 @@ def test_long_sequences_have_no_windows(tmp_path, documents):
 
 
 def test_every_world_size_and_micro_batch_sees_the_same(samples):
-    expected = stream(samples, range(20), 10_000, 1)
+    expected = stream(samples, range(15), 10_000, 1)  # 300 documents in steps of 24: an epoch ends within step 12
     for world_size in (1, 2, 4, 8):
         for micro_batch_tokens in (32, 50, 100, 333):
-            assert stream(samples, range(20), micro_batch_tokens, world_size) == expected
+            assert stream(samples, range(15), micro_batch_tokens, world_size) == expected
 
 
 def test_resume_at_any_step_continues_the_stream(samples):
     whole = stream(samples, range(30), 100, 2)
-    for step in (1, 11, 12, 13, 14, 29):  # 300 documents in steps of 24: an epoch ends within step 12
+    for step in (1, 11, 12, 13, 14, 29):  # an epoch ends within step 12
         assert stream(samples, range(step, 30), 100, 2) == whole[step * 24 :]
 
 
@@ -118,7 +120,7 @@ def test_permute_is_a_bijection(n):
 
 
 def test_permute_looks_random():
-    """Of 4,096 orders of 4 places each of the 24 comes about equally often (chi-square, 23 degrees of freedom)."""
+    """Over 4,096 keys, each of the 24 orders of 4 items is about equally frequent (chi-square, 23 degrees of freedom)."""
     orders = [tuple(data.permute(np.arange(4, dtype=np.uint64), 4, data.hash64(seed))) for seed in range(4096)]
     counts = np.unique(orders, axis=0, return_counts=True)[1]
     assert len(counts) == 24 and ((counts - 4096 / 24) ** 2 / (4096 / 24)).sum() < 60
@@ -130,7 +132,7 @@ def test_permute_needs_no_memory_for_a_huge_corpus():
 
 
 def test_masking_rates():
-    """15 % chosen; of them 80 % [MASK], 10 % random, 10 % as they were: within 5 standard deviations of 200,000 draws."""
+    """15 % chosen; of these 80 % [MASK], 10 % random, 10 % unchanged: within 5 standard deviations for 200,000 tokens."""
     rng = np.random.default_rng(0)
     lengths = np.full(2000, 100)
     original = rng.integers(0, VOCAB_SIZE, lengths.sum()).astype(np.int32)
@@ -151,12 +153,13 @@ def test_masking_rates():
     assert close((now == special["[MASK]"]).sum(), len(now), 0.8 + 0.1 / VOCAB_SIZE)
     assert close((now == labels).sum(), len(now), 0.1 + 0.1 / VOCAB_SIZE)
     replaced = now[(now != special["[MASK]"]) & (now != labels)]
-    assert len(np.unique(replaced)) == VOCAB_SIZE - 1  # any token of the vocabulary but [MASK], which counts above
+    assert len(np.unique(replaced)) == VOCAB_SIZE - 1  # every token but [MASK], which is counted above
     again = original.copy()
-    assert (data.mask_tokens(again, lengths, keys, 0.15, special, is_special)[0] == positions).all() and (again == tokens).all()
+    assert (data.mask_tokens(again, lengths, keys, 0.15, special, is_special)[0] == positions).all()
+    assert (again == tokens).all()
 
 
-def test_masks_are_fresh_every_epoch_and_depend_on_nothing_else(samples):
+def test_masks_depend_on_seed_epoch_and_sample_alone(samples):
     one = np.array([7])
     alone = samples.micro_batch(one, np.array([0]), 1, 0.5)
     (length,) = samples.locate(one)[2] + 2
@@ -167,12 +170,12 @@ def test_masks_are_fresh_every_epoch_and_depend_on_nothing_else(samples):
     other_seed = samples.micro_batch(one, np.array([0]), 2, 0.5)
     for batch in (later, other_seed):
         assert batch.masked_positions.tolist() != alone.masked_positions.tolist()
-    fewer = samples.micro_batch(one, np.array([0]), 1, 0.2)  # a falling rate masks a subset
+    fewer = samples.micro_batch(one, np.array([0]), 1, 0.2)  # a lower rate masks a subset
     assert set(fewer.masked_positions[: fewer.num_masked].tolist()) < set(alone.masked_positions[: alone.num_masked].tolist())
 
 
 def test_split_evenly():
-    """The fewest micro-batches possible, none too long or empty, a multiple asked for, and nearly equal."""
+    """As few micro-batches as possible, none too long or empty, rounded up to the multiple, and of nearly equal size."""
     rng = np.random.default_rng(0)
     for _ in range(500):
         multiple = int(rng.choice([1, 2, 4]))
@@ -181,7 +184,7 @@ def test_split_evenly():
         bounds = data.split_evenly(lengths, limit, multiple)
         totals = np.add.reduceat(lengths, bounds[:-1])
         fewest, room = 0, 0
-        for length in lengths:  # greedy is optimal for cuts in order
+        for length in lengths:  # greedy is optimal when the order is fixed
             fewest, room = (fewest + 1, limit - length) if length > room else (fewest, room - length)
         assert bounds[0] == 0 and bounds[-1] == len(lengths) and (np.diff(bounds) > 0).all()
         assert totals.max() <= limit and len(totals) == -(-fewest // multiple) * multiple
@@ -194,7 +197,7 @@ def test_split_evenly():
 
 @pytest.mark.parametrize("ranks, limit", [(2, 131072), (2, 65536), (8, 131072)])
 def test_ranks_have_equally_many_tokens_in_each_micro_step(ranks, limit):
-    """Lengths like those of C4 cut at 128 tokens, 4,096 samples: no rank waits for more than 0.5 % of another's tokens."""
+    """4,096 samples with lengths like C4's at 128 tokens: no micro-step has a rank more than 0.5 % above the mean."""
     rng = np.random.default_rng(0)
     for _ in range(20):
         lengths = np.where(rng.random(4096) < 0.261, rng.integers(30, 129, 4096), 128)
@@ -202,7 +205,7 @@ def test_ranks_have_equally_many_tokens_in_each_micro_step(ranks, limit):
         assert (totals.max(1) / totals.mean(1)).max() < 1.005
 
 
-def test_ranks_have_equally_many_samples_where_each_is_padded(samples):
+def test_ranks_have_equally_many_samples_if_the_model_pads(samples):
     path = samples.directory
     padded = data.open_samples(path, "train", 32, padded=True)
     everything = np.arange(24)
@@ -213,8 +216,7 @@ def test_ranks_have_equally_many_samples_where_each_is_padded(samples):
     assert len({part.stop - part.start for rank in range(3) for part in samples.parts(everything, 32 * 24, rank, 3)}) > 1
 
 
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+def test_a_file_is_written_completely_or_not_at_all(tmp_path):
     path = tmp_path / "a.txt"
     write_text(path, "before")
     with pytest.raises(OSError, match="No space"), whole_file(path) as file:
@@ -223,7 +225,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert files_of(tmp_path) == {"a.txt": b"before"}
 
 
-def test_prefetch_keeps_order_and_errors():
+def test_prefetch_keeps_the_order_and_passes_on_errors():
     assert list(data.prefetch(lambda x: x * x, range(5))) == [0, 1, 4, 9, 16]
     assert list(data.prefetch(lambda x: x, [])) == []
     with pytest.raises(ZeroDivisionError):
@@ -250,7 +252,7 @@ def test_verify_finds_every_flipped_bit_and_truncation(tmp_path):
     assert data.verify(str(path)) == 2
 
 
-def test_a_bad_token_in_a_large_corpus_is_found_when_it_is_read(tmp_path, monkeypatch):
+def test_a_bad_token_in_a_large_corpus_is_found_when_read(tmp_path, monkeypatch):
     path = tmp_path / "shards"
     make_shards(path, shards=1)
     contents = bytearray((path / "train_00000.bin").read_bytes())
@@ -264,7 +266,7 @@ def test_a_bad_token_in_a_large_corpus_is_found_when_it_is_read(tmp_path, monkey
         samples.train_step(0, len(samples), 1, 0.3, 10**6)
 
 
-def test_wide_vocabulary_uses_four_bytes(tmp_path):
+def test_a_large_vocabulary_uses_four_bytes_per_token(tmp_path):
     path = tmp_path / "train_00000.bin"
     entry = data.write_shard(path, [np.array([70_000, 1])], 4, bytes(32))
     shard = data.open_shard(path, bytes(32))
@@ -278,9 +280,9 @@ def test_wide_vocabulary_uses_four_bytes(tmp_path):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """Directories of 300 and of 47 documents, and the sources they are."""
-    place = tmp_path_factory.mktemp("mixture")
-    paths = [make_shards(place / "a"), make_shards(place / "b", make_documents(47, seed=5), make_documents(9, seed=6))]
+    """Directories of 300 and 47 documents, and the Samples of each."""
+    root = tmp_path_factory.mktemp("mixture")
+    paths = [make_shards(root / "a"), make_shards(root / "b", make_documents(47, seed=5), make_documents(9, seed=6))]
     return paths, [data.open_samples(path, "train", 32) for path in paths]
 
 
@@ -292,28 +294,29 @@ def test_a_mixture_gives_each_source_its_share_and_its_own_order(two):
     of_b = samples >= 300
     for start in (0, data.MIXTURE_PERIOD):
         assert of_b[start : start + data.MIXTURE_PERIOD].sum() == 3000
-    assert 0.25 < of_b[:1000].mean() < 0.35 and len(set(np.flatnonzero(of_b[:200]) % 10)) > 5  # and evenly, but in no pattern
+    # Spread evenly, without a pattern.
+    assert 0.25 < of_b[:1000].mean() < 0.35 and len(set(np.flatnonzero(of_b[:200]) % 10)) > 5
     for here, source, n in ((~of_b, 0, 300), (of_b, 1, 47)):
         per_epoch = np.bincount(epochs[here])
-        assert (per_epoch[:-1] == n).all()  # every sample once an epoch
+        assert (per_epoch[:-1] == n).all()  # every sample once per epoch
         for epoch in (0, 1, len(per_epoch) - 2):
             numbers = samples[here & (epochs == epoch)] - 300 * source
             assert sorted(numbers) == list(range(n))
 
 
 def test_what_the_order_of_a_mixture_depends_on(two):
-    """Seed and place in the list; another weight for the others changes which samples come, not their epochs' masks."""
+    """On the seed and the source's position in the list; the weights only count relative to each other."""
     (a, b), _ = two
     mixed = data.open_samples(f"{a}:0.7,{b}:0.3", "train", 32)
     positions = np.arange(3000)
     order = mixed.order(positions, 4)[0]
     assert (order == data.open_samples(f" {a}:70, {b}:30", "train", 32).order(positions, 4)[0]).all()
-    assert (mixed.order(positions[1234:1300], 4)[0] == order[1234:1300]).all()  # any position by itself
+    assert (mixed.order(positions[1234:1300], 4)[0] == order[1234:1300]).all()  # any position, without those before it
     assert (mixed.order(positions, 5)[0] != order).mean() > 0.9
     assert (data.open_samples(f"{b}:0.3,{a}:0.7", "train", 32).order(positions, 4)[0] != order).mean() > 0.9
-    twice = data.open_samples(f"{a}:1,{a}:1", "train", 32)  # the same documents in two places: other orders, other masks
-    here, there = twice.micro_batch(np.array([7]), np.array([0]), 1, 0.5), twice.micro_batch(np.array([307]), np.array([0]), 1, 0.5)
-    assert sequences(here) == sequences(there) and here.masked_positions.tolist() != there.masked_positions.tolist()
+    twice = data.open_samples(f"{a}:1,{a}:1", "train", 32)  # the same documents twice: different orders and masks
+    first, second = (twice.micro_batch(np.array([number]), np.array([0]), 1, 0.5) for number in (7, 307))
+    assert sequences(first) == sequences(second) and first.masked_positions.tolist() != second.masked_positions.tolist()
 
 
 @pytest.mark.parametrize("chunk", [False, True])
@@ -321,11 +324,12 @@ def test_a_mixture_holds_the_samples_of_its_sources(two, chunk):
     paths, _ = two
     alone = [data.open_samples(path, "train", 12, chunk) for path in paths]
     mixed = data.open_samples(f"{paths[0]}:1,{paths[1]}:1", "train", 12, chunk)
-    expected = [s for source in alone for s in sequences(source.micro_batch(np.arange(len(source)), np.zeros(len(source), int), 1, 0.3))]
+    whole = [source.micro_batch(np.arange(len(source)), np.zeros(len(source), int), 1, 0.3) for source in alone]
+    expected = [sequence for batch in whole for sequence in sequences(batch)]
     everything = np.random.default_rng(0).permutation(len(mixed))
     batch = mixed.micro_batch(everything, np.zeros(len(mixed), int), 1, 0.3)
     assert sequences(batch) == [expected[i] for i in everything]
-    # The first source's masks are those it has alone.
+    # The first source has the masks that it has by itself.
     one = [source.micro_batch(np.arange(50), np.zeros(50, int), 1, 0.3) for source in (alone[0], mixed)]
     assert one[0].input_ids.tolist() == one[1].input_ids.tolist()
 
@@ -345,7 +349,7 @@ def test_held_out_samples_of_a_mixture_come_once_each(two):
     assert len(held_out) == 49 and sorted(held_out.order(np.arange(49), 0)[0]) == list(range(49))
 
 
-def test_mixtures_that_are_refused(two, tmp_path):
+def test_bad_mixtures_are_refused(two, tmp_path):
     (a, b), _ = two
     other = make_shards(tmp_path / "other", vocab_size=VOCAB_SIZE + 1)
     empty = make_shards(tmp_path / "empty", [])
@@ -360,7 +364,7 @@ def test_mixtures_that_are_refused(two, tmp_path):
             data.open_samples(text, "train", 32)
 
 
-def test_the_digest_of_a_mixture_tells_shares_order_and_data(two):
+def test_the_digest_of_a_mixture_depends_on_shares_order_and_data(two):
     (a, b), (only_a, _) = two
     texts = [f"{a}:1,{b}:1", f"{b}:1,{a}:1", f"{a}:2,{b}:1", f"{a}:1,{a}:1"]
     digests = {data.open_samples(text, "train", 32).digest for text in texts}
@@ -374,7 +378,7 @@ def test_training_on_a_mixture_resumes_exactly(two, tmp_path, capsys):
     options = {"max_steps": 8, "checkpoint_interval": 3, "keep_checkpoints": 9}
     for name in ("straight", "broken"):
         train.main(toy_argv(f"{a}:0.7,{b}:0.3", tmp_path / name, **options))
-    for step in (6, 8):  # as if the run had been lost after step 3
+    for step in (6, 8):  # as if it had been killed after step 3
         shutil.rmtree(tmp_path / "broken" / f"step_{step:08d}")
     train.main(toy_argv(f"{a}:70,{b}:30", tmp_path / "broken", **options))
     last = [files_of(tmp_path / name / "step_00000008")["model.safetensors"] for name in ("straight", "broken")]
@@ -395,7 +399,7 @@ def train_fails(capsys, *arguments, **options):
     return error
 
 
-def test_training_goes_on_only_with_its_own_tokenizer(two, tmp_path, capsys):
+def test_training_resumes_only_with_the_same_tokenizer(two, tmp_path, capsys):
     (a, _), _ = two
     train.main(toy_argv(a, tmp_path / "run", max_steps=2))
     saved = json.loads((tmp_path / "run" / "step_00000002" / "config.json").read_text())
@@ -403,9 +407,10 @@ def test_training_goes_on_only_with_its_own_tokenizer(two, tmp_path, capsys):
     assert saved["tokenizer_sha256"] == digest == json.loads((Path(a) / "manifest.json").read_text())["tokenizer_sha256"]
     make_shards(tmp_path / "other", vocab_size=VOCAB_SIZE + 1)
     assert "tokenizer_sha256 was" in train_fails(capsys, tmp_path / "other", tmp_path / "run", max_steps=2)
-    # Shards beside a tokenizer that is not theirs.
+    # Shards next to a tokenizer they were not made with.
     (tmp_path / "other" / "tokenizer.json").write_bytes((Path(a) / "tokenizer.json").read_bytes())
-    assert "train_00000.bin: made with another tokenizer" in train_fails(capsys, tmp_path / "other", tmp_path / "new", max_steps=2)
+    error = train_fails(capsys, tmp_path / "other", tmp_path / "new", max_steps=2)
+    assert "train_00000.bin: made with another tokenizer" in error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -413,11 +418,11 @@ def test_training_goes_on_only_with_its_own_tokenizer(two, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("seq_length", [3, 12, 33])
-def test_the_index_of_chunks_is_made_once_and_kept(tmp_path, monkeypatch, seq_length):
+def test_the_chunk_index_is_computed_once_and_kept(tmp_path, monkeypatch, seq_length):
     documents = make_documents(500, longest=90)
     path = make_shards(tmp_path / "shards", documents, shards=3)
     expected = data.open_samples(path, "train", seq_length, chunk=True)
-    assert not (tmp_path / "shards.chunks").exists()  # of a small corpus it is made in no time
+    assert not (tmp_path / "shards.chunks").exists()  # a small corpus is indexed again each time
     monkeypatch.setattr(data, "KEPT_INDEX_DOCS", 0)
     first = data.open_samples(path, "train", seq_length, chunk=True)
     (kept,) = (tmp_path / "shards.chunks").iterdir()
@@ -428,14 +433,18 @@ def test_the_index_of_chunks_is_made_once_and_kept(tmp_path, monkeypatch, seq_le
     again = data.open_samples(path, "train", seq_length, chunk=True)
     assert not made and isinstance(again.block_starts.base, np.memmap)
     everything = np.arange(len(expected))
-    per = seq_length - 2
-    cuts = [(s, a + i, min(per, b - a - i)) for s in range(3) for o in [expected.shards[s].offsets.tolist()] for a, b in zip(o, o[1:]) for i in range(0, b - a, per)]
+    longest, chunks = seq_length - 2, []
+    for shard in range(3):
+        offsets = expected.shards[shard].offsets.tolist()
+        for start, end in zip(offsets, offsets[1:]):
+            chunks += [(shard, chunk, min(longest, end - chunk)) for chunk in range(start, end, longest)]
     for samples in (expected, first, again):
-        assert list(zip(*(part.tolist() for part in samples.locate(everything)))) == cuts
-    # Damaged, or of other shards: made again.
+        assert list(zip(*(part.tolist() for part in samples.locate(everything)))) == chunks
+    # Damaged, or of other shards: computed again.
     for contents in (b"", kept.read_bytes()[:-8], b"w1"):
         kept.write_bytes(contents)
-        assert (data.open_samples(path, "train", seq_length, chunk=True).locate(everything)[1] == expected.locate(everything)[1]).all()
+        samples = data.open_samples(path, "train", seq_length, chunk=True)
+        assert (samples.locate(everything)[1] == expected.locate(everything)[1]).all()
         assert made.pop() == 1 and len(kept.read_bytes()) > 100
     other = make_shards(tmp_path / "other", make_documents(400, seed=3), shards=3)
     (tmp_path / "shards").rename(tmp_path / "old")
@@ -443,9 +452,9 @@ def test_the_index_of_chunks_is_made_once_and_kept(tmp_path, monkeypatch, seq_le
     assert len(data.open_samples(path, "train", seq_length, chunk=True)) != len(expected) and made == [1] and other
 
 
-def test_an_index_that_cannot_be_kept_is_made_by_each_process(tmp_path, monkeypatch):
+def test_a_chunk_index_that_cannot_be_kept_is_computed_by_each_process(tmp_path, monkeypatch):
     path = make_shards(tmp_path / "shards")
-    (tmp_path / "shards.chunks").write_text("a file where the directory would be")
+    (tmp_path / "shards.chunks").write_text("a file in place of the directory")
     expected = data.open_samples(path, "train", 12, chunk=True)
     monkeypatch.setattr(data, "KEPT_INDEX_DOCS", 0)
     samples = data.open_samples(path, "train", 12, chunk=True)
@@ -453,7 +462,7 @@ def test_an_index_that_cannot_be_kept_is_made_by_each_process(tmp_path, monkeypa
 
 
 def test_more_shards_than_files_may_be_open(tmp_path):
-    """Each shard stays open; the limit that most systems start with is raised, and where it may not be, that is said."""
+    """Each map keeps a file open, so the soft limit is raised; an error if the hard limit does not allow that."""
     make_shards(tmp_path / "shards", make_documents(400), shards=200)
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (150, int(sys.argv[2]))); import data; "
@@ -461,18 +470,53 @@ def test_more_shards_than_files_may_be_open(tmp_path):
     )
     for hard, says in ((4096, "400"), (300, "200 shards, but only 300 files may be open")):
         command = [sys.executable, "-c", code, str(tmp_path / "shards"), str(hard)]
-        result = subprocess.run(command, capture_output=True, text=True, cwd=Path(data.__file__).parent)
+        result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         assert says in result.stdout + result.stderr
 
 
-def test_offsets_out_of_order_are_found_when_they_are_read(tmp_path):
+READ_AT_RANDOM = """
+import json, sys
+import torch
+import data
+
+def memory():
+    fields = dict(line.split(":") for line in open("/proc/self/status"))
+    return [int(fields[name].split()[0]) / 1000 for name in ("RssAnon", "RssFile", "RssShmem")]  # MB
+
+def train(directory, steps):
+    samples = data.open_samples(directory, "train", 128)
+    for _ in data.prefetch(lambda step: samples.train_step(step, 512, 1, 0.3, 16384), range(steps)):
+        pass
+    return samples
+
+train(sys.argv[1], 2)  # allocations that happen once
+before = memory()
+samples = train(sys.argv[2], 100)
+print(json.dumps([after - earlier for after, earlier in zip(memory(), before)]))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc/self/status")
+def test_reading_shards_at_random_takes_no_memory_of_its_own(tmp_path):
+    """80 MB of shards, 51,200 samples: pages are mapped from the page cache, and neither they nor samples are kept."""
+    documents = np.random.default_rng(0).integers(5, VOCAB_SIZE, (80_000, 500), dtype=np.uint16)
+    paths = [make_shards(tmp_path / "small"), make_shards(tmp_path / "large", list(documents), shards=8)]
+    command = [sys.executable, "-c", READ_AT_RANDOM, *paths]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    anonymous, of_files, of_tmpfs = json.loads(result.stdout)
+    assert of_files + of_tmpfs > 60  # MB: most of it was read, through the maps
+    assert anonymous < 10
+
+
+def test_offsets_out_of_order_are_found_when_read(tmp_path):
     for chunk in (False, True):
         path = tmp_path / f"shards{chunk}"
         make_shards(path, shards=1)
         samples = data.open_samples(str(path), "train", 32, chunk)
         contents = bytearray((path / "train_00000.bin").read_bytes())
         contents[data.HEADER.size + 8 * 7 : data.HEADER.size + 8 * 8] = (2**40).to_bytes(8, "little")
-        (path / "train_00000.bin").write_bytes(contents)  # the same file, so the open one sees it
+        (path / "train_00000.bin").write_bytes(contents)  # in place, so the open map sees it
         with pytest.raises(UserError, match="train_00000.bin: offsets out of order"):
             samples.train_step(0, len(samples), 1, 0.3, 10**6)
         if chunk:

@@ -1,4 +1,4 @@
-"""Both architectures: sizes, names, and agreement with references written otherwise."""
+"""Both architectures: parameter counts and names, and agreement with independent references."""
 
 import math
 
@@ -21,7 +21,7 @@ TINY = {"hidden_size": 48, "num_layers": 2, "num_heads": 6, "intermediate_size":
 
 
 def tiny(model="mosaicbert", vocab_size=70, **options):
-    """A small model whose weights are all far from their usual size, so that no term can hide."""
+    """A small model with weights far larger than usual, so that no term is too small to matter."""
     network = MaskedLM(ModelConfig(model=model, **{**TINY, **options}), vocab_size)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -29,7 +29,7 @@ def tiny(model="mosaicbert", vocab_size=70, **options):
 
 
 def flat(sequences, **fields):
-    """The Batch of these lists of ids."""
+    """These lists of ids as a Batch."""
     lengths = [len(sequence) for sequence in sequences]
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     ids = torch.tensor([token for sequence in sequences for token in sequence])
@@ -55,7 +55,7 @@ def test_parameter_counts(options, count):
     assert sum(parameter.numel() for parameter in network.parameters()) == count
 
 
-def test_state_dict_is_that_of_the_published_weights():
+def test_state_dict_has_the_names_and_shapes_of_the_published_weights():
     with torch.device("meta"):
         network = MaskedLM(ModelConfig(), 30_522)
     shapes = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
@@ -98,7 +98,7 @@ def test_slopes():
 
 
 def mosaicbert_by_hand(weights, sequence, num_heads, intermediate_size):
-    """Logits (n, V) of one sequence, written out from the description of the model, in float64."""
+    """Logits (n, V) of one sequence in float64, written from the description of the model."""
     w = {name: tensor.double() for name, tensor in weights.items()}
 
     def norm(x, name):
@@ -143,8 +143,8 @@ def test_mosaicbert_equals_its_description():
     for row, sequence in enumerate(sequences):
         expected = mosaicbert_by_hand(network.state_dict(), sequence, 6, 40)[:, :70]
         torch.testing.assert_close(logits[row, : len(sequence)].double(), expected, rtol=1e-4, atol=2e-5)
-    padding_changed = torch.where(mask.bool(), ids, 7)
-    assert (network.logits(padding_changed, mask) == logits).all()
+    other_padding = torch.where(mask.bool(), ids, 7)
+    assert (network.logits(other_padding, mask) == logits).all()
 
 
 def test_bert_equals_transformers():
@@ -167,8 +167,8 @@ def test_bert_equals_transformers():
     assert difference <= 1e-5
 
 
-def test_bert_trains_as_that_of_transformers():
-    """Without dropout, from the same weights, by AdamW, with padding: the losses of 40 steps, and the last gradients."""
+def test_bert_trains_like_that_of_transformers():
+    """Same weights, no dropout, AdamW, padded batches: the losses of 40 steps and the last gradients."""
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "intermediate_size": 40}
     config = transformers.BertConfig(
@@ -181,12 +181,12 @@ def test_bert_trains_as_that_of_transformers():
     keep = torch.arange(40) < torch.tensor([40, 3, 17, 39])[:, None]  # (B, T)
     longest, cu_seqlens = 40, torch.tensor([0, 40, 43, 60, 99], dtype=torch.int32)
     for step in range(40):
-        ids = (torch.randint(1, 5, (4, 1)) + torch.arange(40)) * keep  # each token tells the next
+        ids = (torch.randint(1, 5, (4, 1)) + torch.arange(40)) * keep  # each token determines the next
         masked = (torch.rand(4, 40) < 0.3) & keep
         masked[0, 0] = True
         labels = torch.where(masked, ids, -100)
         inputs = torch.where(masked, 5, ids)
-        positions = masked[keep].nonzero()[:, 0]  # in the flat stream
+        positions = masked[keep].nonzero()[:, 0]  # in the flat stream of tokens
         batch = Batch(inputs[keep], cu_seqlens, longest, None, masked_positions=positions, labels=ids[masked])
         loss = ours(batch) / len(positions)
         expected = theirs(inputs, attention_mask=keep.long(), labels=labels).loss
@@ -197,25 +197,25 @@ def test_bert_trains_as_that_of_transformers():
             value.backward()
         for optimizer in optimizers:
             optimizer.step()
-    assert expected < 2.5  # guessing one of 43 would be 3.8
+    assert expected < 2.5  # guessing among 43 would give 3.8
     gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
-    for name, parameter in ours.named_parameters():  # of the last step; AdamW takes no notice of a factor
+    for name, parameter in ours.named_parameters():  # AdamW would not notice if they were off by a factor
         scale = gradients[name].abs().max().item()
-        assert scale > 1e-5 or name.endswith("key.bias"), name  # which move no attention weight: 0, but for rounding
+        assert scale > 1e-5 or name.endswith("key.bias"), name  # softmax ignores it: 0 up to rounding
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-3, atol=max(1e-3 * scale, 1e-7), msg=name)
 
 
 @pytest.mark.parametrize("model", ["mosaicbert", "bert"])
-def test_rows_are_those_of_the_whole(model):
-    """The last layer's subset, the filling after the last sequence and empty sequences change nothing."""
+def test_selected_rows_equal_those_of_the_full_output(model):
+    """Computing only some rows in the last layer, padding the stream and adding empty sequences change nothing."""
     network = tiny(model).eval()
     batch = flat(some_sequences(20, 3, 31))
     whole = network.bert(batch)
     rows = torch.tensor([0, 5, 19, 20, 22, 23, 53])
     torch.testing.assert_close(network.bert(batch, rows), whole[rows], rtol=1e-5, atol=1e-6)
-    filled = torch.cat([batch.input_ids, torch.zeros(10, dtype=torch.long)])
+    padded = torch.cat([batch.input_ids, torch.zeros(10, dtype=torch.long)])
     with_empty = torch.cat([batch.cu_seqlens, batch.cu_seqlens[-1:], batch.cu_seqlens[-1:]])
-    again = network.bert(Batch(filled, with_empty, 40, None), rows)
+    again = network.bert(Batch(padded, with_empty, 40, None), rows)
     torch.testing.assert_close(again, whole[rows], rtol=1e-5, atol=1e-6)
     again.sum().backward()
     for name, parameter in network.named_parameters():
@@ -223,8 +223,8 @@ def test_rows_are_those_of_the_whole(model):
             assert parameter.grad.isfinite().all(), name
 
 
-def test_kernels_give_the_loss_and_gradients_of_pytorch(device, triton_backend):
-    """The whole model by the kernels and by plain PyTorch, in fp32: the loss and every parameter's gradient."""
+def test_kernels_match_pytorch_in_loss_and_gradients(device, triton_backend):
+    """The whole model in fp32, with the Triton kernels and in plain PyTorch: the loss and every gradient."""
     network = tiny(hidden_size=64, num_heads=4, intermediate_size=72).to(device)
     positions, labels = torch.tensor([3, 22, 21, 50, 0]), torch.tensor([8, 66, 5, 9, -100])
     batch = flat(some_sequences(20, 3, 31), masked_positions=positions, labels=labels).to(torch.device(device))
@@ -240,8 +240,8 @@ def test_kernels_give_the_loss_and_gradients_of_pytorch(device, triton_backend):
             assert error <= 1e-4 * scale, name
 
 
-def test_kernels_are_operators_only_where_they_must_be(device, triton_backend):
-    """Training calls them without PyTorch's dispatcher. Second derivatives, which they lack, are refused."""
+def test_training_calls_kernels_without_the_dispatcher(device, triton_backend):
+    """No custom operator in the training step; second derivatives, which the kernels lack, raise."""
 
     class Seen(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -318,7 +318,7 @@ def test_initial_weights():
 
 
 def test_dropout_is_where_it_should_be(monkeypatch):
-    """In the feed-forward layer and after attention; none after the feed-forward layer, and none in evaluation."""
+    """Inside the feed-forward layer and after attention; not after the feed-forward layer, and not in evaluation."""
     norm, geglu = kernels.dropout_add_layernorm, kernels.geglu
     seen = []
 
@@ -342,8 +342,8 @@ def test_dropout_is_where_it_should_be(monkeypatch):
 
 
 @pytest.mark.parametrize("model", ["mosaicbert", "bert"])
-def test_flops_are_those_pytorch_counts(model):
-    """matrix_flops against torch's counter of the operators that ran; attention apart, which it does not see alike."""
+def test_flops_equal_those_pytorch_counts(model):
+    """matrix_flops against torch's FlopCounterMode; attention separately, since the counter sees another algorithm."""
     from torch.utils.flop_counter import FlopCounterMode
 
     network = tiny(model)
@@ -375,7 +375,7 @@ def test_flops_of_the_base_model():
         ({"hidden_dropout": 1.0}, "hidden_dropout"),
     ],
 )
-def test_impossible_models(options, says):
+def test_impossible_models_are_refused(options, says):
     with pytest.raises(UserError, match=says):
         ModelConfig(**options).check_model()
 
@@ -394,7 +394,7 @@ def test_load_model_from_run_and_checkpoint(tmp_path):
         load_model(tmp_path / "nothing")
 
 
-def test_load_weights_refuses_what_does_not_fit():
+def test_load_weights_refuses_weights_that_do_not_fit():
     network = tiny()
     tensors = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     checkpoint.load_weights(network, tensors, "file")

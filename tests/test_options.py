@@ -1,10 +1,11 @@
-"""Options from defaults, files and flags: what is accepted, and the line that refuses the rest."""
+"""Options from defaults, config files and flags: what is accepted, and the one-line errors for the rest."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 import pytest
 
+from common import options
 from common.options import UserError, command, load_config
 
 
@@ -108,7 +109,9 @@ def test_command_prints_one_line_and_exits_with_2(capsys, monkeypatch):
     assert stopped.value.code == 2 and capsys.readouterr().err == "error: file:3: two lines (hint)\n"
     with pytest.raises(UserError):
         main(["--debug"])
-    monkeypatch.setenv("RANK", "1")  # rank 0 has said it
+    monkeypatch.setenv("RANK", "1")  # leaves it to rank 0, and gives it time
+    slept = []
+    monkeypatch.setattr(options.time, "sleep", slept.append)
     with pytest.raises(SystemExit):
         main([])
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == "" and slept == [2]

@@ -1,4 +1,4 @@
-"""gpu_trace.py: the option, the trace, and the sum of busy intervals."""
+"""common/trace.py: the option, the trace, and the time the GPU is busy."""
 
 import gzip
 import json
@@ -11,7 +11,7 @@ from common.trace import busy_seconds, first_and_last
 from tests.toy import make_shards, read_log, toy_argv
 
 
-def test_busy_time_is_a_union_of_intervals():
+def test_busy_time_is_the_union_of_intervals():
     def event(start, length, category="kernel", phase="X"):
         return {"ph": phase, "cat": category, "ts": start, "dur": length}
 
@@ -21,7 +21,7 @@ def test_busy_time_is_a_union_of_intervals():
         event(140.0, 30.0, "gpu_memset"),  # overlaps its end
         event(200.0, 5.0),
         event(0.0, 1000.0, "cpu_op"),
-        event(0.0, 1000.0, "kernel", "f"),  # an arrow to a kernel
+        event(0.0, 1000.0, "kernel", "f"),  # a flow arrow to a kernel
         {"ph": "M", "name": "process_name"},
     ]
     assert busy_seconds(events) == pytest.approx(75e-6)
@@ -30,14 +30,14 @@ def test_busy_time_is_a_union_of_intervals():
 
 
 @pytest.mark.parametrize("option", ["3", "4:2", "0:2", "a:b", "1:2:3", "-1:2"])
-def test_bad_options(option):
+def test_bad_options_are_refused(option):
     with pytest.raises(UserError, match="the first and the last step"):
         first_and_last(option)
 
 
 @pytest.mark.parametrize("option, traced", [("2:3", True), ("4:9", True), ("7:8", False)])
-def test_trace_of_a_run(option, traced, tmp_path, capsys):
-    """In the middle, beyond the last step, and where the run never comes; the run itself is the same."""
+def test_a_run_is_traced_and_unchanged(option, traced, tmp_path, capsys):
+    """Steps in the middle, past the last step, and never reached; the losses are the same as without a trace."""
     out, data_dir = tmp_path / "run", make_shards(tmp_path / "shards")
     train.main(toy_argv(data_dir, out, max_steps=5, profile=option))
     path = out / f"trace_{option.replace(':', '_')}.json.gz"

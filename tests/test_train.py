@@ -1,4 +1,4 @@
-"""The training loop as a user runs it: resume, processes, micro-batches, the log, and what it refuses."""
+"""The training loop as a user runs it: resuming, several processes, micro-batches, the log, and refused options."""
 
 import fcntl
 import math
@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import faults
 import train
 from checkpoint import model_config
 from common import compiled, estimate
@@ -20,8 +19,9 @@ from common.options import load_config
 from common.processes import Process
 from data import Samples
 from model import MaskedLM, ModelConfig, SequenceClassifier
+from tests import faults
 from tests.ranks import Ranks, run_ranks
-from tests.toy import TOY_OPTIONS, files_of, make_documents, make_run, make_shards, read_log, run_train, toy_argv
+from tests.toy import TOY_OPTIONS, TOY_SIZE, files_of, make_documents, make_run, make_shards, read_log, run_train, toy_argv
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +33,13 @@ def losses(out_dir):
     return [record["loss"] for record in read_log(out_dir)]
 
 
-def test_a_run_learns_and_leaves_what_the_contract_says(data_dir, tmp_path, capsys):
+def test_a_run_learns_and_writes_what_the_interface_promises(data_dir, tmp_path, capsys):
     out = tmp_path / "run"
     train.main(toy_argv(data_dir, out, max_steps=60, lr=0.02, eval_interval=30, checkpoint_interval=25, price_per_gpu_hour=2))
     printed = capsys.readouterr().out
     records = read_log(out)
     assert [record["step"] for record in records] == list(range(1, 61))
-    assert records[0]["loss"] == pytest.approx(math.log(128), abs=0.3)  # the vocabulary of 100, padded
+    assert records[0]["loss"] == pytest.approx(math.log(128), abs=0.3)  # the vocabulary of 100, padded to 128
     assert records[-1]["loss"] < records[0]["loss"] - 0.3
     keys = "step loss lr grad_norm tokens samples seconds tokens_per_second samples_per_second mfu gpu_hours dollars"
     assert set(keys.split()) | {"memory_gb", "mfu_6n"} <= records[-1].keys()
@@ -49,23 +49,23 @@ def test_a_run_learns_and_leaves_what_the_contract_says(data_dir, tmp_path, caps
     assert "step 60/60 | loss" in printed and "mfu" not in printed and "mem" not in printed and "of $" in printed
     (start,) = read_log(out, "start")
     assert start["config"]["hidden_size"] == 32 and start["world_size"] == 1 and start["kernels"] == "torch"
-    assert start["num_params"] == sum(t.numel() for t in train.checkpoint.read_tensors(out / "step_00000060", "model.safetensors").values())
+    weights = train.checkpoint.read_tensors(out / "step_00000060", "model.safetensors")
+    assert start["num_params"] == sum(tensor.numel() for tensor in weights.values())
     evals = read_log(out, "eval")
     assert [record["step"] for record in evals] == [30, 60]
     assert evals[0]["num_masked"] == evals[1]["num_masked"] > 0 and evals[1]["loss"] < evals[0]["loss"]
     assert [record["step"] for record in read_log(out, "checkpoint")] == [25, 50, 60]
     assert sorted(p.name for p in out.iterdir() if p.is_dir()) == ["step_00000050", "step_00000060"]
     assert read_log(out, "end")[0]["step"] == 60
-    # The same command again does nothing, and says so.
+    # Running the same command again does nothing, and reports that.
     before = (out / "log.jsonl").read_bytes()
     train.main(toy_argv(data_dir, out, max_steps=60, lr=0.02, eval_interval=30, checkpoint_interval=25, price_per_gpu_hour=2))
     assert "finished" in capsys.readouterr().out and (out / "log.jsonl").read_bytes() == before
 
 
 def test_casting_weights_once_a_step_changes_no_bit(data_dir):
-    """bf16: the micro-batches of a step together, and each in an autocast region of its own."""
-    cfg = train.TrainConfig(**{name: TOY_OPTIONS[name] for name in ("hidden_size", "num_layers", "num_heads", "intermediate_size")})
-    cfg.hidden_dropout = 0.0
+    """In bf16: all micro-batches of a step in one autocast region, and each in its own."""
+    cfg = train.TrainConfig(**TOY_SIZE, hidden_dropout=0.0)
     batches = Samples(data_dir, "train", 32).train_step(0, 16, 0, 0.3, 128)
     assert len(batches) > 2
     process = Process(0, 1, torch.device("cpu"), torch.bfloat16)
@@ -79,8 +79,8 @@ def test_casting_weights_once_a_step_changes_no_bit(data_dir):
         assert torch.equal(together.grad, apart.grad) if together.grad is not None else apart.grad is None
 
 
-def test_the_speed_in_the_log_counts_the_wait_for_the_gpu(data_dir, tmp_path, monkeypatch):
-    """Python is ahead of a GPU; the collective before a report waits for it. That belongs to the steps it reports."""
+def test_logged_speed_includes_the_wait_for_the_gpu(data_dir, tmp_path, monkeypatch):
+    """Python runs ahead of a GPU, and the collective before a report waits for it: part of the time of the reported steps."""
     gather = Process.gather
 
     def late(self, values):
@@ -94,7 +94,7 @@ def test_the_speed_in_the_log_counts_the_wait_for_the_gpu(data_dir, tmp_path, mo
 
 @pytest.mark.parametrize("options", [{}, {"model": "bert", "attention_dropout": 0.1, "chunk": True}])
 def test_killed_and_resumed_equals_uninterrupted(data_dir, tmp_path, options):
-    """SIGKILL in the middle of a run with dropout, then the same command: every byte as if nothing had happened."""
+    """SIGKILL in the middle of a run with dropout, then the same command: every byte as in an uninterrupted run."""
     options = {"max_steps": 40, "checkpoint_interval": 7, "final_mask_prob": 0.15, **options}
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     assert run_ranks(toy_argv(data_dir, straight, **options), 1, tmp_path)[0] == [0]
@@ -108,18 +108,21 @@ def test_killed_and_resumed_equals_uninterrupted(data_dir, tmp_path, options):
     assert reached < 40
     assert run_ranks(toy_argv(data_dir, broken, **options), 1, tmp_path)[0] == [0]
     assert [start["resumed_from"] for start in read_log(broken, "start")][-1].endswith(f"step_{reached:08d}")
-    assert files_of(straight / "step_00000040")["model.safetensors"] == files_of(broken / "step_00000040")["model.safetensors"]
-    assert files_of(straight / "step_00000040")["optimizer.safetensors"] == files_of(broken / "step_00000040")["optimizer.safetensors"]
+    last = [files_of(out / "step_00000040") for out in (straight, broken)]
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert last[0][name] == last[1][name]
     exact = [[(r["step"], r["loss"], r["grad_norm"], r["tokens"]) for r in read_log(out)] for out in (straight, broken)]
     assert exact[0] == exact[1]
-    assert [(r["step"], r["loss"]) for r in read_log(straight, "eval")] == [(r["step"], r["loss"]) for r in read_log(broken, "eval")]
+    evals = [[(r["step"], r["loss"]) for r in read_log(out, "eval")] for out in (straight, broken)]
+    assert evals[0] == evals[1]
 
 
-def test_two_processes_equal_one_and_micro_batches_do_not_matter(data_dir, tmp_path):
-    options = {"hidden_dropout": 0, "max_steps": 100, "eval_interval": 50, "checkpoint_interval": 50}
+def test_neither_processes_nor_micro_batches_nor_buckets_change_the_losses(data_dir, tmp_path):
+    options = {"hidden_dropout": 0, "max_steps": 40, "eval_interval": 20, "checkpoint_interval": 20}
     runs = {}
     buckets = dict.fromkeys(range(2), partial(faults.small_buckets, 0.005))
-    for name, processes, micro, fault in [("one", 1, 0, {}), ("small", 1, 80, {}), ("two", 2, 100, {}), ("buckets", 2, 100, buckets)]:
+    rows = [("one", 1, 0, {}), ("small", 1, 80, {}), ("two", 2, 100, {}), ("buckets", 2, 100, buckets)]
+    for name, processes, micro, fault in rows:
         argv = toy_argv(data_dir, tmp_path / name, micro_batch_tokens=micro, **options)
         statuses, output = run_ranks(argv, processes, tmp_path, fault)
         assert statuses == [0] * processes, output
@@ -135,13 +138,13 @@ def test_two_processes_equal_one_and_micro_batches_do_not_matter(data_dir, tmp_p
 
 
 def test_resume_with_another_number_of_processes(data_dir, tmp_path):
-    """Two processes train, as torchrun starts them, one goes on: the same samples and masks, so the same losses to rounding."""
+    """Two processes under torchrun, then one: the same samples and masks, so the same losses up to rounding."""
     options = {"hidden_dropout": 0, "max_steps": 12}
     assert run_ranks(toy_argv(data_dir, tmp_path / "one", **options), 1, tmp_path)[0] == [0]
     two = tmp_path / "two"
     result = run_train(toy_argv(data_dir, two, **options), processes=2)
     assert result.returncode == 0, result.stderr
-    train.checkpoint.shutil.rmtree(two / "step_00000012")  # as if the run had been lost after step 8
+    train.checkpoint.shutil.rmtree(two / "step_00000012")  # as if it had been killed after step 8
     assert run_ranks(toy_argv(data_dir, two, **options), 1, tmp_path)[0] == [0]
     assert [record["step"] for record in read_log(two)] == list(range(1, 13))
     assert losses(two) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
@@ -149,7 +152,7 @@ def test_resume_with_another_number_of_processes(data_dir, tmp_path):
 
 @pytest.mark.slow
 def test_three_processes_resume_bit_for_bit(data_dir, tmp_path):
-    """With three or more, the order of a sum over processes must not depend on where a run was resumed."""
+    """With three or more, the order of sums over processes must not depend on where the run was resumed."""
     options = {"global_batch_size": 24, "max_steps": 12, "hidden_size": 64}
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     small = dict.fromkeys(range(3), partial(faults.small_buckets, 0.02))
@@ -157,10 +160,11 @@ def test_three_processes_resume_bit_for_bit(data_dir, tmp_path):
         assert run_ranks(toy_argv(data_dir, out, **options), 3, tmp_path, small)[0] == [0, 0, 0]
     train.checkpoint.shutil.rmtree(broken / "step_00000012")
     assert run_ranks(toy_argv(data_dir, broken, **options), 3, tmp_path, small)[0] == [0, 0, 0]
-    assert files_of(straight / "step_00000012")["model.safetensors"] == files_of(broken / "step_00000012")["model.safetensors"]
+    weights = [files_of(out / "step_00000012")["model.safetensors"] for out in (straight, broken)]
+    assert weights[0] == weights[1]
 
 
-def test_damaged_newest_checkpoint_is_named_and_the_one_before_used(data_dir, tmp_path, capsys):
+def test_a_damaged_newest_checkpoint_is_named_and_the_previous_one_used(data_dir, tmp_path, capsys):
     out = tmp_path / "run"
     train.main(toy_argv(data_dir, out))
     weights = files_of(out / "step_00000010")["model.safetensors"]
@@ -174,7 +178,7 @@ def test_damaged_newest_checkpoint_is_named_and_the_one_before_used(data_dir, tm
 
 
 def fails(argv, capsys):
-    """Run train.main, which must end as a user's mistake does; its one line."""
+    """Run train.main, which must exit with status 2 after one error line. Returns the line."""
     with pytest.raises(SystemExit) as stopped:
         train.main(argv)
     captured = capsys.readouterr()
@@ -183,14 +187,14 @@ def fails(argv, capsys):
     return captured.err
 
 
-def test_half_of_what_torchrun_sets_is_refused(data_dir, tmp_path, capsys, monkeypatch):
+def test_world_size_without_rank_is_refused(data_dir, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.delenv("RANK", raising=False)
     assert "start it with torchrun, or unset WORLD_SIZE" in fails(toy_argv(data_dir, tmp_path / "run"), capsys)
 
 
-def test_a_run_without_an_undamaged_checkpoint_does_not_begin_anew_over_them(data_dir, tmp_path, capsys):
-    """Days of training may be on a backup, or on a disk that is only not mounted."""
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(data_dir, tmp_path, capsys):
+    """Days of training may be in a backup, or on a disk that is not mounted."""
     out = tmp_path / "run"
     train.main(toy_argv(data_dir, out))
     for step in train.checkpoint.steps(out):
@@ -229,12 +233,12 @@ def test_mistakes_end_in_one_line(data_dir, tmp_path, capsys, option, says):
     assert not (out / "log.jsonl").exists()
 
 
-def test_batch_must_divide_by_the_processes(data_dir, tmp_path, capsys, monkeypatch):
+def test_the_batch_must_be_a_multiple_of_the_processes(data_dir, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert "global_batch_size=16 is not a multiple of 3 processes" in fails(toy_argv(data_dir, tmp_path / "out"), capsys)
 
 
-def test_triton_where_it_cannot_run(data_dir, tmp_path):
+def test_triton_without_a_gpu_is_refused(data_dir, tmp_path):
     result = run_train(toy_argv(data_dir, tmp_path / "out", kernels="triton"), TRITON_INTERPRET="0")
     assert result.returncode == 2
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
@@ -280,11 +284,11 @@ def test_another_run_in_the_same_directory_is_refused(data_dir, tmp_path, capsys
 
 
 def test_what_may_differ_on_resume(data_dir, tmp_path, capsys):
-    """wsd has not begun to decay, so the run may become longer; and none of these changes a result."""
+    """wsd has not begun to decay, so the run may get longer; the other options change no result."""
     out = tmp_path / "run"
     train.main(toy_argv(data_dir, out, schedule="wsd", max_steps=20, checkpoint_interval=8))
     train.checkpoint.shutil.rmtree(out / "step_00000020")
-    longer = {"max_steps": 40, "micro_batch_tokens": 64, "keep_checkpoints": 5, "price_per_gpu_hour": 1, "eval_interval": 0}
+    longer = {"max_steps": 40, "micro_batch_tokens": 128, "keep_checkpoints": 5, "price_per_gpu_hour": 1, "eval_interval": 0}
     train.main(toy_argv(data_dir, out, schedule="wsd", checkpoint_interval=8, **longer))
     assert "resuming" in capsys.readouterr().out
     assert read_log(out)[-1]["step"] == 40 and len(read_log(out)) == 40
@@ -300,7 +304,7 @@ def test_a_second_live_run_is_refused(data_dir, tmp_path, capsys):
 
 
 def test_init_from_a_fine_tuned_model(data_dir, tmp_path, capsys):
-    """Its classifier is left out, and a masked-language-model head is made, as fill_mask.py's message promises."""
+    """The classifier is left out, and a new masked-language-model head added, as fill_mask's error promises."""
     run = Path(make_run(tmp_path / "tuned"))
     config, texts = train.checkpoint.read_config(run / "step_00000001"), {}
     for name in ("config.json", "tokenizer.json", "state.json"):
@@ -318,7 +322,7 @@ def test_init_from_and_eval_only(data_dir, tmp_path, capsys):
     weights = train.checkpoint.read_tensors(first / "step_00000010", "model.safetensors")
     train.main(toy_argv(data_dir, tmp_path / "second", init_from=first, max_steps=1, warmup_fraction=1))
     second = train.checkpoint.read_tensors(tmp_path / "second" / "step_00000001", "model.safetensors")
-    for name, tensor in weights.items():  # the learning rate of step 1 is 0
+    for name, tensor in weights.items():  # step 1 has a learning rate of 0
         torch.testing.assert_close(second[name], tensor, rtol=0, atol=0)
     capsys.readouterr()
     before = (first / "log.jsonl").read_bytes()
@@ -343,7 +347,7 @@ def test_compile_gives_the_same_losses(data_dir, tmp_path):
     assert losses(tmp_path / "true") == pytest.approx(losses(tmp_path / "false"), rel=1e-5)
 
 
-def test_what_compiling_leaves_out(monkeypatch):
+def test_fused_sums_are_off_before_torch_2_12(monkeypatch):
     seen = []
     monkeypatch.setattr(torch, "compile", lambda model, options: seen.append(options) or model)
     for version in ("2.11.0+cu130", "2.12.0", "2.13.0+cpu"):
@@ -351,11 +355,11 @@ def test_what_compiling_leaves_out(monkeypatch):
         compiled.compiled(torch.nn.Identity())
     assert seen == [compiled.WITHOUT_FUSED_SUMS, {}, {}]
     monkeypatch.undo()
-    torch.compile(len, options=compiled.WITHOUT_FUSED_SUMS)  # refuses names that Inductor does not know
+    torch.compile(len, options=compiled.WITHOUT_FUSED_SUMS)  # raises if Inductor does not know a name
 
 
 def test_bert_is_compiled_once(monkeypatch):
-    """With another number of samples, of tokens and of masked ones the graph is that of the first."""
+    """Other numbers of samples, tokens and masked tokens run the same graph."""
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, options: compile(model, backend="aot_eager", fullgraph=True))
     torch.manual_seed(0)
@@ -374,7 +378,7 @@ def test_bert_is_compiled_once(monkeypatch):
 
 
 def test_learning_rates_of_the_original():
-    """Composer's linear_decay_with_warmup for 70,000 steps: t / 4,200, then down over 65,800 steps to alpha_f."""
+    """Composer's linear_decay_with_warmup for 70,000 steps: up over 4,200, then down over 65,800 to alpha_f."""
     cfg = train.TrainConfig(final_lr_fraction=0.02)
     assert train.lr_at(cfg, 1) == 0
     assert train.lr_at(cfg, 2101) == pytest.approx(5e-4 / 2)
@@ -388,8 +392,8 @@ def test_learning_rates_of_the_original():
     assert [train.mask_prob_at(falling, step) for step in (1, 6, 11)] == pytest.approx([0.3, 0.225, 0.15])
 
 
-def test_micro_batch_fits_common_cards():
-    """base.py runs on 24, 40 and 80 GB: at least 8,192 tokens each, more on larger cards, within the memory."""
+def test_micro_batches_fit_common_gpus():
+    """base.py on 24, 40 and 80 GB: at least 8,192 tokens, more on larger GPUs, and within their memory."""
 
     class Card:
         device, dtype = torch.device("cuda"), torch.bfloat16
@@ -436,8 +440,8 @@ def test_help_lists_every_option(capsys):
         assert f"--{field.name}=" in printed, field.name
 
 
-def own_clock():
-    """In the second of two processes a step seems to take three times as long; reports are often due in both."""
+def skewed_clock():
+    """Report every 0.1 s, and let rank 1's clock run three times as fast as rank 0's."""
     train.TARGET_LOG_SECONDS = 0.1
     if os.environ["RANK"] == "1":
         clock = time.perf_counter
@@ -445,8 +449,8 @@ def own_clock():
 
 
 def test_processes_report_after_the_same_steps(data_dir, tmp_path):
-    """Whose clock says when, with log_interval=0: had each its own, one would wait for a report and the other go on."""
+    """With log_interval=0 rank 0's clock decides. With a clock each, one rank would wait to report while the other trains."""
     argv = toy_argv(data_dir, tmp_path / "run", log_interval=0, max_steps=40, eval_interval=0, hang_timeout=10)
-    statuses, output = run_ranks(argv, 2, tmp_path / "ranks", {0: own_clock, 1: own_clock})
+    statuses, output = run_ranks(argv, 2, tmp_path / "ranks", {0: skewed_clock, 1: skewed_clock})
     assert statuses == [0, 0], output
     assert read_log(tmp_path / "run")[-1]["step"] == 40

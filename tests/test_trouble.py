@@ -80,7 +80,7 @@ def test_the_last_checkpoint_must_be_on_disk(data_dir, tmp_path):  # noqa: F811
     """--on_save_error=continue trains through failed saves, but does not end with status 0 without the last one."""
     argv = toy_argv(data_dir, tmp_path / "run", on_save_error="continue", eval_interval=0)
     statuses, output = run_ranks(argv, 1, tmp_path / "ranks", {0: partial(faults.small_files, 50_000)})
-    assert statuses == [2] and "trained to step 10, but its checkpoint could not be written" in output, output
+    assert statuses == [2] and "trained to step 10, but its checkpoint was not written" in output, output
 
 
 def test_a_signal_is_acknowledged_at_once(data_dir, tmp_path):  # noqa: F811

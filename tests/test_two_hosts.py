@@ -1,7 +1,7 @@
-"""Two hosts, one of which is cut off from the other in the middle of training.
+"""Two hosts, and one loses its network in the middle of training.
 
-The hosts are network namespaces of this machine, joined by a virtual cable: own addresses, own loopback, nothing shared
-but the file system. It needs root's rights (CAP_NET_ADMIN) and iproute2, else the tests are skipped and say why.
+The hosts are network namespaces on this machine, joined by a virtual cable: each has its own address and loopback, and
+they share only the file system. Needs root (CAP_NET_ADMIN) and iproute2; otherwise the tests are skipped with the reason.
 
     python -m pytest -m slow -v tests/test_two_hosts.py
 """
@@ -34,7 +34,7 @@ class Host:
         self.name, self.interface = f"mosaic{os.getpid()}_{number}", f"cable{number}"
 
     def command(self, *words, **options):
-        """A started subprocess on this host."""
+        """Start a subprocess on this host."""
         environment = train_environment(GLOO_SOCKET_IFNAME=self.interface)
         return subprocess.Popen(["ip", "netns", "exec", self.name, *words], env=environment, **options)
 
@@ -50,7 +50,7 @@ class Host:
 @pytest.fixture
 def hosts():
     if not shutil.which("ip"):
-        pytest.skip("no ip command (install iproute2)")
+        pytest.skip("no `ip` command (install iproute2)")
     first, second = found = [Host(0), Host(1)]
     try:
         try:
@@ -72,7 +72,7 @@ def hosts():
 
 
 def wait_all(launchers, seconds):
-    """Exit statuses; the test fails when one has not ended by then."""
+    """Their exit statuses. Raises subprocess.TimeoutExpired if one is still running after so many seconds."""
     end = time.monotonic() + seconds
     try:
         return [launcher.wait(max(0.1, end - time.monotonic())) for launcher in launchers]
@@ -83,8 +83,8 @@ def wait_all(launchers, seconds):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", [0, 1])
-def test_a_host_that_is_cut_off_ends_the_job_and_the_other_goes_on(hosts, tmp_path, lost):
-    """Two processes on each. lost: the host that is cut off; 0 has rank 0, which writes, here to a shared disk."""
+def test_a_host_that_loses_its_network_ends_the_run_and_the_other_can_resume(hosts, tmp_path, lost):
+    """Two processes per host. lost: the host that is cut off; host 0 has rank 0, which writes, here to a shared disk."""
     data = make_shards(tmp_path / "data")
     options = {"hidden_dropout": 0, "max_steps": 120, "checkpoint_interval": 20, "eval_interval": 0}
     straight, broken = tmp_path / "straight", tmp_path / "broken"
@@ -102,7 +102,7 @@ def test_a_host_that_is_cut_off_ends_the_job_and_the_other_goes_on(hosts, tmp_pa
     assert wait_all(launchers, HANG_TIMEOUT + 30) == [1, 1]
     texts = [output.read_text() for output in outputs]
     reason = f"error: no progress for {HANG_TIMEOUT} s: "
-    # By what they noted last, which is up to half a second old: one of the lost two may seem further than the other.
+    # What they published last is up to half a second old, so one of the two lost ranks may seem ahead of the other.
     assert re.search(reason + r"(ranks 2, 3 are|rank [23] is) behind, last seen at step \d+ after", texts[0]), texts[0]
     assert reason + "the rendezvous store is gone with its process, or its host is cut off" in texts[1]
     for text in texts:

@@ -1,4 +1,4 @@
-"""Toy shards and a toy run for the tests: small, with something to learn, made without any file from elsewhere."""
+"""Toy shards, runs and checkpoints for tests and studies: small, with something to learn, made from nothing."""
 
 import hashlib
 import json
@@ -28,15 +28,18 @@ def make_tokenizer(path, vocab_size=VOCAB_SIZE, special=SPECIAL):
     tokenizer.save(str(path))
 
 
-def make_documents(count, longest=60, seed=0):
-    """Counting sequences, w5 w6 w7 ..., from random places: masked tokens can be told from their neighbours."""
+def make_documents(count, longest=60, seed=0, shortest=1, vocab_size=VOCAB_SIZE):
+    """Counting sequences, w5 w6 w7 ..., with random starts: a masked token follows from its neighbours.
+
+    Lengths are `shortest` to `longest` - 1 tokens.
+    """
     rng = np.random.default_rng(seed)
-    lengths, starts = rng.integers(1, longest, count), rng.integers(0, VOCAB_SIZE - 5, count)
-    return [5 + (start + np.arange(n)) % (VOCAB_SIZE - 5) for start, n in zip(starts, lengths)]
+    lengths, starts = rng.integers(shortest, longest, count), rng.integers(0, vocab_size - 5, count)
+    return [5 + (start + np.arange(n)) % (vocab_size - 5) for start, n in zip(starts, lengths)]
 
 
 def make_shards(path, documents=None, val_documents=None, shards=2, vocab_size=VOCAB_SIZE):
-    """A finished shard directory, as prepare_c4.py leaves it."""
+    """A finished shard directory, as prepare_c4.py would leave it; returns its path."""
     path = Path(path)
     path.mkdir(parents=True)
     make_tokenizer(path / "tokenizer.json", vocab_size)
@@ -54,21 +57,25 @@ def make_shards(path, documents=None, val_documents=None, shards=2, vocab_size=V
     return str(path)
 
 
+TOY_SIZE = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48}
 TOY_OPTIONS = {
-    "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48, "seq_length": 32,
-    "global_batch_size": 16, "max_steps": 10, "lr": 3e-3, "eval_interval": 5, "checkpoint_interval": 4,
-    "log_interval": 1, "device": "cpu", "kernels": "torch",
+    **TOY_SIZE, "seq_length": 32, "global_batch_size": 16, "max_steps": 10, "lr": 3e-3, "eval_interval": 5,
+    "checkpoint_interval": 4, "log_interval": 1, "device": "cpu", "kernels": "torch",
 }  # fmt: skip
+
+
+def flags(options):
+    """A dictionary of options as command-line arguments."""
+    return [f"--{name}={value}" for name, value in options.items()]
 
 
 def toy_argv(data_dir, out_dir, **options):
     """Command-line arguments of a toy run."""
-    options = {**TOY_OPTIONS, "data_dir": data_dir, "out_dir": out_dir, **options}
-    return [f"--{name}={value}" for name, value in options.items()]
+    return flags({**TOY_OPTIONS, "data_dir": data_dir, "out_dir": out_dir, **options})
 
 
 def run_train(argv, processes=1, **environment):
-    """train.py as a user starts it. Returns the finished subprocess; a non-zero status is the caller's to judge."""
+    """train.py as a user starts it. Returns the CompletedProcess, whatever its exit status."""
     return subprocess.run(train_command(argv, processes), env=train_environment(**environment), capture_output=True, text=True)
 
 
@@ -90,13 +97,13 @@ def read_log(out_dir, event="train"):
 
 
 def files_of(directory):
-    """{name: bytes} of a checkpoint, without what holds wall-clock times."""
+    """{name: bytes} of a checkpoint, without the files that hold wall-clock times."""
     timed = ("state.json", "digests.json")
     return {path.name: path.read_bytes() for path in Path(directory).iterdir() if path.name not in timed}
 
 
 def make_run(path, model="mosaicbert", scale=1.0):
-    """A run directory with one checkpoint of random weights, their matrices `scale` times as large as at first."""
+    """A run directory with one checkpoint of random weights, whose matrices are scaled up by `scale`."""
     path.mkdir(exist_ok=True)
     torch.manual_seed(0)
     cfg = ModelConfig(model, hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48, hidden_dropout=0.0)
@@ -113,7 +120,7 @@ def make_run(path, model="mosaicbert", scale=1.0):
 
 
 def reseal(path):
-    """Make a checkpoint's digests right again after its files were changed, as an attacker would."""
+    """Recompute a checkpoint's digests after its files were changed, as an attacker would."""
     files = {file.name: file.read_bytes() for file in Path(path).iterdir() if file.name != checkpoint.DIGESTS}
     entries = {name: checkpoint.digest_entry(len(b), hashlib.sha256(b).hexdigest()) for name, b in files.items()}
     (Path(path) / checkpoint.DIGESTS).write_text(checkpoint.digests_text(entries))
