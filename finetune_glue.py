@@ -5,8 +5,10 @@
 Each (task, seed) pair is a run. Any number of processes, from --jobs or torchrun, share the runs out among themselves; the
 same command resumes a killed suite.
 
-Read next: common/run_queue.py
+Read next: common/glue.py, the tasks, or common/run_queue.py
 """
+
+import common  # noqa: F401, I001, before anything that may be missing
 
 import dataclasses
 import difflib

@@ -52,7 +52,9 @@ METRICS = {
 
 def as_text(name, value):
     """A metric's name and value, in percent; errors in their unit."""
-    return f"{name} {value:.4g}" if name == "mean_error" else f"{name} {100 * value:.2f}"
+    if name == "mean_error":
+        return f"{name} {value:,.0f}" if value >= 1000 else f"{name} {value:.4g}"
+    return f"{name} {100 * value:.2f}"
 
 
 # 0.975 quantiles of Student's t for 1 to 30 degrees of freedom; beyond them, the normal distribution's 1.96.
