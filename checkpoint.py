@@ -38,7 +38,7 @@ from common.vocabulary import load_tokenizer
 from model import MaskedLM, ModelConfig
 
 DIGESTS = "digests.json"
-# In config.json. 1 had no number there, and no count of skipped updates in state.json, which is read as none.
+# In config.json. Format 1 lacks this key, and the counts of skipped updates in state.json; they default to 1 and 0.
 FORMAT = 2
 
 # A run may be resumed with other values of these: they do not change its result. data_dir is compared by the digest of
@@ -59,9 +59,9 @@ PER_WORD = ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.b
 def check_resumable(out_dir, config, defaults, bends_schedule):
     """(path of the newest checkpoint in out_dir, config.json of its run); (None, {}) to start from nothing.
 
-    Raises: UserError if the directory holds a run with another result. config: what config.json is to hold; None stands
-    for what the run that is resumed has. defaults: of options that the earlier run did not know. bends_schedule(earlier
-    max_steps, step): whether another max_steps would now change a schedule that has begun to decay.
+    Raises: UserError if the directory holds a run with another result. config: what config.json is to hold; None
+    keeps the resumed run's value. defaults: values for options added since that run. bends_schedule(earlier max_steps,
+    step): whether changing max_steps now would alter a decay that is under way.
     """
     found = newest(out_dir)
     if not found and steps(out_dir):
@@ -158,7 +158,7 @@ class Saver:
         try:
             self.run.sync_log()
             with copied:
-                contents = pack(tensors, texts)
+                contents = serialize(tensors, texts)
             tensors.clear()  # frees device memory; the executor still holds the dictionary itself
             path = write(self.run.path, step, contents)
         except (UserError, OSError) as error:  # OSError: of the log's fsync, as on quotas and network disks
@@ -180,7 +180,7 @@ class Saver:
             saving.result()
 
     def finish(self):
-        """Wait for the last checkpoint. Raises: UserError when it is not on disk, also with on_save_error="continue"."""
+        """Wait for the last checkpoint. Raises: UserError when it is not on disk, even with on_save_error="continue"."""
         self.wait()
         if self.written != self.begun:
             hint = "free some space; the same command resumes from the newest checkpoint"
@@ -196,8 +196,8 @@ def snapshot(tensors):
     """(copies, context): copies of {file name: {name: tensor}}, to be read inside the context by another thread.
 
     On a GPU the copies stay there, 12 bytes a parameter, for which the choice of the micro-batch leaves room; the context
-    is a stream of its own, so that training does not wait for the transfer. If memory is short after all, they go to the
-    CPU at once, which stalled base on an H100 for some seconds.
+    is a stream of its own, so that training does not wait for the transfer. If memory is short, they are copied to
+    the CPU synchronously instead, which stalled base on an H100 for several seconds.
     """
     device = next(iter(next(iter(tensors.values())).values())).device
     try:
@@ -211,7 +211,7 @@ def snapshot(tensors):
     return copies, torch.cuda.stream(stream)
 
 
-def pack(tensors, texts):
+def serialize(tensors, texts):
     """{file name: its bytes} of a checkpoint. tensors: {file name: {name: tensor}}. texts: {file name: str}."""
     packed = {name: safetensors_bytes(contents) for name, contents in tensors.items()}
     return {**packed, **{name: text.encode() for name, text in texts.items()}}
@@ -243,8 +243,8 @@ def safetensors_bytes(tensors):
 
 
 def save(out_dir, step, tensors, texts):
-    """Write a checkpoint of what `pack` takes, and return its path. Raises: UserError when it cannot be written."""
-    return write(out_dir, step, pack(tensors, texts))
+    """Write a checkpoint of what `serialize` takes, and return its path. Raises: UserError when it cannot be written."""
+    return write(out_dir, step, serialize(tensors, texts))
 
 
 def write(out_dir, step, contents):
@@ -263,7 +263,7 @@ def write(out_dir, step, contents):
         for name, data in {**contents, DIGESTS: digests_text(entries).encode()}.items():
             write_file(os.path.join(partial, name), data)
         sync(partial)
-        shutil.rmtree(path, ignore_errors=True)  # a damaged one of this step, or it would not be written again
+        shutil.rmtree(path, ignore_errors=True)  # one of this step is damaged: a valid one would have been resumed from
         os.rename(partial, path)
         sync(out_dir)
     except OSError as error:
@@ -487,7 +487,7 @@ def start_from(model, path, tokenizer_text):
     config, tensors, old_text = load(path)
     for name, value in vars(model_config(config)).items():
         if "dropout" not in name and value != getattr(model.cfg, name):
-            raise UserError(f"{path}: {name} is {value}, that of this run {getattr(model.cfg, name)} (set --{name}={value})")
+            raise UserError(f"{path}: {name} is {value}, but this run has {getattr(model.cfg, name)} (set --{name}={value})")
     fresh = {name: weight.cpu() for name, weight in weights_of(model).items()}
     done = f"started from {path}"
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(("bert.pooler.", "classifier."))}

@@ -12,7 +12,7 @@ A shard file is a header, the documents' offsets, and their tokens without [CLS]
     magic 8 bytes | version u32 | bytes per token u32 | num_docs u64 | num_tokens u64 | sha256 of tokenizer.json
     offsets u64 (num_docs + 1)  | tokens u16, or u32 for vocabularies above 65,536 (num_tokens)
 
-A sample is [CLS] tokens [SEP], cut to `seq_length`. Which sample comes when, and which of its tokens are masked, are
+A sample is [CLS] tokens [SEP], cut to `seq_length`. The sample order, and which tokens of a sample are masked, are
 pure functions of (seed, source, epoch, sample, position). Nothing is drawn from a stream, so a run can stop at any step
 and resume on any number of processes with no data state to save.
 
@@ -24,14 +24,13 @@ import contextlib
 import hashlib
 import mmap
 import os
-import resource
 import struct
 from dataclasses import dataclass
 
 import numpy as np
 
 from common.batch import IGNORED, Batch, pack, pad_to, round_up
-from common.files import file_digest, hash_of, read_json, whole_file
+from common.files import allow_open_files, file_digest, hash_of, read_json, whole_file
 from common.options import UserError
 from common.vocabulary import load_tokenizer
 
@@ -116,7 +115,7 @@ def open_shard(path, tokenizer_digest):
     if size != expected:
         raise UserError(f"{path}: {size} bytes, but its header says {expected} (truncated or damaged; prepare again)")
     if digest != tokenizer_digest:
-        raise UserError(f"{path}: made with another tokenizer than the tokenizer.json beside it (prepare again)")
+        raise UserError(f"{path}: made with a different tokenizer from the tokenizer.json beside it (prepare again)")
     mapped = np.memmap(path, mode="r")  # one map a shard: each keeps a file open
     if hasattr(mmap, "MADV_RANDOM"):  # samples come in random order: reading ahead would read 30 times as much
         mapped.base.madvise(mmap.MADV_RANDOM)
@@ -125,16 +124,6 @@ def open_shard(path, tokenizer_digest):
     if offsets[0] != 0 or offsets[-1] != num_tokens:
         raise UserError(f"{path}: offsets do not cover the tokens in order (damaged; prepare again)")
     return Shard(path, offsets, tokens)
-
-
-def allow_open_files(count):
-    """Raise this process's limit of open files by `count`. Raises: UserError where the system does not allow that."""
-    needed = count + len(os.listdir("/proc/self/fd")) + 256 if os.path.isdir("/proc/self/fd") else count + 512
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        if hard != resource.RLIM_INFINITY and hard < needed:
-            raise UserError(f"{count} shards, but only {hard} files may be open (raise ulimit -n, or make larger shards)")
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -244,7 +233,7 @@ def split_evenly(lengths, micro_batch_tokens, multiple):
 
 @dataclass
 class MicroBatch(Batch):
-    """Some samples with tokens to predict; its counts leave out the filling."""
+    """Some samples with tokens to predict; its counts leave out the padding."""
 
     num_samples: int = 0
     num_tokens: int = 0  # in sequences, [CLS] and [SEP] included
@@ -256,8 +245,8 @@ class Samples:
     """The samples of one split of a shard directory at one sequence length.
 
     split: "train" or "val". seq_length: tokens a sample has at most, [CLS] and [SEP] included. chunk: False takes the
-    first seq_length tokens of each document, as MosaicBERT did; True cuts each document into as many samples as it
-    gives. padded: whether the model pads each sample to seq_length, so that micro-batches are cut accordingly.
+    first seq_length tokens of each document, as MosaicBERT did; True splits each document into consecutive
+    samples. padded: whether the model pads each sample to seq_length, so that micro-batches are cut accordingly.
     Raises: UserError when the directory is missing or damaged.
     """
 
@@ -287,6 +276,7 @@ class Samples:
         if small:
             for shard in self.shards:
                 shard.check(self.vocab_size)
+        self.num_tokens = np.array([len(shard.tokens) for shard in self.shards])
         num_docs = [len(shard.offsets) - 1 for shard in self.shards]
         self.shard_starts = np.concatenate([[0], np.cumsum(num_docs)]).astype(np.int64)  # in documents
         if chunk:
@@ -327,8 +317,7 @@ class Samples:
         lengths = np.diff(offsets)
         before = np.cumsum(-(-lengths // (self.seq_length - 2)), axis=1)  # samples up to each document's end
         place = (before <= within[:, None]).sum(1) if self.chunk else np.zeros_like(samples)
-        num_tokens = np.array([len(shard.tokens) for shard in self.shards])
-        wrong = (lengths < 0).any(1) | (offsets[:, -1] > num_tokens[shard]) | (place >= count)
+        wrong = (lengths < 0).any(1) | (offsets[:, -1] > self.num_tokens[shard]) | (place >= count)
         if wrong.any():
             path = self.shards[shard[wrong.argmax()]].path
             raise UserError(f"{path}: offsets out of order (damaged; prepare again)", True)
@@ -476,7 +465,7 @@ def open_samples(data_dir, split, seq_length, chunk=False, padded=False):
         except ValueError:
             weights.append(0.0)
         if not directory or not 0 < weights[-1] < float("inf"):
-            raise UserError(f"data_dir={data_dir}: {part.strip()!r} is no DIRECTORY:WEIGHT (such as a:0.7,b:0.3)")
+            raise UserError(f"data_dir={data_dir}: {part.strip()!r} is not DIRECTORY:WEIGHT (e.g. a:0.7,b:0.3)")
         directories.append(directory)
     sources = [Samples(directory, split, seq_length, chunk, padded) for directory in directories]
     return Mixture(sources, weights) if len(sources) > 1 else sources[0]
@@ -485,7 +474,7 @@ def open_samples(data_dir, split, seq_length, chunk=False, padded=False):
 class Mixture(Samples):
     """Several Samples as one, numbered one after the other; of a training split, `weights` are their shares.
 
-    Of a held-out split every sample comes once, whatever the weights.
+    Held-out splits ignore weights and use every sample once.
     Raises: UserError where tokenizers differ or a source has no training samples.
     """
 
@@ -495,7 +484,7 @@ class Mixture(Samples):
         for source in sources:
             if source.tokenizer_sha256 != first.tokenizer_sha256:
                 hint = f"prepare it with --tokenizer={first.tokenizer_path}"
-                raise UserError(f"{source.tokenizer_path}: another tokenizer than that of {first.directory} ({hint})")
+                raise UserError(f"{source.tokenizer_path}: a different tokenizer from that of {first.directory} ({hint})")
             if self.split == "train" and len(source) == 0:
                 raise UserError(f"{source.directory}: no training samples (prepare more text)")
         self.sources, self.weights = sources, weights

@@ -10,7 +10,7 @@ Shapes
     B, T            sequences in a batch; padded length (only the BERT baseline pads)
     H, D, C         heads, head size, hidden size C = H * D
     F, V            feed-forward width; vocabulary size, padded for MosaicBERT
-    total_tokens    tokens in the stream, its filling included
+    total_tokens    tokens in the stream, its padding included
     num_rows        rows of the stream whose output is wanted; rows=None means all of them
 
 A batch is a common/batch.py `Batch`. Names and shapes in the state dicts are those of the published weights: of
@@ -231,7 +231,7 @@ class BertEncoder(nn.Module):
         self.encoder = named(layer=nn.ModuleList(BertLayer(cfg) for _ in range(cfg.num_layers)))
 
     def forward(self, batch, rows=None):
-        """As MosaicEncoder.forward; rows of the stream's filling come back with some other row's values."""
+        """As MosaicEncoder.forward; rows of the stream's padding return some other row's values."""
         cu_seqlens, max_seqlen = batch.cu_seqlens, batch.max_seqlen
         if max_seqlen > MAX_POSITIONS:
             raise ValueError(f"sequences of up to {max_seqlen} tokens, but BERT has {MAX_POSITIONS} positions")
@@ -364,13 +364,13 @@ class SequenceClassifier(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the machine has to do
+# The backend, and the work a model does
 
 
 def choose_kernels(choice, cfg, device, dtype=torch.float32):
     """Set what the operators run on, and return its name. choice: "auto", "triton" or "torch". dtype: of autocast.
 
-    Raises: UserError where it cannot run, or cannot take this model's heads.
+    Raises: UserError if the backend is unavailable, or does not support this head size.
     """
     try:
         kernels.set_backend(choice)

@@ -9,11 +9,10 @@ The same command again resumes from the newest checkpoint in out_dir, with any n
 Read next: model.py
 """
 
-import common  # noqa: F401, I001, before anything that may be missing
+import common  # noqa: F401, I001, first: it sets OMP_WAIT_POLICY, which torch reads on import, and checks the packages
 
 import dataclasses
 import datetime
-import itertools
 import math
 import os
 import time
@@ -38,7 +37,7 @@ from model import MAX_POSITIONS, MaskedLM, ModelConfig, choose_kernels, matrix_f
 EVAL_MASK_PROB = 0.15  # as BERT was trained and evaluated, whatever rate this run trains with
 TARGET_LOG_SECONDS = 10  # between log lines, with log_interval=0
 MAX_SKIPPED_IN_A_ROW = 10  # updates that were not finite
-MANY_EPOCHS, LARGE_FOR_CPU = 200, 20_000_000  # epochs and parameters beyond which a warning asks whether this is meant
+MANY_EPOCHS, LARGE_FOR_CPU = 200, 20_000_000  # warn above so many epochs, and so many parameters on a CPU
 BUCKET_MB = 1000  # gradients per all-reduce. On one host overlapping them with backward costs more than it hides
 
 
@@ -47,22 +46,22 @@ class TrainConfig(ModelConfig):
     # Data
     data_dir: str = "data/c4"  # shard directory made by prepare_c4.py; or a mixture, dir:weight,dir:weight
     seq_length: int = 128  # tokens a sample has at most, [CLS] and [SEP] included
-    chunk: bool = False  # cut documents into as many samples as they give, not one each
+    chunk: bool = False  # split each document into consecutive samples, instead of keeping only the first
     mask_prob: float = 0.3  # share of tokens to predict
-    final_mask_prob: float = 0.0  # mask_prob falls linearly to this by the last step; 0: it stays
+    final_mask_prob: float = 0.0  # mask_prob falls linearly to this by the last step; 0: constant
     # Training
     out_dir: str = "out"  # log and checkpoints; the same command resumes from it
     init_from: str = ""  # run or step_* directory to take the first weights from
     seed: int = 17  # of weights, data order, masks and dropout
-    max_steps: int = 70000  # optimizer steps; a budget, below, takes their place
-    global_batch_size: int = 4096  # samples per step, over all processes; a multiple of their number
-    micro_batch_tokens: int = 0  # most tokens a process handles at once, BERT's padding included; 0: by the memory
+    max_steps: int = 70000  # optimizer steps; ignored with a budget, see below
+    global_batch_size: int = 4096  # samples per step, over all processes; divisible by their number
+    micro_batch_tokens: int = 0  # maximum tokens per micro-batch, BERT's padding included; 0: chosen to fit the memory
     lr: float = 5e-4  # peak learning rate
     schedule: Literal["linear", "wsd"] = "linear"  # decay from the end of the warm-up, or only at the end (wsd)
     warmup_fraction: float = 0.06  # share of max_steps in which the learning rate rises from 0
-    warmup_steps: int = 0  # the same in steps; 0: warmup_fraction, or 200 with a budget
+    warmup_steps: int = 0  # warm-up in steps, overrides warmup_fraction; 0: warmup_fraction, or 200 with a budget
     final_lr_fraction: float = 0.0  # share of lr that it falls to
-    weight_decay: float = 0.02  # AdamW, on every parameter; times the learning rate
+    weight_decay: float = 0.02  # AdamW: each step scales every parameter by 1 - lr * weight_decay
     # Evaluation, log, checkpoints
     eval_interval: int = 2000  # steps between evaluations; 0: only after the last step
     eval_samples: int = 0  # held-out samples to evaluate on; 0: all
@@ -85,7 +84,7 @@ class TrainConfig(ModelConfig):
     beta2: float = 0.98  # AdamW: decay of its mean square
     adam_eps: float = 1e-6  # AdamW: added to the root of the mean square
     max_grad_norm: float = 0.0  # clip gradients to this norm; 0: never, as in the original
-    on_save_error: Literal["stop", "continue"] = "stop"  # when a checkpoint cannot be written, as on a full disk
+    on_save_error: Literal["stop", "continue"] = "stop"  # when a checkpoint cannot be written, e.g. on a full disk
     hang_timeout: int = 300  # abort all processes if one makes no progress for this many seconds; 0: never
     profile: str = ""  # steps "a:b" to trace into out_dir, and to report how busy the GPU is
     eval_only: bool = False  # evaluate the newest checkpoint, and stop
@@ -112,8 +111,9 @@ class TrainConfig(ModelConfig):
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: must be at least 0 and below 1")
-        if self.schedule == "wsd" and self.warmup_fraction + self.decay_fraction > 1:
-            raise UserError("warmup_fraction + decay_fraction is above 1 (they are shares of max_steps)")
+        if self.schedule == "wsd" and (self.warmup_steps / self.max_steps or self.warmup_fraction) + self.decay_fraction > 1:
+            if not budget.seconds_of(self, world_size):
+                raise UserError("the warm-up and decay_fraction are more than max_steps together (shorten one of them)")
         trace.first_and_last(self.profile)
         budget.check(self)
         if self.warmup_steps > self.max_steps and not budget.seconds_of(self, world_size):
@@ -140,7 +140,8 @@ def warmup_of(cfg):
 
 def decay_start(cfg):
     """The step after which the learning rate falls."""
-    return warmup_of(cfg) if cfg.schedule == "linear" else round((1 - cfg.decay_fraction) * cfg.max_steps)
+    wsd = round((1 - cfg.decay_fraction) * cfg.max_steps)
+    return warmup_of(cfg) if cfg.schedule == "linear" else max(warmup_of(cfg), wsd)
 
 
 def lr_at(cfg, step):
@@ -160,14 +161,14 @@ def mask_prob_at(cfg, step):
     With a budget it falls after the warm-up, when max_steps is known.
     """
     start = cfg.warmup_steps if cfg.budget_minutes or cfg.budget_dollars else 0
-    if not cfg.final_mask_prob or step - 1 <= start:  # as the step after the warm-up, made ahead before the plan
+    if not cfg.final_mask_prob or step - 1 <= start:  # start + 1 is prefetched before max_steps is planned
         return cfg.mask_prob
     return cfg.mask_prob + (cfg.final_mask_prob - cfg.mask_prob) * (step - 1 - start) / max(1, cfg.max_steps - 1 - start)
 
 
 def bends_schedule(cfg, earlier_max_steps, step):
-    """Whether a run of earlier_max_steps that stands at `step` has begun a decay that cfg.max_steps would change."""
-    if cfg.max_steps is None or cfg.max_steps == earlier_max_steps:
+    """Whether changing earlier_max_steps to cfg.max_steps at `step` would alter a decay that is under way."""
+    if cfg.eval_only or cfg.max_steps in (None, earlier_max_steps):
         return False
     earlier = dataclasses.replace(cfg, max_steps=earlier_max_steps)
     return bool(cfg.final_mask_prob) or step > min(decay_start(cfg), decay_start(earlier))
@@ -210,7 +211,8 @@ def update(model, optimizer, cfg, step):
     grad_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
     if cfg.max_grad_norm:
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), cfg.max_grad_norm, grad_norm)
-    # The norm is that of the reduced gradient, so all processes decide alike, and nothing waits for it.
+    # What GradScaler sets, and fused optimizers read: 1 means skip. The norm is that of the reduced gradient, so all
+    # processes decide alike, and nothing waits for it.
     optimizer.found_inf = (~grad_norm.isfinite()).float()
     for group in optimizer.param_groups:
         group["lr"] = lr_at(cfg, step)
@@ -232,6 +234,13 @@ def train_step(model, optimizer, batches, cfg, process, step, asked_to_stop=Fals
     return loss, update(model, optimizer, cfg, step), asked
 
 
+def steps_after(step, cfg):
+    """Yield the steps that follow `step`, up to cfg.max_steps, which a budget sets on the way."""
+    while cfg.max_steps is None or step < cfg.max_steps:
+        step += 1
+        yield step
+
+
 def make_batches(samples, cfg, process, micro_batch_tokens, step):
     """(step, this process's micro-batches of it)"""
     batches = samples.train_step(
@@ -248,7 +257,7 @@ def wrap(model, cfg, process, samples):
         model = DistributedDataParallel(model, bucket_cap_mb=BUCKET_MB, gradient_as_bucket_view=True)
         model.broadcast_buffers = False  # they are constants
         # After its first backward pass DDP rearranges its buckets, which changes the order of sums and so their last
-        # bits. Have that behind us, or a resumed run would differ from an unbroken one.
+        # bits. Trigger it here; otherwise a resumed run would differ from an unbroken one.
         first = np.zeros(1, np.int64)
         batch = samples.micro_batch(first, first, cfg.seed, cfg.mask_prob).to(process.device)
         with process.autocast():
@@ -288,7 +297,7 @@ def evaluate(model, samples, cfg, process, micro_batch_tokens, watchdog, most_sa
         totals[0] += torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
         totals[1] += (logits.argmax(-1) == labels).sum()
         totals[2] += batch.num_masked
-        label_counts.scatter_add_(0, labels, torch.ones_like(labels, dtype=torch.float64))  # bincount would wait
+        label_counts.scatter_add_(0, labels, torch.ones_like(labels, dtype=torch.float64))  # bincount would synchronize with the GPU
     totals[3] = watchdog.signal
     process.all_reduce(totals)
     process.all_reduce(label_counts)
@@ -324,10 +333,12 @@ class Report:
     """The steps since the last report. Losses and gradient norms stay on the device, so that nothing waits for them."""
 
     def __init__(self):
-        self.history, self.masked, self.tokens, self.flops, self.start = [], 0, 0, 0, time.perf_counter()
+        self.losses, self.grad_norms = [], []
+        self.masked, self.tokens, self.flops, self.start = 0, 0, 0, time.perf_counter()
 
     def add(self, cfg, vocab_size, batches, loss, grad_norm):
-        self.history += [loss, grad_norm]
+        self.losses.append(loss)
+        self.grad_norms.append(grad_norm)
         self.masked = sum(batch.num_masked for batch in batches)  # of the last step
         self.tokens += sum(batch.num_tokens for batch in batches)
         for batch in batches:
@@ -335,13 +346,13 @@ class Report:
 
     def gather(self, process):
         """Bring all processes' figures to all of them, so that they decide alike. Waits for the GPU."""
-        rows = process.gather([*self.history, self.masked, self.tokens, self.flops, time.perf_counter() - self.start])
+        n = self.num_steps = len(self.losses)
+        counts = [self.masked, self.tokens, self.flops, time.perf_counter() - self.start]
+        rows = process.gather([*self.losses, *self.grad_norms, *counts])
         self.seconds = time.perf_counter() - self.start  # the GPU may have been a step or two behind
-        self.num_steps = len(self.history) // 2
-        self.losses = [row[:-4:2] for row in rows]  # [rank][step]: each process's share
-        self.grad_norms = rows[0][1:-4:2]
-        self.masked, self.tokens, self.flops = (int(sum(row[i] for row in rows)) for i in (-4, -3, -2))
-        self.steps_per_second = self.num_steps / rows[0][-1]  # by rank 0's clock, the same in all processes
+        self.losses, self.grad_norms = [row[:n] for row in rows], rows[0][n : 2 * n]  # losses: each rank's share of each step
+        self.masked, self.tokens, self.flops = (int(sum(row[2 * n + i] for row in rows)) for i in range(3))
+        self.steps_per_second = n / rows[0][-1]  # by rank 0's clock, the same in all processes
 
 
 def samples_of(samples, cfg, micro_batch_tokens, world_size, step, ranks):
@@ -393,7 +404,7 @@ def cost(cfg, state):
 
 
 def train_record(report, cfg, state, process, num_params):
-    """What the log says of a report's steps."""
+    """The log's train record for a report's steps."""
     peak, rate = estimate.peak_flops(process.device), 1 / report.seconds / process.world_size
     return {
         "step": state["step"],
@@ -468,6 +479,9 @@ def resume(cfg, process, samples, model, optimizer):
     cfg = dataclasses.replace(cfg, max_steps=None if budgeted else cfg.max_steps, warmup_steps=cfg.warmup_steps or None)
     if process.rank == 0:
         config, defaults = saved_config(cfg, samples), dataclasses.asdict(TrainConfig())
+        if cfg.eval_only:  # any evaluation of that model
+            names = [field.name for field in dataclasses.fields(ModelConfig)]
+            config = {name: config[name] for name in (*names, "vocab_size", "tokenizer_sha256")}
         found, earlier = checkpoint.check_resumable(cfg.out_dir, config, defaults, partial(bends_schedule, cfg))
         if found or budgeted and earlier:
             before = dataclasses.replace(cfg, max_steps=earlier["max_steps"], warmup_steps=earlier["warmup_steps"])
@@ -540,10 +554,15 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
     if cfg.eval_only:
         if not (resumed_from or cfg.init_from):
             raise UserError(f"{cfg.out_dir}: no checkpoint to evaluate (train first, or give --init_from)")
-        return say(eval_line(state["step"], evaluation() or watchdog.leave(process)))
+        result = evaluation()
+        if result is None:
+            watchdog.leave(process)
+        say(eval_line(state["step"], result))
+        return
     if cfg.max_steps and state["step"] >= cfg.max_steps and not eval_missing:
         hint = f"to train on, give --init_from={cfg.out_dir} and another --out_dir"
-        return say(f"{cfg.out_dir}: finished, {state['step']} of {cfg.max_steps} steps ({hint})")
+        say(f"{cfg.out_dir}: finished, {state['step']} of {cfg.max_steps} steps ({hint})")
+        return
     print_warnings(cfg, process, num_params, len(train_samples))
     model = wrap(raw_model, cfg, process, train_samples)
     model.train()
@@ -565,7 +584,9 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
         init=started,
     )
     if eval_missing:
-        result = evaluation() or watchdog.leave(process)
+        result = evaluation()
+        if result is None:
+            watchdog.leave(process)
         say(eval_line(state["step"], result))
         run.log("eval", step=state["step"], **result)
 
@@ -576,9 +597,7 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
     report, since, next_report = Report(), None, state["step"] + 1
     started_at = time.perf_counter() - state["seconds"]
     watchdog.training = True
-    for step, batches in prefetch(next_batches, itertools.count(state["step"] + 1)):
-        if cfg.max_steps and step > cfg.max_steps:
-            break
+    for step, batches in prefetch(next_batches, steps_after(state["step"], cfg)):
         watchdog.at(step)
         tracer.at(step)
         loss, grad_norm, asked = train_step(model, optimizer, batches, cfg, process, step, watchdog.signal > 0)
@@ -625,7 +644,7 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
         if stop:
             saver.wait()
             run.log("stop", step=step)
-            say(f"stopped after step {step}, as asked; the same command resumes")
+            say(f"stopped after step {step} on request; the same command resumes")
             watchdog.leave(process)
         report = Report()  # evaluation and saving do not count as training speed
 
@@ -643,7 +662,7 @@ def main(argv):
     samples = [open_samples(cfg.data_dir, split, cfg.seq_length, cfg.chunk, padded) for split in ("train", "val")]
     for part, split in zip(samples, ("training", "held-out")):
         if len(part) == 0:
-            raise UserError(f"{cfg.data_dir}: no {split} samples (prepare more text, or hold out another share)")
+            raise UserError(f"{cfg.data_dir}: no {split} samples (prepare more text, or change --val_fraction)")
     with processes.joined(cfg.device, cfg.dtype, cfg.hang_timeout) as (process, watchdog):
         writes = process.rank == 0 and not (cfg.dry_run or cfg.eval_only)
         with RunDirectory(cfg.out_dir, cfg.on_save_error, writes) as run, Saver(run, cfg.keep_checkpoints) as saver:

@@ -1,4 +1,4 @@
-"""What stands below everything else, and knows no BERT. The scripts import it before anything else."""
+"""Utilities that import nothing from the layers above. Scripts import this package before anything else."""
 
 import importlib.util
 import os

@@ -3,8 +3,8 @@
     tokens      [CLS] a b c [SEP] [CLS] d [SEP] [CLS] e f [SEP] [PAD] [PAD] ...
     cu_seqlens  0                 5             8               12  12 12 ...
 
-cu_seqlens[b] is where sequence b starts and cu_seqlens[b + 1] where it ends. Rows after the last sequence are padding of
-the stream, so that the GPU sees few shapes. Whoever makes a batch knows the lengths, and says so here once: `pack`.
+cu_seqlens[b] is where sequence b starts and cu_seqlens[b + 1] where it ends. Rows after the last sequence pad the
+stream, so that the GPU sees few shapes. `pack` computes the offsets on the CPU, where the lengths are known.
 """
 
 from dataclasses import dataclass
@@ -25,8 +25,8 @@ class Batch:
     max_seqlen: int  # no sequence is longer
     windows: "torch.Tensor | None"  # (W + 1,) int32: see `pack`; None where sequences may be longer than WINDOW
     token_type_ids: "torch.Tensor | None" = None  # (total_tokens,) int32: 1 in the second text of a pair; None: all 0
-    masked_positions: "torch.Tensor | None" = None  # (num_rows,) int64: rows of the stream to predict, then filling
-    labels: "torch.Tensor | None" = None  # of masked_positions (num_rows,) int64, IGNORED for the filling; or of sequences
+    masked_positions: "torch.Tensor | None" = None  # (num_rows,) int64: rows of the stream to predict, then padding
+    labels: "torch.Tensor | None" = None  # of masked_positions (num_rows,) int64, IGNORED for the padding; or of sequences
 
     def pinned_for(self, device):
         """The same batch; for a GPU in pinned memory, from which a copy to the GPU is asynchronous."""

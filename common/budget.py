@@ -17,10 +17,10 @@ from common.options import UserError
 
 WARMUP_STEPS = 200  # unless --warmup_steps says otherwise
 LEAST_WARMUP = 4
-# Share of the budget that is not planned, since GPUs may slow down after the measurement; and the share of a checkpoint's
-# writing time by which training is slowed down meanwhile (0.5 to 1.2 s of 4 to 9 in results/race).
+# Share of the budget that stays unplanned, since GPUs may slow down after the measurement; and the fraction of a
+# checkpoint's write time that is lost to slower training (0.5 to 1.2 s of 4 to 9 in results/race).
 RESERVE, SAVE_OVERHEAD = 0.01, 0.12
-EVAL_SAMPLES = 8192  # per process, at most, of the evaluation that is timed
+EVAL_SAMPLES = 8192  # per process, at most, in the timed evaluation
 
 
 @dataclass
@@ -40,7 +40,7 @@ def check(cfg):
     if cfg.budget_minutes and cfg.budget_dollars:
         raise UserError("give --budget_minutes or --budget_dollars, not both")
     if cfg.budget_dollars and not cfg.price_per_gpu_hour:
-        raise UserError(f"budget_dollars={cfg.budget_dollars}: needs the price (as --price_per_gpu_hour=2.5)")
+        raise UserError(f"budget_dollars={cfg.budget_dollars}: needs the price (e.g. --price_per_gpu_hour=2.5)")
     if 0 < cfg.warmup_steps < LEAST_WARMUP and (cfg.budget_minutes or cfg.budget_dollars):
         raise UserError(f"warmup_steps={cfg.warmup_steps}: a budget needs {LEAST_WARMUP}, in which it times steps")
 
@@ -91,7 +91,7 @@ class Planner:
         self.first = state["step"] + 1  # of this process: it compiles
         if cfg.max_steps is None:
             self.measured = state.setdefault("measured", {"steps": 0, "seconds": 0.0})
-            process.say(f"budget of {text_of(cfg)}: planned after a warm-up of {self.end} steps, which is timed")
+            process.say(f"budget of {text_of(cfg)}: planned after a warm-up of {self.end} steps (--warmup_steps), which is timed")
 
     def saves(self, step):
         """Whether this is the step whose checkpoint is timed."""
@@ -108,7 +108,7 @@ class Planner:
     def add(self, step, report, spent):
         """Count a report's steps, if they are in the half of the warm-up that is timed.
 
-        spent: seconds of training so far. Raises: UserError, on all processes, when that is the budget.
+        spent: seconds of training so far. Raises: UserError, on all processes, when the budget is already spent.
         """
         if self.cfg.max_steps is not None:
             return

@@ -1,4 +1,4 @@
-"""What a run takes before it runs: GPU memory, FLOP/s of known GPUs, and what --dry_run prints."""
+"""Estimates before training: GPU memory, FLOP/s of known GPUs, and what --dry_run prints."""
 
 import numpy as np
 import torch
@@ -26,8 +26,8 @@ PEAK_FLOPS = {
     "RTX 3090": 71e12,
 }
 
-# Shares of a GPU's peak that training reached, by matrix FLOPs without padding (model.matrix_flops), and where that
-# stands: (part of the GPU's name, model, hidden_size, compile): (MFU, source). A100: what MosaicML published for eight,
+# Shares of a GPU's peak that training reached, by matrix FLOPs without padding (model.matrix_flops), and the
+# source: (part of the GPU's name, model, hidden_size, compile): (MFU, source). A100: what MosaicML published for eight,
 # 1,032 and 903 samples/s each, taken as full samples of 128 tokens: 90.1 and 69.8 GFLOP.
 MEASURED_MFU = {
     ("H200", "mosaicbert", 768, False): (0.48, "results/scaling_h200/scaling.json"),
@@ -71,7 +71,7 @@ def memory_bytes(cfg, dtype, fused, num_params, vocab_size, tokens):
 
 
 def fitting_tokens(cfg, dtype, fused, num_params, vocab_size, memory):
-    """The most tokens of a micro-batch that fit into a GPU of `memory` bytes, of which a tenth and 1 GB stay free."""
+    """The most tokens of a micro-batch that fit into a GPU of `memory` bytes, leaving 10 % and 1 GB free."""
     fixed = memory_bytes(cfg, dtype, fused, num_params, vocab_size, 0)
     per_token = memory_bytes(cfg, dtype, fused, num_params, vocab_size, 1) - fixed
     return min(GPU_MICRO_BATCH_TOKENS, int((memory * 0.9 - 1e9 - fixed) / per_token) // 1024 * 1024)

@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import os
+import resource
 
 from common.options import UserError
 
@@ -95,3 +96,13 @@ def sync(path):
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def allow_open_files(count):
+    """Raise this process's limit of open files by `count`. Raises: UserError where the system does not allow that."""
+    needed = count + len(os.listdir("/proc/self/fd")) + 256 if os.path.isdir("/proc/self/fd") else count + 512
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        if hard != resource.RLIM_INFINITY and hard < needed:
+            raise UserError(f"{count} shards, but only {hard} files may be open (raise ulimit -n, or make larger shards)")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

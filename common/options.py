@@ -12,7 +12,7 @@ A script declares its options as a dataclass with a trailing comment on each fie
     def main(argv):
         cfg = load_config(TrainConfig, argv)
 
-Precedence is default < config file < flag, wherever they stand on the line; the last of a repeated flag counts.
+Precedence is default < config file < flag, in any order on the line; the last of a repeated flag counts.
 Types are int, float, bool, str and Literal[...]. A config file is Python and runs with your rights: read it first.
 """
 
@@ -77,7 +77,7 @@ def report(error, anyway=False):
         return 1
     if isinstance(error, OSError):  # the machine's: a full disk, a missing permission
         file = f"{error.filename}: " if error.filename else ""
-        error = UserError(f"{file}{error.strerror or error} (the same command can be given again)", True)
+        error = UserError(f"{file}{error.strerror or error} (rerun the same command)", True)
     if anyway or error.this_rank_only or int(os.environ.get("RANK", 0)) == 0:
         print(f"error: {error}", file=sys.stderr, flush=True)
     else:

@@ -46,7 +46,7 @@ class Process:
         return tensor
 
     def check_equal(self, values, except_for=()):
-        """Raises: UserError, on all processes, naming rank and option, if the dictionaries `values` differ, as on hosts."""
+        """Raises: UserError, on all processes, naming rank and option, if the dictionaries `values` differ, e.g. between hosts."""
         everyone = [values] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(everyone, values)
@@ -108,7 +108,7 @@ def pick_device(device, dtype):
 
 @contextmanager
 def joined(device, dtype, hang_timeout):
-    """(Process, Watch) while this process is part of the run; its process group ends with the context, whatever happened.
+    """(Process, Watch) while this process is part of the run; on exit the process group is always destroyed.
 
     device, dtype: as in pick_device. hang_timeout: see Watch. Raises: UserError.
     """

@@ -1,4 +1,4 @@
-"""The directory that a run writes: held against a second live run, with config.json, tokenizer.json and log.jsonl."""
+"""The directory that a run writes, locked so that only one run does: config.json, tokenizer.json and log.jsonl."""
 
 import errno
 import json
@@ -13,7 +13,7 @@ from common.options import UserError
 
 
 class RunDirectory:
-    """out_dir. writes: whether this is the one process that writes there; in the others all of this does nothing.
+    """out_dir. writes: whether this is the process that writes there; in the others every method is a no-op.
 
     on_save_error: "stop", or "continue" without a checkpoint or log line that could not be written.
     Raises: UserError, also when another live run holds the directory.

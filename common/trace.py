@@ -27,7 +27,7 @@ def first_and_last(option):
         return None
     match = re.fullmatch(r"(\d+):(\d+)", option)
     if not match or not 1 <= int(match[1]) <= int(match[2]):
-        raise UserError(f"profile={option}: expected a:b, the first and the last step to trace (as --profile=20:22)")
+        raise UserError(f"profile={option}: expected a:b, the first and the last step to trace (e.g. --profile=20:22)")
     return int(match[1]), int(match[2])
 
 
@@ -37,6 +37,7 @@ class Tracer:
     def __init__(self, option, out_dir, say):
         self.first, self.last = first_and_last(option) or (0, 0)
         self.path, self.say, self.profiler = os.path.join(out_dir, f"trace_{self.first}_{self.last}.json.gz"), say, None
+        self.traced = False
 
     def at(self, step):
         """`step` is about to begin."""
@@ -53,7 +54,10 @@ class Tracer:
         """Write the trace, if one was begun, and say how busy the GPU was."""
         profiler, self.profiler = self.profiler, None
         if not profiler:
+            if self.first and not self.traced:
+                self.say(f"steps {self.first}:{self.last}: not traced, this process did not run step {self.first}")
             return
+        self.traced = True
         wait_for_gpu()
         seconds = time.perf_counter() - self.start
         profiler.stop()

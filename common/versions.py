@@ -1,4 +1,4 @@
-"""What a result stands on: the commit of this code, and the versions of what it uses. Every log starts with them."""
+"""Provenance of a result: the commit of this code, and package versions. Every log starts with them."""
 
 import os
 import platform

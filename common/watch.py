@@ -35,9 +35,9 @@ from common.options import UserError, report
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 TICK = 0.5  # seconds between checks of the other processes
-SAME_SECONDS = 1  # within which another SIGINT is the same one, forwarded by a launcher
+SAME_SECONDS = 1  # a SIGINT repeated within this is a launcher's forward, not a second Ctrl-C
 STORE_SECONDS = 5  # after which a store that does not answer counts as gone
-SHARED_SECONDS = 30  # that the other ranks give rank 0 to report an error that all of them know
+SHARED_SECONDS = 30  # how long the other ranks wait for rank 0 to print an error that all share
 STANDSTILL_SECONDS = 30  # grace beyond hang_timeout before the faulthandler timer fires: this thread's slowest tick takes 27
 LOST = 3  # exit status
 
@@ -115,7 +115,7 @@ class Watch:
         raise SystemExit(128 + int(max(row[0] for row in process.gather([self.signal]))))
 
     def fail(self, error):
-        """Report an error and end this one of several processes immediately.
+        """Print an error and terminate this rank immediately.
 
         The others may be waiting for it, and NCCL would wait for them when its group is destroyed, with the reason
         unreported (pytorch/torchtitan, pull request 1342). Errors common to all ranks are printed by rank 0, after it has
@@ -135,7 +135,7 @@ class Watch:
         os._exit(status)
 
     def lost(self, error):
-        """If the error means that another process is gone, end this one, and report who is behind unless that one said why."""
+        """If the error means that another process is gone, exit, naming the rank that is behind unless that one said why."""
         if self.world_size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
             self._exchange()
             if self.signal:  # it was stopped too, before it began to train
@@ -188,6 +188,8 @@ class Watch:
         """Publish where this process is, and see whether another was asked to stop."""
 
         def exchange():
+            if not self.store:  # an error before the processes met
+                return
             self.store.set(f"watch/{self.rank}", self._place())
             if self.signal:
                 self.store.set("watch/signal", str(int(self.signal)))

@@ -12,7 +12,7 @@ Used in docs/data.md, "A vocabulary of your own".
 model = "mosaicbert"
 hidden_size = 128
 num_layers = 2
-num_heads = 2  # of 64
+num_heads = 2  # head size 64
 intermediate_size = 256
 hidden_dropout = 0.0
 

@@ -354,10 +354,10 @@ def test_bad_mixtures_are_refused(two, tmp_path):
     other = make_shards(tmp_path / "other", vocab_size=VOCAB_SIZE + 1)
     empty = make_shards(tmp_path / "empty", [])
     for text, says in (
-        (f"{a}:0.7,{b}", "is no DIRECTORY:WEIGHT"), (f"{a}:0.7,{b}:x", "is no DIRECTORY:WEIGHT"), (f"{a}:0,{b}:1", "is no"),
-        (f"{a}:-1,{b}:1", "is no"), (f"{a}:nan,{b}:1", "is no"), (f"{a}:inf,{b}:1", "is no"), (f"{a}:1,", "'' is no"),
+        (f"{a}:0.7,{b}", "is not DIRECTORY:WEIGHT"), (f"{a}:0.7,{b}:x", "is not DIRECTORY:WEIGHT"), (f"{a}:0,{b}:1", "is not"),
+        (f"{a}:-1,{b}:1", "is not"), (f"{a}:nan,{b}:1", "is not"), (f"{a}:inf,{b}:1", "is not"), (f"{a}:1,", "'' is not"),
         (f"{a}:1,nowhere:1", "nowhere/manifest.json"), (f"{a}:1,{b}:1e-6", "a share below 1 of"),
-        (f"{a}:1,{other}:1", "other/tokenizer.json: another tokenizer than that of .*prepare it with --tokenizer="),
+        (f"{a}:1,{other}:1", "other/tokenizer.json: a different tokenizer from that of .*prepare it with --tokenizer="),
         (f"{a}:1,{empty}:1", "empty: no training samples"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=says):
@@ -410,7 +410,7 @@ def test_training_resumes_only_with_the_same_tokenizer(two, tmp_path, capsys):
     # Shards next to a tokenizer they were not made with.
     (tmp_path / "other" / "tokenizer.json").write_bytes((Path(a) / "tokenizer.json").read_bytes())
     error = train_fails(capsys, tmp_path / "other", tmp_path / "new", max_steps=2)
-    assert "train_00000.bin: made with another tokenizer" in error
+    assert "train_00000.bin: made with a different tokenizer" in error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -489,7 +489,7 @@ def test_python_keeps_running_while_a_checkpoint_waits_for_the_gpu():
 
     def pack():
         with copied:
-            checkpoint.pack(tensors, {})
+            checkpoint.serialize(tensors, {})
 
     packing = threading.Thread(target=pack)
     packing.start()

@@ -41,7 +41,8 @@ def test_a_run_is_traced_and_unchanged(option, traced, tmp_path, capsys):
     out, data_dir = tmp_path / "run", make_shards(tmp_path / "shards")
     train.main(toy_argv(data_dir, out, max_steps=5, profile=option))
     path = out / f"trace_{option.replace(':', '_')}.json.gz"
-    assert path.exists() == traced == (f"steps {option}: " in capsys.readouterr().out)
+    assert path.exists() == traced == (f"trace in {path}" in (printed := capsys.readouterr().out))
+    assert f"steps {option}: " in printed
     if traced:
         names = [event.get("name") for event in json.load(gzip.open(path))["traceEvents"]]
         assert "aten::mm" in names

@@ -195,3 +195,30 @@ def test_compiling_on_a_cpu_does_not_recompile(data_dir, tmp_path, monkeypatch):
             train.main(toy_argv(data_dir, tmp_path / str(steps), max_steps=steps, compile=True, eval_interval=0, hidden_dropout=0))
         counts.append(counter.frame_count)
     assert 0 < counts[0] == counts[1]
+
+
+def test_no_step_is_made_beyond_the_last(data_dir, tmp_path):  # noqa: F811
+    """One ahead, the masking rate of a step after the last one would be below 0."""
+    train.main(toy_argv(data_dir, tmp_path / "run", max_steps=2, final_mask_prob=0.1))
+    assert read_log(tmp_path / "run", "end")[0]["step"] == 2
+
+
+def test_wsd_never_falls_before_the_warm_up_ends(data_dir, tmp_path, capsys):  # noqa: F811
+    cfg = train.TrainConfig(schedule="wsd", warmup_steps=200, max_steps=210)  # as a budget may plan it
+    rates = [train.lr_at(cfg, step) for step in range(1, 211)]
+    assert rates[199] < rates[200] == cfg.lr and rates[205] == pytest.approx(cfg.lr / 2)
+    options = "--schedule=wsd --warmup_steps=9 --decay_fraction=0.2"
+    assert "more than max_steps together" in fails([*toy_argv(data_dir, tmp_path), *options.split()], capsys)
+
+
+def test_evaluation_alone_may_vary(data_dir, tmp_path, capsys):  # noqa: F811
+    argv = toy_argv(data_dir, tmp_path / "run")
+    train.main(argv)
+    train.main([*argv, "--eval_only", "--eval_samples=10", "--dtype=bfloat16", "--lr=0.5", f"--data_dir={data_dir}"])
+    assert "step 10: held-out loss" in capsys.readouterr().out
+    assert "hidden_size was 32 and is 64" in fails([*argv, "--eval_only", "--hidden_size=64"], capsys)
+
+
+def test_steps_that_are_not_traced_are_reported(data_dir, tmp_path, capsys):  # noqa: F811
+    train.main(toy_argv(data_dir, tmp_path / "run", max_steps=2, profile="20:22"))
+    assert "steps 20:22: not traced" in capsys.readouterr().out
