@@ -5,8 +5,8 @@
     python -m tools.finetune_own --checkpoint=out/mine/model --predict_file=new.csv --out=out/predicted
 
 OUT/glue.json gets the scores, OUT/predictions what the model says about the validation file, OUT/model the fine-tuned model
-of the first seed, OUT/predictions.tsv the labels of --predict_file, with their texts. The index in both is the file's row, from
-0. The same command resumes where it was killed.
+of the first seed, OUT/predictions.tsv the labels of --predict_file, with their texts. The index in both is the file's row,
+counted from 0. The same command resumes where it was killed.
 
 Read next: finetune_glue.py, whose parts this uses
 """
