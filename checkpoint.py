@@ -32,7 +32,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from common.files import file_digest, gigabytes, read_json, sync, write_file
+from common.files import file_digest, gigabytes, read_json, similar, sync, write_file
 from common.options import UserError
 from common.vocabulary import load_tokenizer
 from model import MaskedLM, ModelConfig
@@ -317,7 +317,11 @@ def find(path):
         return readable(path)
     found = newest(path)
     if found is None:
+        if os.path.isfile(path):
+            raise UserError(f"{path}: a file (give its directory, or that of its run)")
         there = "no undamaged checkpoint here" if os.path.isdir(path) else "no such directory"
+        if not os.path.isdir(path) and (near := similar(path)):
+            raise UserError(f"{path}: {there} (did you mean {near}?)")
         hint = f"expected a run or step_* directory; weights of other origin: python -m tools.convert_hf --from_hf={path} --out=RUN"
         raise UserError(f"{path}: {there} ({hint})")
     return found

@@ -1,6 +1,7 @@
 """Files that are written whole or not at all, and their digests."""
 
 import contextlib
+import difflib
 import fcntl
 import hashlib
 import json
@@ -47,6 +48,14 @@ def read_json(path, hint):
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds a {type(value).__name__}, expected an object ({hint})")
     return value
+
+
+def similar(path):
+    """The path beside `path` whose name is most like it, for a hint; None without one."""
+    parent, name = os.path.split(path.rstrip("/"))
+    names = os.listdir(parent or ".") if os.path.isdir(parent or ".") else []
+    near = difflib.get_close_matches(name, names, n=1)
+    return os.path.join(parent, near[0]) if near else None
 
 
 def file_digest(path):

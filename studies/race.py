@@ -263,8 +263,12 @@ def all_logs(directory):
     lines = []
     for path in sorted(glob.glob(f"{glob.escape(directory)}/*.jsonl")):
         name = os.path.basename(path).removesuffix(".jsonl")
-        with open(path, encoding="utf-8") as file:
-            lines += [json.dumps({"run": name, **json.loads(line)}) + "\n" for line in file]
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                if line.endswith("\n"):
+                    lines.append(json.dumps({"run": name, **json.loads(line)}) + "\n")
+                else:
+                    print(f"{path}: the last line was cut, and is left out")
     return "".join(lines)
 
 

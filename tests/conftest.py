@@ -36,8 +36,12 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def fresh():
+    """The same random numbers for each test, and the backend that a process starts with."""
+    import kernels
+
     torch.manual_seed(0)
+    kernels.set_backend("auto")
 
 
 @pytest.fixture

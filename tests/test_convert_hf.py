@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -307,16 +308,16 @@ def exported(tmp_path_factory):
     return run, path / "exported"
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def check_in_process(monkeypatch):
-    """Run the self-check here: a process of its own spends seven seconds on importing transformers."""
+    """Run the self-check here: a process of its own spends seven seconds on importing transformers. Not for `exported`."""
     main = importlib.import_module("tools.hf.self_check").main
 
     def run(argv, **_):
         main(*argv[-2:])
         return subprocess.CompletedProcess(argv, 0)
 
-    monkeypatch.setattr(write.subprocess, "run", run)
+    monkeypatch.setattr(write, "subprocess", SimpleNamespace(run=run, DEVNULL=subprocess.DEVNULL))
 
 
 def auto(kind, path):
@@ -433,7 +434,7 @@ def test_the_readmes_lines_give_the_words_of_fill_mask(exported, tmp_path, monke
 
 
 @pytest.mark.parametrize("labels", [["no", "yes", "maybe"], []])
-def test_fine_tuned_models(tmp_path, labels, check_in_process):
+def test_fine_tuned_models(tmp_path, labels):
     config, tensors, tokenizer_text = checkpoint.load(make_run(tmp_path / "run", scale=6.0))
     model = SequenceClassifier(checkpoint.model_config(config), VOCAB_SIZE, max(1, len(labels))).eval()
     encoder = {name: tensor for name, tensor in tensors.items() if name.startswith("bert.")}
@@ -455,7 +456,7 @@ def test_fine_tuned_models(tmp_path, labels, check_in_process):
             torch.testing.assert_close(loss, ((ours[:, 0] - torch.tensor([0.5, 2.0])) ** 2).mean())
 
 
-def test_bert_needs_no_code(tmp_path, check_in_process):
+def test_bert_needs_no_code(tmp_path):
     run = make_run(tmp_path / "run", "bert", scale=6.0)
     convert_hf.main([f"--to_hf={run}", f"--out={tmp_path / 'exported'}"])
     theirs = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "exported").eval()
@@ -466,7 +467,7 @@ def test_bert_needs_no_code(tmp_path, check_in_process):
         torch.testing.assert_close(theirs(ids, attention_mask=mask).logits[mask.bool()], ours, rtol=0, atol=1e-5)
 
 
-def test_a_failed_check_leaves_nothing(tmp_path, monkeypatch, capsys, check_in_process):
+def test_a_failed_check_leaves_nothing(tmp_path, monkeypatch, capsys):
     run, out = make_run(tmp_path / "run"), tmp_path / "exported"
     shutil.copytree(write.HERE, tmp_path / "hf")
     code = tmp_path / "hf" / write.CODE[1]
@@ -537,7 +538,7 @@ def test_start_with_a_new_vocabulary(tmp_path, family):
 def test_start_from_another_size_is_refused(tmp_path):
     run = make_run(tmp_path / "run")
     model = MaskedLM(ModelConfig(hidden_size=32, num_layers=3, num_heads=2, intermediate_size=48), VOCAB_SIZE)
-    with pytest.raises(UserError, match="num_layers is 2, that of this run 3 .set --num_layers=2"):
+    with pytest.raises(UserError, match="num_layers is 2, but this run has 3 .set --num_layers=2"):
         checkpoint.start_from(model, run, Path(run, "tokenizer.json").read_text())
 
 

@@ -90,6 +90,20 @@ def test_scaling(tmp_path, capsys):
     assert "no prediction" in line and "python -m studies.scaling --predict=" in line
 
 
+def test_what_one_file_measured_another_does_not_predict(tmp_path):
+    """Four GPUs, predicted in the first file, are measured in the second."""
+    from matplotlib import pyplot
+
+    more = {"device": "x", "toy": False, "models": {}, "rows": [scaling_row("base", "global", n, 64) for n in (2, 4)]}
+    more["rows"][0]["samples_per_second"] = 1  # the first file's counts
+    (tmp_path / "more.json").write_text(json.dumps(more))
+    files = f"{write_scaling(tmp_path / 'scaling.json')},{tmp_path}/more.json"
+    figure = plot.plot_scaling(plot.PlotConfig(scaling=files), pyplot)
+    lines = [(line.get_linestyle(), list(line.get_xdata()), list(line.get_ydata())) for line in figure.axes[0].get_lines()]
+    assert ("-", [1, 2, 4], [640, 640, 640]) in lines and ("--", [4, 8], [640, 640]) in lines
+    pyplot.close(figure)
+
+
 def fails(capsys, *argv):
     with pytest.raises(SystemExit) as stop:
         plot.main(argv)
@@ -119,7 +133,7 @@ def test_two_recipes_of_one_run_are_two_curves(tmp_path, capsys):
     for chosen, names in ((paths, ["12 layers, mosaic", "12 layers, fast"]), (paths[:1], ["12 layers"])):
         figure = plot.plot_pareto(plot.PlotConfig(pareto=",".join(chosen)), pyplot)
         labels = figure.axes[0].get_legend_handles_labels()[1]
-        assert labels[:-2] == [f"MosaicBERT, {name}" for name in names]
+        assert labels[:-1] == [f"MosaicBERT, {name}" for name in names] and "published: the same tasks" in labels[-1]
         pyplot.close(figure)
 
 
@@ -129,6 +143,10 @@ def test_published_points():
     assert plot.published_x("gpu_hours", step, hours) == pytest.approx(77.2)
     assert plot.published_x("dollars", step, hours) == pytest.approx(193.0)
     assert plot.published_x("step", step, hours) == 70000
+    five = ["rte", "sst2", "mrpc", "cola", "stsb"]  # an eight-task mean beside a five-task mean would compare nothing
+    ((label, ((_, mean),)),) = plot.published_points("dollars", five).items()
+    assert label.startswith("MosaicBERT-Base") and mean == pytest.approx((81.36 + 92.46 + 90.03 + 55.11 + 89.27) / 5)
+    assert [len(points) for points in plot.published_points("dollars", list(plot.TASK_NAMES)).values()] == [10, 10]
     assert sum(plot.PUBLISHED_TASKS.values()) / 8 == pytest.approx(84.28, abs=0.005) and score == pytest.approx(84.26)
 
 
@@ -145,11 +163,14 @@ def test_figures_are_drawn_and_equal_inputs_give_equal_bytes(tmp_path, capsys):
         "glue": ([f"--glue={a},{tmp_path / 'b'}", "--labels=one,two"], ["CoLA", "RTE", "one", "two", "51.0"]),
         "pareto": (
             [f"--pareto={tmp_path}/*/glue.json"],
-            ["MosaicBERT, 12 layers", "BERT-Base, published", "RTE, CoLA"],
+            ["MosaicBERT, 12 layers", "MosaicBERT-Base, published: the same tasks", "RTE, CoLA"],
         ),
         "kernels": (
             [f"--kernels={write_bench(tmp_path / 'bench.json')}"],
-            ["Some GPU", "step_full", "geglu", "compiled_t2", "7.2", "9.0", "4,321", "dashed: ceiling"],
+            [
+                "Some GPU", "whole step, no padding", "GeGLU", "compiled, tuned more", "FlexAttention, tuned more", "7.2", "9.0",
+                "4,321", "dashed: limit", "Liger", "not measured: needs the package liger-kernel",
+            ],
         ),
         "lengths": (
             [f"--lengths={tmp_path}/one/report.json,{tmp_path}/two"],
@@ -194,7 +215,7 @@ def test_errors(tmp_path, capsys):
     assert "report.json: No such file" in fails(capsys, f"--lengths={ROOT / 'tests'}")
     assert "no training steps" in fails(capsys, f"--loss={empty}")
     assert f"{bad}: not a result of python -m studies.bench" in fails(capsys, f"--kernels={bad}")
-    assert "nowhere.json: No such file" in fails(capsys, "--kernels=nowhere.json")
+    assert "nowhere.json: no such file" in fails(capsys, "--kernels=nowhere.json")
     nothing = tmp_path / "nothing.json"
     nothing.write_text('{"device": "x", "rows": [{"row": "a", "entry": "b", "not_measured": "c"}]}')
     assert "no operators and no steps" in fails(capsys, f"--kernels={nothing}")
@@ -206,5 +227,46 @@ def test_errors(tmp_path, capsys):
     foreign = tmp_path / "foreign.json"
     foreign.write_text(json.dumps({**json.loads(Path(good).read_text()), "pretraining": None}))
     assert "does not know what pretraining cost" in fails(capsys, f"--pareto={foreign}")
-    many = [write_results(tmp_path / f"m{i}") for i in range(5)]
-    assert "5 labels, at most 4" in fails(capsys, f"--glue={','.join(many)}")
+    many = [write_results(tmp_path / f"m{i}") for i in range(17)]
+    assert "17 labels, at most 16" in fails(capsys, f"--glue={','.join(many)}")
+
+
+def test_many_own_results_have_room(tmp_path):
+    """Sixteen runs with long names: every bar has its own style, and the legend lies inside the figure with all of them."""
+    from matplotlib import pyplot
+
+    paths = []
+    for i in range(16):
+        path = Path(write_results(tmp_path / f"a_run_with_quite_a_long_name_and_learning_rate_{i}"))
+        path.write_text(json.dumps({"model": "bert", "tasks": {"own": {"score": 60.0 + i, "score_ci95": None}}}))
+        paths.append(str(path))
+    figure = plot.plot_glue(plot.PlotConfig(glue=",".join(paths)), pyplot)
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [Path(path).parent.name for path in paths]
+    box = legend.get_window_extent()
+    assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and figure.axes[0].get_window_extent().height > 200
+    assert len({(bar.get_facecolor(), bar.get_hatch()) for bar in figure.axes[0].patches}) == 16
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["own labels"]
+    pyplot.close(figure)
+
+
+def test_a_log_with_a_cut_last_line(tmp_path, capsys):
+    lines = LOG.read_text().splitlines(keepends=True)
+    whole = plot.read_log(LOG)
+    for cut in (2, 10, len(lines[-1]) - 1):
+        path = tmp_path / "log.jsonl"
+        path.write_text("".join(lines)[:-cut])
+        capsys.readouterr()
+        assert plot.read_log(path) == whole[:-1]
+        assert f"{path}:{len(lines)}: the last line was cut, and is left out" in capsys.readouterr().err
+    path.write_text("".join(lines[:3]) + lines[3][:20] + "\n" + lines[4])  # not the last one: not what a kill leaves
+    assert f"{path}:4: not a log.jsonl" in fails(capsys, f"--loss={path}")
+
+
+@pytest.mark.parametrize("option", ["loss", "glue", "pareto", "kernels", "at_lengths", "scaling", "lengths"])
+@pytest.mark.parametrize("contents", ["[]", "3", "{}", "[" * 100_000, '{"a": ' + "[" * 100_000, ""])
+def test_strange_json(tmp_path, capsys, option, contents):
+    path = tmp_path / "strange.json"
+    path.write_text(contents + "\n")
+    assert f"{path}" in fails(capsys, f"--{option}={path}", f"--out={tmp_path}/x.svg")

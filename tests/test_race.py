@@ -308,3 +308,9 @@ def test_whole_race_at_toy_size(tmp_path):
     assert len(list((tmp_path / "race").glob("*/lengths.json"))) == 6
     assert "BERT's 0.1-minute score" in second.stdout.splitlines()[-1]
     assert not [path for path in (tmp_path / "work").iterdir() if path.is_dir()]
+
+
+def test_a_cut_log_is_collected_up_to_the_cut(tmp_path, capsys):
+    (tmp_path / "cola.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert race.all_logs(str(tmp_path)) == '{"run": "cola", "step": 1}\n{"run": "cola", "step": 2}\n'
+    assert "cola.jsonl: the last line was cut" in capsys.readouterr().out

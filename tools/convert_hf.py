@@ -5,7 +5,8 @@
 
 --from_hf turns BERT of any size, or MosaicBERT, into a run directory: train.py --init_from, finetune_glue.py and the
 tools start from it. --to_hf writes a directory that stock transformers loads: MosaicBERT with trust_remote_code=True, BERT
-without. Every export is checked by a process that has transformers alone, before it appears under its name.
+without. Every export is checked by a process that has transformers alone, before it appears under its name; so is every
+import, where transformers is installed.
 
 Read next: tools/hf/read.py, tools/hf/write.py, or tools/hf/modeling_mosaic_bert.py, the code that travels with an export
 """
@@ -13,7 +14,7 @@ Read next: tools/hf/read.py, tools/hf/write.py, or tools/hf/modeling_mosaic_bert
 import importlib.util
 import json
 import os
-import shutil
+import tempfile
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,7 +24,7 @@ from safetensors import SafetensorError
 import checkpoint
 from common.files import write_text
 from common.options import UserError, command, load_config
-from tools.hf.read import read_hf
+from tools.hf.read import find_model, read_hf
 from tools.hf.write import expected_outputs, export_onnx, model_card, self_check, write_transformers
 
 
@@ -47,7 +48,10 @@ def from_hf(cfg):
     """Write a run directory with one checkpoint, of step 0, and read it back."""
     if checkpoint.steps(cfg.out) or os.path.exists(os.path.join(cfg.out, "config.json")):
         raise UserError(f"{cfg.out}: already holds a run (choose another --out)")
-    config, tensors, tokenizer_text = read_hf(cfg.from_hf, cfg.revision, cfg.tokenizer, cfg.allow_pickle)
+    path = find_model(cfg.from_hf, cfg.revision, cfg.allow_pickle)
+    config, tensors, tokenizer_text = read_hf(path, tokenizer=cfg.tokenizer, allow_pickle=cfg.allow_pickle)
+    if os.path.isdir(path) and not cfg.tokenizer and importlib.util.find_spec("transformers"):
+        compare(path, config, tensors, tokenizer_text)
     config["format"] = checkpoint.FORMAT
     config["converted_from"] = {"name": cfg.from_hf, "revision": cfg.revision or None}
     texts = {
@@ -65,6 +69,16 @@ def from_hf(cfg):
     print(f"{written}: {config['model']}, {count:,} parameters, vocabulary of {config['vocab_size']:,}; read back and equal")
 
 
+def compare(path, config, tensors, tokenizer_text):
+    """Compare tokens, and for a BERT its outputs, with what transformers computes from the same directory."""
+    has_head = any(name.startswith("cls.") for name in tensors)
+    expected = expected_outputs(config, tensors, tokenizer_text, None, path, encoder_only=not has_head)
+    architecture = ("BertForMaskedLM" if has_head else "BertModel") if config["model"] == "bert" else None
+    failure = self_check(path, *expected, architecture, foreign=True)  # None: MosaicBERT's code there is not ours to run
+    if failure:
+        print(f"{path}: not compared with transformers, which cannot load it: {failure}")
+
+
 def to_hf(cfg):
     """Write a transformers directory or an ONNX model; nothing appears at cfg.out unless the self-check passes."""
     needed = ("transformers", *(("onnx", "onnxscript", "onnxruntime") if cfg.format == "onnx" else ()))
@@ -77,23 +91,29 @@ def to_hf(cfg):
     labels = tuple(config["task"]["labels"]) if "task" in config else None
     expected = expected_outputs(config, tensors, tokenizer_text, labels, cfg.to_hf)
     card = model_card(cfg, config, labels)
-    partial = f"{cfg.out.rstrip('/')}.tmp"
-    shutil.rmtree(partial, ignore_errors=True)
+    made = not os.path.isdir(cfg.out)
     try:
-        os.makedirs(partial)
-        architecture = write_transformers(partial, config, tensors, tokenizer_text, labels, card)
-        self_check(partial, *expected, architecture)
-        if cfg.format == "onnx":
-            export_onnx(partial, architecture)
-            self_check(partial, *expected, architecture, onnx=True)
-        if os.path.isdir(cfg.out):
-            os.rmdir(cfg.out)
-        os.rename(partial, cfg.out)
+        os.makedirs(cfg.out, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cfg.out, prefix="partial_") as partial:
+            architecture = write_transformers(partial, config, tensors, tokenizer_text, labels, card)
+            check_export(partial, expected, architecture)
+            if cfg.format == "onnx":
+                export_onnx(partial, architecture)
+                check_export(partial, expected, architecture, onnx=True)
+            for name in sorted(os.listdir(partial), key=lambda name: name == "config.json"):  # last: it makes a model
+                os.rename(os.path.join(partial, name), os.path.join(cfg.out, name))
     except (OSError, SafetensorError) as error:
         raise UserError(f"{cfg.out}: cannot be written: {error}") from None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if made and os.path.isdir(cfg.out) and not os.listdir(cfg.out):
+            os.rmdir(cfg.out)
     print(f"{cfg.out}: {architecture}, {sum(t.numel() for t in tensors.values()):,} parameters")
+
+
+def check_export(path, expected, architecture, onnx=False):
+    failure = self_check(path, *expected, architecture, onnx)
+    if failure:
+        raise UserError(f"self-check: {failure} (nothing was written)")
 
 
 @command

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 import checkpoint
+import kernels
 from common.batch import Batch, pack
 from common.options import UserError, command, load_config
 from common.vocabulary import load_tokenizer
@@ -25,17 +26,17 @@ BATCH_TOKENS = 16384  # a batch of texts is full once it has this many
 class FillMaskConfig:
     checkpoint: str = ""  # run or step_* directory
     text: str = ""  # text with one or more [MASK]: prints the top tokens for each, with probabilities
-    embed: str = ""  # UTF-8 file, one text a line: writes a vector for each, the mean over its tokens
+    embed: str = ""  # UTF-8 file, one text a line: writes a vector for each, the mean over its tokens or as converted
     out: str = ""  # .npy file for the vectors, (lines, hidden_size) float32
     normalize: bool = False  # scale vectors to length 1
 
 
-def token_ids(model, tokenizer, special, text):
-    """[CLS] text [SEP] as a list of ids, truncated to BERT's positions; MosaicBERT has no limit."""
+def token_ids(model, tokenizer, special, text, longest=None):
+    """[CLS] text [SEP] as a list of ids, truncated to `longest` and to BERT's positions; MosaicBERT has no limit."""
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     if model.cfg.model == "bert":
-        ids = ids[: MAX_POSITIONS - 2]
-    return [special["[CLS]"], *ids, special["[SEP]"]]
+        longest = min(longest or MAX_POSITIONS, MAX_POSITIONS)
+    return [special["[CLS]"], *(ids[: longest - 2] if longest else ids), special["[SEP]"]]
 
 
 def fill_mask(model, tokenizer, special, text, device):
@@ -53,18 +54,21 @@ def fill_mask(model, tokenizer, special, text, device):
 
 
 @torch.no_grad()
-def embed(model, tokenizer, special, texts, device, normalize):
-    """(len(texts), hidden_size) float32 array: the mean of each text's last hidden states, [CLS] and [SEP] included."""
+def embed(model, tokenizer, special, texts, device, normalize, pooling="mean", longest=None):
+    """(len(texts), hidden_size) float32 array: the mean of each text's last hidden states, [CLS] and [SEP] included.
+
+    pooling="cls" takes the state of [CLS] instead.
+    """
     vectors, batch = [], []
     for number, text in enumerate(texts, 1):
-        batch.append(token_ids(model, tokenizer, special, text))
+        batch.append(token_ids(model, tokenizer, special, text, longest))
         if sum(map(len, batch)) < BATCH_TOKENS and number < len(texts):
             continue
         lengths = np.array([len(ids) for ids in batch])
         cu_seqlens, _ = pack(lengths, int(lengths.max()))
         ids = torch.tensor([token for ids in batch for token in ids])
         hidden = model.bert(Batch(ids, torch.from_numpy(cu_seqlens), int(lengths.max()), windows=None).to(device))
-        vectors += [part.mean(0) for part in hidden.split(lengths.tolist())]
+        vectors += [part[0] if pooling == "cls" else part.mean(0) for part in hidden.split(lengths.tolist())]
         batch = []
     vectors = torch.stack(vectors)
     if normalize:
@@ -72,15 +76,21 @@ def embed(model, tokenizer, special, texts, device, normalize):
     return vectors.float().cpu().numpy()
 
 
+def utf8(data, where):
+    """Bytes as text. Raises: UserError."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8: {error.reason} at byte {error.start + 1} (convert it first)") from None
+
+
 def read_lines(path):
     """The lines of a text file. Raises: UserError if it is missing, empty or not UTF-8."""
     try:
-        with open(path, encoding="utf-8", newline="\n") as file:
-            lines = [line.rstrip("\r\n") for line in file]
+        with open(path, "rb") as file:
+            lines = [utf8(line.rstrip(b"\r\n"), f"{path}:{number}") for number, line in enumerate(file, 1)]
     except OSError as error:
         raise UserError(f"{path}: {error.strerror} (expected a text file)") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8: {error.reason} (convert the file first)") from None
     if not lines:
         raise UserError(f"{path}: empty (expected one text a line)")
     return lines
@@ -95,13 +105,22 @@ def main(argv):
         raise UserError("give either --text or --embed")
     if cfg.embed and not cfg.out:
         raise UserError("--out: not given (a .npy file for the vectors)")
+    utf8(cfg.text.encode(errors="surrogatepass"), "--text")
     config, tensors, tokenizer_text = checkpoint.load(cfg.checkpoint)
+    how = {"pooling": "mean", "normalize": False, "max_tokens": None, **config.get("sentence_vectors", {})}
+    if cfg.embed and how["pooling"] not in ("mean", "cls"):
+        pooling = f"its vectors need {how['pooling']}, of sentence-transformers"
+        raise UserError(f"{cfg.checkpoint}: {pooling} (--embed supports pooling mean and cls)")
     tokenizer, special = load_tokenizer(cfg.checkpoint, tokenizer_text)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kernels.set_backend("torch")  # float32 and any head size; speed matters less here
     model = checkpoint.make_masked_lm(config, tensors, cfg.checkpoint, encoder_only=bool(cfg.embed)).to(device)
     if cfg.text:
         return fill_mask(model, tokenizer, special, cfg.text, device)
-    vectors = embed(model, tokenizer, special, read_lines(cfg.embed), device, cfg.normalize)
+    normalize = cfg.normalize or how["normalize"]
+    vectors = embed(
+        model, tokenizer, special, read_lines(cfg.embed), device, normalize, how["pooling"], how["max_tokens"]
+    )  # fmt: skip
     try:
         with open(cfg.out, "wb") as file:
             np.save(file, vectors)

@@ -7,7 +7,7 @@
     python -m tools.plot --loss='results/race/*/log.jsonl' --held_out=true --x=gpu_minutes --out=race_loss.svg
     python -m tools.plot --at_lengths='results/race/*/lengths.json' --out=race_lengths.svg
     python -m tools.plot --kernels=out/bench.json --out=kernels.svg
-    python -m tools.plot --scaling=out/scaling.json --out=scaling.svg
+    python -m tools.plot --scaling=out/scaling.json,out/scaling_8.json --out=scaling.svg
 
 Needs matplotlib. Curves differ in marker and line style as well as color, bars in hatching, so figures are readable in
 grayscale. Equal inputs give equal bytes.
@@ -19,6 +19,7 @@ import glob
 import json
 import math
 import os
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,20 +51,33 @@ TASK_NAMES = {  # in the order of finetune_glue.GLUE_TASKS, whose file would imp
 }  # fmt: skip
 MODEL_NAMES = {"mosaicbert": "MosaicBERT", "bert": "BERT"}
 SCALING_NAMES = {"base": "MosaicBERT-Base", "large": "MosaicBERT-Large", "bert": "BERT-Base, compiled"}
+BENCH_WORDS = {  # in the names of studies.bench's rows and entries
+    "full": ", no padding", "fill80": ", 80 % filled", "512": ", 512 tokens", "layernorm": "LayerNorm",
+    "two": ", two gradients", "geglu": "GeGLU", "head": "head with its loss", "step": "whole step",
+    "off": ", one choice left out", "large": ", Large", "varlen": "varlen_attn, no ALiBi", "flex": "FlexAttention",
+    "sdpa": "SDPA", "cudnn": ", cuDNN", "efficient": ", memory-efficient", "default": ", default", "t1": ", tuned",
+    "t2": ", tuned more", "eager": "not compiled", "liger": "Liger", "vocab": "vocabulary", "torch": "PyTorch",
+    "bert": "transformers' BERT", "padded": ", padded",
+}  # fmt: skip
 X_LABELS = {
     "step": "steps", "tokens": "tokens", "gpu_hours": "GPU-hours", "gpu_minutes": "GPU-minutes", "dollars": "US dollars",
 }  # fmt: skip
-PER_GPU_HOUR = {"gpu_hours": 1, "gpu_minutes": 60}
-STYLES = (  # color, marker, line, hatch; in grayscale the colors are 30, 60, 45 and 75 % bright
-    ("#1f4e79", "o", "-", ""), ("#d98c2b", "s", "--", "///"), ("#8e3b63", "^", "-.", "..."), ("#6fc2a8", "D", ":", "xxx"),
-)  # fmt: skip
+COLORS = ("#1f4e79", "#d98c2b", "#8e3b63", "#6fc2a8")  # in grayscale 30, 60, 45 and 75 % bright
+MARKERS, LINES, HATCHES = "os^D", ("-", "--", "-.", ":"), ("", "///", "...", "xxx")
+GRAY = "#555555"  # published results
+
+
+def style(i):
+    """(color, marker, line, hatch) of the i-th label; the first 16 differ."""
+    turned = (i + i // 4) % 4
+    return COLORS[i % 4], MARKERS[turned], LINES[turned], HATCHES[turned]
 
 
 @dataclass
 class PlotConfig:
     # One of these: files, directories holding them, or patterns, comma-separated
     loss: str = ""  # log.jsonl of train.py: training and held-out loss
-    glue: str = ""  # glue.json of finetune_glue.py: a bar for each task, with 95 % intervals
+    glue: str = ""  # glue.json of finetune_glue.py or finetune_own: a bar for each task, with 95 % intervals
     kernels: str = ""  # JSON of studies.bench: a panel for each row, operators in ns a token, steps in samples/s
     pareto: str = ""  # glue.json: mean score against the cost of pretraining, with MosaicML's published points
     at_lengths: str = ""  # lengths.json of studies.race: held-out loss against text length
@@ -79,14 +93,14 @@ class PlotConfig:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Reading results
+# Reading results. All raise UserError for anything else.
 
 
 def find(patterns, name):
-    """Paths of the files that comma-separated files, directories or patterns mean. Raises: UserError."""
+    """Paths of the files that comma-separated files, directories or patterns mean."""
     paths = []
     for pattern in patterns.split(","):
-        found = sorted(glob.glob(pattern))
+        found = sorted(glob.glob(pattern)) or [pattern] * os.path.exists(pattern)  # a name may hold brackets
         if not found:
             raise UserError(f"{pattern}: no such file (expected {name}, or a directory with it)")
         paths += [os.path.join(path, name) if os.path.isdir(path) else path for path in found]
@@ -94,50 +108,23 @@ def find(patterns, name):
 
 
 def read_result(path, what, interpret):
-    """interpret(the JSON in a file). Raises: UserError if it is not a `what`, such as "glue.json of finetune_glue.py"."""
+    """interpret(the JSON in a file); what: such as "glue.json of finetune_glue.py"."""
     try:
         with open(path, encoding="utf-8") as file:
             return interpret(json.load(file))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror} (expected a {what})") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path}: not a {what}") from None
 
 
 def read_glue(path):
-    """A glue.json as a dictionary. Raises: UserError."""
+    """A glue.json as a dictionary."""
     return read_result(path, "glue.json of finetune_glue.py", lambda r: {**r, "tasks": r["tasks"], "model": r["model"]})
 
 
-def read_log(path):
-    """The records of a log.jsonl. Raises: UserError."""
-    records = []
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                records.append(json.loads(line))
-                records[-1]["event"]
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror} (expected a log.jsonl of train.py)") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}:{number}: not a log.jsonl of train.py") from None
-    if not any(record["event"] == "train" for record in records):
-        raise UserError(f"{path}: no training steps in this log")
-    return records
-
-
-def read_bench(path):
-    """The JSON of studies.bench as a dictionary. Raises: UserError."""
-
-    def interpret(results):
-        [row["entry"] for row in results["rows"]], results["device"]
-        return results
-
-    return read_result(path, "result of python -m studies.bench", interpret)
-
-
 def read_scaling(path):
-    """The JSON of studies.scaling as a dictionary. Raises: UserError."""
+    """The JSON of studies.scaling as a dictionary."""
 
     def interpret(results):
         [row["model"] for row in results["rows"]], results["models"], results["device"], results["toy"]
@@ -146,27 +133,32 @@ def read_scaling(path):
     return read_result(path, "result of python -m studies.scaling", interpret)
 
 
-def read_report(path):
-    """The length histogram of a report.json: {(shortest, longest): documents}. Raises: UserError."""
-
-    def interpret(report):
-        return {tuple(map(int, name.split("-"))): int(count) for name, count in report["lengths"].items()}
-
-    return read_result(path, "report.json of prepare_c4.py", interpret)
-
-
-def read_lengths(path):
-    """(model, minutes of pretraining, [(length, held-out loss)]) of a lengths.json. Raises: UserError."""
-
-    def interpret(result):
-        losses = sorted((int(length), found["loss"]) for length, found in result["lengths"].items())
-        return result["model"], result["minutes"], losses
-
-    return read_result(path, "lengths.json of python -m studies.race", interpret)
+def read_log(path):
+    """The records of a log.jsonl. A last line that a kill or a full disk has cut is left out, and reported."""
+    what = "log.jsonl of train.py"
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            lines = file.readlines()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror} (expected a {what})") from None
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            record["event"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            if number < len(lines) or not records or line.endswith("\n"):
+                raise UserError(f"{path}:{number}: not a {what}") from None
+            print(f"warning: {path}:{number}: the last line was cut, and is left out", file=sys.stderr)
+        else:
+            records.append(record)
+    if not any(record["event"] == "train" for record in records):
+        raise UserError(f"{path}: no training steps in this log")
+    return records
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Labels
+# Labels and axes
 
 
 def labels_for(cfg, paths, default):
@@ -174,8 +166,8 @@ def labels_for(cfg, paths, default):
     labels = cfg.labels.split(",") if cfg.labels else [default(path) for path in paths]
     if len(labels) != len(paths):
         raise UserError(f"--labels: {len(labels)} labels for {len(paths)} files ({', '.join(paths)[:200]})")
-    if len(set(labels)) > len(STYLES):
-        raise UserError(f"{len(set(labels))} labels, at most {len(STYLES)} can be told apart (give --labels)")
+    if len(set(labels)) > 16:
+        raise UserError(f"{len(set(labels))} labels, at most 16 can be told apart (give --labels)")
     return labels
 
 
@@ -184,19 +176,37 @@ def bert_last(paths, labels):
     return zip(*sorted(zip(paths, labels), key=lambda pair: pair[1].startswith(MODEL_NAMES["bert"])))
 
 
-def directory_name(path):
-    return os.path.basename(os.path.dirname(os.path.abspath(path)))
-
-
 def file_label(path):
     """The file's name, or its directory's if every run calls the file so."""
     name = os.path.splitext(os.path.basename(path))[0]
-    return directory_name(path) if name in ("log", "report") else name
+    return os.path.basename(os.path.dirname(os.path.abspath(path))) if name in ("log", "report", "glue") else name
 
 
 def model_of_log(path):
     start = next((record for record in read_log(path) if record["event"] == "start"), {"config": {}})
     return MODEL_NAMES.get(start["config"].get("model"), file_label(path))
+
+
+def finish(axes, x, y, title="", log=0, grid="both"):
+    """Name and grid the axes; log: the base of a logarithmic x axis."""
+    if log:
+        axes.set_xscale("log", base=log)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.set_title(title)
+    axes.grid(alpha=0.3, axis=grid)
+    axes.set_axisbelow(True)
+
+
+def legend_below(figure, axes):
+    """A legend under the figure, in as many columns as fit; the figure grows where its labels need it."""
+    handles, labels = axes.get_legend_handles_labels()
+    inches = 0.7 + 0.075 * max(map(len, labels), default=0)  # of the longest label with its marker
+    figure.set_figwidth(max(figure.get_figwidth(), inches))
+    columns = min(int(figure.get_figwidth() / inches), len(labels))
+    figure.set_figheight(figure.get_figheight() + 0.2 * math.ceil(len(labels) / columns))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize="small")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -250,19 +260,16 @@ def curves(paths, labels, x, tasks):
     return points
 
 
-def draw_curves(axes, points):
-    for (label, rows), (color, marker, line, _) in zip(points.items(), STYLES):
-        x, mean, low, high = zip(*rows)
-        axes.plot(x, mean, color=color, marker=marker, linestyle=line, label=label, zorder=3)
-        axes.fill_between(x, low, high, color=color, alpha=0.25, linewidth=0)
-        axes.vlines(x, low, high, color=color, linewidth=1)
-
-
-def common_price(found):
-    """Dollars per GPU-hour if all results have the same price, else None."""
-    costs = [results["pretraining"] or {} for results in found]
-    prices = {round(cost["dollars"] / cost["gpu_hours"], 4) if cost.get("dollars") else None for cost in costs}
-    return prices.pop() if len(prices) == 1 else None
+def published_points(x, tasks):
+    """{label: [(x, score)]} of MosaicML's models on these tasks; on fewer than all eight only the last point is known."""
+    if len(tasks) == len(TASK_NAMES):
+        return {
+            f"{model}, published: A100": [(published_x(x, step, hours), score) for step, hours, score in points]
+            for model, points in PUBLISHED.items()
+        }
+    step, hours, _ = PUBLISHED["MosaicBERT-Base"][-1]
+    score = sum(PUBLISHED_TASKS[task] for task in tasks) / len(tasks)
+    return {"MosaicBERT-Base, published: the same tasks, A100": [(published_x(x, step, hours), score)]}
 
 
 def plot_pareto(cfg, pyplot):
@@ -283,68 +290,74 @@ def plot_pareto(cfg, pyplot):
     common = [task for task in TASK_NAMES if all(task in results["tasks"] for results in found.values())]
     if not common:
         raise UserError("--pareto: no task that all results have")
-    price = common_price(found.values())
     panels = [common, *([task] for task in common if cfg.tasks)]
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    size = (4.0 * columns, 3.3 * rows) if len(panels) > 1 else (6.4, 4.4)
+    size = (4.0 * columns, 3.3 * rows) if len(panels) > 1 else (6.4, 4.2)
     figure, grid = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axes, tasks in zip(grid.flat, panels):
-        draw_curves(axes, curves(paths, labels, x, tasks))
-        if tasks is common:
-            for (model, points), face in zip(PUBLISHED.items(), ("#555555", "none")):
-                costs, scores = [published_x(x, step, hours) for step, hours, _ in points], [row[2] for row in points]
-                label = f"{model}, published: 8 tasks, A100"
-                axes.plot(costs, scores, "*", color="#555555", markerfacecolor=face, markersize=7, label=label)
-            axes.set_title(f"mean of {len(common)} tasks" if len(panels) > 1 else cfg.title)
-            if len(panels) == 1:
-                axes.legend(fontsize="small", loc="lower right")
-        else:
-            step, hours, _ = PUBLISHED["MosaicBERT-Base"][-1]
-            axes.plot(published_x(x, step, hours), PUBLISHED_TASKS[tasks[0]], "*", color="#555555", markersize=7)
-            axes.set_title(TASK_NAMES[tasks[0]])
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.set_xlabel(f"{X_LABELS[x]} of pretraining")
-        if tasks is common and x in PER_GPU_HOUR and price == PUBLISHED_PRICE:  # one dollar scale fits all points
-            scale = price / PER_GPU_HOUR[x]
-            top = axes.secondary_xaxis("top", functions=(lambda v: v * scale, lambda v: v / scale))
-            top.set_xlabel(f"US dollars, at ${price:.2f} a GPU-hour")
-            top.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.set_ylabel("score" if len(panels) > 1 else f"mean of {', '.join(TASK_NAMES[task] for task in common)}")
-        axes.grid(alpha=0.3)
+        for i, (label, points) in enumerate(curves(paths, labels, x, tasks).items()):
+            color, marker, line, _ = style(i)
+            place, mean, low, high = zip(*points)
+            axes.plot(place, mean, color=color, marker=marker, linestyle=line, label=label, zorder=3)
+            axes.fill_between(place, low, high, color=color, alpha=0.25, linewidth=0)
+            axes.vlines(place, low, high, color=color, linewidth=1)
+        for (label, points), face in zip(published_points(x, tasks).items(), (GRAY, "none")):
+            axes.plot(*zip(*points), "*", color=GRAY, markerfacecolor=face, markersize=7, label=label)
+        finish(axes, f"{X_LABELS[x]} of pretraining", "score", ", ".join(TASK_NAMES[task] for task in tasks), log=10)
+    grid[0, 0].set_title(f"mean of {len(common)} tasks" if len(panels) > 1 else cfg.title)
+    if len(panels) == 1:
+        grid[0, 0].set_ylabel(f"mean of {', '.join(TASK_NAMES[task] for task in common)}")
+    add_dollars(grid[0, 0], x, found.values())
     for axes in grid.flat[len(panels) :]:
         axes.axis("off")
-    if len(panels) > 1:
-        figure.suptitle(cfg.title)
-        figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small")
+    figure.suptitle(cfg.title if len(panels) > 1 else None)
+    legend_below(figure, grid[0, 0])
     return figure
+
+
+def add_dollars(axes, x, found):
+    """A scale in dollars above GPU time, if all runs had the price of the published ones."""
+    per_hour = {"gpu_hours": 1, "gpu_minutes": 60}.get(x)
+    costs = [results["pretraining"] for results in found]
+    if not per_hour or any(round((cost["dollars"] or 0) / cost["gpu_hours"], 4) != PUBLISHED_PRICE for cost in costs):
+        return
+    scale = PUBLISHED_PRICE / per_hour
+    top = axes.secondary_xaxis("top", functions=(lambda value: value * scale, lambda value: value / scale))
+    top.set_xlabel(f"US dollars, at ${PUBLISHED_PRICE:.2f} a GPU-hour")
+    top.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
+def draw_bars(axes, i, count, places, heights, label):
+    """The i-th of `count` series of bars, side by side around whole numbers; returns their centers."""
+    color, _, _, hatch = style(i)
+    width = 0.8 / count
+    centers = np.array(places) + (i - (count - 1) / 2) * width
+    axes.bar(centers, heights, width * 0.92, color=color, hatch=hatch, edgecolor="white", label=label)
+    return centers
 
 
 def plot_glue(cfg, pyplot):
     """A group of bars for each task, a bar for each result."""
     paths = find(cfg.glue, "glue.json")
-    labels = labels_for(cfg, paths, directory_name)
+    labels = labels_for(cfg, paths, file_label)
     results = [read_glue(path)["tasks"] for path in paths]
-    names = [task for task in [*TASK_NAMES, "own"] if any(task in tasks for tasks in results)]
-    figure, axes = pyplot.subplots(figsize=(1.5 + 1.0 * len(names), 4.0), layout="constrained")
-    width = 0.8 / len(paths)
-    for i, (label, tasks, (color, *_, hatch)) in enumerate(zip(labels, results, STYLES)):
-        for place, name in enumerate(names):
-            if name not in tasks:
-                continue
-            score, spread = tasks[name]["score"], tasks[name]["score_ci95"]
-            left = place + (i - (len(paths) - 1) / 2) * width
-            axes.bar(left, score, width * 0.92, color=color, hatch=hatch, edgecolor="white", label=label)
-            if spread is not None:  # None for a single seed
-                axes.errorbar(left, score, spread, color="black", capsize=3, linewidth=1)
-            axes.annotate(f"{score:.1f}", (left, score + (spread or 0) + 1), ha="center", fontsize="small")
-            label = None  # once in the legend
-    axes.set_xticks(range(len(names)), [TASK_NAMES.get(name, name) for name in names])
-    axes.set_ylim(min(0, *axes.get_ylim()), 107)
-    axes.set_ylabel("score (bars: 95 % interval over seeds)")
-    axes.set_title(cfg.title)
-    figure.legend(loc="outside lower center", ncols=len(paths))
+    names = list(dict.fromkeys([*(t for t in TASK_NAMES if any(t in r for r in results)), *(t for r in results for t in r)]))
+    width = max(4.5, 1.5 + max(1.0, 0.42 * len(paths)) * len(names))  # inches: a bar is as wide as its number
+    figure, axes = pyplot.subplots(figsize=(width, 4.0), layout="constrained")
+    for i, (label, tasks) in enumerate(zip(labels, results)):
+        places = [place for place, name in enumerate(names) if name in tasks]
+        scores = [tasks[names[place]]["score"] for place in places]
+        spreads = [tasks[names[place]]["score_ci95"] for place in places]  # None for a single seed
+        for center, score, spread in zip(draw_bars(axes, i, len(paths), places, scores, label), scores, spreads):
+            if spread is not None:
+                axes.errorbar(center, score, spread, color="black", capsize=3, linewidth=1)
+            axes.annotate(f"{score:.1f}", (center, max(score, 0) + (spread or 0) + 1), ha="center", fontsize="small")
+    finish(axes, "", "score (bars: 95 % interval over seeds)", cfg.title, grid="y")
+    axes.set_xticks(range(len(names)), [TASK_NAMES.get(name, "own labels" if name == "own" else name) for name in names])
+    axes.set_xlim(-0.6, len(names) - 0.4)
+    axes.set_ylim(min(0, axes.get_ylim()[0]), max(107, axes.get_ylim()[1]))
+    legend_below(figure, axes)
     return figure
 
 
@@ -357,58 +370,55 @@ def plot_loss(cfg, pyplot):
     x = "step" if cfg.x == "auto" else cfg.x
     paths = find(cfg.loss, "log.jsonl")
     paths, labels = bert_last(paths, labels_for(cfg, paths, model_of_log if cfg.held_out else file_label))
-    figure, axes = pyplot.subplots(figsize=(6.4, 4.4), layout="constrained")
-    styles = {}
-    for path, label in zip(paths, labels):
-        records = read_log(path)
-        new = label not in styles
-        color, marker, line, _ = styles.setdefault(label, STYLES[len(styles) % len(STYLES)])
+    figure, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
+    order = list(dict.fromkeys(labels))
+    for i, (path, label) in enumerate(zip(paths, labels)):
+        records, first = read_log(path), label not in labels[:i]  # once in the legend
+        color, marker, line, _ = style(order.index(label))
         train = [record for record in records if record["event"] == "train"]
-        places = [x_of(record, x, path) for record in train]
-        losses = [math.nan if record["loss"] is None else record["loss"] for record in train]  # None: not finite
-        if not cfg.held_out:
-            axes.plot(places, losses, color=color, linestyle=line, linewidth=1.2, label=label if new else None)
         held_out = [record for record in records if record["event"] == "eval"]
+        places = [x_of(record, x, path) for record in train]
         at = np.interp([record["step"] for record in held_out], [record["step"] for record in train], places)
-        losses, name = [record["loss"] for record in held_out], f"{label}, held out (15 % masked)" if new else None
+        # None: not finite, or nothing was masked.
+        losses, held = ([math.nan if r["loss"] is None else r["loss"] for r in part] for part in (train, held_out))
         if cfg.held_out:
-            axes.plot(at, losses, color=color, linestyle=line, linewidth=1, alpha=0.6)
-            end = at[-1:], losses[-1:]
-            axes.plot(*end, color=color, linestyle=line, marker=marker, markersize=7, label=label if new else None)
+            axes.plot(at, held, color=color, linestyle=line, linewidth=1, alpha=0.6)
+            end = at[-1:], held[-1:]
+            axes.plot(*end, color=color, linestyle=line, marker=marker, markersize=7, label=label if first else None)
         else:
-            axes.plot(at, losses, marker, color=color, markeredgecolor="black", markersize=6, label=name)
-    axes.set_xlabel(X_LABELS[x])
-    axes.set_ylabel("held-out loss, 15 % masked (nats)" if cfg.held_out else "masked-language-model loss (nats)")
-    axes.set_title(cfg.title)
-    axes.grid(alpha=0.3)
-    axes.legend()
+            axes.plot(places, losses, color=color, linestyle=line, linewidth=1.2, label=label if first else None)
+            name = f"{label}, held out (15 % masked)" if first else None
+            axes.plot(at, held, marker, color=color, markeredgecolor="black", markersize=6, label=name)
+    y = "held-out loss, 15 % masked (nats)" if cfg.held_out else "masked-language-model loss (nats)"
+    finish(axes, X_LABELS[x], y, cfg.title)
+    legend_below(figure, axes)
     return figure
 
 
 def plot_at_lengths(cfg, pyplot):
     """Held-out loss against length, a line for each model and budget, averaged over seeds."""
+
+    def interpret(result):
+        losses = sorted((int(length), found["loss"]) for length, found in result["lengths"].items())
+        return MODEL_NAMES[result["model"]], result["minutes"], losses
+
     groups = {}
     for path in find(cfg.at_lengths, "lengths.json"):
-        model, minutes, losses = read_lengths(path)
+        model, minutes, losses = read_result(path, "lengths.json of python -m studies.race", interpret)
         groups.setdefault((model, minutes), []).append(losses)
-    figure, axes = pyplot.subplots(figsize=(6.4, 4.4), layout="constrained")
-    styles = dict(zip(sorted({model for model, _ in groups}, reverse=True), STYLES))
+    figure, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
+    models = sorted({model for model, _ in groups}, reverse=True)
     for (model, minutes), seeds in sorted(groups.items(), reverse=True):
-        color, marker, line, _ = styles[model]
+        color, marker, line, _ = style(models.index(model))
         lengths = [length for length, _ in seeds[0]]
         means = np.mean([[loss for _, loss in losses] for losses in seeds], 0)
-        label = MODEL_NAMES[model] if minutes == max(m for other, m in groups if other == model) else None  # once
+        label = model if minutes == max(m for other, m in groups if other == model) else None  # once
         axes.plot(lengths, means, color=color, marker=marker, linestyle=line, label=label)
         beside = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "fontsize": "small"}
         axes.annotate(f"{minutes:g} min", (lengths[-1], means[-1]), **beside)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set_xlabel("tokens in a piece of text, at most")
-    axes.set_ylabel("held-out loss, 15 % masked (nats)")
-    axes.set_title(cfg.title)
+    finish(axes, "tokens in a piece of text, at most", "held-out loss, 15 % masked (nats)", cfg.title, log=2)
     axes.margins(x=0.12)
-    axes.grid(alpha=0.3)
-    axes.legend()
+    legend_below(figure, axes)
     return figure
 
 
@@ -416,122 +426,124 @@ def plot_at_lengths(cfg, pyplot):
 # Speed
 
 
+def bench_name(name):
+    """A row's or entry's name in words: "FlexAttention, tuned more" for flex_t2."""
+    return " ".join(BENCH_WORDS.get(word, word) for word in name.split("_")).replace(" ,", ",").lstrip(", ")
+
+
 def plot_kernels(cfg, pyplot):
-    """A panel for each row of the benchmark, a bar for each entry: operators first, whole steps below."""
-    results = read_bench(cfg.kernels)
-    rows = {}
-    for record in results["rows"]:
-        if "both" in record or "samples_per_second" in record:
-            rows.setdefault(record["row"], []).append(record)
+    """A panel for each row of the benchmark, a bar for each entry: operators first, whole steps below.
+
+    An operator's bar stacks forward and backward. Entries that were not measured have the reason in place of a bar.
+    """
+
+    def interpret(results):
+        rows = {}
+        for record in results["rows"]:
+            measured = "both" in record or "samples_per_second" in record
+            if measured or "not_measured" in record:
+                rows.setdefault(record["row"], []).append({"entry": "", **record})
+        return results["device"], {name: row for name, row in rows.items() if not all("not_measured" in r for r in row)}
+
+    path = find(cfg.kernels, "bench.json")[0]
+    device, rows = read_result(path, "result of python -m studies.bench", interpret)
     if not rows:
-        raise UserError(f"{cfg.kernels}: no operators and no steps were measured")
-    names = sorted(rows, key=lambda name: "both" not in rows[name][0])  # stable: otherwise in the order measured
+        raise UserError(f"{path}: no operators and no steps were measured")
+    names = sorted(rows, key=lambda name: not any("both" in r for r in rows[name]))  # stable: else in the order measured
     columns = min(3, len(names))
     lines = [names[i : i + columns] for i in range(0, len(names), columns)]
     heights = [max(len(rows[name]) for name in line) + 2.2 for line in lines]
     figure, grid = pyplot.subplots(
-        len(lines), columns, figsize=(4.6 * columns, 0.27 * sum(heights) + 0.5), squeeze=False, layout="constrained",
+        len(lines), columns, figsize=(5.2 * columns, 0.27 * sum(heights) + 0.5), squeeze=False, layout="constrained",
         height_ratios=heights,
     )  # fmt: skip
     for axes in grid.flat[len(names) :]:
         axes.axis("off")
     for axes, name in zip(grid.flat, names):
-        draw_row(axes, rows[name])
-        axes.set_title(name, fontsize="medium")
-    figure.suptitle(cfg.title or results["device"])
-    return figure
-
-
-def draw_row(axes, records):
-    """Bars from the top, in the order measured; an operator's bar stacks forward and backward."""
-    ours, peer = STYLES[0][0], STYLES[3][0]
-    operator = "both" in records[0]
-    for place, record in enumerate(records):
-        color = ours if record["entry"] == "ours" else peer
+        records = sorted(rows[name], key=lambda record: "not_measured" in record)
+        operator = "both" in records[0]
+        for place, record in enumerate(records):
+            color, value = COLORS[0 if record["entry"] == "ours" else 3], 0
+            text = f" not measured: {record.get('not_measured')}"
+            if "not_measured" not in record:
+                parts = [record[part]["ns_per_token"] for part in ("forward", "backward")] if operator else []
+                for part, hatch in zip(parts or [record["samples_per_second"]], ("", "///")):
+                    axes.barh(place, part, left=value, color=color, hatch=hatch, edgecolor="white")
+                    value += part
+                text = f" {value:,.1f}" if operator else f" {value:,.0f}"
+            axes.annotate(text, (value, place), va="center", fontsize="x-small")
         if operator:
-            forward, backward = (record[part]["ns_per_token"] for part in ("forward", "backward"))
-            value = forward + backward
-            axes.barh(place, forward, color=color, edgecolor="white")
-            axes.barh(place, backward, left=forward, color=color, hatch="///", edgecolor="white")
-        else:
-            value = record["samples_per_second"]
-            axes.barh(place, value, color=color, edgecolor="white")
-        text = f" {value:,.1f}" if operator else f" {value:,.0f}"
-        axes.annotate(text, (value, place), va="center", fontsize="x-small")
-    if operator:
-        axes.axvline(records[0]["both"]["ceiling_ns_per_token"], color="black", linestyle="--", linewidth=1)
-        axes.set_xlabel("ns a token: forward, then backward (hatched); dashed: ceiling", fontsize="x-small")
-    else:
-        axes.set_xlabel("samples/s", fontsize="x-small")
-    axes.set_yticks(range(len(records)), [record["entry"] for record in records], fontsize="small")
-    axes.tick_params(axis="x", labelsize="small")
-    axes.invert_yaxis()
-    axes.margins(x=0.15)
+            axes.axvline(records[0]["both"]["ceiling_ns_per_token"], color="black", linestyle="--", linewidth=1)
+        x = "ns a token: forward, then backward (hatched); dashed: limit" if operator else "samples/s"
+        axes.set_xlabel(x, fontsize="x-small")
+        axes.set_yticks(range(len(records)), [bench_name(record["entry"]) for record in records], fontsize="small")
+        axes.tick_params(axis="x", labelsize="small")
+        axes.set_ylim(len(records) - 0.4, -0.6)
+        axes.margins(x=0.15)
+        axes.set_title(bench_name(name), fontsize="medium")
+    figure.suptitle(cfg.title or device)
+    return figure
 
 
 def plot_scaling(cfg, pyplot):
     """Samples/s, and MFU (or efficiency, if the GPU's peak is unknown), against GPUs, for a shared batch and one per GPU.
 
-    Solid lines and filled markers are measured, dashed lines and empty markers predicted. Gray: perfect scaling from one
-    GPU's rate.
+    Of several files the first that measured a number of GPUs counts, and the first prediction. Solid lines and filled
+    markers are measured, dashed lines and empty markers predicted, for more GPUs than were measured. Gray: perfect scaling
+    from one GPU's rate.
     """
-    results = read_scaling(cfg.scaling)
-    if "predicted" not in results:
-        hint = f"python -m studies.scaling --predict={cfg.scaling} --out={cfg.scaling}"
-        raise UserError(f"{cfg.scaling}: no prediction ({hint})")
-    measured = [row for row in results["rows"] if "ms" in row and row["batch"] != "curve"]
-    predicted = [row for row in results["predicted"] if row["measured_ms"] is None]
-    lower = "mfu" if any(row["mfu"] for row in measured) else "efficiency"
-    titles = {
-        "global": f"{results['global_batch_size']:,} samples, shared",
-        "per_gpu": f"{results['per_gpu']:,} samples on each GPU",
-    }
-    figure, grid = pyplot.subplots(2, 2, figsize=(9.6, 6.8), sharex=True, layout="constrained")
-    models = [name for name in SCALING_NAMES if any(row["model"] == name for row in measured)]
-    for column, batch in zip(grid.T, titles):
-        for model, style in zip(models, STYLES):
-            here, more = (
-                sorted((row for row in rows if (row["model"], row["batch"]) == (model, batch)), key=lambda row: row["gpus"])
-                for rows in (measured, predicted)
-            )
-            if here:
-                draw_scaling(column, here, more, lower, SCALING_NAMES[model], style)
-        if batch == "global":
-            for (name, points), face in zip(PUBLISHED.items(), ("#555555", "none")):
-                step, hours, _ = points[-1]
-                rate, label = step * PUBLISHED_BATCH / hours / 3600, f"{name}, published: A100, with evaluation"
-                column[0].plot(PUBLISHED_GPUS, rate, "*", color="#555555", markerfacecolor=face, markersize=9, label=label)
-        column[0].set_yscale("log")
-        column[0].set_ylabel("samples/s")
-        column[1].set_ylabel("MFU (%)" if lower == "mfu" else "efficiency (%)")
-        column[1].set_ylim(0, 1.05 * column[1].get_ylim()[1])
-        column[1].set_xscale("log", base=2)
-        column[1].xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        column[1].set_xlabel("GPUs")
-        column[0].set_title(titles[batch], fontsize="medium")
-        for axes in column:
-            axes.grid(alpha=0.3)
-    figure.suptitle(cfg.title or f"{results['device']}; measured full, predicted dashed")
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small")
+    paths = find(cfg.scaling, "scaling.json")
+    files = [read_scaling(path) for path in paths]
+    results = next((results for results in files if "predicted" in results), None)
+    if not results:
+        hint = f"python -m studies.scaling --predict={paths[0]} --out={paths[0]}"
+        raise UserError(f"{paths[0]}: no prediction ({hint})")
+    measured = {}  # {(model, batch): {GPUs: row}}
+    for results_of_file in files:
+        found = {}
+        for row in results_of_file["rows"]:  # a single GPU is measured beside each number of GPUs: the last one counts
+            if "ms" in row and row["batch"] != "curve":
+                found.setdefault((row["model"], row["batch"]), {})[row["gpus"]] = row
+        for key, rows in found.items():
+            measured[key] = {**rows, **measured.get(key, {})}
+    predicted = {key: [] for key in measured}
+    for row in results["predicted"]:
+        key = row["model"], row["batch"]
+        if key in measured and row["gpus"] > max(measured[key]):
+            predicted[key].append(row)
+    lower = "mfu" if any(row["mfu"] for rows in measured.values() for row in rows.values()) else "efficiency"
+    shared, each = results["global_batch_size"], results["per_gpu"]
+    titles = {"global": f"{shared:,} samples, shared", "per_gpu": f"{each:,} samples on each GPU"}
+    figure, grid = pyplot.subplots(2, 2, figsize=(9.6, 6.4), sharex=True, layout="constrained")
+    for (upper, below), (batch, title) in zip(grid.T, titles.items()):
+        for i, model in enumerate(model for model in SCALING_NAMES if any(model == name for name, _ in measured)):
+            if (model, batch) in measured:
+                rows = [row for _, row in sorted(measured[model, batch].items())]
+                draw_scaling(upper, below, rows, predicted[model, batch], lower, SCALING_NAMES[model], *style(i)[:2])
+        finish(upper, "", "samples/s", title)
+        finish(below, "GPUs", "MFU (%)" if lower == "mfu" else "efficiency (%)", log=2)
+        upper.set_yscale("log")
+        below.set_ylim(0, 1.05 * below.get_ylim()[1])
+    for (name, points), face in zip(PUBLISHED.items(), (GRAY, "none")):
+        step, hours, _ = points[-1]
+        rate, label = step * PUBLISHED_BATCH / hours / 3600, f"{name}, published: A100, with evaluation"
+        grid[0, 0].plot(PUBLISHED_GPUS, rate, "*", color=GRAY, markerfacecolor=face, markersize=9, label=label)
+    figure.suptitle(cfg.title or f"{results['device']}; solid: measured, dashed: predicted, gray: perfect")
+    legend_below(figure, grid[0, 0])
     return figure
 
 
-def draw_scaling(column, measured, predicted, lower, label, style):
-    """One model's rows with one kind of batch, in the upper and the lower panel of a column."""
-    color, marker, _, _ = style
-    ideal = [measured[0]["samples_per_second"] * n for n in (1, max(row["gpus"] for row in [*measured, *predicted]))]
-    column[0].plot([1, ideal[1] / ideal[0]], ideal, color="#bbbbbb", linewidth=0.8)
-    predicted = [row for row in predicted if row["gpus"] > measured[-1]["gpus"]]
-    for axes, key, factor in ((column[0], "samples_per_second", 1), (column[1], lower, 100)):
-        # A single GPU is measured once beside each number of GPUs: the line goes through the last of those points.
-        points = [(row["gpus"], factor * (row.get(key) or 1)) for row in measured]
-        line = sorted(dict(points).items())
-        axes.plot(*zip(*points), marker, color=color)
-        axes.plot(*zip(*line), "-", color=color, marker=marker, label=label)
-        dashed = [line[-1], *((row["gpus"], factor * row[key]) for row in predicted)]
+def draw_scaling(upper, below, measured, predicted, lower, label, color, marker):
+    """One model's rows with one kind of batch, sorted by GPUs, in both panels of a column."""
+    first, most = measured[0], [*measured, *predicted][-1]["gpus"]
+    rate = first["samples_per_second"] / first["gpus"]
+    upper.plot([1, most], [rate, rate * most], color="#bbbbbb", linewidth=0.8)
+    for axes, key, factor in ((upper, "samples_per_second", 1), (below, lower, 100)):
+        points = [(row["gpus"], factor * (row.get(key) or 1)) for row in measured]  # one GPU has no efficiency: it is 1
+        dashed = [points[-1], *((row["gpus"], factor * row[key]) for row in predicted)]
+        axes.plot(*zip(*points), "-", color=color, marker=marker, label=label)
         axes.plot(*zip(*dashed), "--", color=color, linewidth=1)
-        if predicted:
-            axes.plot(*zip(*dashed[1:]), marker, color=color, markerfacecolor="white", markersize=4)
+        axes.plot(*zip(*dashed[1:]) if predicted else ((), ()), marker, color=color, markerfacecolor="white", markersize=4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -540,26 +552,24 @@ def draw_scaling(column, measured, predicted, lower, label, style):
 
 def plot_lengths(cfg, pyplot):
     """The share of documents in each doubling of length, a bar for each corpus."""
+
+    def interpret(report):
+        return {tuple(map(int, name.split("-"))): int(count) for name, count in report["lengths"].items()}
+
     paths = find(cfg.lengths, "report.json")
     labels = labels_for(cfg, paths, file_label)
-    reports = [read_report(path) for path in paths]
+    reports = [read_result(path, "report.json of prepare_c4.py", interpret) for path in paths]
     ends = [end for report in reports for bounds in report for end in bounds]
     powers = range(min(ends).bit_length() - 1, max(ends).bit_length())  # no gaps
     bins = [(2**power, 2 ** (power + 1) - 1) for power in powers]
-    figure, axes = pyplot.subplots(figsize=(2.4 + 0.5 * len(bins), 4.0), layout="constrained")
-    width = 0.8 / len(paths)
-    for i, (label, report, (color, *_, hatch)) in enumerate(zip(labels, reports, STYLES)):
+    figure, axes = pyplot.subplots(figsize=(max(4.5, 2.4 + 0.5 * len(bins)), 4.0), layout="constrained")
+    for i, (label, report) in enumerate(zip(labels, reports)):
         total = sum(report.values())
-        left = np.arange(len(bins)) + (i - (len(paths) - 1) / 2) * width
         shares = [100 * report.get(bounds, 0) / total for bounds in bins]
-        label = f"{label}: {total:,} documents"
-        axes.bar(left, shares, width * 0.92, color=color, hatch=hatch, edgecolor="white", label=label)
+        draw_bars(axes, i, len(paths), range(len(bins)), shares, f"{label}: {total:,} documents")
+    finish(axes, "tokens in a document, from this number to twice it", "% of documents", cfg.title, grid="y")
     axes.set_xticks(range(len(bins)), [f"{low:,}" for low, _ in bins], rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_xlabel("tokens in a document, from this number to twice it")
-    axes.set_ylabel("% of documents")
-    axes.set_title(cfg.title)
-    axes.grid(axis="y", alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=min(2, len(paths)))
+    legend_below(figure, axes)
     return figure
 
 

@@ -1,23 +1,33 @@
 """Read BERT or MosaicBERT weights in Hugging Face form: config.json, model.safetensors, and a tokenizer."""
 
 import datetime
+import glob
 import hashlib
+import json
 import os
-import pickle
 import re
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from tokenizers import AddedToken, Tokenizer, normalizers
 
 from checkpoint import PER_WORD, model_config
-from common.files import read_json
+from common.files import read_json, similar
 from common.options import UserError
-from common.vocabulary import load_tokenizer, read_tokenizer
+from common.vocabulary import SPECIAL_TOKENS, finish, load_tokenizer, read_tokenizer, wordpiece
 from model import LAYER_NORM_EPS, MAX_POSITIONS, MaskedLM
 
 WORDS, DECODER_BIAS, BERT_BIAS = PER_WORD
+# transformers' classes: the first two build the tokenizer from the vocabulary and their settings, whatever the rest of
+# tokenizer.json says; the others take tokenizer.json as it is.
+BERT_CLASSES = ("BertTokenizer", "BertTokenizerFast")
+PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+TOKENIZER_FILES = [
+    "tokenizer.json", "vocab.txt", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json", "config.json",
+]  # fmt: skip
+SENTENCE_FILES = ["modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "*_Pooling/config.json"]
 
 
 def read_hf(path, revision="", tokenizer="", allow_pickle=False):
@@ -27,17 +37,22 @@ def read_hf(path, revision="", tokenizer="", allow_pickle=False):
     pooler and masked-language-model head if there are any. Prints what was dropped or changed.
     Raises: UserError for anything missing, unexpected or unsupported.
     """
-    if not os.path.exists(path):
-        path = download(path, revision, allow_pickle)
+    path = find_model(path, revision, allow_pickle)
     directory = path if os.path.isdir(path) else os.path.dirname(path)
     weights, tensors, hf = read_weights(path, allow_pickle)
     config_path = os.path.join(directory, "config.json")
     if hf is None:
         hf = read_json(config_path, "expected Hugging Face's files: config.json, model.safetensors, tokenizer.json")
+    if "num_layers" in hf and "vocab_size" in hf and "model" in hf:
+        raise UserError(f"{directory}: a checkpoint of this project (it needs no conversion: use it as it is)")
     mosaic = any("attention.self.Wqkv" in name for name in tensors)
-    check_config(config_path, hf, mosaic)
-    tokenizer_text = find_tokenizer(directory, tokenizer)
-    vocab_size = load_tokenizer(tokenizer or directory, tokenizer_text)[0].get_vocab_size()
+    check_config(config_path, hf, mosaic, len(tensors))
+    tokenizer_text = find_tokenizer(tokenizer or directory)
+    words = load_tokenizer(tokenizer or directory, tokenizer_text)[0].get_vocab()
+    vocab_size = len(words)
+    if max(words.values()) != vocab_size - 1:
+        gaps = f"{vocab_size:,} entries, but ids up to {max(words.values()):,}"
+        raise UserError(f"{tokenizer or directory}: {gaps} (ids may have no gaps)")
 
     rename_head(tensors, weights, mosaic)
     if WORDS not in tensors:
@@ -61,22 +76,36 @@ def read_hf(path, revision="", tokenizer="", allow_pickle=False):
         "tokenizer_sha256": hashlib.sha256(tokenizer_text.encode()).hexdigest(),
     }
     fit_to_model(tensors, config, weights, config_path)
+    if vectors := sentence_vectors(directory):
+        config["sentence_vectors"] = vectors
     return config, tensors, tokenizer_text
 
 
-def download(name, revision, allow_pickle):
-    """Download a hub repository; returns the local directory."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+def find_model(name, revision="", allow_pickle=False):
+    """`name`, if there is such a path; otherwise the local copy of this hub repository."""
+    weights = ["model.safetensors", *(["pytorch_model.bin"] if allow_pickle else [])]
+    return name if os.path.exists(name) else download(name, revision, [*weights, *TOKENIZER_FILES, *SENTENCE_FILES])
+
+
+def download(name, revision, files):
+    """Download some files of a hub repository; returns the local directory."""
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not os.path.isdir(os.path.dirname(name))  # as in out/smok
+    if near := similar(name):
+        raise UserError(f"{name}: no such directory (did you mean {near}?)")
+    if not is_hub_id:
         raise UserError(f"{name}: no such directory (expected a directory in Hugging Face form, or a hub id)")
-    files = ["config.json", "model.safetensors", "tokenizer.json", "vocab.txt", "tokenizer_config.json"]
     try:
         from huggingface_hub import snapshot_download  # comes with datasets
 
-        files += ["pytorch_model.bin"] if allow_pickle else []
         return snapshot_download(name, revision=revision or None, allow_patterns=files)
     except Exception as error:  # network, authentication, HTTP and library errors have no common base class
         reason = f"{type(error).__name__}: {error}"[:200]
         raise UserError(f"{name}: no such directory, and the download from the hub failed: {reason}") from None
+
+
+def read_if_there(directory, name):
+    path = os.path.join(directory, name)
+    return read_json(path, "is it complete?") if os.path.exists(path) else {}
 
 
 def read_weights(path, allow_pickle):
@@ -110,18 +139,25 @@ def read_pickle(file):
     try:
         with torch.serialization.safe_globals(harmless):
             saved = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # whatever a damaged or hostile pickle makes the loader raise
         found = re.search(r"GLOBAL (\S+)", f"{error}")
         reason = f"it holds {found[1]}" if found else f"not a torch.save file ({type(error).__name__})"
         raise UserError(f"{file}: not weights alone, or damaged: {reason} (no code was run)") from None
     hf = None
     if isinstance(saved, dict) and isinstance(saved.get("state"), dict):
-        saved = saved["state"]
-        about = saved.get("integrations", {}).get("huggingface", {}).get("model", {})
-        hf, saved = about.get("config", {}).get("content"), saved.get("model")
-    if not isinstance(saved, dict) or not all(isinstance(value, torch.Tensor) for value in saved.values()):
+        hf = saved["state"]
+        for key in ("integrations", "huggingface", "model", "config", "content"):
+            hf = hf.get(key) if isinstance(hf, dict) else None
+        saved = saved["state"].get("model")
+    if not isinstance(saved, dict) or not all(map(is_weight, saved, saved.values())):
         raise UserError(f"{file}: no {{name: tensor}} dictionary (expected pytorch_model.bin or a Composer checkpoint)")
-    return saved, hf
+    return saved, hf if isinstance(hf, dict) else None
+
+
+def is_weight(name, tensor):
+    """Whether a pickle's entry is an ordinary named tensor: one that claims more numbers than are stored is none."""
+    ordinary = isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+    return ordinary and not tensor.is_complex() and tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
 def our_name(name):
@@ -131,11 +167,14 @@ def our_name(name):
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
 
-def check_config(path, hf, mosaic):
+def check_config(path, hf, mosaic, num_weights):
     """Raises: UserError naming the field of config.json that this project's models do not support."""
     if hf.get("model_type", "bert") not in ("bert", "mosaic_bert"):
         raise UserError(f"{path}: model_type is {hf['model_type']!r} (only BERT and MosaicBERT are supported)")
-    supported = {"hidden_act": "gelu", "layer_norm_eps": LAYER_NORM_EPS, "type_vocab_size": 2}
+    supported = {
+        "hidden_act": "gelu", "layer_norm_eps": LAYER_NORM_EPS, "type_vocab_size": 2, "is_decoder": False,
+        "tie_word_embeddings": True, "quantization_config": None,
+    }  # fmt: skip
     if not mosaic:
         supported |= {"max_position_embeddings": MAX_POSITIONS, "position_embedding_type": "absolute"}
     for name, value in supported.items():
@@ -143,23 +182,128 @@ def check_config(path, hf, mosaic):
             raise UserError(f"{path}: {name} is {hf[name]!r} (only {value!r} is supported)")
     sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     for name in (*sizes, "hidden_dropout_prob", "attention_probs_dropout_prob"):
-        if not isinstance(hf.get(name), (int, float)):
+        kind = int if name in sizes else (int, float)
+        if not isinstance(hf.get(name), kind) or isinstance(hf[name], bool):
             raise UserError(f"{path}: {name} is {hf.get(name)!r} (expected the config of a BERT or MosaicBERT)")
+    if not 1 <= hf["num_hidden_layers"] <= num_weights:
+        raise UserError(f"{path}: num_hidden_layers is {hf['num_hidden_layers']}, of {num_weights} weights in all")
 
 
-def find_tokenizer(directory, tokenizer):
-    """The contents of tokenizer.json: from the option, else from the tokenizer.json or vocab.txt beside the weights."""
-    if tokenizer:
-        return read_tokenizer(tokenizer)
-    path = os.path.join(directory, "tokenizer.json")
-    if os.path.exists(path):
-        return read_tokenizer(path)
-    vocabulary = os.path.join(directory, "vocab.txt")
-    if not os.path.exists(vocabulary):
+def find_tokenizer(source):
+    """The contents of tokenizer.json: the same tokens as transformers' AutoTokenizer gives for that directory.
+
+    source: a directory, a tokenizer.json or vocab.txt, or a hub id. The settings beside the file are applied to it.
+    Raises: UserError, also for a setting that this project does not support.
+    """
+    if not os.path.exists(source):
+        source = download(source, "", TOKENIZER_FILES)
+    directory = source if os.path.isdir(source) else os.path.dirname(source)
+    if os.path.isdir(source):
+        files = [os.path.join(source, name) for name in ("tokenizer.json", "vocab.txt")]
+        source = next(filter(os.path.exists, files), None)
+    if source is None:
         raise UserError(f"{directory}: no tokenizer here (give --tokenizer; MosaicBERT's is google-bert/bert-base-uncased)")
-    about = os.path.join(directory, "tokenizer_config.json")
-    lower = read_json(about, "").get("do_lower_case", True) if os.path.exists(about) else True
-    return read_tokenizer(vocabulary, cased=not lower)
+    text = read_tokenizer(source)
+    about, path = read_if_there(directory, "tokenizer_config.json"), os.path.join(directory, "tokenizer_config.json")
+    extra = read_if_there(directory, "special_tokens_map.json") if "added_tokens_decoder" not in about else {}
+    hf = read_if_there(directory, "config.json")
+    is_bert = hf.get("model_type") == "bert" or source.endswith(".txt")
+    kind = about.get("tokenizer_class") or hf.get("tokenizer_class") or (BERT_CLASSES if is_bert else PLAIN_CLASSES)[0]
+    if kind not in BERT_CLASSES + PLAIN_CLASSES or "auto_map" in about:
+        kind = about.get("auto_map") or kind
+        raise UserError(f"{path}: tokenizer_class is {kind!r} (only {BERT_CLASSES[0]} and {PLAIN_CLASSES[0]} are supported)")
+    for token in SPECIAL_TOKENS:
+        name = f"{token[1:-1].lower()}_token"
+        given = (about | extra).get(name) or token
+        given = given.get("content") if isinstance(given, dict) else given
+        if given != token:
+            raise UserError(f"{path}: {name} is {given!r} (only {token!r} is supported)")
+    tokenizer, before = Tokenizer.from_str(text), Tokenizer.from_str(text).to_str()
+    if kind in BERT_CLASSES or source.endswith(".txt"):
+        tokenizer = as_bert_tokenizer(tokenizer, about, source, path)
+    add_tokens(tokenizer, json.loads(text), about, extra, read_if_there(directory, "added_tokens.json"), path)
+    return text if tokenizer.to_str() == before else tokenizer.to_str(pretty=True)
+
+
+def as_bert_tokenizer(tokenizer, about, source, path):
+    """What BertTokenizer makes of a tokenizer and the settings in tokenizer_config.json, which win. Prints what changes."""
+    settings = {"do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True}
+    for name, default in settings.items():
+        settings[name] = about.get(name, default)
+        if not isinstance(settings[name], bool) and (settings[name] is not None or name != "strip_accents"):
+            raise UserError(f"{path}: {name} is {settings[name]!r} (expected true or false)")
+    old = json.loads(tokenizer.to_str())
+    if old["model"].get("type") not in ("WordPiece", "WordLevel"):
+        raise UserError(f"{source}: a {old['model'].get('type')} model (BertTokenizer needs WordPiece)")
+    lower, strip, chinese = settings.values()
+    bert = wordpiece(not lower, old["model"]["vocab"])
+    bert.normalizer = normalizers.BertNormalizer(lowercase=lower, strip_accents=strip, handle_chinese_chars=chinese)
+    finish(bert)
+    new = json.loads(bert.to_str())
+    changed = [part for part in ("normalizer", "pre_tokenizer", "model") if old[part] != new[part]]
+    if not changed and "added_tokens_decoder" not in about:  # which also replaces tokenizer.json's list
+        return tokenizer
+    if changed and source.endswith(".json"):
+        print(f"{source}: {' and '.join(changed)} set as BertTokenizer has them: {json.dumps(settings)[1:-1]}")
+    return bert
+
+
+def add_tokens(tokenizer, contents, about, extra, added, path):
+    """Add the tokens that files beside the vocabulary list, in the order of their ids. Raises: UserError.
+
+    contents: of tokenizer.json. about: of tokenizer_config.json. extra: of special_tokens_map.json. added: of
+    added_tokens.json. With added_tokens_decoder transformers reads neither of the last two.
+    """
+    try:
+        if "added_tokens_decoder" in about:
+            tokens = {int(number): token for number, token in about["added_tokens_decoder"].items()}
+        else:
+            tokens = {number: {"content": token, "normalized": True, "special": False} for token, number in added.items()}
+            tokens |= {token["id"]: token for token in contents.get("added_tokens", [])}
+        fields = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+        for number, token in sorted(tokens.items()):
+            token = {name: token[name] for name in fields if name in token}
+            tokenizer.add_tokens([AddedToken(**token)])
+            if tokenizer.token_to_id(token["content"]) != number:
+                found = tokenizer.token_to_id(token["content"])
+                raise UserError(f"{path}: added token {token['content']!r} has id {number}, but would get {found}")
+        for name in ("additional_special_tokens", "extra_special_tokens"):
+            listed = (about | extra).get(name) or []
+            for token in listed.values() if isinstance(listed, dict) else listed:
+                token = token["content"] if isinstance(token, dict) else token
+                if token not in {known["content"] for known in tokens.values()}:
+                    tokenizer.add_special_tokens([token])
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{path}: added tokens cannot be read: {type(error).__name__}: {error}") from None
+
+
+def sentence_vectors(directory):
+    """How sentence-transformers makes vectors with this model: {pooling, normalize, max_tokens}; None without its files.
+
+    pooling: mean, cls, or what else it needs, which tools/fill_mask.py refuses.
+    """
+    if not os.path.exists(os.path.join(directory, "modules.json")):
+        return None
+    try:
+        with open(os.path.join(directory, "modules.json"), encoding="utf-8") as file:
+            modules = [module["type"].rpartition(".")[2] for module in json.load(file)]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"{os.path.join(directory, 'modules.json')}: not sentence-transformers' list of modules") from None
+    about = read_if_there(directory, "sentence_bert_config.json")
+    pools = sorted(glob.glob(f"{glob.escape(directory)}/*_Pooling/config.json"))
+    pooling = read_json(pools[0], "is it complete?") if pools else {}
+    modes = [name for name, value in pooling.items() if name.startswith("pooling_mode_") and value is True]
+    modes = [name.removeprefix("pooling_mode_").removesuffix("_tokens").removesuffix("_token") for name in modes]
+    needs = [module for module in modules if module not in ("Transformer", "Pooling", "Normalize")]
+    needs += ["do_lower_case"] if about.get("do_lower_case") else []
+    needs += ["prompts"] if read_if_there(directory, "config_sentence_transformers.json").get("default_prompt_name") else []
+    how = {
+        "pooling": "+".join([*(modes or [pooling.get("pooling_mode") or "mean"]), *needs]),
+        "normalize": "Normalize" in modules,
+        "max_tokens": about.get("max_seq_length"),
+    }
+    print(f"{directory}: sentence vectors: {', '.join(f'{name} {value}' for name, value in how.items())}")
+    return how
 
 
 def rename_head(tensors, weights, mosaic):
@@ -172,7 +316,10 @@ def rename_head(tensors, weights, mosaic):
         if not torch.equal(biases[0], biases[-1]):
             raise UserError(f"{weights}: {BERT_BIAS} and {DECODER_BIAS} differ")
         tensors[DECODER_BIAS if mosaic else BERT_BIAS] = biases[0]
-    unused = {"cls.seq_relationship.": "next-sentence head", "classifier.": "classifier", "bert.embeddings.position_ids": ""}
+    unused = {
+        "cls.seq_relationship.": "next-sentence head", "classifier.": "classifier", "qa_outputs.": "question-answering head",
+        "bert.embeddings.position_ids": "",
+    }  # fmt: skip
     for prefix, what in unused.items():
         names = [name for name in tensors if name.startswith(prefix)]
         for name in names:

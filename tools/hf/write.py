@@ -25,9 +25,13 @@ NAMES = {"mosaicbert": "MosaicBert", "bert": "Bert"}
 SPECIAL_NAMES = {
     "pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]",
 }  # fmt: skip
-CHECK_TEXTS, CHECK_LONGEST = 64, 64  # of the self-check: texts, and tokens in the longest
+CHECK_TEXTS, CHECK_LONGEST = 64, 64  # of the self-check: random texts, and tokens in the longest
+# What the settings of a tokenizer change: case, accents, Chinese characters, punctuation, control characters.
+HARD_TEXTS = ["The ÉCOLE was naïve: Ünïcödé, e\u0301, Ça!", "中文 and 日本語のガイド mixed中國in"]
+HARD_TEXTS += ["İstanbul ß ﬁ x\u200by\tz\u00a0w [MASK]a"]
 MAX_DIFFERENCE = 1e-5  # of fp32 outputs; for large outputs 1e-6 of the largest, about eight roundings
 MAX_ONNX_DIFFERENCE = 1e-4  # onnxruntime's operators round differently
+MAX_FOREIGN_DIFFERENCE = 1e-4  # of an import, of any size; an ignored setting changes more, is_decoder 1e-2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -88,17 +92,8 @@ def write_transformers(path, config, tensors, tokenizer_text, labels, card):
     }  # fmt: skip
     if config["model"] == "bert":
         tokenizer_config["model_max_length"] = MAX_POSITIONS
-    # sentence-transformers: the mean over all tokens, [CLS] and [SEP] included, as tools/fill_mask.py --embed.
-    modules = [
-        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
-        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
-    ]
-    files = {
-        "config.json": hf_config(config, special, labels),
-        "tokenizer_config.json": tokenizer_config,
-        "modules.json": modules,
-        "1_Pooling/config.json": {"word_embedding_dimension": config["hidden_size"], "pooling_mode_mean_tokens": True},
-    }
+    files = {"config.json": hf_config(config, special, labels), "tokenizer_config.json": tokenizer_config}
+    files |= sentence_files(config)
     os.makedirs(os.path.join(path, "1_Pooling"))
     for name, contents in files.items():
         write_text(os.path.join(path, name), json.dumps(contents, indent=2, ensure_ascii=False) + "\n")
@@ -108,6 +103,27 @@ def write_transformers(path, config, tensors, tokenizer_text, labels, card):
         for name in CODE:
             shutil.copyfile(os.path.join(HERE, name), os.path.join(path, name))
     return files["config.json"]["architectures"][0]
+
+
+def sentence_files(config):
+    """{name: contents} for sentence-transformers, whose vectors are then those of tools/fill_mask.py --embed.
+
+    The default is the mean over all tokens, [CLS] and [SEP] included.
+    """
+    how = {"pooling": "mean", "normalize": False, "max_tokens": None, **config.get("sentence_vectors", {})}
+    modes = {f"pooling_mode_{mode}": how["pooling"] == mode.partition("_")[0] for mode in ("cls_token", "mean_tokens")}
+    if not any(modes.values()):
+        raise UserError(f"sentence vectors with pooling {how['pooling']} cannot be exported (only with mean or cls)")
+    types = ["Transformer", "Pooling", *(["Normalize"] if how["normalize"] else [])]
+    paths = ["", "1_Pooling", "2_Normalize"]
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (kind, path) in enumerate(zip(types, paths))
+    ]
+    files = {"modules.json": modules, "1_Pooling/config.json": {"word_embedding_dimension": config["hidden_size"], **modes}}
+    if how["max_tokens"]:
+        files["sentence_bert_config.json"] = {"max_seq_length": how["max_tokens"], "do_lower_case": False}
+    return files
 
 
 def export_onnx(path, architecture):
@@ -134,51 +150,72 @@ def export_onnx(path, architecture):
 # The self-check
 
 
-def expected_outputs(config, tensors, tokenizer_text, labels, source):
-    """(texts, their token ids, this project's outputs) of random texts, for tools/hf/self_check.py to reproduce."""
+def expected_outputs(config, tensors, tokenizer_text, labels, source, encoder_only=False):
+    """(texts, their token ids, this project's outputs), for tools/hf/self_check.py to reproduce.
+
+    The texts are random, and some that try the tokenizer's settings and added tokens. Outputs are a classifier's scores,
+    the vocabulary's, or the encoder's last hidden states.
+    """
     tokenizer, special = load_tokenizer("tokenizer.json", tokenizer_text)
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, CHECK_LONGEST, CHECK_TEXTS)
     words = [rng.integers(0, config["vocab_size"], length).tolist() for length in lengths]
     texts = tokenizer.decode_batch(words, skip_special_tokens=True)
+    added = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.content not in special]
+    texts += HARD_TEXTS + [f"a {token} b{token}c {token.upper()}" for token in added[:CHECK_TEXTS]]
     ids = [tokenizer.encode(text, add_special_tokens=False).ids[:CHECK_LONGEST] for text in texts]
     ids = [[special["[CLS]"], *row, special["[SEP]"]] for row in ids]
     if labels is None:
-        model = checkpoint.make_masked_lm(config, tensors, source)
+        model = checkpoint.make_masked_lm(config, tensors, source, encoder_only)
     else:
         model = SequenceClassifier(checkpoint.model_config(config), config["vocab_size"], max(1, len(labels))).eval()
         checkpoint.load_weights(model, tensors, source)
     outputs = []
     with torch.no_grad():
         for row in map(torch.tensor, ids):
-            if labels is None:
-                outputs.append(model.logits(row[None], torch.ones_like(row)[None])[0])
+            batch = Batch(row, torch.tensor([0, len(row)], dtype=torch.int32), len(row), windows=None)
+            if labels is not None:
+                outputs.append(model(batch))
+            elif encoder_only:
+                outputs.append(model.bert(batch))
             else:
-                cu_seqlens = torch.tensor([0, len(row)], dtype=torch.int32)
-                outputs.append(model(Batch(row, cu_seqlens, len(row), windows=None)))
+                outputs.append(model.logits(row[None], torch.ones_like(row)[None])[0])
     return texts, ids, torch.cat(outputs).numpy()
 
 
-def self_check(path, texts, ids, outputs, architecture, onnx=False):
-    """Run self_check.py on an export in its own process, and print the verdict. Raises: UserError if outputs differ."""
+def self_check(path, texts, ids, outputs, architecture, onnx=False, foreign=False):
+    """Run self_check.py on the model in a directory, in its own process, and print the verdict.
+
+    architecture: the class to load, or None to compare tokens only. foreign: not an export of this project, so none of the
+    code beside the weights is run, and another top entry is no fault where two are equal up to rounding.
+    Returns None, or why transformers could not load it. Raises: UserError when tokens or outputs differ.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         np.save(os.path.join(scratch, "outputs.npy"), outputs)
-        about = {"texts": texts, "ids": ids, "architecture": architecture, "onnx": onnx}
+        about = {"texts": texts, "ids": ids, "architecture": architecture, "onnx": onnx, "trust": not foreign}
         write_text(os.path.join(scratch, "about.json"), json.dumps(about))
         # -I hides this project from the process. It downloads nothing, and transformers' copies of the code are thrown away.
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": scratch, "TRANSFORMERS_VERBOSITY": "error"}
         argv = [sys.executable, "-I", os.path.join(HERE, "self_check.py"), os.path.abspath(path), scratch]
-        done = subprocess.run(argv, env=environment, cwd=scratch, capture_output=True, text=True)
+        done = subprocess.run(
+            argv, env=environment, cwd=scratch, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
+        )  # fmt: skip
         if done.returncode != 0:
             reason = (done.stderr.strip() or "killed").splitlines()[-1]
-            raise UserError(f"self-check: {reason} (nothing was written)")
+            if not reason.startswith("AssertionError"):
+                return reason
+            raise UserError(f"self-check: {reason.removeprefix('AssertionError: ')} (nothing was written)")
         verdict = read_json(os.path.join(scratch, "verdict.json"), "no verdict")
+    found = f"self-check in {verdict['by']}: {len(texts)} texts have the same tokens"
+    if not architecture:
+        return print(found)
     print(
-        f"self-check in {verdict['by']}: {len(texts)} texts, {len(outputs):,} rows of outputs, largest difference "
-        f"{verdict['difference']:.1e}, same top entry in {verdict['same']:,}"
+        f"{found}; {len(outputs):,} rows of outputs, largest difference {verdict['difference']:.1e}, "
+        f"same top entry in {verdict['same']:,}"
     )
-    limit = MAX_ONNX_DIFFERENCE if onnx else max(MAX_DIFFERENCE, 1e-6 * float(np.abs(outputs).max()))
-    if not verdict["difference"] <= limit or verdict["same"] != len(outputs):
+    limit = max(MAX_DIFFERENCE, 1e-6 * float(np.abs(outputs).max()))
+    limit = MAX_FOREIGN_DIFFERENCE if foreign else MAX_ONNX_DIFFERENCE if onnx else limit
+    if not verdict["difference"] <= limit or (verdict["same"] != len(outputs) and not foreign):
         raise UserError(f"self-check failed: outputs may differ by at most {limit:.1e} (nothing was written)")
 
 
@@ -186,14 +223,36 @@ def self_check(path, texts, ids, outputs, architecture, onnx=False):
 # The model card
 
 
+def log_of(directory, step):
+    """The (start, train, eval) records in a run's log that belong to its checkpoint of `step`; {} for those it lacks."""
+    path, found = os.path.join(directory, "log.jsonl"), {}
+    if os.path.exists(path):
+        with open(path, "rb") as file:
+            contents = file.read()
+        if contents and not contents.endswith(b"\n"):
+            print(f"{path}: its last line was cut; the model card uses those before")
+    for _, record in read_log(directory):
+        if record.get("event") == "start":
+            resumed_here = f"{record.get('resumed_from')}".endswith(f"step_{step:08d}")
+            found |= {} if resumed_here else {"start": record}
+        elif record.get("step") == step:
+            found[record.get("event")] = record
+        elif record.get("step", 0) > step:
+            break
+    return tuple(found.get(event, {}) for event in ("start", "train", "eval"))
+
+
 def model_card(cfg, config, labels):
-    """README.md of an export, from the run's log. cfg: a ConvertConfig. Says "not known" for what the log lacks."""
+    """README.md of an export: what the checkpoint and the log say of this step, else "not known". cfg: a ConvertConfig."""
     unknown = "not known"
-    run, records = os.path.abspath(cfg.to_hf), {}
-    for directory in (os.path.dirname(run), run):  # of a step_* directory, its run's log
-        records = {record.get("event"): record for _, record in read_log(directory)} or records  # the last of each event
-    start, last, held_out = (records.get(event, {}) for event in ("start", "train", "eval"))
+    path = checkpoint.find(cfg.to_hf)
+    file = os.path.join(path, "state.json")
+    state = read_json(file, "") if os.path.exists(file) else {}  # a fine-tuned model has none; a converted one, step 0
+    step = state.get("step") or None
+    start, last, held_out = log_of(os.path.dirname(os.path.abspath(path)), step or 0)
     options = start.get("config", {})
+    gpu_hours = state["gpu_seconds"] / 3600 if step and "gpu_seconds" in state else last.get("gpu_hours")
+    price = options.get("price_per_gpu_hour")
 
     def known(value, text="{}"):
         return unknown if value is None else text.format(value)
@@ -201,8 +260,11 @@ def model_card(cfg, config, labels):
     scores = unknown
     if cfg.glue:
         results = read_json(cfg.glue, "expected a glue.json of finetune_glue.py")
-        scores = ", ".join(f"{name} {task['score']:.1f}" for name, task in results["tasks"].items())
-        scores += f"; mean {results['average']:.1f} (GLUE development sets, recipe {results['recipe']})"
+        try:
+            scores = ", ".join(f"{name} {task['score']:.1f}" for name, task in results["tasks"].items())
+            scores += f"; mean {results['average']:.1f} (GLUE development sets, recipe {results['recipe']})"
+        except (KeyError, TypeError, AttributeError, ValueError):
+            raise UserError(f"{cfg.glue}: not a glue.json of finetune_glue.py") from None
     name = os.path.basename(os.path.abspath(cfg.out))
     mosaic = config["model"] == "mosaicbert"
     task = "MaskedLM" if labels is None else "SequenceClassification"
@@ -212,14 +274,14 @@ def model_card(cfg, config, labels):
         "architecture": ("MosaicBERT (arXiv 2312.17482)" if mosaic else "BERT")
         + f", {config['num_layers']} layers of {config['hidden_size']}, {config['num_heads']} heads",
         "data": known(options.get("data_dir")),
-        "tokens seen": known(last.get("tokens"), "{:,}"),
-        "steps": known(last.get("step"), "{:,}") + known(options.get("global_batch_size"), " of {:,} samples"),
+        "tokens seen": known(step and state.get("tokens"), "{:,}"),
+        "steps": known(step, "{:,}") + known(options.get("global_batch_size"), " of {:,} samples"),
         "sequence length": known(options.get("seq_length")),
         "held-out loss, 15 % masked": known(held_out.get("loss"), "{:.4f}"),
         "held-out accuracy": known(held_out.get("accuracy"), "{:.1%}"),
         "hardware": known(start.get("device")) + known(start.get("world_size"), ", {} process(es)"),
-        "GPU-hours": known(last.get("gpu_hours"), "{:.2f}"),
-        "dollars": known(last.get("dollars"), "{:.2f}"),
+        "GPU-hours": known(gpu_hours, "{:.2f}"),
+        "dollars": known(gpu_hours * price if gpu_hours and price else None, "{:.2f}"),
         "GLUE": scores,
         "code": known(start.get("commit")),
         "converted from": known((config.get("converted_from") or {}).get("name")),
