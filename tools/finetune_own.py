@@ -11,8 +11,6 @@ counted from 0. The same command resumes where it was killed.
 Read next: finetune_glue.py, whose parts this uses
 """
 
-import common  # noqa: F401, I001, before anything that may be missing
-
 import os
 import unicodedata
 from collections import Counter

@@ -9,8 +9,6 @@ of the first seeds stay in OUT/TASK, 0.5 GB each for base, and label the test se
 Read next: finetune_glue.py, whose parts this uses
 """
 
-import common  # noqa: F401, I001, before anything that may be missing
-
 import functools
 import os
 import zipfile
