@@ -28,7 +28,16 @@ import numpy as np
 from common.files import file_digest, gigabytes, lock_directory, read_json, whole_file, write_text
 from common.options import UserError, command, load_config
 from common.sources import Segment, documents, list_segments
-from common.vocabulary import beginning, encode, load_tokenizer, read_tokenizer, train_tokenizer
+from common.vocabulary import (
+    beginning,
+    changed_characters,
+    encode,
+    letters,
+    load_tokenizer,
+    read_tokenizer,
+    train_tokenizer,
+    unknown_characters,
+)
 from common.workers import Progress, report_progress, run_jobs
 from data import prefetch, verify, write_shard
 
@@ -39,6 +48,11 @@ COMPARE_CHARS = 10**6  # text per unit for --compare_tokenizer
 SAMPLE_SEGMENTS, SAMPLE_CHARS = 4, 10**6  # text from which the size of the shards is estimated
 FILL_LENGTHS = (128, 512)  # sequence lengths for which the report says how full samples are
 NUM_LONGEST = 5  # longest documents listed in the report
+NUM_SKIPPED = 1000  # skipped lines listed in the report
+MAX_UNKNOWN = 0.95  # share of unknown characters from which a tokenizer is refused
+WARN_PERCENT = 1  # of characters unknown or changed
+INSPECT_CHARS = 2**16  # text per batch whose normalization is compared with the original
+NUM_EXAMPLES, EXAMPLE_CHARS = 3, 80  # beginnings of documents shown beside what their tokens decode to
 
 
 @dataclass
@@ -53,7 +67,8 @@ class PrepareConfig:
     # Tokenizer
     tokenizer: str = "google-bert/bert-base-uncased"  # tokenizer.json or its directory, BERT vocab.txt, or hub id
     train_tokenizer: int = 0  # train a WordPiece vocabulary of this size on the training text first; 0: use --tokenizer
-    cased: bool = False  # keep case and accents, for a vocab.txt or a new vocabulary
+    cased: bool = False  # keep case, for a new vocabulary or a vocab.txt (there, accents too)
+    strip_accents: bool = False  # a new vocabulary without accents, and without the vowel signs of many scripts
     compare_tokenizer: str = ""  # a second tokenizer; the report compares how many tokens each produces
     # Output
     out: str = ""  # shard directory
@@ -78,6 +93,8 @@ class PrepareConfig:
             raise UserError(f"val_fraction={self.val_fraction}: must be at least 0 and below 1")
         if self.train_tokenizer and self.train_tokenizer < 100:
             raise UserError(f"train_tokenizer={self.train_tokenizer}: a vocabulary needs at least 100 entries (0: none)")
+        if self.strip_accents and not self.train_tokenizer:
+            raise UserError("strip_accents: only with --train_tokenizer (an existing vocabulary has its own rule)")
 
 
 FREE_OPTIONS = ("out", "workers", "skip_bad_lines")  # don't change the shards, so a run may resume with other values
@@ -105,7 +122,7 @@ def read_plan(out):
         if os.path.exists(path):
             plan = read_json(path, "not a shard directory of prepare_c4.py; choose another --out")
             try:
-                plan["options"].items()
+                plan["options"].items(), plan.get("modified", {}).items()
                 return {**plan, "sources": [Segment(*segment) for segment in plan["sources"]]}, finished
             except (AttributeError, KeyError, TypeError):
                 raise UserError(f"{path}: not written by prepare_c4.py (choose another --out)") from None
@@ -114,11 +131,25 @@ def read_plan(out):
 
 def check_same(out, plan, earlier):
     """Raises: UserError if the earlier run makes other shards."""
-    differing = [name for name in plan["options"] if earlier["options"].get(name) != plan["options"][name]]
-    if earlier["sources"] != plan["sources"]:
-        differing.append("source files")
+    options = plan["options"]
+    # Before there was --strip_accents, an uncased new vocabulary implied it.
+    before = {"strip_accents": bool(options["train_tokenizer"]) and not options["cased"], **earlier["options"]}
+    differing = [name for name, value in options.items() if before.get(name) != value]
+    changed = changed_files(earlier.get("modified", {}), plan["modified"])
+    if earlier["sources"] != plan["sources"] or changed:
+        differing.append(f"source files{f': {changed[0]} was changed' if changed else ''}")
     if differing:
         raise UserError(f"{out}: made with other {', '.join(differing)} (choose another --out, or remove it)")
+
+
+def modification_times(segments):
+    """{path: nanoseconds} of the local files: cheaper than a digest of everything, and no edit keeps them."""
+    paths = dict.fromkeys(segment.path for segment in segments)
+    return {path: os.stat(path).st_mtime_ns for path in paths if path != "stdlib" and not path.startswith("hf://")}
+
+
+def changed_files(before, after):
+    return [path for path, time_ns in before.items() if after.get(path, time_ns) != time_ns]
 
 
 def enter_output(out, plan, resumed):
@@ -259,7 +290,7 @@ def make_tokenizer(units, cfg, threshold, path):
     """Write tokenizer.json. A resumed run keeps it, as training a tokenizer is not deterministic."""
     if cfg.train_tokenizer:
         texts = functools.partial(training_texts, units, cfg, threshold, TOKENIZER_TRAIN_CHARS)
-        write_text(path, train_tokenizer(texts, cfg.train_tokenizer, cfg.cased))
+        write_text(path, train_tokenizer(texts, cfg.train_tokenizer, cfg.cased, cfg.strip_accents))
     else:
         write_text(path, read_tokenizer(cfg.tokenizer, cfg.cased))
 
@@ -289,11 +320,12 @@ def spread(items, count):
     return [items[i * len(items) // count] for i in range(count)] if len(items) > count else items
 
 
-def estimate_bytes(units, cfg, tokenizer):
-    """Approximate size of all shards, extrapolated from the beginnings of some segments."""
+def inspect_sample(units, cfg, tokenizer):
+    """(approximate size of all shards, share of unknown characters), extrapolated from the beginnings of some segments."""
     segments = list(itertools.chain(*units))
     chosen = spread(segments, SAMPLE_SEGMENTS)
-    source = shards = count = 0
+    unknown_token = tokenizer.token_to_id("[UNK]")
+    source = shards = count = known = unknown = 0
     for segment in chosen:
         stats, texts, chars = Counter(), [], 0
         for text in documents(segment, cfg, stats):
@@ -309,10 +341,14 @@ def estimate_bytes(units, cfg, tokenizer):
             if cfg.max_doc_tokens:
                 num_tokens = min(len(tokens), cfg.max_doc_tokens)
             shards += 8 + bytes_per_token(tokenizer) * num_tokens
+            hidden = unknown_characters(tokenizer, part, unknown_token) if unknown_token in tokens else 0
+            unknown += hidden
+            known += letters(part) - hidden
         source += stats["segment bytes"]
         count += len(texts)
     everything = shards * sum(segment.size for segment in segments) / max(1, source)
-    return int(min(everything, shards / max(1, count) * (cfg.max_docs or np.inf)))
+    estimate = int(min(everything, shards / max(1, count) * (cfg.max_docs or np.inf)))
+    return estimate, unknown / max(1, known + unknown)
 
 
 def bytes_per_token(tokenizer):
@@ -351,7 +387,7 @@ class ShardWriter:
 
 
 def process_unit(number, unit, cfg, threshold):
-    """Write the shards of a unit, then unit_path: its shards, statistics and longest documents. Returns the bad lines.
+    """Write the shards of a unit, then unit_path: its shards, statistics, examples. Returns the number of bad lines.
 
     Statistics are a flat Counter, so that they add up over units; "length 2^k" counts documents of k bits of length.
     """
@@ -360,10 +396,10 @@ def process_unit(number, unit, cfg, threshold):
     other = load_tokenizer(work_path(cfg.out, "other.json")) if cfg.compare_tokenizer else None
     writer = ShardWriter(number, cfg, tokenizer, bytes.fromhex(file_digest(tokenizer_path)))
     duplicates = set(np.load(work_path(cfg.out, f"dropped_{number:05d}.npy")).tolist()) if cfg.dedup else ()
-    hashes, by_hash, longest, stats = [], [], [], Counter()
+    hashes, by_hash, longest, examples, stats = [], [], [], [], Counter()
 
     def batches():
-        """Lists of (split, text), about BATCH_CHARS each."""
+        """(list of (split, text), bytes of the source read): about BATCH_CHARS of text each."""
         batch, chars, of_segment = [], 0, Counter()
         for segment, text in unit_documents(unit, cfg, stats):
             hashes.append(text_hash(text))
@@ -378,21 +414,37 @@ def process_unit(number, unit, cfg, threshold):
                 entry = (len(text), segment.path, segment.start, of_segment[segment], text[:80])
                 (heapq.heappush if len(longest) < NUM_LONGEST else heapq.heappushpop)(longest, entry)
             if chars >= BATCH_CHARS:
-                yield batch
+                yield batch, stats["source bytes"]
                 batch, chars = [], 0
         if batch:
-            yield batch
+            yield batch, stats["source bytes"]
 
-    def tokenize(batch):
+    def tokenize(item):
+        batch, source_bytes = item
         splits, texts = zip(*batch)
-        return splits, *encode(tokenizer, list(texts), cfg.max_doc_tokens)
+        return splits, *encode(tokenizer, list(texts), cfg.max_doc_tokens), source_bytes
 
-    for splits, texts, ids in prefetch(tokenize, batches()):  # the tokenizer runs in another thread, without the GIL
+    def say_progress(source_bytes):
+        report_progress({
+            "documents": stats["documents train"] + stats["documents val"],
+            "tokens": stats["tokens train"] + stats["tokens val"],
+            "characters": stats["characters"],
+            "source bytes": source_bytes,
+            "shard bytes": writer.num_bytes(),
+        })  # fmt: skip
+
+    # The tokenizer runs in another thread, without the GIL.
+    for splits, texts, ids, source_bytes in prefetch(tokenize, batches()):
         if other and stats["compared characters"] < COMPARE_CHARS:
             compare(stats, texts, ids, special, *other)
+        examples = most_changed(examples, inspect_changes(stats, texts, tokenizer, special["[UNK]"]))
         for split, text, tokens in zip(splits, texts, ids):
             stats["tokens read"] += len(tokens)
-            stats["words read"] += len(text.split())
+            words = text.split()
+            stats["words read"] += len(words)
+            stats["letters read"] += sum(map(len, words))
+            if special["[UNK]"] in tokens:
+                stats["unknown letters"] += unknown_characters(tokenizer, text, special["[UNK]"])
             stats["bytes read"] += len(text.encode("utf-8", "surrogatepass"))
             tokens = tokens[: cfg.max_doc_tokens or None]
             if not tokens:
@@ -405,20 +457,38 @@ def process_unit(number, unit, cfg, threshold):
             stats[f"length 2^{len(tokens).bit_length()}"] += 1
             for length in FILL_LENGTHS:
                 stats[f"fill {length}"] += min(len(tokens) + 2, length)
-        report_progress({
-            "documents": stats["documents train"] + stats["documents val"],
-            "tokens": stats["tokens train"] + stats["tokens val"],
-            "characters": stats["characters"],
-            "source bytes": stats["source bytes"],
-            "shard bytes": writer.num_bytes(),
-        })  # fmt: skip
+        say_progress(source_bytes)
     writer.flush("train")
     writer.flush("val")
+    say_progress(stats["source bytes"])
     if not os.path.exists(hash_path(cfg.out, number)):
         save_hashes(cfg.out, number, hashes, by_hash)
-    result = {"shards": writer.entries, "stats": dict(stats), "longest": longest}
+    result = {"shards": writer.entries, "stats": dict(stats), "longest": longest, "examples": examples}
     write_text(unit_path(cfg.out, number), json.dumps(result))
     return stats["bad lines"]
+
+
+def inspect_changes(stats, texts, tokenizer, unknown):
+    """Count the characters that normalization changes, in the first of the texts; yields an example of each.
+
+    An example is (how many characters of it were changed or are unknown, the original, what its tokens decode to).
+    """
+    chars = 0
+    for text in texts:
+        text = text[: INSPECT_CHARS - chars]
+        chars += len(text)
+        stats["letters inspected"] += letters(text)
+        stats["letters changed"] += changed_characters(tokenizer, text)
+        line = text[:EXAMPLE_CHARS]
+        differing = changed_characters(tokenizer, line) + unknown_characters(tokenizer, line, unknown)
+        ids = tokenizer.encode(line, add_special_tokens=False).ids
+        yield differing, line, tokenizer.decode(ids, skip_special_tokens=False)
+        if chars >= INSPECT_CHARS:
+            return
+
+
+def most_changed(*examples):
+    return heapq.nlargest(NUM_EXAMPLES, itertools.chain(*examples), key=lambda example: example[0])
 
 
 def compare(stats, texts, ids, special, other, other_special):
@@ -461,7 +531,7 @@ def check_bad_lines(cfg, count):
 # The report
 
 
-def make_report(stats, longest, cfg, vocab_size, seconds):
+def make_report(stats, longest, examples, cfg, vocab_size, seconds):
     """What the corpus contains, as plain numbers; the last three depend on the machine."""
     num_docs = stats["documents train"] + stats["documents val"]
     num_tokens = stats["tokens train"] + stats["tokens val"]
@@ -473,12 +543,17 @@ def make_report(stats, longest, cfg, vocab_size, seconds):
         "documents_duplicate": stats["duplicates"],
         "duplicates_removed": cfg.dedup,
         "bad_lines_skipped": stats["bad lines"],
+        "skipped": names_of(stats, "skipped "),
+        "suspect": names_of(stats, "suspect "),
         "tokens": num_tokens,
         "tokens_held_out": stats["tokens val"],
         "vocab_size": vocab_size,
         "tokens_per_word": round(stats["tokens read"] / max(1, stats["words read"]), 4),
         "bytes_per_token": round(stats["bytes read"] / max(1, stats["tokens read"]), 4),
         "unknown_percent": round(100 * stats["unknown tokens"] / num_tokens, 4),
+        "unknown_characters_percent": round(100 * stats["unknown letters"] / max(1, stats["letters read"]), 4),
+        "changed_characters_percent": round(100 * stats["letters changed"] / max(1, stats["letters inspected"]), 4),
+        "decoded": [{"text": text, "tokens": decoded} for _, text, decoded in examples],
         **{f"fill_at_{n}": round(stats[f"fill {n}"] / num_docs / n, 4) for n in FILL_LENGTHS},
         "lengths": {f"{2 ** (bit - 1)}-{2**bit - 1}": stats[f"length 2^{bit}"] for bit in bits},
         "longest": [
@@ -503,11 +578,22 @@ def make_report(stats, longest, cfg, vocab_size, seconds):
     }
 
 
+def names_of(stats, prefix):
+    """What a Counter's names with this prefix say, NUM_SKIPPED of them at most."""
+    return [name.removeprefix(prefix) for name in itertools.islice((n for n in stats if n.startswith(prefix)), NUM_SKIPPED)]
+
+
 def print_report(report):
     for name, value in report.items():
         for item in value if isinstance(value, list) else [value]:
             plain = isinstance(item, (int, float)) and not isinstance(item, bool)
-            print(f"{name:22s} {item:,}" if plain else f"{name:22s} {json.dumps(item, ensure_ascii=False)}")
+            print(f"{name:26s} {item:,}" if plain else f"{name:26s} {json.dumps(item, ensure_ascii=False)}")
+    for name, reason in (
+        ("unknown_characters_percent", "are hidden by [UNK] (see decoded; a tokenizer for this text: --train_tokenizer)"),
+        ("changed_characters_percent", "lose accents, vowel signs or other marks (see decoded)"),
+    ):
+        if report[name] >= WARN_PERCENT:
+            print(f"warning: {report[name]:.1f} % of the characters {reason}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -530,10 +616,16 @@ def prepare(cfg, plan, units):
     if cfg.compare_tokenizer and not os.path.exists(work_path(out, "other.json")):
         write_text(work_path(out, "other.json"), read_tokenizer(cfg.compare_tokenizer, cfg.cased))
     tokenizer, _ = load_tokenizer(tokenizer_path)
-    estimate = estimate_bytes(units, cfg, tokenizer)
+    done = [number for number in range(len(units)) if os.path.exists(unit_path(out, number))]
+    estimate, unknown = inspect_sample(units, cfg, tokenizer)
+    if unknown > MAX_UNKNOWN and not done:
+        os.remove(tokenizer_path)  # the command can be repeated with another one
+        raise UserError(
+            f"{cfg.source}: {unknown:.0%} of the characters are unknown to the tokenizer, and become [UNK] "
+            "(choose another --tokenizer, or make one of the text's own pieces: --train_tokenizer=8192)"
+        )
     check_disk(out, estimate)
 
-    done = [number for number in range(len(units)) if os.path.exists(unit_path(out, number))]
     if done:
         print(f"{len(done)} of {len(units)} units were already done")
     left = sum(unit_bytes) - sum(unit_bytes[number] for number in done)
@@ -542,13 +634,16 @@ def prepare(cfg, plan, units):
     results = [read_json(unit_path(out, number), "remove the file to redo the unit") for number in range(len(units))]
     stats = sum((Counter(result["stats"]) for result in results), Counter())
     check_bad_lines(cfg, stats["bad lines"])
+    if changed := changed_files(plan["modified"], modification_times(plan["sources"])):
+        raise UserError(f"{changed[0]}: was changed while it was read (remove {out}, and start again)")
     if not stats["documents train"]:
         raise UserError(f"{cfg.source}: no text to train on (all documents are empty, or held out: see --val_fraction)")
     if not stats["documents val"] and (cfg.val_fraction or cfg.val_docs):
         raise UserError(f"{cfg.source}: no document was held out (try --val_docs=100 and a new --out)")
     stats["duplicates"] = sum(map(len, find_duplicates(out, len(units))))
     longest = heapq.nlargest(NUM_LONGEST, itertools.chain(*(result["longest"] for result in results)))
-    report = make_report(stats, longest, cfg, tokenizer.get_vocab_size(), time.perf_counter() - start)
+    examples = most_changed(*(result.get("examples", ()) for result in results))
+    report = make_report(stats, longest, examples, cfg, tokenizer.get_vocab_size(), time.perf_counter() - start)
     write_text(os.path.join(out, "report.json"), json.dumps(report, indent=1, ensure_ascii=False))
     manifest = {
         "format": 1,
@@ -558,6 +653,7 @@ def prepare(cfg, plan, units):
         "shards": [entry for result in results for entry in result["shards"]],
     }
     write_text(os.path.join(out, "manifest.json"), json.dumps(manifest, indent=1))
+    print(f"checking {gigabytes(sum(entry['bytes'] for entry in manifest['shards']))} of shards", flush=True)
     verify(out)
     shutil.rmtree(work_path(out, ""))
     print_report(report)
@@ -568,9 +664,9 @@ def main(argv):
     cfg = load_config(PrepareConfig, argv)
     cfg.check()
     earlier, finished = read_plan(cfg.out)
-    segments = list_segments(cfg.source, cfg.doc_sep, earlier["sources"] if earlier else ())
+    segments = list_segments(cfg.source, cfg.doc_sep, earlier["sources"] if earlier else (), cfg.out)
     options = {name: value for name, value in asdict(cfg).items() if name not in FREE_OPTIONS}
-    plan = {"options": options, "sources": segments}
+    plan = {"options": options, "sources": segments, "modified": modification_times(segments)}
     if earlier and os.listdir(cfg.out) == [".work"] and os.listdir(work_path(cfg.out, "")) == ["plan.json"]:
         earlier = None  # it failed before it made anything
     if earlier:

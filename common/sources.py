@@ -7,7 +7,9 @@ Read next: prepare_c4.py, which turns the documents into shards
 """
 
 import ast
+import collections
 import csv
+import difflib
 import functools
 import glob
 import gzip
@@ -22,6 +24,7 @@ import sysconfig
 import zlib
 from typing import NamedTuple
 
+from common.files import gigabytes
 from common.options import UserError
 
 SEGMENT_BYTES = 64 * 2**20  # a plain file with a document per line is split into byte ranges of this size
@@ -31,9 +34,11 @@ C4_FILES = {"train": ("en/c4-train.%05d-of-01024.json.gz", 1024), "val": ("en/c4
 FORMATS = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
 COMPRESSIONS = (".gz", ".xz", ".zst")
 EXPECTED = f"{', '.join(FORMATS)}; also {', '.join(COMPRESSIONS)}"
-HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+?)(?::([\w.-]+))?")  # owner/name[:config]
+HUB_NAME = re.compile(r"(\w[\w.-]*/[\w.-]+?)(?::([\w.-]+))?")  # owner/name[:config]
+MAX_TEXT = 2**27  # bytes of a line, a cell or a document: a small .gz can hold a line that fills any memory
+MAX_ARRAY = 2**30  # characters of a .json that is a single array, which is read whole
 
-csv.field_size_limit(2**31 - 1)  # the default rejects cells above 131,072 characters
+csv.field_size_limit(MAX_TEXT)  # the default rejects cells above 131,072 characters
 
 
 class Segment(NamedTuple):
@@ -53,14 +58,14 @@ class Segment(NamedTuple):
 # From --source to segments
 
 
-def list_segments(source, doc_sep="line", known=()):
+def list_segments(source, doc_sep="line", known=(), out=""):
     """All Segments of a comma-separated --source, in order.
 
     known: the segments of an earlier run. Its hub files are reused: they are pinned to a commit, and the hub need not be
-    asked again. Raises: UserError.
+    asked again. out: a directory whose files are no source, should it lie inside one. Raises: UserError.
     """
     segments = []
-    for part in filter(None, (part.strip() for part in source.split(","))):
+    for part in filter(None, (os.path.expanduser(part.strip()) for part in source.split(","))):
         if part == "stdlib":
             segments.append(Segment("stdlib", 0, sum(map(len, stdlib_documents())), ""))
         elif part == "c4":
@@ -69,7 +74,7 @@ def list_segments(source, doc_sep="line", known=()):
         elif (hub := HUB_NAME.fullmatch(part)) and not os.path.exists(part) and split_suffixes(part)[0] not in FORMATS:
             segments += hub_segments(hub[1], hub[2] or "", known)
         else:
-            segments += [segment for path in list_files(part) for segment in file_segments(path, doc_sep)]
+            segments += [segment for path in list_files(part, out) for segment in file_segments(path, doc_sep)]
     seen = set()
     for segment in segments:
         key = os.path.realpath(segment.path), segment.start
@@ -79,19 +84,42 @@ def list_segments(source, doc_sep="line", known=()):
     return segments
 
 
-def list_files(part):
-    """The files of a path, directory or glob, sorted."""
-    if os.path.isfile(part):
-        paths = [part]
-    elif os.path.isdir(part):
-        inside = sorted(glob.glob(os.path.join(glob.escape(part), "**", "*"), recursive=True))
-        paths = [path for path in inside if os.path.isfile(path) and split_suffixes(path)[0] in FORMATS]
-    else:
-        paths = [path for path in sorted(glob.glob(part, recursive=True)) if os.path.isfile(path)]
+def list_files(part, out=""):
+    """The files of a path, directory or glob, sorted. Prints what it skipped. Raises: UserError."""
+    is_directory = os.path.isdir(part)
+    pattern = os.path.join(glob.escape(part), "**", "*") if is_directory else part
+    inside_out = os.path.realpath(out) + os.sep
+    found = [part] if os.path.isfile(part) else sorted(glob.glob(pattern, recursive=True, include_hidden=is_directory))
+    found = [path for path in found if not (out and os.path.realpath(path).startswith(inside_out))] or found
+    paths, skipped = [], collections.Counter()
+    for path in found:
+        if os.path.isdir(path):
+            skipped["directories"] += "**" not in pattern
+        elif is_directory and f"{os.sep}." in path[len(part.rstrip(os.sep)) :]:
+            skipped["hidden"] += 1
+        elif is_directory and split_suffixes(path)[0] not in FORMATS:
+            skipped[os.path.splitext(path)[1] or os.path.basename(path)] += 1
+        else:
+            paths.append(path)
+    reasons = ", ".join(f"{count:,} {what}" for what, count in skipped.most_common(9) if count)
+    if not paths and reasons:
+        raise UserError(f"{part}: has no file that can be read: {reasons} (expected {EXPECTED})")
     if not paths:
-        raise UserError(f"{part}: no such source (c4, stdlib, owner/name on the hub, or files: {EXPECTED})")
+        directory, name = os.path.split(part)
+        known = os.listdir(directory or ".") if os.path.isdir(directory or ".") else []
+        nearest = difflib.get_close_matches(name, known, n=1)
+        hint = "c4, stdlib, owner/name on the hub, or files"
+        if nearest:
+            hint = f"did you mean {os.path.join(directory, nearest[0])}?"
+        raise UserError(f"{part}: no such source ({hint}; formats: {EXPECTED})")
     for path in paths:
         check_format(path, path)
+        try:
+            path.encode()
+        except UnicodeEncodeError:  # no report could hold it
+            raise UserError(f"{path!a}: the file name is not UTF-8 (rename it)") from None
+    if reasons:
+        print(f"{part}: {len(paths):,} files to read; skipped {reasons}")
     return paths
 
 
@@ -124,7 +152,7 @@ def hub_segments(repo, config, known, names=None):
     try:
         commit, names, sizes = list_hub(repo, config, names)
     except Exception as error:  # whatever the hub's libraries raise
-        raise hub_error(repo, error) from None
+        raise hub_error(repo, error, "not a local path either; ") from None
     for name in names:
         check_format(name, f"{repo}: {name}")
     return [Segment(f"hf://datasets/{repo}@{commit}/{name}", 0, sizes[name], split) for name, split in names.items()]
@@ -150,10 +178,10 @@ def list_hub(repo, config, names):
     return commit, names, {name: size_of(f"{root}/{name}") for name in names}
 
 
-def hub_error(what, error):
+def hub_error(what, error, hint=""):
     """A UserError for anything that huggingface_hub, datasets, or the network below them raised."""
     reason = f"{type(error).__name__}: {error}".partition("\n\n")[0][:250]
-    hint = "the same command resumes; HF_HUB_OFFLINE=1 reads a downloaded copy"
+    hint += "the same command resumes; HF_HUB_OFFLINE=1 reads a downloaded copy"
     return UserError(f"{what}: cannot be read: {reason} ({hint})")
 
 
@@ -195,18 +223,24 @@ def numbered_lines(path, cfg, stats, start=0, end=None):
     file; lines belong to the range that they start in, and are numbered within it. Raises: UserError with file and line.
     """
     _, compression = split_suffixes(path)
+    end = None if compression else end
     number = 0
     try:
         with open_bytes(path) as raw, decompress(raw, compression) as file:
             if start:
                 raw.seek(start - 1)
-                raw.readline()
+                skip_line(raw, end)
             position = raw.tell()
-            for number, line in enumerate(file, 1):
-                if not compression:
-                    if end is not None and position >= end:
-                        break
-                    position += len(line)
+            for number, line in enumerate(iter(functools.partial(file.readline, MAX_TEXT), b""), 1):
+                if end is not None and position >= end:
+                    break
+                position += len(line)
+                if len(line) == MAX_TEXT and not line.endswith(b"\n"):
+                    skip_line(file, end)
+                    position = raw.tell()
+                    where = location(path, number, start)
+                    skip_or_fail(cfg, stats, f"{where}: a line of more than {gigabytes(MAX_TEXT)} (split it)")
+                    continue
                 if number % 16 == 0 or len(line) > 1000:
                     stats["segment bytes"] = raw.tell() - start
                 try:
@@ -216,12 +250,19 @@ def numbered_lines(path, cfg, stats, start=0, end=None):
                     skip_or_fail(cfg, stats, f"{where}: not UTF-8: {error.reason} (convert the file first)")
                     continue
                 yield number, text.rstrip("\r\n")
-            if not compression and end is not None and position < end:
+            if end is not None and position < end:
                 raise EOFError(f"ends after {position:,} of {end:,} bytes")
     except UserError:
         raise
     except read_errors(path) as error:
         raise read_error(path, error, f"{path}:{number + 1}") from None
+
+
+def skip_line(file, end):
+    """Read up to the end of the line in small pieces, but not far beyond the position `end`."""
+    while (piece := file.readline(2**20)) and not piece.endswith(b"\n"):
+        if end is not None and file.tell() >= end:
+            return
 
 
 def location(path, number, start):
@@ -249,10 +290,12 @@ def read_error(path, error, where):
 
 
 def skip_or_fail(cfg, stats, text):
-    """Count a line that cannot be read. Raises: UserError once there are more than cfg.skip_bad_lines."""
+    """Count and name a line that cannot be read. Raises: UserError once there are more than cfg.skip_bad_lines."""
     if stats["bad lines"] >= cfg.skip_bad_lines:
-        raise UserError(text)
+        reason = f"{text[:-1]}; " if text.endswith(")") else f"{text} ("
+        raise UserError(f"{reason}--skip_bad_lines={max(100, 2 * cfg.skip_bad_lines)} skips such lines)")
     stats["bad lines"] += 1
+    stats[f"skipped {text}"] += 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -306,15 +349,23 @@ def stdlib_segment(stats):
 
 
 def text_documents(segment, cfg, stats):
-    paragraph = []
-    for _, line in numbered_lines(segment.path, cfg, stats, segment.start, segment.end):
-        if cfg.doc_sep == "line":
-            yield line
-        elif cfg.doc_sep == "blank" and not line.strip():
+    lines = numbered_lines(segment.path, cfg, stats, segment.start, segment.end)
+    if cfg.doc_sep == "line":
+        yield from (line for _, line in lines)
+        return
+    paragraph, first, size = [], 1, 0
+    for number, line in lines:
+        if cfg.doc_sep == "blank" and not line.strip():
             yield "\n".join(paragraph)
+            paragraph, first, size = [], number + 1, 0
+            continue
+        paragraph.append(line)
+        size += len(line) + 1
+        if size > MAX_TEXT:
             paragraph = []
-        else:
-            paragraph.append(line)
+            if size - len(line) - 1 <= MAX_TEXT:
+                reason = f"a document of more than {gigabytes(MAX_TEXT)} (try another --doc_sep)"
+                skip_or_fail(cfg, stats, f"{segment.path}:{first}: {reason}")
     if paragraph:
         yield "\n".join(paragraph)
 
@@ -326,7 +377,14 @@ def json_documents(segment, cfg, stats):
     if split_suffixes(path)[0] == ".json":
         number, first = next(lines, (1, ""))
         if first.lstrip().startswith("["):
-            yield from array_documents("\n".join([first, *(line for _, line in lines)]), segment, cfg, stats)
+            parts, size = [first], len(first)
+            for _, line in lines:
+                parts.append(line)
+                size += len(line) + 1
+                if size > MAX_ARRAY:
+                    reason = f"an array of more than {gigabytes(MAX_ARRAY)} (write one object per line, .jsonl)"
+                    raise UserError(f"{path}: {reason}")
+            yield from array_documents("\n".join(parts), segment, cfg, stats)
             return
         lines = itertools.chain([(number, first)], lines)
     for number, line in lines:
@@ -365,7 +423,7 @@ def parse_json(text):
 def text_of(record, text_key):
     """The text in a JSON object. Raises: ValueError that says why there is none."""
     if not isinstance(record, dict) or text_key not in record:
-        keys = ", ".join(list(record)[:5]) if isinstance(record, dict) else "none"
+        keys = ", ".join(list(record)[:5])[:200] if isinstance(record, dict) else "none"
         raise ValueError(f"no {text_key!r} (keys: {keys}; see --text_key)")
     text = record[text_key]
     if not isinstance(text, str):
@@ -378,44 +436,77 @@ def text_of(record, text_key):
 
 
 def table_documents(segment, cfg, stats):
-    """One column of a .csv, or of a .tsv, where quotes are literal. The first row names the columns.
+    """One column of a .csv or .tsv. The first row names the columns."""
+    rows = table_rows(segment.path, cfg, stats, segment.end)
+    for number, header in rows:
+        column = column_of(header, cfg.text_key, f"{segment.path}:{number}")
+        for _, cells in rows:
+            yield cells[column]
+
+
+def table_rows(path, cfg, stats, end=None):
+    """(line number, cells) of each row of a .csv, or of a .tsv, where quotes are literal. All have as many as the first.
+
+    Any other row is skipped by its line, or an error. The lines after one whose quote is not closed are read again, so it
+    swallows none of them.
+    """
+    lines = numbered_lines(path, cfg, stats, 0, end)
+    is_csv = split_suffixes(path)[0] == ".csv"
+    columns, separator = 0, "comma" if is_csv else "tab"
+    for number, cells in csv_rows(path, lines, cfg, stats) if is_csv else tsv_rows(lines):
+        if not cells:
+            continue
+        columns = columns or len(cells)
+        if len(cells) == columns:
+            yield number, cells
+        else:
+            reason = f"{len(cells)} columns, expected {columns} (is a {separator} outside quotes?)"
+            skip_or_fail(cfg, stats, f"{path}:{number}: {reason}")
+
+
+def tsv_rows(lines):
+    for number, line in lines:
+        yield number, line.split("\t") if line.strip() else []
+
+
+def csv_rows(path, lines, cfg, stats):
+    """(number of the first line, cells) of each row.
 
     Python's csv, not pyarrow's: that one takes an unclosed quote, or text after a closing one, without an error, and
     refuses rows longer than its block.
     """
-    path, number, header = segment.path, 0, None
+    again, row = collections.deque(), []  # lines to read again, lines of this row
 
-    def lines():
-        nonlocal number  # csv's own line_num would miss skipped lines
-        for number, line in numbered_lines(path, cfg, stats, segment.start, segment.end):
-            yield f"{line}\n"
+    def row_lines():
+        while pair := again.popleft() if again else next(lines, None):
+            row.append(pair)
+            yield f"{pair[1]}\n"
 
-    if split_suffixes(path)[0] == ".csv":
-        rows, separator = csv.reader(lines(), strict=True), "comma"
-    else:
-        rows, separator = (line[:-1].split("\t") if line.strip() else [] for line in lines()), "tab"
+    reader = csv.reader(row_lines(), strict=True)
     while True:
+        row.clear()
         try:
-            cells = next(rows, None)
+            cells = next(reader, None)
         except csv.Error as error:
-            skip_or_fail(cfg, stats, f"{path}:{number}: {error} (is a quote not closed?)")
+            reason = f"{error}" if len(row) == 1 else f"{error}, up to line {row[-1][0]}"
+            skip_or_fail(cfg, stats, f"{path}:{row[0][0]}: {reason} (is a quote not closed?)")
+            again.extendleft(reversed(row[1:]))
+            reader = csv.reader(row_lines(), strict=True)
             continue
         if cells is None:
             return
-        if header is None:
-            header = cells
-            column = column_of(header, cfg.text_key, f"{path}:{number}")
-        elif len(cells) == len(header):
-            yield cells[column]
-        elif cells:
-            reason = f"{len(cells)} columns, expected {len(header)} (is a {separator} outside quotes?)"
-            skip_or_fail(cfg, stats, f"{path}:{number}: {reason}")
+        rows_inside = sum(line.count(",") == len(cells) - 1 for _, line in row[1:]) if len(cells) > 1 else 0
+        if rows_inside and 2 * rows_inside >= len(row) - 1:
+            stats[f"suspect {path}:{row[0][0]}: a cell holds the next lines, to {row[-1][0]} (is a quote not closed?)"] += 1
+        yield row[0][0], cells
 
 
 def column_of(names, text_key, where):
     """The index of the text column. Raises: UserError."""
     if text_key not in names:
-        raise UserError(f"{where}: no column {text_key!r} (found: {', '.join(names)[:200]}; see --text_key)")
+        marks = [mark for mark in (";", "\t", "|", ",") if len(names) == 1 and mark in names[0]]
+        hint = f"are columns separated by {marks[0]!r}? .csv takes commas, .tsv tabs" if marks else "see --text_key"
+        raise UserError(f"{where}: no column {text_key!r} (found: {', '.join(names)[:200]}; {hint})")
     return names.index(text_key)
 
 
@@ -434,7 +525,7 @@ def parquet_documents(segment, cfg, stats):
             for batch in file.iter_batches(1000, columns=[key]):
                 for number, text in enumerate(batch.column(0).to_pylist(), number + 1):
                     if text is None:
-                        skip_or_fail(cfg, stats, f"{path}:{number}: {key!r} is null (row {number})")
+                        skip_or_fail(cfg, stats, f"{path}:{number}: {key!r} is null")
                     else:
                         yield text
                 stats["segment bytes"] = segment.size * number // file.metadata.num_rows

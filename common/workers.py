@@ -5,6 +5,7 @@ Read next: prepare_c4.py, whose units of work are such jobs
 
 import concurrent.futures
 import datetime
+import math
 import multiprocessing
 import os
 import signal
@@ -50,7 +51,7 @@ class Progress:
             parts[0] += f", {tokens / 1e6:.1f} M tokens, {tokens / seconds / 1e6:.2f} M tokens/s"
             parts[0] += f", {characters / seconds / 1e6:.1f} MB/s"
         if source and self.source_bytes:
-            left = datetime.timedelta(seconds=round(seconds * max(0, self.source_bytes / source - 1)))
+            left = datetime.timedelta(seconds=max(1, math.ceil(seconds * (self.source_bytes / source - 1))))
             parts.append(f"{source / self.source_bytes:.0%} of {gigabytes(self.source_bytes)} read, {left} left")
         if self.estimate:
             parts.append(f"{gigabytes(written)} of about {gigabytes(self.estimate)} written")

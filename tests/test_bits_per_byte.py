@@ -88,11 +88,14 @@ def test_command_line(tmp_path, capsys):
         (["--checkpoints=nowhere", "--files=a.txt"], "nowhere: no such directory (expected a run or step_* directory"),
         (["--checkpoints=.", "--files=a.txt"], ".: no undamaged checkpoint here (expected a run or step_* directory; weights of"),
         (["--checkpoints=run", "--files=no.txt"], "no.txt: no such source"),
+        (["--checkpoints=run", "--files=a.txt", "--split=\udcff"], "split='\\udcff': has characters that are not text"),
+        (["--checkpoints=run", "--files=b.jsonl,c.jsonl", "--skip_bad_lines=1"], "c.jsonl:1: not valid JSON"),  # the second in all
         (["--checkpoints=run", "--files=a.txt"], "a.txt: no passage of 64 words that all models can read"),
     ],
 )
 def test_refused(tmp_path, capsys, argv, says):
-    write_texts("a.txt", ["alpha beta"])
+    for name, texts in {"a.txt": ["alpha beta"], "b.jsonl": ["{"], "c.jsonl": ["{"]}.items():
+        write_texts(name, texts)
     make_reader(tmp_path / "run", PIECES)
     with pytest.raises(SystemExit) as stopped:
         bits_per_byte.main(argv)

@@ -90,10 +90,10 @@ class Reader:
         self.tokens += len(rows)
 
 
-def text_passages(cfg):
+def text_passages(cfg, stats):
     """(text, [(start, end) of each word]) with cfg.words words each; a document's last words may fill none."""
     for segment in list_segments(cfg.files, cfg.doc_sep):
-        for text in documents(segment, cfg, Counter()):
+        for text in documents(segment, cfg, stats):
             words = [match.span() for match in WORD.finditer(text)]
             for i in range(0, len(words) - cfg.words + 1, cfg.words):
                 start, end = words[i][0], words[i + cfg.words - 1][1]
@@ -115,7 +115,7 @@ def compare(cfg, readers):
                 reader.score([of_readers[i] for of_readers in waiting])
         waiting.clear()
 
-    for text, words in text_passages(cfg):
+    for text, words in text_passages(cfg, counts):
         read = [reader.read(text, words) for reader in readers]
         if max(len(ids) for ids, _, _ in read) > cfg.max_tokens:
             counts["passages left out"] += 1
@@ -141,6 +141,8 @@ def main(argv):
     for name in ("checkpoints", "files"):
         if not getattr(cfg, name):
             raise UserError(f"--{name}: not given (--help lists the options)")
+    if not cfg.split.isprintable():
+        raise UserError(f"split={cfg.split!a}: has characters that are not text, such as bytes outside UTF-8")
     if cfg.words < 1 or not 0 < cfg.mask_prob < 1:
         raise UserError(f"words={cfg.words}, mask_prob={cfg.mask_prob}: must be at least 1, and between 0 and 1")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -154,7 +156,7 @@ def main(argv):
         raise UserError(f"{cfg.files}: no passage of {cfg.words} words that all models can read (try --words=16)")
     print(
         f"{counts['words']:,} masked words, {counts['bytes']:,} bytes, in {counts['passages']:,} passages of {cfg.words} words "
-        f"({counts['words left out']:,} words and {counts['passages left out']:,} passages left out)"
+        f"({counts['words left out']:,} words and {counts['passages left out']:,} passages left out, {counts['bad lines']:,} bad lines skipped)"
     )
     for reader in readers:
         print(

@@ -1,0 +1,414 @@
+"""Other people's trouble with preparing data: text that is lost or changed, rows that are swallowed, bombs, sources that change."""
+
+import gzip
+import json
+import os
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from tokenizers import Tokenizer
+
+import prepare_c4
+from common import sources, vocabulary, workers
+from tests.corpus import VOCAB, ids, make_texts, prepare, prepare_fails, stored, text_report, texts_of, workplace, write_files, write_texts, write_vocab  # noqa: F401
+from tests.toy import SPECIAL, make_tokenizer
+
+SCRIPTS = ["मैंने उससे कहा", "かぎ と ガイド", "กรุณา รอ สักครู่", "й и Ёлка", "má mạ ma", "École naïve"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A. Text that a tokenizer loses
+
+
+def train(lines, **options):
+    write_texts("a.txt", lines)
+    prepare(source="a.txt", val_fraction=0, tokenizer=None, **{"train_tokenizer": 400, **options})
+    return vocabulary.load_tokenizer("out/tokenizer.json")[0]
+
+
+def test_a_new_vocabulary_keeps_accents_and_vowel_signs(capsys):
+    tokenizer = train(SCRIPTS * 20)
+    for line in SCRIPTS:
+        assert tokenizer.decode(tokenizer.encode(line, add_special_tokens=False).ids) == line.lower()
+    report = text_report()
+    assert report["changed_characters_percent"] == report["unknown_characters_percent"] == 0
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_stripped_accents_are_asked_for_counted_and_shown(capsys):
+    tokenizer = train(SCRIPTS * 20, strip_accents=True)
+    assert tokenizer.decode(tokenizer.encode("मैंने má mạ ma й", add_special_tokens=False).ids) == "मन ma ma ma и"
+    report = text_report()
+    changed = [vocabulary.changed_characters(tokenizer, line) for line in SCRIPTS]
+    assert changed == [4, 3, 4, 2, 2, 2]
+    total = sum(len("".join(line.split())) for line in SCRIPTS)
+    assert report["changed_characters_percent"] == round(100 * sum(changed) / total, 4) and report["unknown_percent"] == 0
+    assert [set(example) for example in report["decoded"]] == [{"text", "tokens"}] * 3
+    assert {"text": SCRIPTS[0], "tokens": "मन उसस कहा"} in report["decoded"]
+    assert "% of the characters lose accents, vowel signs or other marks" in capsys.readouterr().out
+
+
+def test_accents_of_berts_own_vocabulary_follow_its_rule():
+    write_texts("a.txt", ["é w1", "中w2"])
+    prepare(source="a.txt", val_fraction=0)
+    assert texts_of(stored()) == ["e w1", "中 w2"] and text_report()["changed_characters_percent"] > 0
+    prepare(source="a.txt", val_fraction=0, cased=True, out="cased")
+    assert texts_of(stored(out="cased")) == ["é w1", "中 w2"]
+
+
+def test_strip_accents_without_a_new_vocabulary_is_refused(capsys):
+    write_texts("a.txt", ["w1"])
+    assert prepare_fails(capsys, source="a.txt", strip_accents=True).startswith("error: strip_accents: only with --train_tok")
+
+
+def test_composed_and_decomposed_letters_are_the_same():
+    """Uncased BERT takes Hangul apart, and case may change: that is no loss."""
+    tokenizer = Tokenizer.from_str(vocabulary.read_tokenizer("vocab.txt"))
+    assert vocabulary.changed_characters(tokenizer, "한국어 ΣΑΣ Straße") == 0
+    assert vocabulary.changed_characters(tokenizer, "می\u200cخواهم") == 1  # a joiner, which the tokenizer removes
+
+
+def test_lost_characters_are_reported_not_only_tokens(capsys):
+    """One long word is one [UNK] of seven tokens, but most of the text."""
+    write_texts("a.txt", ["ก" * 120 + " w1 w2 w3 w4 w5 w6"])
+    prepare(source="a.txt", val_fraction=0)
+    report = text_report()
+    assert report["unknown_percent"] == round(100 / 7, 4)
+    assert report["unknown_characters_percent"] == round(100 * 120 / 132, 4)
+    assert "warning: 90.9 % of the characters are hidden by [UNK]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("letters", ["กขคงจฉชซ", "ACGT"])
+def test_text_without_blanks_is_learned_and_nothing_of_it_is_lost(letters):
+    """Thai, and DNA, one sequence a line. Words of more than 100 characters were [UNK]."""
+    rng = random.Random(0)
+    motifs = ["".join(rng.choices(letters, k=6)) for _ in range(30)]
+    lines = ["".join(rng.choices(motifs, k=60)) for _ in range(200)]
+    tokenizer = train(lines, train_tokenizer=120, cased=True)
+    report = text_report()
+    assert report["unknown_percent"] == report["unknown_characters_percent"] == 0
+    assert report["vocab_size"] == 120 and report["bytes_per_token"] > 2 * len(letters[0].encode())
+    for line in lines[:20]:
+        pieces = tokenizer.encode(line, add_special_tokens=False).tokens
+        assert "".join(piece.removeprefix("##") for piece in pieces) == line
+
+
+def test_a_new_vocabulary_reads_only_some_of_much_text_without_blanks(monkeypatch):
+    """Training takes 60 bytes of memory a character of it."""
+    steps, islice = [], vocabulary.itertools.islice
+    monkeypatch.setattr(vocabulary, "UNSPACED_CHARS", 3000)
+    monkeypatch.setattr(vocabulary.itertools, "islice", lambda *args: steps.append(args[-1]) or islice(*args))
+    vocabulary.train_tokenizer(lambda: iter(["acgt" * 100] * 30), 100, False)
+    vocabulary.train_tokenizer(lambda: iter(make_texts(300)), 100, False)
+    assert steps == [5, 1]
+
+
+def test_text_that_is_nearly_all_unknown_is_refused_and_can_be_prepared_otherwise(capsys):
+    """DNA with BERT's vocabulary: unknown_percent was 100, the status 0."""
+    write_texts("a.txt", ["".join(random.Random(i).choices("ACGT", k=300)) for i in range(50)])
+    error = prepare_fails(capsys, source="a.txt", val_docs=5)
+    assert error.startswith("error: a.txt: 100% of the characters are unknown to the tokenizer, and become [UNK] (choose another")
+    assert "--train_tokenizer=" in error and not list(Path().rglob("*.bin"))
+    prepare(source="a.txt", val_fraction=0.1, train_tokenizer=100, out="new")
+    write_texts("b.txt", ["ACGT" * 100] * 50)
+    assert "100% of the characters" in prepare_fails(capsys, source="b.txt", val_fraction=0, out="again")
+    prepare(source="b.txt", val_fraction=0, train_tokenizer=100, out="again")
+
+
+@pytest.mark.parametrize("size, says", [(100, "more than the 100 asked for"), (10_000, "fewer than the 10,000 asked for"), (200, "")])
+def test_what_a_new_vocabulary_became_and_why(capsys, size, says):
+    rng = random.Random(0)
+    characters = [chr(0x410 + i) for i in range(32)] + [chr(0x3B1 + i) for i in range(17)] + list("abcdefghijklmnopqrstuvwxyz")
+    tokenizer = train(["".join(rng.choices(characters, k=5)) + " " + " ".join(characters) for _ in range(300)], train_tokenizer=size)
+    printed = capsys.readouterr().out
+    assert f"trained a vocabulary of {tokenizer.get_vocab_size():,} entries, " in printed and says in printed
+    assert ("asked for" in printed) == (tokenizer.get_vocab_size() != size) == bool(says)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# B. Settings beside a tokenizer
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        ({}, ["[UNK]", "e", "中"]), ({"do_lower_case": True}, ["[UNK]", "e", "中"]),
+        ({"do_lower_case": False}, ["W1", "é", "中"]), ({"strip_accents": False}, ["[UNK]", "é", "中"]),
+        ({"do_lower_case": True, "tokenize_chinese_chars": False}, ["[UNK]", "e", "[UNK]"]),
+    ],
+)  # fmt: skip
+def test_the_settings_beside_a_vocabulary_are_followed(settings, expected):
+    transformers = pytest.importorskip("transformers")
+    write_vocab([*SPECIAL, "W1", "e", "é", "中"], "d.txt")
+    write_files({"d/vocab.txt": Path("d.txt").read_bytes(), "d/tokenizer_config.json": json.dumps(settings).encode()})
+    tokenizer = Tokenizer.from_str(vocabulary.read_tokenizer("d/vocab.txt"))
+    assert tokenizer.encode("W1 é 中中", add_special_tokens=False).tokens[:3] == expected
+    theirs = transformers.BertTokenizerFast.from_pretrained("d", **settings)
+    assert tokenizer.encode("W1 é 中中").ids == theirs("W1 é 中中").input_ids
+
+
+@pytest.mark.parametrize(
+    "files, cased, says",
+    [
+        ({"tokenizer_config.json": {"tokenizer_class": "BertJapaneseTokenizer"}}, False, "d/tokenizer_config.json: tokenizer_class is BertJ"),
+        ({"tokenizer_config.json": {"do_basic_tokenize": False}}, False, "d/tokenizer_config.json: do_basic_tokenize is false"),
+        ({"tokenizer_config.json": {"do_lower_case": True}}, True, "d/tokenizer_config.json: says do_lower_case, but --cased=true"),
+        ({"tokenizer_config.json": []}, False, "d/tokenizer_config.json: holds a list"),
+        ({"added_tokens.json": {"[NEW]": 400}}, False, "d/vocab.txt: has no '[NEW]', a token that the files beside it add"),
+        ({"tokenizer_config.json": {"added_tokens_decoder": {"400": {"content": "[X]"}}}}, False, "d/vocab.txt: has no '[X]'"),
+    ],
+)  # fmt: skip
+def test_settings_that_are_not_followed_are_refused(capsys, files, cased, says):
+    write_files({"a.txt": b"w1\n", "d/vocab.txt": Path("vocab.txt").read_bytes()})
+    write_files({f"d/{name}": json.dumps(contents).encode() for name, contents in files.items()})
+    assert prepare_fails(capsys, source="a.txt", tokenizer="d/vocab.txt", cased=cased).startswith(f"error: {says}")
+
+
+@pytest.mark.parametrize("setting", ["do_lower_case", "strip_accents", "tokenize_chinese_chars"])
+def test_settings_that_contradict_a_tokenizer_json_are_refused(capsys, setting):
+    write_files({"a.txt": b"w1\n", "d/tokenizer.json": vocabulary.read_tokenizer("vocab.txt").encode()})
+    write_files({"d/tokenizer_config.json": json.dumps({setting: True}).encode()})
+    prepare(source="a.txt", val_fraction=0, tokenizer="d")
+    write_files({"d/tokenizer_config.json": json.dumps({setting: False}).encode()})
+    error = prepare_fails(capsys, source="a.txt", tokenizer="d", out="no")
+    assert error.startswith(f"error: d/tokenizer_config.json: {setting} is False, but d/tokenizer.json does otherwise")
+
+
+@pytest.mark.parametrize("shift", ["gap", "double"])
+def test_ids_with_gaps_are_refused_before_any_work(capsys, shift):
+    """They ended as a damaged shard, or an OverflowError, after the work."""
+    make_tokenizer("t.json")
+    tokenizer = json.loads(Path("t.json").read_text())
+    tokenizer["model"]["vocab"]["w94"] = 70_000 if shift == "gap" else 50
+    Path("t.json").write_text(json.dumps(tokenizer))
+    write_texts("a.txt", ["w1 w94"])
+    error = prepare_fails(capsys, source="a.txt", val_fraction=0, tokenizer="t.json")
+    assert error.startswith("error: t.json: its 100 entries have ids up to ") and "(they must be 0 to 99, each once)" in error
+    assert not os.path.exists("out/tokenizer.json")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# D. Rows
+
+
+def test_an_open_quote_swallows_no_rows(capsys):
+    """It took the 49 rows up to the next quote, and counted as one bad line."""
+    rows = [f"{i},w{i}" for i in range(100)]
+    rows[5], rows[54] = '5,"w5', '54,"w54"'
+    write_files({"a.csv": "\n".join(["id,text", *rows]).encode()})
+    error = prepare_fails(capsys, source="a.csv", val_fraction=0)
+    assert error.startswith("error: a.csv:7: ',' expected after '\"', up to line 56 (is a quote not closed?; --skip_bad_lines")
+    prepare(source="a.csv", val_fraction=0, skip_bad_lines=1)
+    assert texts_of(stored()) == [f"w{i}" for i in range(100) if i != 5]
+    assert text_report()["skipped"] == ["a.csv:7: ',' expected after '\"', up to line 56 (is a quote not closed?)"]
+
+
+def test_an_open_quote_at_the_end_swallows_no_rows():
+    write_files({"a.csv": b'id,text\n1,w1\n2,"w2\n3,w3\n4,"w4\n5,w5\n'})
+    prepare(source="a.csv", val_fraction=0, skip_bad_lines=2)
+    assert texts_of(stored()) == ["w1", "w3", "w5"]
+    assert [text.partition(" ")[0] for text in text_report()["skipped"]] == ["a.csv:3:", "a.csv:5:"]
+
+
+def test_a_cell_that_may_have_swallowed_rows_is_named():
+    """Valid CSV, so it is kept; every line of it has the columns of a row."""
+    write_files({"a.csv": b'id,text\n1,w1\n2,"w2\n3,w3\n4,w4"\n5,"w5\nw6"\n'})
+    prepare(source="a.csv", val_fraction=0)
+    assert text_report()["suspect"] == ["a.csv:3: a cell holds the next lines, to 5 (is a quote not closed?)"]
+    assert text_report()["documents"] == 3
+
+
+def test_every_row_is_kept_or_named():
+    rng = random.Random(0)
+    for trial in range(60):
+        rows = [f"{i},w{i}" for i in range(40)]
+        for i in rng.sample(range(40), 6):
+            rows[i] = rng.choice([f'{i},"w{i}', f'{i},"w{i}"', f'{i},"w{i}"x', f"{i}", f"{i},w{i},w1", f'{i},w{i}"'])
+        Path("a.csv").write_text("\n".join(["id,text", *rows]))
+        cfg, stats = SimpleNamespace(text_key="text", skip_bad_lines=99, doc_sep="line"), Counter()
+        kept = list(sources.documents(*sources.file_segments("a.csv", "line"), cfg, stats))
+        named = {int(name.split(":")[1]) for name in stats if name.startswith("skipped ")}
+        suspect = any(name.startswith("suspect ") for name in stats)
+        lines = {line for number, line in enumerate(rows, 2) if number not in named}
+        assert suspect or len(kept) == len(lines) == 40 - stats["bad lines"], trial
+
+
+def test_objects_and_half_surrogates_are_named(capsys):
+    write_files({"a.jsonl": b'{"text": "w1"}\n{"text": {"a": "w2"}}\n{"text": "\\ud800"}\n'})
+    prepare(source="a.jsonl", val_fraction=0, skip_bad_lines=2)
+    assert texts_of(stored()) == ["w1"]
+    assert [text.partition("'text'")[0] for text in text_report()["skipped"]] == ["a.jsonl:2: ", "a.jsonl:3: "]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# F. Sources that change, and the output among them
+
+
+def test_a_source_edited_to_the_same_size_is_another_source(capsys):
+    write_texts("a.txt", ["w1", "w2"])
+    prepare(source="a.txt", val_fraction=0)
+    write_texts("a.txt", ["w1", "w3"])
+    os.utime("a.txt", ns=(1, 10**18))  # the clock of the file system may be coarse
+    assert prepare_fails(capsys, source="a.txt", val_fraction=0).startswith("error: out: made with other source files: a.txt was changed")
+
+
+def test_a_source_edited_while_it_is_read_is_an_error(monkeypatch, capsys):
+    write_texts("a.txt", ["w1", "w2"])
+    real = prepare_c4.write_shard
+
+    def edits(*arguments):
+        os.utime("a.txt", ns=(1, 10**18))
+        return real(*arguments)
+
+    monkeypatch.setattr(prepare_c4, "write_shard", edits)
+    assert prepare_fails(capsys, source="a.txt", val_fraction=0).startswith("error: a.txt: was changed while it was read")
+    assert not os.path.exists("out/manifest.json")
+
+
+def test_a_manifest_without_times_is_accepted(capsys):
+    """Of an earlier version of this project."""
+    write_texts("a.txt", ["w1", "w2"])
+    prepare(source="a.txt", val_fraction=0)
+    manifest = json.loads(Path("out/manifest.json").read_text())
+    del manifest["modified"], manifest["options"]["strip_accents"]
+    Path("out/manifest.json").write_text(json.dumps(manifest))
+    prepare(source="a.txt", val_fraction=0)
+    assert "nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("source", [".", "*", "**/*.json,d"])
+def test_an_output_inside_the_source_is_not_read(capsys, source):
+    write_files({"d/a.txt": b"w1\nw2\n", "e/b.json": b'{"text": "w3"}'})
+    if source == "*":
+        source = "d/*"
+    options = {"source": source, "val_fraction": 0, "out": "d/out" if source == "d/*" else "out", "tokenizer": "../v.txt"}
+    write_vocab(VOCAB, "../v.txt")
+    os.remove("vocab.txt")
+    prepare(**options)
+    assert set(texts_of(stored(out=options["out"]))) >= {"w1", "w2"}
+    prepare(**options)
+    assert "nothing to do" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# G. Messages, and the time left
+
+
+@pytest.mark.parametrize(
+    "files, options, says",
+    [
+        ({"texts/a.txt": b"w1"}, {"source": "./textz"}, "./textz: no such source (did you mean ./texts?;"),
+        ({}, {"source": "../textz"}, "../textz: no such source ("),
+        ({"d/a.pdf": b"", "d/b.pdf": b"", "d/README.md": b""}, {"source": "d"}, "d: has no file that can be read: 2 .pdf, 1 .md (expected .txt,"),
+        ({"b.csv": b"id;text\n1;w1\n"}, {"source": "b.csv"}, "b.csv:1: no column 'text' (found: id;text; are columns separated by ';'? .csv takes commas"),
+        ({"b.tsv": b"id,text\n1,w1\n"}, {"source": "b.tsv"}, "b.tsv:1: no column 'text' (found: id,text; are columns separated by ','? "),
+        ({"b.jsonl": b'{"text": "w1"}\n{"text": null}\n'}, {"source": "b.jsonl"}, "b.jsonl:2: 'text' is NoneType (expected a string; --skip_bad_lines=100 skips such lines)"),
+        ({"b.jsonl": b'{"text": ' + b"[" * 10**5}, {"source": "b.jsonl"}, "b.jsonl:1: not valid JSON: "),
+        ({"b.json": b"[" * 10**5}, {"source": "b.json"}, "b.json: not valid JSON: "),
+        ({b"d/\xff.txt".decode(errors="surrogateescape"): b"w1"}, {"source": "d"}, "'d/\\udcff.txt': the file name is not UTF-8 (rename it)"),
+        ({"c.py": b'source = "a\\0b"\nout = "out"\n'}, {"source": None, "out": None}, "c.py:1: source: 'a\\x00b' is not a string"),
+    ],
+)  # fmt: skip
+def test_messages(capsys, files, options, says):
+    write_files(files)
+    if "c.py" in files:
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            prepare_c4.main(["c.py"])
+        error = capsys.readouterr().err
+    else:
+        error = prepare_fails(capsys, val_fraction=0, **options)
+    assert error.startswith(f"error: {says}") and len(error) < 500
+
+
+def test_what_a_directory_holds_beside_texts_is_said(capsys):
+    write_files({"d/a.txt": b"w1\n", "d/README.md": b"", "d/.DS_Store": b"", "d/x/b.pdf": b"", "d/x/c.pdf": b"", "d/x/LICENSE": b""})
+    prepare(source="d", val_fraction=0)
+    assert "d: 1 files to read; skipped 2 .pdf, 1 hidden, 1 .md, 1 LICENSE" in capsys.readouterr().out
+    write_files({"e/a.txt": b"w1\n", "e/sub/b.txt": b"w2\n"})
+    prepare(source="e/*", val_fraction=0, out="of_a_pattern")
+    assert "e/*: 1 files to read; skipped 1 directories" in capsys.readouterr().out
+
+
+def test_the_time_left_counts_finished_text_and_is_never_zero(monkeypatch, capsys):
+    """It counted what had been read ahead, and said 0:00:00 long before the end."""
+    monkeypatch.setattr(workers, "REPORT_SECONDS", -1)
+    monkeypatch.setattr(prepare_c4, "BATCH_CHARS", 500)
+    write_texts("a.txt", make_texts(200))
+    updates = []
+    monkeypatch.setattr(prepare_c4, "report_progress", lambda counts: updates.append((counts["characters"], counts["source bytes"])))
+    prepare(source="a.txt", val_fraction=0)
+    size = os.path.getsize("a.txt")
+    assert len(updates) > 10 and updates[-1][1] == size
+    # A batch is written while the next is read: nothing counts before it is written.
+    written = [i / len(updates) for i in range(1, len(updates) + 1)]
+    assert all(abs(read / size - share) < 0.1 for (_, read), share in zip(updates, written))
+    printed = capsys.readouterr().out
+    assert "checking 0.0 MB of shards" in printed
+    progress = workers.Progress(1000)
+    progress.totals[3] = 1000
+    assert "0:00:01 left" in progress.line(10)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# H. Bombs
+
+
+@pytest.mark.parametrize("name", ["b.txt.gz", "b.jsonl.gz", "b.csv.gz", "b.tsv.gz"])
+@pytest.mark.parametrize("doc_sep", ["line", "file"])
+def test_a_line_that_fills_any_memory_is_an_error(monkeypatch, capsys, name, doc_sep):
+    """A 1 MB .gz that holds a line of 1 GB took 20 GB."""
+    monkeypatch.setattr(sources, "MAX_TEXT", 2**20)
+    sources.csv.field_size_limit(2**20)
+    first = {"b.jsonl.gz": b'{"text": "w1"}'}.get(name, b"text\nw1" if name[2] in "ct" and "txt" not in name else b"w1")
+    write_files({name: gzip.compress(first + b"\n" + b"x" * 2**24 + b"\n" + first.split(b"\n")[-1] + b"\n")})
+    error = prepare_fails(capsys, source=name, val_fraction=0, doc_sep=doc_sep, max_doc_tokens=126, out="no")
+    number = 2 + first.count(b"\n")
+    assert error.startswith(f"error: {name}:{number}: a line of more than 1.0 MB (split it; --skip_bad_lines=100 skips such lines)")
+    prepare(source=name, val_fraction=0, doc_sep=doc_sep, skip_bad_lines=1)
+    assert sum(stored(), []) == ids("w1 w1") and text_report()["bad_lines_skipped"] == 1
+    sources.csv.field_size_limit(sources.MAX_TEXT)
+
+
+@pytest.mark.parametrize("doc_sep", ["blank", "file"])
+def test_a_document_of_many_lines_is_bounded(monkeypatch, capsys, doc_sep):
+    monkeypatch.setattr(sources, "MAX_TEXT", 1000)
+    write_files({"b.txt": b"w1\n\n" + b"w2\n" * 999 + b"\nw3\n"})
+    error = prepare_fails(capsys, source="b.txt", val_fraction=0, doc_sep=doc_sep)
+    assert error.startswith(f"error: b.txt:{3 if doc_sep == 'blank' else 1}: a document of more than 0.0 MB (try another --doc_sep;")
+    if doc_sep == "blank":
+        prepare(source="b.txt", val_fraction=0, doc_sep=doc_sep, skip_bad_lines=1)
+        assert texts_of(stored()) == ["w1", "w3"]
+
+
+def test_an_array_is_bounded(monkeypatch, capsys):
+    monkeypatch.setattr(sources, "MAX_ARRAY", 1000)
+    write_files({"b.json": b"[" + b'{"text": "w1"},\n' * 99 + b'{"text": "w1"}]'})
+    assert prepare_fails(capsys, source="b.json", val_fraction=0).startswith("error: b.json: an array of more than 0.0 MB (write")
+
+
+def test_a_text_without_blanks_is_tokenized_in_pieces(monkeypatch):
+    monkeypatch.setattr(vocabulary, "PART_CHARS", 1000)
+    monkeypatch.setattr(vocabulary, "WORD_CHARS", 500)
+    assert [len(part) for part in vocabulary.parts("x" * 4000 + " " + "y" * 100)] == [1500, 1500, 1000, 101]
+    assert "".join(vocabulary.parts("x" * 3999 + " y" * 999)) == "x" * 3999 + " y" * 999
+    tokenizer = Tokenizer.from_str(vocabulary.read_tokenizer("vocab.txt"))
+    for limit in (0, 5):
+        read, tokens = vocabulary.encode(tokenizer, ["x" * 10**5], limit)
+        assert set(tokens[0]) == {1} and len(read[0]) <= 10**5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("max_doc_tokens", [0, 126])
+def test_a_long_text_without_blanks_takes_bounded_memory(max_doc_tokens):
+    """A line of 17 MB in a small .gz. At the tokenizer's 56 bytes a character it would be a gigabyte."""
+    write_files({"b.txt.gz": gzip.compress(b"w1 w2\n" * 200_000 + b"x" * 2**24 + b"\n")})
+    code = [sys.executable, prepare_c4.__file__, "--source=b.txt.gz", "--tokenizer=vocab.txt", "--out=out"]
+    options = [f"--max_doc_tokens={max_doc_tokens}", "--workers=1", "--val_fraction=0"]
+    _, status, usage = os.wait4(subprocess.Popen([*code, *options], stdout=subprocess.DEVNULL).pid, 0)
+    assert status == 0 and usage.ru_maxrss < 700_000  # kB
