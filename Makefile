@@ -21,6 +21,7 @@ smoke: $(INSTALLED)
 	$(PYTHON) -m tools.finetune_own --checkpoint=out/smoke $(SMOKE_TASK) --out=out/smoke_task
 	$(PYTHON) -m tools.finetune_own --checkpoint=out/smoke $(SMOKE_TASK) --random_weights --out=out/smoke_task_random
 	@echo "data: data/smoke, data/smoke_task; logs and checkpoints: out/"
+	$(if $(VENV),@echo "for the README's commands: source $(VENV)/bin/activate")
 
 test: $(INSTALLED_DEV)
 	$(PYTHON) -m pytest -q tests

@@ -5,20 +5,23 @@
 Each (task, seed) pair is a run. Any number of processes, from --jobs or torchrun, share the runs out among themselves; the
 same command resumes a killed suite.
 
-Read next: common/run_queue.py
+Read next: common/glue.py, the tasks, or common/run_queue.py
 """
 
+import common  # noqa: F401, I001, before anything that may be missing
+
 import dataclasses
+import difflib
 import functools
 import glob
 import hashlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
-from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,11 +34,14 @@ import checkpoint
 import kernels
 from common import run_queue
 from common.batch import Batch, pack, round_up
+from common.cuda_graphs import GraphedStep
 from common.files import file_digest, hash_of, read_json, write_text
+from common.glue import GLUE_TASKS, Task, read_task
+from common.labelled import write_table
+from common.metrics import METRICS, as_text, ci95
 from common.options import UserError, command, load_config
 from common.processes import Process, device_name, pick_device
 from common.run_directory import RunDirectory, read_log
-from common.sources import numbered_lines, skip_or_fail
 from common.versions import versions
 from common.vocabulary import load_tokenizer
 from model import MAX_POSITIONS, ModelConfig, SequenceClassifier, choose_kernels
@@ -64,7 +70,7 @@ class FineTuneConfig:
     # Machine
     jobs: int = 1  # runs that share the device
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products and activations; STS-B: float32
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products and activations; regression: float32
     kernels: Literal["auto", "triton", "torch"] = "auto"  # auto: Triton kernels on GPUs, else PyTorch
     dry_run: bool = False  # check all inputs, time some steps, print the plan, and stop
 
@@ -108,40 +114,9 @@ class GlueConfig(FineTuneConfig):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The tasks
+# Settings
 
-
-@dataclass(frozen=True)
-class Task:
-    name: str
-    folder: str  # of GLUE's TSV files
-    text_columns: tuple  # one, or two for pairs
-    label_column: str
-    labels: tuple  # words, in the order of their class numbers; () for regression
-    metrics: tuple  # names in METRICS; their mean is the score
-    hub_columns: tuple = ()  # where the hub renamed the text columns
-    shown: tuple = ()  # further metrics, not part of the score
-    dev_splits: tuple = ("validation",)  # what the task is scored on
-
-
-PAIR, YES_NO, ENTAILS = ("sentence1", "sentence2"), ("0", "1"), ("entailment", "not_entailment")  # in the hub's order
-NLI = ("entailment", "neutral", "contradiction")
-GLUE_TASKS = {
-    task.name: task
-    for task in (
-        Task("mnli", "MNLI", PAIR, "gold_label", NLI, ("accuracy",), ("premise", "hypothesis"),
-             dev_splits=("validation_matched", "validation_mismatched")),
-        Task("qnli", "QNLI", ("question", "sentence"), "label", ENTAILS, ("accuracy",)),
-        Task("qqp", "QQP", ("question1", "question2"), "is_duplicate", YES_NO, ("accuracy", "f1")),
-        Task("rte", "RTE", PAIR, "label", ENTAILS, ("accuracy",)),
-        Task("sst2", "SST-2", ("sentence",), "label", YES_NO, ("accuracy",)),
-        Task("mrpc", "MRPC", ("#1 String", "#2 String"), "Quality", YES_NO, ("accuracy", "f1"), PAIR),
-        Task("cola", "CoLA", ("sentence",), "label", YES_NO, ("matthews",)),
-        Task("stsb", "STS-B", PAIR, "score", (), ("spearman",), shown=("pearson",)),
-    )
-}  # fmt: skip
 FROM_MNLI = ("rte", "mrpc", "stsb")  # small tasks that gain from weights fine-tuned on MNLI
-COLA_COLUMNS = ["source", "label", "original_label", "sentence"]  # GLUE's own CoLA files have no header
 
 
 @dataclass(frozen=True)
@@ -189,170 +164,6 @@ def first_seeds(count):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Reading
-
-
-@dataclass
-class Examples:
-    """texts: tuples of one or two strings. labels: (n,) int64 classes or float64 scores, or None."""
-
-    texts: list
-    labels: np.ndarray | None = None
-
-    def digest(self):
-        """sha256 of texts and labels, in hexadecimal."""
-        digest = hashlib.sha256(json.dumps(self.texts).encode("utf-8", "surrogatepass"))
-        digest.update(b"" if self.labels is None else self.labels.tobytes())
-        return digest.hexdigest()
-
-
-def read_task(cfg, task):
-    """{split: Examples} of a GLUE task: "train" and its dev splits. Raises: UserError."""
-    return {split: read_split(task, split, cfg) for split in ("train", *task.dev_splits)}
-
-
-def read_split(task, split, cfg):
-    """The Examples of "train" or a dev split, from TSV files in cfg.data_dir or, without one, from the hub.
-
-    Raises: UserError naming file and line.
-    """
-    if not cfg.data_dir:
-        rows = load_hub(task.name, split)
-        labels = np.array(rows["label"], np.int64 if task.labels else np.float64)
-        return Examples(list(zip(*(rows[column] for column in task.hub_columns or task.text_columns))), labels)
-    path = find_file(os.path.join(cfg.data_dir, task.folder), split)
-    columns = [*task.text_columns, task.label_column]
-    return to_examples(tsv_rows(path, columns, cfg, COLA_COLUMNS if task.name == "cola" else None), path, task.labels)
-
-
-def load_hub(name, split):
-    """A split of nyu-mll/glue as a datasets.Dataset, from the hub or, offline, the cache of `datasets`."""
-    try:
-        import datasets
-
-        return datasets.load_dataset("nyu-mll/glue", name, split=split)
-    except Exception as error:  # network, hub and library each raise their own
-        reason = f"{type(error).__name__}: {error}"[:200]
-        raise UserError(f"nyu-mll/glue {name}: cannot be read: {reason} (or give --data_dir)") from None
-
-
-def find_file(folder, split):
-    """The path of a split's TSV file, plain or compressed, under GLUE's name or the hub's."""
-    names = [split, split.replace("validation", "dev")]
-    for name in [f"{name}.tsv{suffix}" for name in names for suffix in ("", ".gz", ".xz")]:
-        if os.path.exists(os.path.join(folder, name)):
-            return os.path.join(folder, name)
-    raise UserError(f"{folder}: no {names[1]}.tsv (GLUE's layout is TASK/train.tsv and TASK/dev.tsv, also .gz or .xz)")
-
-
-def tsv_rows(path, columns, cfg, default_header=None):
-    """Yield (line number, cells of `columns`) for each row of a TSV file. Quotes are literal.
-
-    default_header: column names to use if the first line is not a header.
-    """
-    bad_lines, header, wanted = Counter(), None, None
-    for number, line in numbered_lines(path, cfg, bad_lines):
-        cells = line.split("\t")
-        if header is None:
-            headless = default_header and columns[0] not in cells and len(cells) == len(default_header)
-            header = default_header if headless else cells
-            missing = [name for name in columns if name not in header]
-            if missing:
-                raise UserError(f"{path}:{number}: no column {missing[0]!r} (found: {', '.join(header)[:200]})")
-            wanted = [header.index(name) for name in columns]
-            if not headless:
-                continue
-        if len(cells) != len(header):
-            text = f"{len(cells)} columns, expected {len(header)} (--skip_bad_lines=N skips up to N such lines)"
-            skip_or_fail(cfg, bad_lines, f"{path}:{number}: {text}")
-            continue
-        yield number, [cells[i] for i in wanted]
-
-
-def to_examples(rows, path, labels):
-    """Examples from (line number, [text..., label]) rows. labels: the valid words; () for numbers."""
-    texts, values, numbers = [], [], {word: i for i, word in enumerate(labels)}
-    for number, (*text, cell) in rows:
-        if labels and cell not in numbers:
-            raise UserError(f"{path}:{number}: unknown label {cell!r} (expected one of {', '.join(labels)[:200]})")
-        texts.append(tuple(text))
-        values.append(numbers[cell] if labels else to_number(cell, f"{path}:{number}"))
-    if not texts:
-        raise UserError(f"{path}: no examples (is the file empty?)")
-    return Examples(texts, np.array(values, np.int64 if labels else np.float64))
-
-
-def to_number(cell, where):
-    try:
-        number = float(cell)
-    except ValueError:
-        number = np.nan
-    if not np.isfinite(number):
-        raise UserError(f"{where}: label {cell!r} is not a number")
-    return number
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Metrics of predictions and labels, two (n,) arrays. Class 1 is the positive one. Undefined values are 0.
-
-
-def accuracy(predictions, labels):
-    return float((predictions == labels).mean())
-
-
-def f1(predictions, labels, positive=1):
-    """2 TP / (2 TP + FP + FN)."""
-    predicted, actual = predictions == positive, labels == positive
-    total = predicted.sum() + actual.sum()
-    return float(2 * (predicted & actual).sum() / total) if total else 0.0
-
-
-def macro_f1(predictions, labels):
-    """The mean F1 over the classes that occur."""
-    return float(np.mean([f1(predictions, labels, label) for label in np.union1d(predictions, labels)]))
-
-
-def pearson(predictions, labels):
-    """Pearson's correlation; 0 if one side is constant (GLUE's own code gives NaN)."""
-    x, y = np.asarray(predictions, np.float64), np.asarray(labels, np.float64)
-    if (x == x[0]).all() or (y == y[0]).all():
-        return 0.0
-    x, y = x - x.mean(), y - y.mean()
-    return float((x / np.linalg.norm(x)) @ (y / np.linalg.norm(y)))
-
-
-def spearman(predictions, labels):
-    """Pearson's correlation of the ranks; ties get their mean rank."""
-    return pearson(ranks(predictions), ranks(labels))
-
-
-def ranks(values):
-    _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[group]
-
-
-METRICS = {
-    "accuracy": accuracy, "f1": f1, "macro_f1": macro_f1, "pearson": pearson, "spearman": spearman,
-    "matthews": pearson,  # for two classes, numbered 0 and 1, they are the same
-}  # fmt: skip
-
-# 0.975 quantiles of Student's t for 1 to 30 degrees of freedom; beyond them, the normal distribution's 1.96.
-T_975 = (
-    12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281, 2.2010, 2.1788, 2.1604, 2.1448,
-    2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860, 2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484,
-    2.0452, 2.0423,
-)  # fmt: skip
-
-
-def ci95(values):
-    """Half the width of the mean's 95 % confidence interval, by Student's t; None for a single value."""
-    n = len(values)
-    if n < 2:
-        return None
-    return (T_975[n - 2] if n <= len(T_975) + 1 else 1.96) * float(np.std(values, ddof=1)) / n**0.5
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The pretrained model
 
 
@@ -360,6 +171,7 @@ def ci95(values):
 class Pretrained:
     """What a checkpoint holds; weights on the CPU."""
 
+    path: str  # of the step_* directory: a run that is still training writes later ones
     config: dict  # config.json
     model_cfg: ModelConfig
     tensors: dict  # {name: tensor} of the encoder, and its pooler if there is one
@@ -369,11 +181,14 @@ class Pretrained:
     digest: str  # of tensors and tokenizer
 
 
-@functools.cache
 def load_pretrained(path, out):
     """The Pretrained in a run or checkpoint directory. Weights in Hugging Face form are converted into OUT first."""
-    if not (os.path.exists(os.path.join(path, checkpoint.DIGESTS)) or checkpoint.steps(path)):
-        path = convert(path, out)
+    ours = checkpoint.steps(path) or any(os.path.exists(os.path.join(path, f)) for f in (checkpoint.DIGESTS, "log.jsonl"))
+    return read_pretrained(checkpoint.find(path if ours else convert(path, out)))
+
+
+@functools.cache
+def read_pretrained(path):
     config, tensors, tokenizer_text = checkpoint.load(path)
     tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("bert.")}
     digest = hashlib.sha256(tokenizer_text.encode())
@@ -382,7 +197,7 @@ def load_pretrained(path, out):
         digest.update(tensor.contiguous().numpy())
     tokenizer, special = load_tokenizer(path, tokenizer_text)
     model_cfg = checkpoint.model_config(config)
-    return Pretrained(config, model_cfg, tensors, tokenizer_text, tokenizer, special, digest.hexdigest())
+    return Pretrained(path, config, model_cfg, tensors, tokenizer_text, tokenizer, special, digest.hexdigest())
 
 
 def convert(path, out):
@@ -390,13 +205,20 @@ def convert(path, out):
 
     Rank 0 converts. converted/source.sha256, written last, tells the others that it is complete, and from what.
     """
+    parent, name = os.path.split(path.rstrip("/"))
+    if os.path.exists(os.path.join(parent, checkpoint.DIGESTS)):
+        raise UserError(f"{path}: a file of a checkpoint (give its directory, {parent})")
+    if not os.path.exists(path) and (os.path.isdir(parent) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path)):
+        nearest = difflib.get_close_matches(name, os.listdir(parent) if os.path.isdir(parent) else [], n=1)
+        hint = f"did you mean {os.path.join(parent, nearest[0])}?" if nearest else "expected a run, or a model's directory"
+        raise UserError(f"{path}: no such directory ({hint})")
     run = os.path.join(out, "converted")
     finished, root = os.path.join(run, "source.sha256"), os.path.dirname(os.path.abspath(__file__))
     files = [path] if os.path.isfile(path) else sorted(filter(os.path.isfile, glob.glob(f"{glob.escape(path)}/*")))
     source = hash_of([path, *map(file_digest, files)])  # of a hub id, its name alone
     if int(os.environ.get("RANK", 0)) == 0 and not os.path.exists(finished):
         print(f"{path}: converting it into {run}", flush=True)
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+        environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
         argv = [sys.executable, "-m", "tools.convert_hf", f"--from_hf={path}", f"--out={run}"]
         if status := subprocess.run(argv, env=environment).returncode:
             raise SystemExit(status)
@@ -412,7 +234,8 @@ def convert(path, out):
 def make_classifier(pretrained, num_labels, seed, random_weights=False):
     """A SequenceClassifier with the pretrained weights. The classifier, and a missing pooler, are random."""
     torch.manual_seed(seed)
-    model = SequenceClassifier(pretrained.model_cfg, pretrained.config["vocab_size"], num_labels)
+    pad_id = pretrained.special["[PAD]"]
+    model = SequenceClassifier(pretrained.model_cfg, pretrained.config["vocab_size"], num_labels, pad_id)
     if not random_weights:
         weights = checkpoint.weights_of(model)
         new = {name: weights[name] for name in weights if name.startswith(("bert.pooler", "classifier"))}
@@ -422,9 +245,9 @@ def make_classifier(pretrained, num_labels, seed, random_weights=False):
 
 def load_classifier(path):
     """A fine-tuned SequenceClassifier, as Worker.save wrote it."""
-    config, tensors, _ = checkpoint.load(path)
-    num_labels = max(1, len(config["task"]["labels"]))
-    model = SequenceClassifier(checkpoint.model_config(config), config["vocab_size"], num_labels)
+    config, tensors, tokenizer_text = checkpoint.load(path)
+    num_labels, (_, special) = max(1, len(config["task"]["labels"])), load_tokenizer(path, tokenizer_text)
+    model = SequenceClassifier(checkpoint.model_config(config), config["vocab_size"], num_labels, special["[PAD]"])
     checkpoint.load_weights(model, tensors, path)
     return model
 
@@ -442,6 +265,7 @@ class Encoded:
     starts: np.ndarray  # (n,) int64
     lengths: np.ndarray  # (n,) int64
     labels: np.ndarray | None
+    index: list | range  # of their rows in the file
 
     def batch(self, which, device):
         """The Batch of examples `which`, an int64 array."""
@@ -449,7 +273,7 @@ class Encoded:
         cu_seqlens, windows = pack(lengths, int(lengths.max()))
         index = np.repeat(self.starts[which] - cu_seqlens[:-1], lengths) + np.arange(cu_seqlens[-1])
         multiple = 64 if len(index) < 2048 else 256  # whole tiles, and few shapes
-        padding = np.zeros(round_up(len(index), multiple) - len(index), np.int32)  # [PAD]
+        padding = np.zeros(round_up(len(index), multiple) - len(index), np.int32)  # belongs to no example: any id
         batch = Batch(
             input_ids=torch.from_numpy(np.concatenate([self.ids[index], padding])),
             cu_seqlens=torch.from_numpy(cu_seqlens),
@@ -474,7 +298,8 @@ def encode(examples, pretrained, max_length):
             ids.append(np.array(encoding.ids, np.int32))
             types.append(np.array(encoding.type_ids, np.int32))
     lengths = np.array([len(row) for row in ids])
-    return Encoded(np.concatenate(ids), np.concatenate(types), np.cumsum(lengths) - lengths, lengths, examples.labels)
+    starts, index = np.cumsum(lengths) - lengths, range(len(ids)) if examples.index is None else examples.index
+    return Encoded(np.concatenate(ids), np.concatenate(types), starts, lengths, examples.labels, index)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -517,47 +342,28 @@ def batches(encoded, settings, seed, device):
 
 
 class Steps:
-    """The optimizer steps of one run. On a GPU, a batch shape seen for the second time is captured as a CUDA graph.
-
-    A step on a small batch is some 700 kernels of a few microseconds: on an H100, 6.6 ms of work for 32 pairs of MRPC, but
-    53 ms to launch one by one from Python. A graph is a single launch.
-    """
+    """The optimizer steps of one run, on GPUs as CUDA graphs."""
 
     def __init__(self, model, settings, process):
         self.model, self.process, self.lr = model, process, settings.lr
         on_gpu, bert = process.device.type == "cuda", model.cfg.model == "bert"
-        self.use_graphs = on_gpu and (bert or kernels.uses_triton(process.device))  # plain attention syncs on the lengths
-        if self.use_graphs:
+        use_graphs = on_gpu and (bert or kernels.uses_triton(process.device))  # plain attention waits for the lengths
+        self.graphed = GraphedStep(self.step) if use_graphs else None
+        self.seqlen_multiple = 32 if bert else 128  # fewer shapes: bert pads to max_seqlen; to the kernels it is a bound
+        if use_graphs:
             self.lr = torch.zeros((), device=process.device)  # graphs read its value at replay
-            self.seqlen_multiple = 32 if bert else 128  # bert pads to max_seqlen; for the kernels it is an upper bound
-            self.graphs, self.pool = {}, torch.cuda.graph_pool_handle()
         self.optimizer = torch.optim.AdamW(
-            model.parameters(), self.lr, weight_decay=settings.weight_decay, fused=True, capturable=self.use_graphs, **ADAM
+            model.parameters(), self.lr, weight_decay=settings.weight_decay, fused=True, capturable=use_graphs, **ADAM
         )
 
     def __call__(self, lr, batch):
         """One step; returns the batch's mean loss, on the device."""
-        if not self.use_graphs:
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            return self.step(batch)
-        self.lr.fill_(lr)
-        batch = dataclasses.replace(batch, max_seqlen=round_up(batch.max_seqlen, self.seqlen_multiple))
-        shape = tuple(x.shape if torch.is_tensor(x) else x for x in vars(batch).values())
-        if shape not in self.graphs:
-            self.graphs[shape] = None  # run this one eagerly: it warms up what must not happen during capture
-            return self.step(batch)
-        if self.graphs[shape] is None:
-            inputs, graph = batch.map(torch.clone), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, self.pool, torch.cuda.current_stream()):  # records, executes nothing
-                loss = self.step(inputs)
-            self.graphs[shape] = graph, inputs, loss
-        graph, inputs, loss = self.graphs[shape]
-        for name, static in vars(inputs).items():
-            if torch.is_tensor(static):
-                static.copy_(getattr(batch, name))
-        graph.replay()
-        return loss.clone()  # the next graph may reuse this memory
+        if self.graphed:
+            self.lr.fill_(lr)
+            return self.graphed(dataclasses.replace(batch, max_seqlen=round_up(batch.max_seqlen, self.seqlen_multiple)))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        return self.step(batch)
 
     def step(self, batch):
         with self.process.autocast():
@@ -580,6 +386,9 @@ def write_record(log, event, **values):
 
 def train(run, model, encoded, process, log, say):
     """Every step of a run; logs the mean loss of every 100 steps or 10 seconds. Raises: UserError if it is not finite."""
+    if run.task.scale:
+        mean, deviation = run.task.scale
+        encoded = dataclasses.replace(encoded, labels=(encoded.labels - mean) / deviation)
     train_step = Steps(model, run.settings, process)
     model.train()
     reported, losses = time.perf_counter(), []  # losses since the last record, on the device
@@ -597,6 +406,10 @@ def train(run, model, encoded, process, log, say):
             say(f"{run.name}: step {step} of {run.num_steps}, loss {loss:.4f}")
             reported = time.perf_counter()
         losses = []
+    if run.task.scale:
+        with torch.no_grad():  # from here on the model predicts in the labels' unit
+            model.classifier.weight.mul_(deviation)
+            model.classifier.bias.mul_(deviation).add_(mean)
 
 
 @torch.no_grad()
@@ -617,12 +430,11 @@ def to_predictions(task, scores):
     return scores.argmax(1) if task.labels else scores[:, 0].astype(np.float64)
 
 
-def write_predictions(path, task, predictions, labels):
-    lines = ["index\tlabel\tprediction\n"]
-    for index, pair in enumerate(zip(labels.tolist(), predictions.tolist())):
-        label, prediction = [task.labels[value] for value in pair] if task.labels else pair
-        lines.append(f"{index}\t{label}\t{prediction}\n")
-    write_text(path, "".join(lines))
+def write_predictions(path, task, predictions, encoded):
+    columns = encoded.labels.tolist(), predictions.tolist()
+    if task.labels:
+        columns = [[task.labels[value] for value in column] for column in columns]
+    write_table(path, ("index", "label", "prediction"), zip(encoded.index, *columns))
 
 
 class Worker:
@@ -655,9 +467,10 @@ class Worker:
         return model.to(self.process.device)
 
     def set_precision(self, task):
-        """STS-B in float32, as in the original, with TF32 products, which Composer allows (mosaicml/composer#1275)."""
-        self.process.dtype = torch.float32 if task.name == "stsb" else self.dtype
-        torch.set_float32_matmul_precision("high" if task.name == "stsb" else "highest")
+        """Regression in float32, as STS-B in the original, with TF32 products, which Composer allows
+        (mosaicml/composer#1275)."""
+        self.process.dtype = self.dtype if task.labels else torch.float32
+        torch.set_float32_matmul_precision("highest" if task.labels else "high")
 
     def run(self, run, log, say):
         """Train and score, with records in `log`; returns the scores in one line."""
@@ -674,14 +487,14 @@ class Worker:
             for name in (*run.task.metrics, *run.task.shown):
                 metrics[name + suffix] = METRICS[name](predictions, data[split].labels)
             file = f"{run.task.name}{suffix.replace('_matched', '')}.seed{run.seed}.tsv"
-            write_predictions(os.path.join(self.cfg.out, "predictions", file), run.task, predictions, data[split].labels)
+            write_predictions(os.path.join(self.cfg.out, "predictions", file), run.task, predictions, data[split])
         if run.artifact:
             self.save(run, model)
         labels = data[run.task.dev_splits[0]].labels
         majority = float(np.unique(labels, return_counts=True)[1].max() / len(labels)) if run.task.labels else None
         seconds = time.perf_counter() - start
         write_record(log, "end", metrics=metrics, majority_accuracy=majority, seconds=round(seconds, 3))
-        scores = ", ".join(f"{name} {100 * value:.2f}" for name, value in metrics.items())
+        scores = ", ".join(as_text(name, value) for name, value in metrics.items())
         return f"{run.name}: {scores} in {seconds:.1f} s"
 
     def save(self, run, model):
@@ -725,6 +538,10 @@ def make_runs(cfg, pretrained, task, examples, settings, num_seeds, init="pretra
         "checkpoint": pretrained.digest, "data": hash_of([part.digest() for part in examples.values()]),
     }  # fmt: skip
     del identity["num_seeds"]
+    if cfg.dtype != "auto":
+        identity["dtype"] = cfg.dtype
+    if task.name not in GLUE_TASKS:  # whose classes may be renamed
+        identity |= {"labels": list(task.labels), "scale": list(task.scale)}
     return [
         Run(
             task=task,
@@ -747,27 +564,41 @@ def fine_tune(cfg, pretrained, plan, read):
 
     Returns what glue.json holds; None after a dry run, and on ranks other than 0.
     """
+    rank, earlier = int(os.environ.get("RANK", 0)), earlier_results(cfg, pretrained, plan)
+    if rank == 0:
+        print_plan(plan)
     if cfg.dry_run:
         return print_estimate(plan, Worker(cfg, read))
-    rank = int(os.environ.get("RANK", 0))
     with RunDirectory(cfg.out, writes=rank == 0):  # refuses a second live suite
         os.makedirs(os.path.join(cfg.out, "predictions"), exist_ok=True)
-        run_queue.finish(os.path.join(cfg.out, "runs"), plan, functools.partial(Worker, cfg, read), cfg.jobs)
+        pinned = dataclasses.replace(cfg, checkpoint=pretrained.path)  # the same for every worker
+        run_queue.finish(os.path.join(cfg.out, "runs"), plan, functools.partial(Worker, pinned, read), cfg.jobs)
         if rank > 0:
             return None
-        results = summarize(cfg, plan, pretrained)
+        results = summarize(cfg, plan, pretrained, earlier)
         write_text(os.path.join(cfg.out, "glue.json"), json.dumps(results, indent=1))
         print_table(results)
         return results
+
+
+def print_plan(plan):
+    """What each task is trained with."""
+    for run in {run.task: run for run in plan}.values():
+        settings, seeds = run.settings, sum(other.task == run.task for other in plan)
+        steps = f"{settings.epochs} epochs, {run.num_steps:,} steps of {settings.batch_size}, peak lr {settings.lr:g}"
+        print(f"{run.task.name}: {run.num_examples:,} examples, {steps}, {seeds} seeds, from {run.init}", flush=True)
+        if settings.batch_size > run.num_examples:
+            text = f"batch_size={settings.batch_size} is more than the {run.num_examples:,} examples of {run.task.name}"
+            print(f"warning: {text}: an epoch is one step, {run.num_steps} in all (lower --batch_size)", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The table
 
 
-def summarize(cfg, plan, pretrained):
+def summarize(cfg, plan, pretrained, earlier):
     """What glue.json holds: this plan's tasks, and those of earlier commands in the same directory."""
-    tasks = earlier_tasks(cfg, pretrained)
+    tasks = earlier.get("tasks", {})
     for name in {run.task.name for run in plan}:
         runs = [run for run in plan if run.task.name == name]  # in the order of their seeds
         ends = [run_queue.result(os.path.join(cfg.out, "runs"), run) for run in runs]
@@ -794,45 +625,53 @@ def summarize(cfg, plan, pretrained):
         "tasks": tasks,
         "average": float(np.mean([task["score"] for task in tasks.values()])),
         "complete": set(tasks) == set(GLUE_TASKS),
-        "recipe": cfg.recipe,
         "checkpoint": cfg.checkpoint,
-        "checkpoint_sha256": pretrained.digest,
+        **shared_options(cfg, pretrained),
         "model": pretrained.model_cfg.model,
         "num_layers": pretrained.model_cfg.num_layers,
-        "pretraining": pretraining_cost(cfg.checkpoint),
+        "pretraining": pretraining_cost(pretrained.path),
     }
 
 
-def earlier_tasks(cfg, pretrained):
-    """{name: result} in OUT/glue.json, if it stands on the same weights and recipe."""
-    try:
-        earlier = read_json(os.path.join(cfg.out, "glue.json"), "not written by finetune_glue.py")
-        same = (earlier["checkpoint_sha256"], earlier["recipe"]) == (pretrained.digest, cfg.recipe)
-        return earlier["tasks"] if same else {}
-    except (KeyError, UserError):
+def shared_options(cfg, pretrained):
+    """What all tasks in one --out have in common, or their average would mean nothing."""
+    names = ("recipe", "epochs", "lr", "batch_size", "max_length", "random_weights", "dtype")
+    return {"checkpoint_sha256": pretrained.digest, **{name: getattr(cfg, name) for name in names}}
+
+
+def earlier_results(cfg, pretrained, plan):
+    """What OUT/glue.json holds, {} if there is none. Raises: UserError if its tasks had other options or another start."""
+    path = os.path.join(cfg.out, "glue.json")
+    if not os.path.exists(path):
         return {}
+    earlier, options = read_json(path, "not written by finetune_glue.py"), shared_options(cfg, pretrained)
+    names = [name for name in options if earlier.get(name, options[name]) != options[name]]  # missing: older code
+    starts = {task["init"] for name, task in earlier["tasks"].items() if name in FROM_MNLI}
+    if len(starts | {run.init for run in plan if run.task.name in FROM_MNLI}) > 1:
+        names.append("start of RTE, MRPC or STS-B, with and without mnli among the --tasks")
+    if names:
+        raise UserError(f"{path}: holds results with another {', '.join(names)} (choose another --out)")
+    return earlier
 
 
 def pretraining_cost(path):
     """Steps, seconds, GPU-hours and dollars behind a checkpoint of train.py; None for weights from elsewhere."""
-    try:
-        path = checkpoint.find(path)
-        state = read_json(os.path.join(path, "state.json"), "not a checkpoint of train.py")
-        _, start = next(read_log(os.path.dirname(path)))
-        gpu_hours = state["seconds"] * start["world_size"] / 3600
-        price = start["config"]["price_per_gpu_hour"]
-        dollars = gpu_hours * price if price else None
-        budget = {name: start["config"].get(name, 0) for name in ("budget_minutes", "budget_dollars")}
-        return {**state, "gpu_hours": gpu_hours, "dollars": dollars, **budget, "device": start["device"]}
-    except (KeyError, StopIteration, UserError):
+    starts = [record for _, record in read_log(os.path.dirname(path)) if record.get("event") == "start"]
+    if not starts or not os.path.exists(os.path.join(path, "state.json")):
         return None
+    state, start = read_json(os.path.join(path, "state.json"), "not a checkpoint of train.py"), starts[-1]
+    gpu_hours = state.get("gpu_seconds", state["seconds"] * start["world_size"]) / 3600
+    price = start["config"]["price_per_gpu_hour"]
+    budget = {name: start["config"].get(name, 0) for name in ("budget_minutes", "budget_dollars")}
+    dollars = gpu_hours * price if price else None
+    return {**state, "gpu_hours": gpu_hours, "dollars": dollars, **budget, "device": start["device"]}
 
 
 def print_table(results):
     print(f"\n{'task':6} {'score':>6} {'95 %':>6}  {'seeds':5}  {'start':10}  metrics")
     for name, task in results["tasks"].items():
         interval = f"{task['score_ci95']:.2f}" if task["score_ci95"] is not None else "-"
-        metrics = ", ".join(f"{metric} {100 * value['mean']:.2f}" for metric, value in task["metrics"].items())
+        metrics = ", ".join(as_text(metric, value["mean"]) for metric, value in task["metrics"].items())
         if task["majority_accuracy"]:
             metrics += f" (always the most frequent label: accuracy {100 * task['majority_accuracy']:.2f})"
         print(f"{name:6} {task['score']:6.2f} {interval:>6}  {len(task['seeds']):5}  {task['init']:10}  {metrics}")
@@ -840,9 +679,8 @@ def print_table(results):
 
 
 def print_estimate(plan, worker):
-    """The plan, and how long it will take: steps are timed on this device."""
-    total, steps, device = 0.0, 0, worker.process.device
-    print(f"{'task':6} {'examples':>9} {'steps':>8} {'seeds':>5} {'ms/step':>8} {'minutes':>8}  start")
+    """How long the plan will take: some steps of each task are timed on this device."""
+    total, device = 0.0, worker.process.device
     for run in {run.task: run for run in plan}.values():  # any seed will do
         data, model = worker.encoded(run.task)["train"], worker.classifier(dataclasses.replace(run, init="random"))
         train_step, times = Steps(model, run.settings, worker.process), []
@@ -852,12 +690,11 @@ def print_estimate(plan, worker):
             times.append(time.perf_counter() - start)
             if len(times) == 200 or (len(times) > 2 and sum(times) > 5):  # enough to have captured most shapes
                 break
-        count = sum(other.task == run.task for other in plan)
         ms = 1000 * float(np.median(times[1:] or times))
-        minutes = count * run.num_steps * ms / 60_000
-        total, steps = total + minutes, steps + count * run.num_steps
-        row = f"{run.task.name:6} {run.num_examples:9,} {run.num_steps:8,} {count:5} {ms:8.1f} {minutes:8.1f}"
-        print(f"{row}  {run.init}", flush=True)
+        minutes = sum(other.num_steps for other in plan if other.task == run.task) * ms / 60_000
+        total += minutes
+        print(f"{run.task.name}: {ms:.1f} ms/step, {minutes:.1f} minutes", flush=True)
+    steps = sum(run.num_steps for run in plan)
     print(f"in all {steps:,} steps, {total:.1f} min on one {device_name(device)}, without scoring")
 
 

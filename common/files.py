@@ -52,7 +52,7 @@ def read_json(path, hint):
 
 def similar(path):
     """The path beside `path` whose name is most like it, for a hint; None without one."""
-    parent, name = os.path.split(path.rstrip("/"))
+    parent, name = os.path.split(os.fspath(path).rstrip("/"))
     names = os.listdir(parent or ".") if os.path.isdir(parent or ".") else []
     near = difflib.get_close_matches(name, names, n=1)
     return os.path.join(parent, near[0]) if near else None

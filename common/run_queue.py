@@ -10,13 +10,15 @@ name of a run that has to finish first, or ""; and `artifact`, a path that it le
 import fcntl
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
+import signal
 import threading
 import time
 
 import torch
 
-from common.options import UserError, command
+from common.options import UserError
 
 
 def log_path(directory, run):
@@ -32,7 +34,8 @@ def result(directory, run):
         return None
     if not records or records[-1]["event"] != "end":
         return None
-    names = [name for name, value in run.identity.items() if records[0]["identity"].get(name) != value]
+    earlier = records[0]["identity"]
+    names = [name for name in earlier | run.identity if earlier.get(name) != run.identity.get(name)]
     if names:
         raise UserError(f"{log_path(directory, run)}: holds a run with another {', '.join(names)} (choose another --out)")
     if run.artifact and not os.path.exists(run.artifact):  # nobody asked for it then, or it has been removed
@@ -82,28 +85,56 @@ def work(directory, runs, make_worker, jobs=1):
             try:
                 worker = worker or make_worker()
                 text = worker.run(run, log, say)
+            except UserError as error:
+                error.this_rank_only |= worker is not None  # the other ranks do other runs
+                raise
             except torch.OutOfMemoryError:
                 raise UserError(f"out of GPU memory with jobs={jobs} (lower --jobs or --batch_size)", True) from None
         say(text)
 
 
-def job(_, directory, runs, make_worker, jobs):
-    """`work` in one of several processes."""
+def job(directory, runs, make_worker, jobs, errors):
+    """`work` in one of several processes; what stops it goes to the parent."""
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # don't outlive a killed parent
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
-    command(lambda _: work(directory, runs, make_worker, jobs))([])
+    try:
+        work(directory, runs, make_worker, jobs)
+    except (UserError, OSError) as error:
+        errors.put(error)
+        raise SystemExit(2) from None
 
 
 def finish(directory, runs, make_worker, jobs):
-    """`work`, in as many processes as `jobs`. Raises: SystemExit with the status of the first one that fails."""
+    """`work`, in as many processes as `jobs`. The first one that fails ends them all.
+
+    Raises: its UserError or OSError; SystemExit if it printed a traceback.
+    """
     os.makedirs(directory, exist_ok=True)
     if jobs == 1:
         return work(directory, runs, make_worker)
+    context = multiprocessing.get_context("spawn")
+    errors = context.SimpleQueue()
+    processes = [context.Process(target=job, args=(directory, runs, make_worker, jobs, errors)) for _ in range(jobs)]
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which they inherit: Ctrl-C is for this process, in one line
+    for process in processes:
+        process.start()
+    signal.signal(signal.SIGINT, handler)
     try:
-        torch.multiprocessing.spawn(job, (directory, runs, make_worker, jobs), jobs, daemon=True)
-    except torch.multiprocessing.ProcessExitedException as error:
-        if error.signal_name:
-            hint = "out of memory? try a lower --jobs"
-            raise UserError(f"a process was killed by {error.signal_name} ({hint})", True) from None
-        raise SystemExit(error.exit_code) from None
+        while alive := [process for process in processes if process.exitcode is None]:
+            multiprocessing.connection.wait([process.sentinel for process in alive])
+            for process in processes:
+                process.join(0)
+                if process.exitcode:
+                    raise failure(process.exitcode, errors)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def failure(status, errors):
+    """The exception for a job that ended with this status."""
+    if status < 0:
+        return UserError(f"a process was killed by {signal.Signals(-status).name} (out of memory? try a lower --jobs)", True)
+    return SystemExit(status) if errors.empty() else errors.get()

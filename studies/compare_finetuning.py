@@ -17,8 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
+from common.glue import GLUE_TASKS, read_split
 from common.options import command, load_config
-from finetune_glue import GLUE_TASKS, RECIPES, first_seeds, read_split
+from finetune_glue import RECIPES, first_seeds
 
 ROOT = Path(__file__).parent.parent
 

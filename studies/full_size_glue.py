@@ -11,8 +11,9 @@ import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.glue import COLA_COLUMNS, GLUE_TASKS, find_file
+from common.labelled import read_rows
 from common.options import UserError, command, load_config
-from finetune_glue import COLA_COLUMNS, GLUE_TASKS, find_file, tsv_rows
 
 SIZES = {  # rows of GLUE's training files
     "mnli": 392_702, "qnli": 104_743, "qqp": 363_846, "rte": 2_490, "sst2": 67_349, "mrpc": 3_668, "cola": 8_551,
@@ -51,7 +52,7 @@ def rows_of(cfg, task, split):
     except UserError:
         return []
     default_header = COLA_COLUMNS if task.name == "cola" else None
-    return [cells for _, cells in tsv_rows(path, [*task.text_columns, task.label_column], cfg, default_header)]
+    return [row.cells for row in read_rows(path, task.text_columns, task.label_column, cfg, default_header)]
 
 
 if __name__ == "__main__":

@@ -10,12 +10,11 @@ import pytest
 import torch
 
 import checkpoint
-import finetune_glue
+from common.glue import GLUE_TASKS
+from common.labelled import Examples
 from common.options import UserError
 from common.processes import Process
 from finetune_glue import (
-    GLUE_TASKS,
-    Examples,
     GlueConfig,
     Settings,
     Steps,
@@ -165,7 +164,7 @@ def test_hugging_face_weights_are_converted_once(tmp_path, monkeypatch):
     source, out = tmp_path / "hf", tmp_path / "out"
     source.mkdir()
     (source / "config.json").write_text("{}")
-    calls, load = [], load_pretrained.__wrapped__  # without its cache, as in another process
+    calls = []
 
     def convert(argv, env):
         calls.append(argv[1:])
@@ -174,12 +173,12 @@ def test_hugging_face_weights_are_converted_once(tmp_path, monkeypatch):
         return subprocess.CompletedProcess(argv, 0)
 
     monkeypatch.setattr(subprocess, "run", convert)
-    first, second = load(str(source), str(out)), load(str(source), str(out))
+    first, second = (load_pretrained(str(source), str(out)) for _ in range(2))
     assert calls == [["-m", "tools.convert_hf", f"--from_hf={source}", f"--out={out}/converted"]]
     assert first.digest == second.digest
     (source / "config.json").write_text("{ }")
     with pytest.raises(UserError, match="converted from something other than .*/hf .choose another --out"):
-        load(str(source), str(out))
+        load_pretrained(str(source), str(out))
 
 
 def test_a_task_may_have_its_own_number_of_seeds(pretrained, tmp_path):
@@ -311,7 +310,7 @@ def test_captured_steps_are_those_launched_one_by_one(tmp_path, model):
                 train_step(lr_at(settings, 96, step), batch)
                 for step, batch in enumerate(batches(encoded, settings, 5, process.device), 1)
             ]
-            assert (sum(graph is not None for graph in steps.graphs.values()) > 1) == use_graphs
+            assert (sum(graph is not None for graph in steps.graphed.graphs.values()) > 1) == use_graphs
             ends.append((torch.stack(losses), checkpoint.weights_of(classifier)))
         torch.testing.assert_close(*(losses for losses, _ in ends), rtol=1e-4, atol=1e-5)
         for name, weight in ends[0][1].items():
@@ -323,7 +322,7 @@ def test_captured_steps_are_those_launched_one_by_one(tmp_path, model):
         steps = Steps(classifier, settings, process)
         batch = encoded.batch(np.arange(16), process.device)
         losses = torch.stack([steps(0.0, batch) for _ in range(6)])
-        assert len(losses.unique()) == 6 and steps.graphs
+        assert len(losses.unique()) == 6 and steps.graphed.graphs
 
 
 def test_nan_stops_the_suite_with_the_run_named(pretrained, tmp_path, monkeypatch, capsys):

@@ -5,12 +5,12 @@ import json
 
 import pytest
 
+from common.labelled import read_rows, to_examples
 from common.options import UserError
-from finetune_glue import to_examples
 from tests.test_finetune_glue import CPU, sentences
 from tests.test_glue import OPENERS
 from tests.toy import make_run
-from tools.finetune_own import OwnConfig, main, own_task, read_rows
+from tools.finetune_own import OwnConfig, main, own_task
 
 settings = functools.partial(OwnConfig, checkpoint="run", out="out")
 
@@ -36,11 +36,11 @@ def test_own_files(tmp_path, kind, second, suffix):
         file.write(OWN[kind].encode("utf-8-sig"))
     cfg = settings(train_file=path)
     rows = read_rows(path, ("text",), "label", cfg)
-    assert [cells for _, cells in rows] == [["a, b", "yes"], [second, "no"], ["plain", "yes"]]
-    last = OWN[kind].count("\n")
-    assert [number for number, _ in rows][0] in (1, 2) and rows[-1][0] == last
-    assert [cells for _, cells in read_rows(path, ("text",), "", cfg)] == [["a, b"], [second], ["plain"]]
-    task = own_task(cfg)
+    assert [row.cells for row in rows] == [["a, b", "yes"], [second, "no"], ["plain", "yes"]]
+    assert [row.index for row in rows] == [0, 1, 2]
+    assert [row.line for row in rows] == {"csv": [2, 3, 6], "tsv": [2, 3, 4], "jsonl": [1, 3, 4]}[kind]
+    assert [row.cells for row in read_rows(path, ("text",), "", cfg)] == [["a, b"], [second], ["plain"]]
+    task = own_task(cfg, rows)
     assert task.name == "own" and task.labels == ("no", "yes") and task.metrics == ("accuracy", "macro_f1")
     assert to_examples(rows, path, task.labels).labels.tolist() == [1, 0, 1]
 
@@ -55,7 +55,8 @@ def test_own_files(tmp_path, kind, second, suffix):
         ([str(i) for i in range(21)], "auto", True),
         (["0.5", "1", "2"], "auto", True),
         ([f"word{i}" for i in range(30)], "auto", False),
-        (["0.5", "1", "x"], "auto", False),
+        (["0.5", "1", "x", "y"], "auto", False),
+        (["1_0", "1_1", "2_0"], "auto", False),
         (["0", "1"], "regression", True),
         (["0.5", "1.5"], "classification", False),
     ],
@@ -63,10 +64,11 @@ def test_own_files(tmp_path, kind, second, suffix):
 def test_classification_or_regression(tmp_path, labels, problem, regression):
     path = tmp_path / "a.csv"
     path.write_text("text,label\n" + "".join(f"t,{label}\n" for label in labels))
-    task = own_task(settings(train_file=str(path), problem=problem))
+    rows = read_rows(str(path), ("text",), "label", settings())
+    task = own_task(settings(train_file=str(path), problem=problem), rows)
     assert task.labels == (() if regression else tuple(sorted(labels)))
     assert task.metrics == (("pearson", "spearman") if regression else ("accuracy", "macro_f1"))
-    examples = to_examples(read_rows(str(path), ("text",), "label", settings()), str(path), task.labels)
+    examples = to_examples(rows, str(path), task.labels)
     if regression:
         assert examples.labels.tolist() == [float(label) for label in labels]
 
@@ -75,10 +77,10 @@ def test_json_labels_and_pairs(tmp_path):
     path = tmp_path / "a.jsonl"
     records = [{"a": "x", "b": "y", "c": i % 2 == 0} for i in range(4)]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    task = own_task(settings(train_file=str(path), text_columns="a,b", label_column="c"))
-    assert task.labels == ("false", "true") and task.text_columns == ("a", "b")
     rows = read_rows(str(path), ("a", "b"), "c", settings())
-    assert rows[0] == (1, ["x", "y", "true"])
+    assert rows[0] == (0, 1, ["x", "y", "true"])
+    task = own_task(settings(train_file=str(path), text_columns="a,b", label_column="c"), rows)
+    assert task.labels == ("false", "true") and task.text_columns == ("a", "b")
 
 
 @pytest.mark.parametrize(
@@ -89,7 +91,15 @@ def test_json_labels_and_pairs(tmp_path):
         ("a.jsonl", '{"sentence": "a", "label": 1}\n{"text": "a", "label": 1}\n', ":2", "not an object with 'sentence'"),
         ("a.jsonl", '{"sentence": "a", "label": 1}\n{"sentence": \n', ":2", "not valid JSON"),
         ("a.jsonl", '"sentence"\n', ":1", "not an object"),
-        ("a.csv", 'sentence,label\na,yes\n"b,no\nc,yes\n', ":4", "quote not closed"),
+        ("a.csv", 'sentence,label\na,yes\n"b,no\nc,yes\n', ":3", "quote not closed"),
+        ("a.csv", "sentence;label\na;yes\n", ":1", "separated by semicolons"),
+        ("a.csv", "sentence,sentence,label\na,b,yes\n", ":1", "2 columns are named 'sentence'"),
+        ("a.jsonl", '{"sentence": {"en": "a"}, "label": 1}\n', ":1", "'sentence' is dict, expected a string"),
+        ("a.jsonl", '{"sentence": "a", "label": [1]}\n', ":1", "'label' is list, expected a string or a number"),
+        ("a.jsonl", '{"sentence": "a\\ud800", "label": 1}\n', ":1", "half a surrogate pair"),
+        ("a.jsonl", '{"sentence": "a", "label": null}\n', ":1", "'label' is null (--skip_bad_lines=N skips"),
+        ("a.csv", "", "", "no examples"),
+        ("a.csv", "sentence,label\n", "", "no examples"),
         ("a.csv", "sentence,label\na,yes\nb, c,no\n", ":3", "3 columns, expected 2"),
         ("a.csv", "sentence,label\na,yes\n\xff,no\n", ":3", "not UTF-8"),
         ("a.txt", "sentence\n", "", "unknown suffix"),
@@ -114,13 +124,13 @@ def test_wrong_own_labels(tmp_path):
     with pytest.raises(UserError) as error:  # the validation file of another task
         to_examples(rows, str(path), ("maybe", "yes"))
     assert str(error.value).startswith(f"{path}:4: unknown label 'no' (expected one of maybe, yes")
+    assert rows[0].line == 2
     with pytest.raises(UserError) as error:
         to_examples(rows, str(path), ())
-    assert str(error.value).startswith(f"{path}:3: label 'yes' is not a number")
-    for contents in ("text,label\na,yes\nb,yes\n", "text,label\n", ""):
-        path.write_text(contents)
-        with pytest.raises(UserError, match=r"a\.csv: [01] different labels in 'label'"):
-            own_task(settings(train_file=str(path)))
+    assert str(error.value).startswith(f"{path}:2: label 'yes' is not a number")
+    path.write_text("text,label\na,yes\nb,yes\n")
+    with pytest.raises(UserError, match=r"a\.csv: the only label in 'label' is 'yes'"):
+        own_task(settings(train_file=str(path)), read_rows(str(path), ("text",), "label", settings()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -162,7 +172,7 @@ def test_own_numbers_are_regression(pretrained, tmp_path, capsys):
     options = [f"--train_file={tmp_path}/a.tsv", f"--val_file={tmp_path}/a.tsv", "--random_weights"]
     main([f"--checkpoint={pretrained}", f"--out={tmp_path}/out", *options, *CPU])
     own = json.loads((tmp_path / "out/glue.json").read_text())["tasks"]["own"]
-    assert set(own["metrics"]) == {"pearson", "spearman"} and own["init"] == "random"
+    assert set(own["metrics"]) == {"pearson", "spearman", "mean_error"} and own["init"] == "random"
     assert "regression" in capsys.readouterr().out
 
 
@@ -173,6 +183,7 @@ def test_own_numbers_are_regression(pretrained, tmp_path, capsys):
         ("", "give --train_file and --val_file, or --predict_file"),
         ("--predict_file=a.csv", "not fine-tuned"),
         ("--predict_file=a.csv --text_columns=a,b,c", "two for pairs"),
+        ("--train_file=a.csv --val_file=a.csv --text_columns=label", "is a text column too"),
     ],
 )
 def test_mistakes_are_one_line(pretrained, tmp_path, capsys, options, reason):

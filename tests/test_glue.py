@@ -9,8 +9,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from common.glue import GLUE_TASKS, read_split
+from common.metrics import METRICS, ci95
 from common.options import UserError
-from finetune_glue import GLUE_TASKS, METRICS, RECIPES, SEEDS, GlueConfig, ci95, first_seeds, read_split
+from finetune_glue import RECIPES, SEEDS, GlueConfig, first_seeds
 
 # The columns of GLUE's own files; MNLI's without the labels of single annotators.
 MNLI = "index promptID pairID genre sentence1_binary_parse sentence2_binary_parse sentence1_parse sentence2_parse"
@@ -94,6 +96,7 @@ def reference(metric):
         "f1": lambda labels, predictions: metrics.f1_score(labels, predictions, zero_division=0.0),
         "macro_f1": lambda labels, predictions: metrics.f1_score(labels, predictions, average="macro", zero_division=0.0),
         "matthews": metrics.matthews_corrcoef,
+        "mean_error": metrics.mean_absolute_error,
     }[metric]
 
 

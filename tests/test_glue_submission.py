@@ -6,8 +6,9 @@ import zipfile
 import numpy as np
 import pytest
 
+from common.glue import GLUE_TASKS
 from common.options import UserError
-from finetune_glue import GLUE_TASKS, Worker
+from finetune_glue import Worker
 from tests.test_finetune_glue import CPU, sentences, suite, write_glue
 from tests.test_glue import MNLI, STSB, mock_hub, settings, some_examples, write_lines, write_split
 from tests.toy import make_run

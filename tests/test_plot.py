@@ -192,7 +192,7 @@ def test_figures_are_drawn_and_equal_inputs_give_equal_bytes(tmp_path, capsys):
 
 
 def test_task_names_are_those_of_fine_tuning():
-    from finetune_glue import GLUE_TASKS
+    from common.glue import GLUE_TASKS
 
     assert list(plot.TASK_NAMES.items()) == [(name, task.folder) for name, task in GLUE_TASKS.items()]
 

@@ -1,16 +1,21 @@
 """Runs shared out among processes: order, locks, resume, and what a run that fails does to the others."""
 
 import dataclasses
+import errno
 import fcntl
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
 
 import pytest
 
-from common.options import UserError
+from common.options import UserError, command
 from common.run_queue import finish, log_path, result, work
+from tests.toy import ROOT
 
 
 @dataclass(frozen=True)
@@ -27,15 +32,19 @@ class Run:
 
 
 class Worker:
-    """Does a run by writing down its name, or by failing as the name says."""
+    """Does a run by writing down its name, or by failing as the name begins."""
 
     done = []
 
     def run(self, run, log, say):
         if run.name == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
-        if run.name == "mistaken":
+        if run.name.startswith("mistaken"):
             raise UserError("a mistake (fix it)")
+        if run.name == "full":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "disk")
+        if run.name.startswith("slow"):
+            time.sleep(60)
         self.done.append(run.name)
         log.write(json.dumps({"event": "start", "identity": run.identity}) + "\n")
         log.write(json.dumps({"event": "end", "pid": os.getpid()}) + "\n")
@@ -88,11 +97,36 @@ def test_a_run_that_another_process_holds_is_left_to_it(tmp_path, done, monkeypa
     assert done == ["b"]
 
 
-@pytest.mark.parametrize("name, says", [("killed", "killed by SIGKILL"), ("mistaken", None)])
+@pytest.mark.parametrize(
+    "name, says", [("killed", "killed by SIGKILL"), ("mistaken", "a mistake (fix it)"), ("full", "No space left on device")]
+)
 def test_a_job_that_fails_ends_all(tmp_path, name, says, capfd):
-    with pytest.raises(UserError if says else SystemExit) as error:
-        finish(str(tmp_path), [Run(name), Run("b"), Run("c")], Worker, 2)
-    if says:
-        assert says in str(error.value)
-    else:
-        assert error.value.code == 2 and "error: a mistake (fix it)\n" in capfd.readouterr().err
+    with pytest.raises((UserError, OSError)) as error:
+        finish(str(tmp_path), [Run(name), Run("slow"), Run("c")], Worker, 2)
+    assert says in str(error.value) and not capfd.readouterr().err
+
+
+def test_jobs_that_fail_together_end_in_one_line(tmp_path, capfd):
+    """Each printed its own, and one time in five torch.multiprocessing raised a TypeError."""
+    with pytest.raises(SystemExit) as status:
+        command(lambda _: finish(str(tmp_path), [Run("mistaken"), Run("mistaken too")], Worker, 2))([])
+    assert status.value.code == 2 and capfd.readouterr().err == "error: a mistake (fix it)\n"
+
+
+def test_ctrl_c_ends_jobs_in_one_line(tmp_path):
+    code = (
+        "from common.options import command; from common.run_queue import finish\n"
+        "from tests.test_run_queue import Run, Worker\n"
+        "if __name__ == '__main__':\n"
+        f"    command(lambda _: finish({str(tmp_path / 'runs')!r}, [Run('slow'), Run('slower')], Worker, 2))([])\n"
+    )
+    (tmp_path / "suite.py").write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen([sys.executable, "suite.py"], cwd=tmp_path, env=environment, start_new_session=True, **pipes)
+    while not (tmp_path / "runs" / "slower.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to all of them
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and output == "stopped; the same command resumes\n"

@@ -5,44 +5,40 @@
     python -m tools.finetune_own --checkpoint=out/mine/model --predict_file=new.csv --out=out/predicted
 
 OUT/glue.json gets the scores, OUT/predictions what the model says about the validation file, OUT/model the fine-tuned model
-of the first seed, OUT/predictions.tsv the labels of --predict_file. The same command resumes where it was killed.
+of the first seed, OUT/predictions.tsv the labels of --predict_file, with their texts. The index in both is the file's row,
+counted from 0. The same command resumes where it was killed.
 
 Read next: finetune_glue.py, whose parts this uses
 """
 
-import csv
-import functools
-import json
 import os
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from common.files import write_text
+from common.glue import Task
+from common.labelled import NUMBER, Examples, read_rows, to_examples, write_table
 from common.options import UserError, command, load_config
 from common.processes import Process, pick_device
-from common.sources import numbered_lines, skip_or_fail, split_suffixes
 from finetune_glue import (
-    Examples,
     FineTuneConfig,
     Settings,
-    Task,
     encode,
     fine_tune,
     load_classifier,
     load_pretrained,
     make_runs,
     predict,
-    to_examples,
     to_predictions,
-    tsv_rows,
 )
 from model import choose_kernels
 
 RECIPES = {"mosaic": Settings(5e-5, 0.1, 32, 5, 1), "fast": Settings(1e-4, 0.1, 128, 3, 1)}
 MAX_CLASSES = 20  # more different numbers than this are regression
+RARE = 5  # labels with fewer rows are warned about
 
 
 @dataclass
@@ -50,7 +46,7 @@ class OwnConfig(FineTuneConfig):
     # Your files: .csv, .tsv or .jsonl, also with .gz or .xz
     train_file: str = ""  # labelled texts to train on
     val_file: str = ""  # labelled texts to score on
-    text_columns: str = "text"  # column or key with the text; two, comma-separated, for pairs
+    text_columns: str = ""  # column or key with the text; two, comma-separated, for pairs; empty: text, or the model's
     label_column: str = "label"  # column or key with the label
     problem: Literal["auto", "classification", "regression"] = "auto"  # auto: decided by the labels, and printed
     predict_file: str = ""  # texts to label, after training or with the OUT/model of an earlier command
@@ -63,120 +59,132 @@ class OwnConfig(FineTuneConfig):
             raise UserError("give --train_file and --val_file, or --predict_file")
         if len(self.text_columns.split(",")) > 2:
             raise UserError(f"text_columns={self.text_columns}: one column, or two for pairs")
+        if self.train_file and self.label_column in self.columns():
+            raise UserError(f"label_column={self.label_column}: is a text column too (the model would read the label)")
+
+    def columns(self):
+        return tuple((self.text_columns or "text").split(","))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Reading
+# Labels
 
 
-def read_rows(path, text_columns, label_column, cfg):
-    """(line number, [text..., label]) of each row of a file; no label if label_column is empty. Raises: UserError."""
-    columns = [*text_columns, *([label_column] if label_column else [])]
-    kind, _ = split_suffixes(path)
-    reader = {".tsv": tsv_rows, ".csv": csv_rows, ".jsonl": json_rows, ".json": json_rows}.get(kind)
-    if reader is None:
-        raise UserError(f"{path}: unknown suffix (expected .csv, .tsv or .jsonl, also with .gz or .xz)")
-    return list(reader(path, columns, cfg))
-
-
-def csv_rows(path, columns, cfg):
-    bad_lines = Counter()
-    reader = csv.reader((line + "\n" for _, line in numbered_lines(path, cfg, bad_lines)), strict=True)
-    header = None
-    try:
-        for cells in reader:
-            if header is None:
-                header = cells
-                missing = [name for name in columns if name not in header]
-                if missing:
-                    raise UserError(f"{path}:1: no column {missing[0]!r} (found: {', '.join(header)[:200]})")
-            elif len(cells) == len(header):
-                yield reader.line_num, [cells[header.index(name)] for name in columns]
-            elif cells:
-                text = f"{path}:{reader.line_num}: {len(cells)} columns, expected {len(header)}"
-                skip_or_fail(cfg, bad_lines, f"{text} (is there a comma outside quotes?)")
-    except csv.Error as error:
-        raise UserError(f"{path}:{reader.line_num}: {error} (is a quote not closed?)") from None
-
-
-def json_rows(path, columns, cfg):
-    bad_lines = Counter()
-    for number, line in numbered_lines(path, cfg, bad_lines):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            cells = [record[name] for name in columns]
-        except (ValueError, RecursionError) as error:
-            skip_or_fail(cfg, bad_lines, f"{path}:{number}: not valid JSON: {error} (expected one object per line)")
-        except (KeyError, TypeError):
-            skip_or_fail(cfg, bad_lines, f"{path}:{number}: not an object with {', '.join(map(repr, columns))}")
-        else:
-            if None in cells:
-                skip_or_fail(cfg, bad_lines, f"{path}:{number}: {columns[cells.index(None)]!r} is null")
-                continue
-            yield number, [cell if isinstance(cell, str) else json.dumps(cell) for cell in cells]
-
-
-def own_task(cfg):
-    """The Task in cfg.train_file: classification if its labels are words or few whole numbers, else regression.
-
-    cfg.problem overrides that. Raises: UserError.
-    """
-    columns = tuple(cfg.text_columns.split(","))
-    rows = read_rows(cfg.train_file, columns, cfg.label_column, cfg)
-    for number, cells in rows:
-        if not cells[-1].strip():
-            raise UserError(f"{cfg.train_file}:{number}: the label is empty (label the row, or remove it)")
-    words = {cells[-1] for _, cells in rows}
-    try:
-        numbers = [float(word) for word in words]
-        regression = len(words) > MAX_CLASSES or not all(number.is_integer() for number in numbers)
-    except ValueError:
-        regression = False
-    if cfg.problem != "auto":
-        regression = cfg.problem == "regression"
+def own_task(cfg, rows):
+    """The Task of the training file's rows, after a line on what was guessed and warnings. Raises: UserError."""
+    path = cfg.train_file
+    for row in rows:
+        if not row.cells[-1].strip():
+            raise UserError(f"{path}:{row.line}: the label is empty (label the row, or remove it)")
+    words = sorted({row.cells[-1] for row in rows})
     if len(words) < 2:
-        raise UserError(f"{cfg.train_file}: {len(words)} different labels in {cfg.label_column!r} (at least two)")
-    if regression:
-        return Task("own", "", columns, cfg.label_column, (), ("pearson", "spearman"))
-    return Task("own", "", columns, cfg.label_column, tuple(sorted(words)), ("accuracy", "macro_f1"))
+        raise UserError(f"{path}: the only label in {cfg.label_column!r} is {words[0]!r} (at least two are needed)")
+    regression, why = guess(cfg, rows)
+    if not regression:
+        print(f"{path}: classification into {', '.join(words)[:200]}: {why}", flush=True)
+        warn_about(path, rows)
+        return Task("own", "", cfg.columns(), cfg.label_column, tuple(words), ("accuracy", "macro_f1"))
+    labels = to_examples(rows, path, ()).labels
+    if (labels == labels[0]).all():
+        raise UserError(f"{path}: every label in {cfg.label_column!r} is {labels[0]:g} (at least two are needed)")
+    print(f"{path}: regression: {why}", flush=True)
+    scale = float(labels.mean()), float(labels.std())
+    return Task("own", "", cfg.columns(), cfg.label_column, (), ("pearson", "spearman"), shown=("mean_error",), scale=scale)
 
 
-def read_own(cfg, task):
-    """{split: Examples} of the training and the validation file. Raises: UserError naming file and line."""
-    paths = {"train": cfg.train_file, "validation": cfg.val_file}
-    return {
-        split: to_examples(read_rows(path, task.text_columns, task.label_column, cfg), path, task.labels)
-        for split, path in paths.items()
-    }
+def guess(cfg, rows):
+    """(whether the labels are a regression's, why). Raises: UserError for labels that contradict each other."""
+    if cfg.problem != "auto":
+        return cfg.problem == "regression", f"--problem={cfg.problem}"
+    cells = [row.cells[-1].replace(",", ".") for row in rows]  # decimal commas are found below
+    numbers = [float(cell) for cell in cells if NUMBER.fullmatch(cell)]
+    different, whole = len(set(numbers)), all(number.is_integer() for number in numbers)
+    if len(numbers) <= len(rows) / 2 or (whole and different <= MAX_CLASSES):
+        if all(NUMBER.fullmatch(row.cells[-1]) for row in rows):
+            return False, f"the labels are {different} different whole numbers (or --problem=regression)"
+        return False, "the labels are words"
+    for row in rows:
+        if not NUMBER.fullmatch(row.cells[-1]):
+            fix = "write numbers with a point" if "," in row.cells[-1] else "correct it, or remove the row"
+            text = f"label {row.cells[-1]!r} is not a number, as {len(numbers)} of {len(rows)} labels are"
+            raise UserError(f"{cfg.train_file}:{row.line}: {text} ({fix}; --problem=classification takes all as words)")
+    return True, f"the labels are {different} different {'whole ' * whole}numbers (or --problem=classification)"
+
+
+def warn_about(path, rows):
+    """Report classes that may be mistakes: spelled almost as another, or with few rows."""
+    lines, alike = {}, {}
+    for row in rows:
+        lines.setdefault(row.cells[-1], []).append(row.line)
+    for word in sorted(lines, key=lambda word: -len(lines[word])):
+        alike.setdefault(essence(word), []).append(word)
+    for first, *others in alike.values():
+        for other in others:
+            text = f"labels {first!r} and {other!r} ({places(lines[other])}) are different classes"
+            print(f"warning: {path}: {text} (if they mean the same, correct the file)", flush=True)
+    rare = [f"{word!r} ({places(found)})" for word, found in lines.items() if len(found) < RARE]
+    if rare:
+        more = f" and {len(rare) - 5} more" if len(rare) > 5 else ""
+        text = f"labels with fewer than {RARE} rows: {', '.join(rare[:5])}{more} (too few to learn)"
+        print(f"warning: {path}: {text}", flush=True)
+
+
+def essence(word):
+    """What labels have in common that a person would take for the same: "1" and "1.0", "pos" and " Pos"."""
+    if NUMBER.fullmatch(word):
+        return float(word)
+    return " ".join(unicodedata.normalize("NFKC", word).casefold().split())
+
+
+def places(lines):
+    more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
+    return f"line{'s' * (len(lines) > 1)} {', '.join(map(str, lines[:3]))}{more}"
+
+
+def print_labels(path, examples, task):
+    """How many examples each class has, or the range of a regression's labels."""
+    if task.labels:
+        counts = Counter(examples.labels.tolist())
+        texts = [f"{word} {counts[i]:,}" for i, word in enumerate(task.labels)]
+        more = f" and {len(texts) - MAX_CLASSES} more labels" if len(texts) > MAX_CLASSES else ""
+        print(f"{path}: {', '.join(texts[:MAX_CLASSES])}{more}", flush=True)
+    else:
+        x = examples.labels
+        spread = f"from {x.min():g} to {x.max():g}, mean {x.mean():g}, standard deviation {x.std():g}"
+        print(f"{path}: {len(x):,} labels {spread}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training and predicting
 
 
-def predict_own(cfg, path):
-    """Label the texts of cfg.predict_file with a model that this tool saved; writes OUT/predictions.tsv."""
+def predict_own(cfg, path, rows=None):
+    """Label the texts of cfg.predict_file with a model that this tool saved; writes OUT/predictions.tsv.
+
+    rows: of the file, if already read.
+    """
     fine_tuned = load_pretrained(path, cfg.out)
     saved = fine_tuned.config.get("task")
     if not saved:
         raise UserError(f"{path}: not fine-tuned, so it predicts nothing (give --train_file and --val_file)")
-    task = Task("own", "", tuple(saved["text_columns"]), "", tuple(saved["labels"]), ())
-    rows = read_rows(cfg.predict_file, task.text_columns, "", cfg)
-    if not rows:
-        raise UserError(f"{cfg.predict_file}: no texts (is the file empty?)")
+    columns = cfg.columns() if cfg.text_columns else tuple(saved["text_columns"])
+    if len(columns) != len(saved["text_columns"]):
+        raise UserError(f"text_columns={cfg.text_columns}: the model was trained on {', '.join(saved['text_columns'])}")
+    task = Task("own", "", columns, "", tuple(saved["labels"]), ())
+    rows = rows or read_rows(cfg.predict_file, columns, "", cfg)
     device, dtype = pick_device(cfg.device, cfg.dtype)
+    dtype = dtype if task.labels else torch.float32  # as in training
     choose_kernels(cfg.kernels, fine_tuned.model_cfg, device)
-    encoded = encode(Examples([tuple(cells) for _, cells in rows]), fine_tuned, saved["max_length"])
+    encoded = encode(Examples([tuple(row.cells) for row in rows]), fine_tuned, saved["max_length"])
     scores = predict(load_classifier(path).to(device), encoded, Process(0, 1, device, dtype))
-    lines = ["index\tprediction" + ("\tprobability\n" if task.labels else "\n")]
     best = torch.from_numpy(scores).softmax(1).max(1).values.tolist()
-    for index, (value, probability) in enumerate(zip(to_predictions(task, scores).tolist(), best)):
-        lines.append(f"{index}\t{task.labels[value]}\t{probability:.4f}\n" if task.labels else f"{index}\t{value:.4f}\n")
+    lines = []
+    for row, value, probability in zip(rows, to_predictions(task, scores).tolist(), best):
+        answer = (task.labels[value], f"{probability:.4f}") if task.labels else (value,)
+        lines.append((row.index, *answer, *row.cells))
     os.makedirs(cfg.out, exist_ok=True)
     target = os.path.join(cfg.out, "predictions.tsv")
-    write_text(target, "".join(lines))
+    write_table(target, ("index", "prediction", *["probability"] * bool(task.labels), *columns), lines)
     print(f"{target}: {len(rows)} predictions")
 
 
@@ -186,14 +194,20 @@ def main(argv):
     cfg.check()
     if not cfg.train_file:
         return predict_own(cfg, cfg.checkpoint)
-    pretrained, task, model = load_pretrained(cfg.checkpoint, cfg.out), own_task(cfg), os.path.join(cfg.out, "model")
-    plan = make_runs(cfg, pretrained, task, read_own(cfg, task), RECIPES[cfg.recipe], cfg.seeds, keep=model)
-    print(f"classification into {', '.join(task.labels)[:200]}" if task.labels else "regression", flush=True)
-    if fine_tune(cfg, pretrained, plan, functools.partial(read_own, cfg)) is None:
+    paths = {"train": cfg.train_file, "validation": cfg.val_file}
+    rows = {split: read_rows(path, cfg.columns(), cfg.label_column, cfg) for split, path in paths.items()}
+    to_label = read_rows(cfg.predict_file, cfg.columns(), "", cfg) if cfg.predict_file else None
+    task = own_task(cfg, rows["train"])
+    examples = {split: to_examples(rows[split], path, task.labels) for split, path in paths.items()}
+    for split, path in paths.items():
+        print_labels(path, examples[split], task)
+    pretrained, model = load_pretrained(cfg.checkpoint, cfg.out), os.path.join(cfg.out, "model")
+    plan = make_runs(cfg, pretrained, task, examples, RECIPES[cfg.recipe], cfg.seeds, keep=model)
+    if fine_tune(cfg, pretrained, plan, {task: examples}.get) is None:
         return
     print(f"{model}: the fine-tuned model of the first seed")
     if cfg.predict_file:
-        predict_own(cfg, model)
+        predict_own(cfg, model, to_label)
 
 
 if __name__ == "__main__":

@@ -15,27 +15,20 @@ import zipfile
 from dataclasses import dataclass, replace
 
 from common.files import whole_file
+from common.glue import GLUE_TASKS, NLI, PAIR, Task, find_file, load_hub, read_task
+from common.labelled import Examples, read_rows
 from common.options import UserError, command, load_config
 from finetune_glue import (
-    GLUE_TASKS,
-    NLI,
-    PAIR,
     SEEDS,
-    Examples,
     GlueConfig,
-    Task,
     Worker,
     encode,
-    find_file,
     fine_tune,
     load_classifier,
-    load_hub,
     load_pretrained,
     make_plan,
     predict,
-    read_task,
     to_predictions,
-    tsv_rows,
 )
 
 # file in the zip: (task, split, rows of the official test set). Nothing is trained on WNLI: its test rows all get the
@@ -81,9 +74,8 @@ def read_test(file, cfg):
             folders = [folder, os.path.join(cfg.data_dir, "AX"), cfg.data_dir]
             split = "diagnostic"
             folder = next((f for f in folders if os.path.exists(os.path.join(f, "diagnostic.tsv"))), folder)
-        columns = [*task.text_columns, "id" if file == "QQP" else "index"]
-        rows = [cells for _, cells in tsv_rows(find_file(folder, split), columns, cfg)]
-        texts, indices = [tuple(cells[:-1]) for cells in rows], [cells[-1] for cells in rows]
+        rows = read_rows(find_file(folder, split), task.text_columns, "id" if file == "QQP" else "index", cfg)
+        texts, indices = [tuple(row.cells[:-1]) for row in rows], [row.cells[-1] for row in rows]
     if len(texts) != expected:
         raise UserError(f"{file}: {len(texts):,} test rows, GLUE has {expected:,} (the server takes no others)")
     return indices, texts

@@ -45,7 +45,7 @@ PUBLISHED_TASKS = {  # MosaicBERT-Base's last point by task, over five pretraini
     "stsb": 89.27,
 }  # fmt: skip
 
-TASK_NAMES = {  # in the order of finetune_glue.GLUE_TASKS, whose file would import torch
+TASK_NAMES = {  # in the order of common.glue.GLUE_TASKS, whose file would import torch
     "mnli": "MNLI", "qnli": "QNLI", "qqp": "QQP", "rte": "RTE", "sst2": "SST-2", "mrpc": "MRPC", "cola": "CoLA",
     "stsb": "STS-B",
 }  # fmt: skip

@@ -1,0 +1,330 @@
+"""What went wrong for people who fine-tuned: guesses about labels, lost rows, late checks, results of another run."""
+
+import json
+import re
+import shutil
+from functools import partial
+
+import numpy as np
+import pytest
+
+import checkpoint
+import finetune_glue
+from common.labelled import read_rows
+from common.options import UserError
+from finetune_glue import load_classifier, load_pretrained, make_classifier, pretraining_cost
+from tests import toy
+from tests.test_finetune_glue import CPU, sentences, suite, write_glue
+from tests.test_finetune_own import settings, write_labelled
+from tests.toy import make_run
+from tools.finetune_own import main, own_task
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("run"))
+
+
+def fails(command, argv, capfd):
+    """The error of a command that ends in one line."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as status:
+        command(argv)
+    error = capfd.readouterr().err
+    assert status.value.code == 2 and error.count("\n") == 1, error
+    return error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Guesses about labels
+
+
+def guess(tmp_path, labels, **options):
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\n" + "".join(f't,"{label}"\n' for label in labels))
+    return own_task(settings(train_file=str(path), **options), read_rows(str(path), ("text",), "label", settings()))
+
+
+@pytest.mark.parametrize(
+    "labels, says",
+    [
+        ([*(f"{i / 4}" for i in range(199)), "N/A"], ":201: label 'N/A' is not a number, as 199 of 200 labels are"),
+        ([f"{i},5" for i in range(99)], ":2: label '0,5' is not a number, as 99 of 99 .*write numbers with a point"),
+        ([*map(str, range(30)), "unknown"], ":32: label 'unknown'"),
+    ],
+)
+def test_labels_that_contradict_each_other(tmp_path, labels, says):
+    with pytest.raises(UserError, match=f"{says}.*--problem=classification takes all as words"):
+        guess(tmp_path, labels)
+    assert len(guess(tmp_path, labels, problem="classification").labels) == len(set(labels))
+
+
+@pytest.mark.parametrize(
+    "labels, says",
+    [
+        (["1_0", "1_1"] * 9, "classification into 1_0, 1_1: the labels are words"),
+        (list(map(str, range(30))), "regression: the labels are 30 different whole numbers (or --problem=classification)"),
+        (["0.5", "1", "2"], "regression: the labels are 3 different numbers (or --problem=classification)"),
+        (["0", "1"], "classification into 0, 1: the labels are 2 different whole numbers (or --problem=regression)"),
+        (["nan", "inf"], "classification into inf, nan: the labels are words"),
+    ],
+)
+def test_what_is_guessed_is_said_with_its_reason(tmp_path, capsys, labels, says):
+    guess(tmp_path, labels)
+    assert f"a.csv: {says}\n" in capsys.readouterr().out
+
+
+def test_near_equal_and_rare_labels_are_warned_about(tmp_path, capsys):
+    guess(tmp_path, ["1"] * 9 + ["1.0"] * 2 + ["2"] * 9)
+    assert "labels '1' and '1.0' (lines 11, 12) are different classes" in capsys.readouterr().out
+    guess(tmp_path, ["pos"] * 9 + [" pos", "Pos"] + ["neg"] * 9)
+    printed = capsys.readouterr().out
+    assert "labels 'pos' and ' pos' (line 11) are" in printed and "labels 'pos' and 'Pos' (line 12) are" in printed
+    assert "labels with fewer than 5 rows: ' pos' (line 11), 'Pos' (line 12) (too few to learn)" in printed
+    guess(tmp_path, ["pos"] * 9 + ["neg"] * 9)
+    assert "warning" not in capsys.readouterr().out
+
+
+def own(pretrained, tmp_path, *options, out="out"):
+    """A toy fine-tuning of a.csv, scored on b.csv."""
+    files = [f"--train_file={tmp_path}/a.csv", f"--val_file={tmp_path}/b.csv", "--epochs=1", "--label_column=kind"]
+    return [f"--checkpoint={pretrained}", f"--out={tmp_path / out}", *files, *CPU, *options]
+
+
+@pytest.fixture
+def files(tmp_path):
+    write_labelled(tmp_path / "a.csv", 40, 0)
+    write_labelled(tmp_path / "b.csv", 10, 1)
+
+
+def test_the_plan_is_printed_first(pretrained, tmp_path, files, capfd, monkeypatch):
+    monkeypatch.setattr(finetune_glue, "train", lambda *_: (_ for _ in ()).throw(UserError("a step was taken")))
+    with pytest.raises(SystemExit):
+        main(own(pretrained, tmp_path, "--batch_size=1000", "--epochs=5", "--seeds=2", "--lr=1e-3"))
+    printed = capfd.readouterr().out
+    assert f"{tmp_path}/a.csv: no 20, yes 20\n" in printed and f"{tmp_path}/b.csv: no 5, yes 5\n" in printed
+    assert "own: 40 examples, 5 epochs, 5 steps of 1000, peak lr 0.001, 2 seeds, from pretrained\n" in printed
+    assert "batch_size=1000 is more than the 40 examples of own: an epoch is one step, 5 in all" in printed
+
+
+def test_a_class_of_the_validation_file_only(pretrained, tmp_path, files, capfd):
+    text = (tmp_path / "b.csv").read_text()
+    (tmp_path / "b.csv").write_text(text + "w1,perhaps\n")
+    assert "b.csv:12: unknown label 'perhaps' (expected one of no, yes)" in fails(main, own(pretrained, tmp_path), capfd)
+
+
+def test_regression_is_in_the_labels_unit(pretrained, tmp_path):
+    """Prices of 200,000 to 470,000: predictions of the same size, also by the saved model, and errors in dollars."""
+    for name, n, seed in (("a.csv", 400, 0), ("b.csv", 60, 1)):
+        texts = [(f"w9{i % 2} {text}", 220_000 + 220_000 * (i % 2) + i) for i, text in enumerate(sentences(n, seed))]
+        (tmp_path / name).write_text("text,kind\n" + "".join(f"{text},{price}\n" for text, price in texts))
+    options = ["--lr=3e-3", "--epochs=4", f"--predict_file={tmp_path}/b.csv"]
+    main(own(pretrained, tmp_path, *options))
+    metrics = json.loads((tmp_path / "out/glue.json").read_text())["tasks"]["own"]["metrics"]
+    assert metrics["mean_error"]["mean"] < 20_000 and metrics["pearson"]["mean"] > 0.95
+    rows = [line.split("\t") for line in (tmp_path / "out/predictions.tsv").read_text().splitlines()[1:]]
+    scored = [line.split("\t") for line in (tmp_path / "out/predictions/own.seed19.tsv").read_text().splitlines()[1:]]
+    np.testing.assert_allclose([float(row[1]) for row in rows], [float(row[2]) for row in scored], rtol=1e-6)
+    assert 0 < json.loads((tmp_path / "out/runs/own.seed19.jsonl").read_text().splitlines()[1])["loss"] < 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows
+
+
+def test_an_open_quote_takes_one_row_with_it(tmp_path, capsys):
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\na0,0\n" + '"a1,1\n' + "".join(f"a{i},{i}\n" for i in range(2, 50)))
+    rows = read_rows(str(path), ("text",), "label", settings(skip_bad_lines=1))
+    assert [row.index for row in rows] == [0, *range(2, 50)] and rows[1] == (2, 4, ["a2", "2"])
+    assert f"skipped {path}:3: unexpected end of data: is a quote not closed?\n" == capsys.readouterr().out
+    path.write_text(path.read_text() + 'b",50\n')  # a row of 49 lines, and nothing tells that it is none
+    rows = read_rows(str(path), ("text",), "label", settings())
+    assert len(rows) == 2 and "a.csv:3: a row of over 20 lines (is a quote not closed?)" in capsys.readouterr().out
+    for third in ('"c",3,4', 'c",3,4'):  # closed by the next quote, in a row of too many columns
+        path.write_text(f'text,label\n"a,1\nb,2\n{third}\nd,5\n')
+        rows = read_rows(str(path), ("text",), "label", settings(skip_bad_lines=2))
+        assert [row.cells for row in rows] == [["b", "2"], ["d", "5"]]
+        assert capsys.readouterr().out.count("skipped") == 2
+
+
+@pytest.mark.parametrize(
+    "name, lines",
+    [
+        ("a.csv", ["text,label", "a,1", "b,1,1", "c,1", "\xff,1", "d,1", "\xff,1"]),
+        ("a.tsv", ["text\tlabel", "a\t1", "b", "c\t1", "\xff\t1", "d\t1", "\xff\t1"]),
+        ("a.jsonl", ["", '{"text": "a", "label": 1}', "{", '{"text": "c", "label": 1}', '"\xff"',
+                     '{"text": "d", "label": 1}', '"\xff"']),
+    ],
+)  # fmt: skip
+def test_every_row_is_kept_or_named_and_counted(tmp_path, capsys, name, lines):
+    (tmp_path / name).write_bytes("".join(line + "\n" for line in lines).encode("latin-1"))
+    rows = read_rows(str(tmp_path / name), ("text",), "label", settings(skip_bad_lines=3))
+    assert rows == [(0, 2, ["a", "1"]), (2, 4, ["c", "1"]), (4, 6, ["d", "1"])]
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.partition(": ")[0] for line in printed] == [f"skipped {tmp_path / name}:{number}" for number in (3, 5, 7)]
+    with pytest.raises(UserError):
+        read_rows(str(tmp_path / name), ("text",), "label", settings(skip_bad_lines=2))
+
+
+def test_predictions_are_of_the_files_rows(pretrained, tmp_path, capsys):
+    labels = ["a\tb", "c\nd"]
+    for name, n in (("a.jsonl", 12), ("b.jsonl", 6)):
+        records = [{"text": f"w{i}\tw2", "kind": labels[i % 2]} for i in range(n)]
+        (tmp_path / name).write_text("".join(json.dumps(record) + "\n" for record in records))
+    (tmp_path / "new.jsonl").write_text('{"text": "w1\\tw2"}\n{"text": null}\n{"text": "w3\\n\\\\w4"}\n')
+    options = [f"--train_file={tmp_path}/a.jsonl", f"--val_file={tmp_path}/b.jsonl", f"--predict_file={tmp_path}/new.jsonl"]
+    main(own(pretrained, tmp_path, *options, "--skip_bad_lines=1"))
+    header, *lines = [line.split("\t") for line in (tmp_path / "out/predictions.tsv").read_text().splitlines()]
+    assert header == ["index", "prediction", "probability", "text"]
+    assert [line[0] for line in lines] == ["0", "2"] and {line[1] for line in lines} <= {"a\\tb", "c\\nd"}
+    assert [line[3] for line in lines] == ["w1\\tw2", "w3\\n\\\\w4"]
+    assert "skipped" in capsys.readouterr().out
+    lines = (tmp_path / "out/predictions/own.seed19.tsv").read_text().splitlines()
+    assert [line.split("\t")[:2] for line in lines[1:3]] == [["0", "a\\tb"], ["1", "c\\nd"]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks before any training
+
+
+@pytest.mark.parametrize(
+    "contents, says",
+    [
+        (None, "new.jsonl: No such file"),
+        ('{"text": "\\ud800"}\n', "new.jsonl:1: half a surrogate pair"),
+        ('{"text": {"a": "b"}}\n', "new.jsonl:1: 'text' is dict, expected a string"),
+        ('{"texts": "a"}\n', "new.jsonl:1: not an object with 'text'"),
+        ("", "new.jsonl: no examples"),
+    ],
+)
+def test_the_file_to_label_is_read_before_training(pretrained, tmp_path, files, capfd, contents, says):
+    if contents is not None:
+        (tmp_path / "new.jsonl").write_text(contents)
+    argv = own(pretrained, tmp_path, f"--predict_file={tmp_path}/new.jsonl")
+    assert says in fails(main, argv, capfd) and not (tmp_path / "out").exists()
+
+
+def test_columns_of_the_file_to_label(pretrained, tmp_path, files, capfd):
+    main(own(pretrained, tmp_path))
+    (tmp_path / "new.csv").write_text("text,body\nw91 w1,w92 w1\n")
+    model = [f"--checkpoint={tmp_path}/out/model", f"--predict_file={tmp_path}/new.csv", *CPU]
+    texts = {}
+    for columns in ("text", "body"):
+        main([*model, f"--out={tmp_path}/{columns}", f"--text_columns={columns}"])
+        header, row = (line.split("\t") for line in (tmp_path / columns / "predictions.tsv").read_text().splitlines())
+        texts[header[3]] = row[3]
+    assert texts == {"text": "w91 w1", "body": "w92 w1"}
+    error = fails(main, [*model, f"--out={tmp_path}/p", "--text_columns=text,body"], capfd)
+    assert "text_columns=text,body: the model was trained on text" in error
+
+
+@pytest.mark.parametrize(
+    "path, says",
+    [
+        ("RUN/step_00000001/model.safetensors", r"a file of a checkpoint \(give its directory, .*/step_00000001\)"),
+        ("OUT/smok", r"out/smok: no such directory \(did you mean .*/out/smoke\?\)"),
+        ("OUT/nothing/at/all", "no such directory"),
+        ("OUT/smoke", "no undamaged checkpoint here"),
+    ],
+)
+def test_a_checkpoint_that_is_none(pretrained, tmp_path, capfd, path, says):
+    (tmp_path / "out/smoke").mkdir(parents=True)
+    (tmp_path / "out/smoke/log.jsonl").write_text("")  # a run before its first checkpoint
+    path = path.replace("RUN", pretrained).replace("OUT", str(tmp_path / "out"))
+    argv = [f"--checkpoint={path}", f"--out={tmp_path}/glue", "--tasks=cola", *CPU]
+    error = fails(finetune_glue.main, argv, capfd)
+    assert re.search(says, error), error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Results that are not this run's
+
+
+def test_renamed_labels(pretrained, tmp_path, files, capfd):
+    main(own(pretrained, tmp_path))
+    for name in ("a.csv", "b.csv"):
+        path = tmp_path / name
+        path.write_text(path.read_text().replace(",no\n", ",never\n"))
+    assert "another labels" in fails(main, own(pretrained, tmp_path), capfd)
+    assert "no\t" in (tmp_path / "out/predictions/own.seed19.tsv").read_text()
+
+
+@pytest.mark.parametrize(
+    "option, name",
+    [("--lr=1e-3", "lr"), ("--epochs=2", "epochs"), ("--max_length=9", "max_length"), ("--random_weights", "random_weights"),
+     ("--dtype=bfloat16", "dtype"), ("--batch_size=3", "batch_size"), ("--recipe=fast", "recipe")],
+)  # fmt: skip
+def test_one_average_is_of_one_kind_of_run(pretrained, tmp_path, option, name, capfd):
+    """Also where the two commands have no task in common."""
+    data, out = write_glue(tmp_path / "data", ("cola", "rte")), tmp_path / "out"
+    suite(pretrained, data, out, "--tasks=cola", "--seeds=1")
+    argv = [f"--checkpoint={pretrained}", f"--data_dir={data}", f"--out={out}", "--epochs=1", "--seeds=1", *CPU]
+    error = fails(finetune_glue.main, [*argv, "--tasks=rte", option], capfd)
+    assert f"holds results with another {name} (choose another --out)" in error
+    assert set(suite(pretrained, data, out, "--tasks=rte", "--seeds=1")["tasks"]) == {"cola", "rte"}
+
+
+def test_one_average_has_one_start(pretrained, tmp_path, capfd):
+    data, out = write_glue(tmp_path / "data", ("mnli", "rte", "mrpc")), tmp_path / "out"
+    suite(pretrained, data, out, "--tasks=rte", "--seeds=1")
+    argv = [f"--checkpoint={pretrained}", f"--data_dir={data}", f"--out={out}", "--epochs=1", "--seeds=1", *CPU]
+    error = fails(finetune_glue.main, [*argv, "--tasks=mnli,mrpc"], capfd)
+    assert "holds results with another start of RTE, MRPC or STS-B" in error
+    assert set(suite(pretrained, data, out, "--tasks=mnli", "--seeds=1")["tasks"]) == {"mnli", "rte"}
+
+
+def test_results_of_earlier_code_are_kept(pretrained, tmp_path):
+    data, out = write_glue(tmp_path / "data", ("cola", "rte")), tmp_path / "out"
+    first = suite(pretrained, data, out, "--tasks=cola")
+    earlier = {name: value for name, value in first.items() if name not in ("lr", "epochs", "max_length", "dtype")}
+    (out / "glue.json").write_text(json.dumps(earlier))
+    assert suite(pretrained, data, out, "--tasks=rte")["tasks"]["cola"] == first["tasks"]["cola"]
+
+
+def test_a_run_that_still_trains_is_looked_up_once(tmp_path, monkeypatch):
+    run, data = make_run(tmp_path / "run"), write_glue(tmp_path / "data", ("cola",))
+    plan = finetune_glue.make_plan
+
+    def as_training_continues(*arguments):
+        first = tmp_path / "run/step_00000001"
+        shutil.copytree(first, tmp_path / "run/step_00000002")
+        toy.reseal(tmp_path / "run/step_00000002")
+        return plan(*arguments)
+
+    read = []
+    original = finetune_glue.read_pretrained
+    monkeypatch.setattr(finetune_glue, "make_plan", as_training_continues)
+    monkeypatch.setattr(finetune_glue, "read_pretrained", lambda path: read.append(path) or original(path))
+    suite(run, data, tmp_path / "out", "--tasks=cola")
+    assert checkpoint.steps(run) == [2, 1] and set(read) == {f"{run}/step_00000001"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# [PAD], and what pretraining cost
+
+
+def test_the_padding_embedding_is_that_of_pad(tmp_path, monkeypatch):
+    special = ["[UNK]", "[CLS]", "[PAD]", "[SEP]", "[MASK]"]
+    monkeypatch.setattr(toy, "make_tokenizer", partial(toy.make_tokenizer, special=special))
+    start = load_pretrained(make_run(tmp_path / "run"), "")
+    model = make_classifier(start, 2, seed=0)
+    assert model.bert.embeddings.word_embeddings.padding_idx == 2
+    config = json.dumps({**start.config, "task": {"labels": ["a", "b"]}})
+    texts = {"config.json": config, "tokenizer.json": start.tokenizer_text}
+    (tmp_path / "model").mkdir()
+    checkpoint.save(str(tmp_path / "model"), 1, {"model.safetensors": checkpoint.weights_of(model)}, texts)
+    assert load_classifier(str(tmp_path / "model")).bert.embeddings.word_embeddings.padding_idx == 2
+
+
+def test_cost_counts_the_gpus_of_each_second(tmp_path):
+    path = tmp_path / "run/step_00000001"
+    run = make_run(tmp_path / "run")
+    assert pretraining_cost(str(path))["gpu_hours"] == 4.0  # 7,200 s of two processes, by earlier code
+    (path / "state.json").write_text(json.dumps({"step": 1, "seconds": 7200.0, "gpu_seconds": 10_800.0}))
+    start = json.loads((tmp_path / "run/log.jsonl").read_text())
+    start["config"]["price_per_gpu_hour"] = 3.0
+    with open(tmp_path / "run/log.jsonl", "a") as log:
+        log.write(json.dumps({**start, "world_size": 1}) + "\n")
+    cost = pretraining_cost(str(path))
+    assert (cost["gpu_hours"], cost["dollars"]) == (3.0, 9.0) and run
