@@ -174,7 +174,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(data_dir, tmp_path, 
     assert time.monotonic() - sent < 10  # generous for a busy machine; studies/torture.py measures
     (step,) = checkpoint.steps(out)
     assert checkpoint.damage(out / f"step_{step:08d}") is None
-    assert f"stopped after step {step}, as asked" in ranks.output() and read_log(out, "stop")[0]["step"] == step
+    assert f"stopped after step {step} on request" in ranks.output() and read_log(out, "stop")[0]["step"] == step
 
 
 @pytest.mark.parametrize("max_steps", [9, 5])
