@@ -6,6 +6,7 @@ torchrun starts the processes and puts RANK, WORLD_SIZE and LOCAL_RANK into the 
 import datetime
 import os
 import platform
+import traceback
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -117,6 +118,11 @@ def joined(device, dtype, hang_timeout):
         process = join(device, dtype, hang_timeout)
         watchdog.join(process.rank, process.world_size)
         yield process, watchdog
+    except SystemExit as stopped:
+        # Its traceback keeps the model alive. DDP must not be the last to hold the process group: it frees it without
+        # releasing the GIL, and joins Gloo's thread, which may be waiting for the GIL to free a tensor.
+        traceback.clear_frames(stopped.__traceback__)
+        raise
     except Exception as error:
         watchdog.lost(error)
         if dist.is_initialized():

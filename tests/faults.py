@@ -11,6 +11,7 @@ import shutil
 import signal
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import torch
@@ -135,6 +136,22 @@ def slow_write(seconds):
         return write(*contents)
 
     checkpoint.write = slow
+
+
+def note_end_of_ddp():
+    """As the process group ends, print whether the DistributedDataParallel model was freed before."""
+    wrap, destroy, models = train.wrap, processes.dist.destroy_process_group, []
+
+    def noting(*arguments):
+        model = wrap(*arguments)
+        models.append(weakref.ref(model))
+        return model
+
+    def destroying():
+        print("model freed first" if models[0]() is None else "model outlives its process group", flush=True)
+        destroy()
+
+    train.wrap, processes.dist.destroy_process_group = noting, destroying
 
 
 def note_weights(directory):

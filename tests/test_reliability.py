@@ -177,6 +177,17 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(data_dir, tmp_path, 
     assert f"stopped after step {step} on request" in ranks.output() and read_log(out, "stop")[0]["step"] == step
 
 
+def test_ddp_is_freed_before_its_process_group(data_dir, tmp_path):
+    """Freed after it, it joins Gloo's thread with the GIL held, and one stop in 75 on a busy machine hung forever."""
+    fault = dict.fromkeys(range(2), faults.note_end_of_ddp)
+    ranks = Ranks(toy_argv(data_dir, tmp_path / "run", max_steps=10_000, eval_interval=0), 2, tmp_path, fault)
+    wait_for(ranks, "step 5/")
+    ranks.signal(signal.SIGTERM)
+    assert ranks.wait() == [143, 143] and ranks.output().count("model freed first") == 2, ranks.output()
+    statuses, output = run_ranks(toy_argv(data_dir, tmp_path / "finished", max_steps=3), 2, tmp_path, fault)
+    assert statuses == [0, 0] and output.count("model freed first") == 2, output
+
+
 @pytest.mark.parametrize("max_steps", [9, 5])
 def test_a_signal_during_evaluation(data_dir, tmp_path, max_steps):
     """The evaluation is abandoned, and made up for on resume, even after the last step."""
