@@ -146,7 +146,7 @@ def test_the_masking_rate_falls_after_the_warm_up():
 
 def test_two_processes_agree(data_dir, tmp_path):  # noqa: F811
     """The plan is the same in both, and again the bytes are those of the same max_steps given by hand."""
-    argv = budget_argv(data_dir, tmp_path / "budget", budget_minutes=0.06, eval_interval=0)
+    argv = budget_argv(data_dir, tmp_path / "budget", budget_minutes=0.025, eval_interval=0)
     statuses, output = run_ranks(argv, 2, tmp_path / "ranks")
     assert statuses == [0, 0], output
     end, (plan,) = read_log(tmp_path / "budget", "end")[0], read_log(tmp_path / "budget", "plan")
@@ -202,7 +202,7 @@ def test_a_plan_of_earlier_code_is_kept(data_dir, tmp_path, plan_of_25, capsys):
 @pytest.mark.parametrize("step", [2, 6])
 def test_killed_in_the_warm_up(data_dir, tmp_path, step):  # noqa: F811
     """Before or after the half that is timed: the same command resumes, finishes the measurement, and plans."""
-    argv = budget_argv(data_dir, tmp_path / "run", budget_minutes=0.1)
+    argv = budget_argv(data_dir, tmp_path / "run", budget_minutes=0.03)
     ranks = Ranks(argv, 1, tmp_path / "ranks", {0: partial(faults.stop_at, step)})
     assert ranks.wait() == [143], ranks.output()
     assert not read_log(tmp_path / "run", "plan") and read_log(tmp_path / "run", "stop")[0]["step"] in (step, step + 1)

@@ -15,11 +15,12 @@ import torch
 
 import checkpoint
 import train
-from model import MaskedLM, ModelConfig
+from common.options import UserError
+from model import MaskedLM, ModelConfig, choose_kernels
 from tests import faults, toy
 from tests.ranks import Ranks, run_ranks
 from tests.test_train import data_dir, fails  # noqa: F401, a fixture
-from tests.toy import ROOT, files_of, make_run, make_shards, read_log, toy_argv, train_environment
+from tests.toy import ROOT, make_run, make_shards, read_log, toy_argv
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -149,11 +150,11 @@ def test_training_asks_the_tokenizer_for_pad(tmp_path, monkeypatch):
     assert made[0][2] == 2
 
 
-def test_the_interpreter_refuses_bf16(data_dir, tmp_path):  # noqa: F811
-    argv = toy_argv(data_dir, tmp_path / "run", kernels="triton", dtype="bfloat16")
-    environment = train_environment(TRITON_INTERPRET="1")
-    result = subprocess.run([sys.executable, "train.py", *argv], env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 2 and "interpreter multiplies bfloat16 wrongly" in result.stderr
+def test_the_interpreter_refuses_bf16():
+    cfg = ModelConfig(hidden_size=64, num_heads=2)
+    with pytest.raises(UserError, match="interpreter multiplies bfloat16 wrongly"):
+        choose_kernels("triton", cfg, torch.device("cpu"), torch.bfloat16)
+    assert choose_kernels("triton", cfg, torch.device("cpu"), torch.float32) == "triton"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -162,7 +163,7 @@ def test_the_interpreter_refuses_bf16(data_dir, tmp_path):  # noqa: F811
 
 def test_threads_wait_without_spinning():
     """Two threads that spin on two busy cores were slower by a factor of 17 than one."""
-    code = "import train, os; print(os.environ['OMP_WAIT_POLICY'])"
+    code = "import common, os; print(os.environ['OMP_WAIT_POLICY'])"
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     result = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert result.stdout.strip() == "PASSIVE"
