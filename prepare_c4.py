@@ -10,6 +10,8 @@ text decides whether a document is held out for evaluation, so adding data never
 Read next: common/sources.py, for what can be read, or data.py, for the format of a shard
 """
 
+import common  # noqa: F401, I001, before anything that may be missing
+
 import functools
 import glob
 import hashlib
