@@ -12,3 +12,14 @@ if missing := [name for name in ("numpy", "torch", "tokenizers", "safetensors") 
     hint = "source .venv/bin/activate, or pip install -r requirements.txt -c constraints.txt"
     print(f"error: missing packages: {', '.join(missing)} ({hint})", file=sys.stderr)
     sys.exit(2)
+
+
+def in_one_line(kind, error, trace, hook=sys.excepthook):
+    """Ctrl-C while modules are imported, before a script's `command` handles it."""
+    if kind is KeyboardInterrupt and "--debug" not in sys.argv:
+        print("stopped", file=sys.stderr)
+    else:
+        hook(kind, error, trace)
+
+
+sys.excepthook = in_one_line

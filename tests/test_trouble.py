@@ -171,6 +171,12 @@ def test_threads_wait_without_spinning():
     assert imported.index(next(line for line in imported if line.startswith("import common"))) < imported.index("import torch")
 
 
+def test_ctrl_c_during_imports_is_one_line():
+    code = "import common, os, signal; os.kill(os.getpid(), signal.SIGINT); import time; time.sleep(9)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.stderr == "stopped\n" and result.returncode
+
+
 def test_help_into_head_and_its_defaults():
     command = f"{sys.executable} prepare_c4.py --help | head -n 1; {sys.executable} prepare_c4.py --help | grep workers"
     result = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
