@@ -254,10 +254,12 @@ def val_threshold(num_units, cfg):
     """Documents with a hash below this are held out."""
     if not cfg.val_docs:
         return int(cfg.val_fraction * 2**64)
-    smallest = np.empty(0, np.uint64)
+    smallest, count = np.empty(0, np.uint64), 0
     for number in range(num_units):
         hashes, by_hash = load_hashes(cfg.out, number)
-        smallest = np.unique(np.concatenate([smallest, hashes[by_hash]]))[: cfg.val_docs]
+        smallest, count = np.unique(np.concatenate([smallest, hashes[by_hash]]))[: cfg.val_docs], count + len(hashes)
+    if 0 < count <= cfg.val_docs:
+        raise UserError(f"{cfg.source}: no text to train on: val_docs={cfg.val_docs} holds out all {count} documents (lower it)")
     return int(smallest[-1]) + 1 if len(smallest) else 0
 
 
@@ -641,7 +643,8 @@ def prepare(cfg, plan, units):
     if not stats["documents train"]:
         raise UserError(f"{cfg.source}: no text to train on (all documents are empty, or held out: see --val_fraction)")
     if not stats["documents val"] and (cfg.val_fraction or cfg.val_docs):
-        raise UserError(f"{cfg.source}: no document was held out (try --val_docs=100 and a new --out)")
+        some = max(1, min(100, stats["documents train"] // 20))
+        raise UserError(f"{cfg.source}: no document was held out (try --val_docs={some} and a new --out)")
     stats["duplicates"] = sum(map(len, find_duplicates(out, len(units))))
     longest = heapq.nlargest(NUM_LONGEST, itertools.chain(*(result["longest"] for result in results)))
     examples = most_changed(*(result.get("examples", ()) for result in results))

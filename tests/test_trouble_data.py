@@ -412,3 +412,12 @@ def test_a_long_text_without_blanks_takes_bounded_memory(max_doc_tokens):
     options = [f"--max_doc_tokens={max_doc_tokens}", "--workers=1", "--val_fraction=0"]
     _, status, usage = os.wait4(subprocess.Popen([*code, *options], stdout=subprocess.DEVNULL).pid, 0)
     assert status == 0 and usage.ru_maxrss < 700_000  # kB
+
+
+def test_a_small_corpus_is_told_how_much_to_hold_out(capsys):
+    """The hint used to be 100 documents, of fewer; and holding all of them out was blamed on the tokenizer."""
+    write_texts("a.txt", make_texts(40))
+    assert "no document was held out (try --val_docs=2 and" in prepare_fails(capsys, source="a.txt", val_fraction=1e-9)
+    line = prepare_fails(capsys, source="a.txt", val_docs=100, train_tokenizer=200, tokenizer=None, out="b")
+    assert "no text to train on: val_docs=100 holds out all 40 documents" in line
+    prepare(source="a.txt", val_docs=2, out="c")
