@@ -113,6 +113,11 @@ def test_jobs_that_fail_together_end_in_one_line(tmp_path, capfd):
     assert status.value.code == 2 and capfd.readouterr().err == "error: a mistake (fix it)\n"
 
 
+def hear_ctrl_c():
+    """A shell starts what runs in its background with SIGINT ignored, and so the tests, and so what they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_ends_jobs_in_one_line(tmp_path):
     code = (
         "from common.options import command; from common.run_queue import finish\n"
@@ -123,7 +128,9 @@ def test_ctrl_c_ends_jobs_in_one_line(tmp_path):
     (tmp_path / "suite.py").write_text(code)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen([sys.executable, "suite.py"], cwd=tmp_path, env=environment, start_new_session=True, **pipes)
+    process = subprocess.Popen(
+        [sys.executable, "suite.py"], cwd=tmp_path, env=environment, start_new_session=True, preexec_fn=hear_ctrl_c, **pipes
+    )
     while not (tmp_path / "runs" / "slower.jsonl").exists():
         assert process.poll() is None
         time.sleep(0.05)
