@@ -1,6 +1,5 @@
 """Small changes of the code that no other test noticed, each caught here; and inputs that used to end in a traceback."""
 
-import json
 import os
 import shutil
 from functools import partial
@@ -11,7 +10,6 @@ import torch
 
 import checkpoint
 import data
-import model as model_file
 import train
 from common import files
 from common.batch import Batch
