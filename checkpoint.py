@@ -3,7 +3,7 @@
     out_dir/config.json, tokenizer.json, log.jsonl
     out_dir/step_00001000/
         model.safetensors      the weights and nothing else: equal weights give equal bytes
-        optimizer.safetensors  AdamW's moments, under the weights' names
+        optimizer.safetensors  the optimizers' moments, under the weights' names
         state.json             step, and the counters of the log
         config.json            every option of the run, and the size of its vocabulary
         tokenizer.json
@@ -128,7 +128,7 @@ class Saver:
             text = f"{gigabytes(free, 2)} free, but checkpoints will take {gigabytes(needed, 2)} more"
             raise UserError(f"{path}: {text} ({hint})")
 
-    def save(self, state, model, optimizer, config, tokenizer_text):
+    def save(self, state, model, optimizers, config, tokenizer_text):
         """Copy a checkpoint now, and write it while training continues.
 
         Raises: UserError when the one before could not be written.
@@ -136,14 +136,7 @@ class Saver:
         if not self.run.writes:
             return
         self.wait()
-        moments = optimizer.state_dict()["state"]
-        names = [name for name, _ in model.named_parameters()]
-        optimizer_tensors = {
-            f"{moment}.{name}": moments[i][moment]
-            for i, name in enumerate(names)
-            for moment in ("exp_avg", "exp_avg_sq")
-        }
-        tensors = {"model.safetensors": weights_of(model), "optimizer.safetensors": optimizer_tensors}
+        tensors = {"model.safetensors": weights_of(model), "optimizer.safetensors": moments_of(model, optimizers)}
         texts = {
             "state.json": json.dumps(state, indent=1),
             "config.json": json.dumps(config, indent=1),
@@ -190,6 +183,17 @@ class Saver:
 def weights_of(model):
     """{name: tensor} of every parameter, tied ones once. Sorted by name, so equal weights are equal bytes in a file."""
     return {name: parameter.detach() for name, parameter in sorted(model.named_parameters())}
+
+
+def moments_of(model, optimizers):
+    """{"exp_avg.NAME": tensor, ...}: the state of the optimizers, but for AdamW's step, which state.json tells."""
+    return {
+        f"{key}.{name}": value
+        for name, parameter in model.named_parameters()
+        for optimizer in optimizers
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if key != "step"
+    }
 
 
 def snapshot(tensors):
@@ -405,27 +409,24 @@ def load_weights(model, tensors, path):
             parameter.copy_(tensors[name])
 
 
-def restore(path, state, model, optimizer, process):
+def restore(path, state, model, optimizers, process):
     """Load a checkpoint's weights, moments and counters in every process. Rank 0 reads; the others need no disk."""
-    parameters = dict(model.named_parameters())
-    moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in parameters.items()}
+    moments = moments_of(model, optimizers)
     if process.rank == 0:
         load_weights(model, read_tensors(path, "model.safetensors"), path)
         saved = read_tensors(path, "optimizer.safetensors")
-        expected = {f"exp_avg{part}.{name}": moments[name][i] for name in moments for i, part in enumerate(("", "_sq"))}
-        if {name: t.shape for name, t in saved.items()} != {name: t.shape for name, t in expected.items()}:
+        if {name: t.shape for name, t in saved.items()} != {name: t.shape for name, t in moments.items()}:
             raise UserError(f"{path}/optimizer.safetensors: does not fit the model (take an earlier checkpoint)")
-        for name, tensor in expected.items():
+        for name, tensor in moments.items():
             tensor.copy_(saved[name])
         state.update(read_json(os.path.join(path, "state.json"), "not a checkpoint of train.py"))
     state.update(process.broadcast(state))
-    for name, parameter in parameters.items():
-        for tensor in (parameter.detach(), *moments[name]):
-            process.broadcast_tensor(tensor)
-    step = torch.tensor(float(state["step"] - state["skipped"]))  # AdamW does not count a skipped update
-    per_parameter = [{"step": step.clone(), "exp_avg": mean, "exp_avg_sq": square} for mean, square in moments.values()]
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": dict(enumerate(per_parameter)), "param_groups": groups})
+    for tensor in (*weights_of(model).values(), *moments.values()):
+        process.broadcast_tensor(tensor)
+    for optimizer in optimizers:
+        for of_parameter in optimizer.state.values():
+            if "step" in of_parameter:
+                of_parameter["step"].fill_(state["step"] - state["skipped"])  # AdamW does not count a skipped update
 
 
 def compare_parameters(model, process, step):

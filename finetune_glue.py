@@ -46,7 +46,6 @@ from common.versions import versions
 from common.vocabulary import load_tokenizer
 from model import MAX_POSITIONS, ModelConfig, SequenceClassifier, choose_kernels
 
-WARMUP_FRACTION = 0.06
 ADAM = {"betas": (0.9, 0.98), "eps": 1e-6}
 EVAL_TOKENS = 32768  # per batch when scoring
 STEP_COST = 1000  # fixed cost of a step, in tokens: for the order of the runs and the ETA
@@ -64,6 +63,8 @@ class FineTuneConfig:
     epochs: int = 0  # 0: the recipe's
     lr: float = 0.0  # peak learning rate; 0: the recipe's
     batch_size: int = 0  # examples per step; 0: the recipe's
+    warmup_fraction: float = -1.0  # share of the steps in which the learning rate rises; below 0: the recipe's
+    dropout: float = -1.0  # on hidden states; below 0: the recipe's, or what the model was pretrained with
     max_length: int = 256  # tokens per example; of a pair the longer text is truncated first
     random_weights: bool = False  # start from random weights, to see what pretraining contributes
     skip_bad_lines: int = 0  # malformed lines to skip per file before failing
@@ -86,6 +87,9 @@ class FineTuneConfig:
             raise UserError(f"max_length={self.max_length}: must be at least 5")
         if not 0 <= self.lr <= 1:
             raise UserError(f"lr={self.lr}: must be between 0 and 1")
+        for name in ("warmup_fraction", "dropout"):
+            if getattr(self, name) >= 1:
+                raise UserError(f"{name}={getattr(self, name)}: must be below 1")
         if os.path.exists(os.path.join(self.out, "log.jsonl")):
             raise UserError(f"{self.out}: holds a pretraining run (choose another --out)")
 
@@ -126,6 +130,8 @@ class Settings:
     batch_size: int
     epochs: int
     num_seeds: int
+    warmup_fraction: float = 0.06
+    dropout: float = -1.0  # below 0: as in pretraining
 
 
 # "mosaic": the original's (mosaicml/examples, benchmarks/bert, glue/finetuning_jobs.py). It gives decoupled weight decay;
@@ -231,11 +237,16 @@ def convert(path, out):
     return run
 
 
-def make_classifier(pretrained, num_labels, seed, random_weights=False):
-    """A SequenceClassifier with the pretrained weights. The classifier, and a missing pooler, are random."""
+def make_classifier(pretrained, num_labels, seed, random_weights=False, dropout=-1.0):
+    """A SequenceClassifier with the pretrained weights. The classifier, and a missing pooler, are random.
+
+    dropout: on hidden states; below 0: as in pretraining.
+    """
     torch.manual_seed(seed)
-    pad_id = pretrained.special["[PAD]"]
-    model = SequenceClassifier(pretrained.model_cfg, pretrained.config["vocab_size"], num_labels, pad_id)
+    pad_id, cfg = pretrained.special["[PAD]"], pretrained.model_cfg
+    if dropout >= 0:
+        cfg = dataclasses.replace(cfg, hidden_dropout=dropout)
+    model = SequenceClassifier(cfg, pretrained.config["vocab_size"], num_labels, pad_id)
     if not random_weights:
         weights = checkpoint.weights_of(model)
         new = {name: weights[name] for name in weights if name.startswith(("bert.pooler", "classifier"))}
@@ -328,7 +339,7 @@ class Run:
 
 def lr_at(settings, num_steps, step):
     """Learning rate of a step, counted from 1: linear warm-up from 0, then linear decay to 0."""
-    warmup = round(WARMUP_FRACTION * num_steps)
+    warmup = round(settings.warmup_fraction * num_steps)
     done = step - 1
     return settings.lr * (done / warmup if done < warmup else (num_steps - done) / (num_steps - warmup))
 
@@ -463,7 +474,7 @@ class Worker:
         self.set_precision(run.task)
         mnli = os.path.join(self.cfg.out, "mnli")
         start = load_pretrained(mnli, self.cfg.out) if run.init == "mnli" else self.pretrained
-        model = make_classifier(start, max(1, len(run.task.labels)), run.seed, run.init == "random")
+        model = make_classifier(start, max(1, len(run.task.labels)), run.seed, run.init == "random", run.settings.dropout)
         return model.to(self.process.device)
 
     def set_precision(self, task):
@@ -528,7 +539,9 @@ def make_plan(cfg, pretrained):
 def make_runs(cfg, pretrained, task, examples, settings, num_seeds, init="pretrained", keep=""):
     """The Runs of one task, one per seed. num_seeds: 0 for the settings'. keep: directory for the first seed's weights."""
     given = {"lr": cfg.lr, "batch_size": cfg.batch_size, "epochs": cfg.epochs, "num_seeds": num_seeds}
-    settings = dataclasses.replace(settings, **{name: value for name, value in given.items() if value})
+    given = {name: value for name, value in given.items() if value}
+    given |= {name: value for name in ("warmup_fraction", "dropout") if (value := getattr(cfg, name)) >= 0}
+    settings = dataclasses.replace(settings, **given)
     init = "random" if cfg.random_weights else init
     texts = examples["train"].texts
     num_steps = settings.epochs * math.ceil(len(texts) / settings.batch_size)
@@ -586,6 +599,7 @@ def print_plan(plan):
     for run in {run.task: run for run in plan}.values():
         settings, seeds = run.settings, sum(other.task == run.task for other in plan)
         steps = f"{settings.epochs} epochs, {run.num_steps:,} steps of {settings.batch_size}, peak lr {settings.lr:g}"
+        steps += f", warm-up {settings.warmup_fraction:.0%}" + (f", dropout {settings.dropout:g}" if settings.dropout >= 0 else "")
         print(f"{run.task.name}: {run.num_examples:,} examples, {steps}, {seeds} seeds, from {run.init}", flush=True)
         if settings.batch_size > run.num_examples:
             text = f"batch_size={settings.batch_size} is more than the {run.num_examples:,} examples of {run.task.name}"

@@ -28,16 +28,19 @@ import checkpoint
 from checkpoint import Saver
 from common import budget, estimate, processes, trace
 from common.compiled import compiled
+from common.cuda_graphs import GraphedStep
 from common.options import UserError, command, load_config
 from common.run_directory import RunDirectory, was_evaluated
 from common.versions import versions
 from data import EVAL_SEED, hash64, open_samples, prefetch
 from model import MAX_POSITIONS, MaskedLM, ModelConfig, choose_kernels, matrix_flops
+from optim import make_optimizers
 
 EVAL_MASK_PROB = 0.15  # as BERT was trained and evaluated, whatever rate this run trains with
 TARGET_LOG_SECONDS = 10  # between log lines, with log_interval=0
 MAX_SKIPPED_IN_A_ROW = 10  # updates that were not finite
 MANY_EPOCHS, LARGE_FOR_CPU = 200, 20_000_000  # warn above so many epochs, and so many parameters on a CPU
+MOST_GRAPHED_TOKENS = 65536  # of a micro-batch: with more, the GPU is the slower one in any case
 BUCKET_MB = 1000  # gradients per all-reduce. On one host overlapping them with backward costs more than it hides
 
 
@@ -56,12 +59,13 @@ class TrainConfig(ModelConfig):
     max_steps: int = 70000  # optimizer steps; ignored with a budget, see below
     global_batch_size: int = 4096  # samples per step, over all processes; divisible by their number
     micro_batch_tokens: int = 0  # maximum tokens per micro-batch, BERT's padding included; 0: chosen to fit the memory
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the layers' matrices, see optim.py; adamw for the rest
     lr: float = 5e-4  # peak learning rate
     schedule: Literal["linear", "wsd"] = "linear"  # decay from the end of the warm-up, or only at the end (wsd)
     warmup_fraction: float = 0.06  # share of max_steps in which the learning rate rises from 0
     warmup_steps: int = 0  # warm-up in steps, overrides warmup_fraction; 0: warmup_fraction, or 200 with a budget
     final_lr_fraction: float = 0.0  # share of lr that it falls to
-    weight_decay: float = 0.02  # AdamW: each step scales every parameter by 1 - lr * weight_decay
+    weight_decay: float = 0.02  # each step scales every parameter by 1 - lr * weight_decay
     # Evaluation, log, checkpoints
     eval_interval: int = 2000  # steps between evaluations; 0: only after the last step
     eval_samples: int = 0  # held-out samples to evaluate on; 0: all
@@ -182,46 +186,55 @@ def is_eval_step(cfg, step):
 # One optimizer step
 
 
-def forward_backward(model, batches, num_masked, cfg, process, step):
-    """Accumulate the gradients of this process's micro-batches; returns their share of the loss, on the device.
+def add_gradients(model, process, batch, num_masked):
+    """Forward and backward pass of a micro-batch; returns its share of the loss, on the device.
 
     num_masked: of the global batch, a tensor on the device. The loss is exact: the sum over all masked tokens of the
     global batch, divided by their number.
     """
+    with process.autocast():
+        share = model(batch) / num_masked
+    (share * process.world_size).backward()  # DDP averages over processes, and we want the sum
+    return share.detach()
+
+
+def forward_backward(model, batches, num_masked, cfg, process, step, graphed=None):
+    """Accumulate the gradients of this process's micro-batches; returns their share of the loss, on the device.
+
+    graphed: what graph_gradients returned.
+    """
+    gradients = graphed or partial(add_gradients, model, process)
     loss = torch.zeros((), device=process.device)
-    with process.autocast():  # around all micro-steps, so that the weights are cast once
-        for micro_step, batch in enumerate(batches):
-            batch = batch.to(process.device)
-            # All dropout follows from this seed, so a resumed run draws what an unbroken one would have drawn.
-            torch.manual_seed(int(hash64(cfg.seed, step, process.rank, micro_step)[0] >> np.uint64(1)))
-            # DDP all-reduces gradients in the backward pass of a forward pass that saw this flag set: the last one.
-            model.require_backward_grad_sync = micro_step == len(batches) - 1
-            share = model(batch) / num_masked
-            with torch.autocast(process.device.type, enabled=False):  # backward uses the dtypes of forward
-                (share * process.world_size).backward()  # DDP averages over processes, and we want the sum
-            loss += share.detach()
+    for micro_step, batch in enumerate(batches):
+        # All dropout follows from this seed, so a resumed run draws what an unbroken one would have drawn.
+        torch.manual_seed(int(hash64(cfg.seed, step, process.rank, micro_step)[0] >> np.uint64(1)))
+        # DDP all-reduces gradients in the backward pass of a forward pass that saw this flag set: the last one.
+        model.require_backward_grad_sync = micro_step == len(batches) - 1
+        loss += gradients(batch.to(process.device), num_masked)
     return loss
 
 
-def update(model, optimizer, cfg, step):
-    """AdamW's step from the gradients, which are then cleared; returns their norm, on the device.
+def update(model, optimizers, cfg, step, keep_memory=False):
+    """The optimizers' step from the gradients, which are then cleared; returns their norm, on the device.
 
-    AdamW skips an update whose gradient is not finite, and leaves everything as it was.
+    An update whose gradient is not finite is skipped, and leaves everything as it was. keep_memory: of the gradients,
+    to which a CUDA graph adds.
     """
     grad_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
     if cfg.max_grad_norm:
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), cfg.max_grad_norm, grad_norm)
-    # What GradScaler sets, and fused optimizers read: 1 means skip. The norm is that of the reduced gradient, so all
-    # processes decide alike, and nothing waits for it.
-    optimizer.found_inf = (~grad_norm.isfinite()).float()
-    for group in optimizer.param_groups:
-        group["lr"] = lr_at(cfg, step)
-    optimizer.step()
-    optimizer.zero_grad()
+    for optimizer in optimizers:
+        # What GradScaler sets, and fused optimizers read: 1 means skip. The norm is that of the reduced gradient, so all
+        # processes decide alike, and nothing waits for it.
+        optimizer.found_inf = (~grad_norm.isfinite()).float()
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(cfg, step)
+        optimizer.step()
+    model.zero_grad(set_to_none=not keep_memory)
     return grad_norm
 
 
-def train_step(model, optimizer, batches, cfg, process, step, asked_to_stop=False):
+def train_step(model, optimizers, batches, cfg, process, step, asked_to_stop=False, graphed=None):
     """One optimizer step on all processes' micro-batches.
 
     Returns (this process's share of the loss, gradient norm, how many processes were asked to stop), on the device.
@@ -230,8 +243,18 @@ def train_step(model, optimizer, batches, cfg, process, step, asked_to_stop=Fals
     # From pinned memory, or the host would wait for the GPU.
     counts = torch.tensor(counts, pin_memory=process.device.type == "cuda").to(process.device, non_blocking=True)
     num_masked, asked = process.all_reduce(counts).unbind()
-    loss = forward_backward(model, batches, num_masked.clamp(min=1), cfg, process, step)
-    return loss, update(model, optimizer, cfg, step), asked
+    loss = forward_backward(model, batches, num_masked.clamp(min=1), cfg, process, step, graphed)
+    return loss, update(model, optimizers, cfg, step, keep_memory=graphed is not None), asked
+
+
+def graph_gradients(model, cfg, process, backend, micro_batch_tokens):
+    """add_gradients of `model` as CUDA graphs, where launching its kernels from Python takes longer than they do; or None."""
+    if backend != "triton" or process.device.type == "cpu" or process.world_size > 1 or cfg.model == "bert" or cfg.compile:
+        return None
+    if micro_batch_tokens > MOST_GRAPHED_TOKENS:
+        return None
+    torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot be captured
+    return GraphedStep(partial(add_gradients, model, process))
 
 
 def steps_after(step, cfg):
@@ -464,7 +487,7 @@ def saved_config(cfg, samples):
     }
 
 
-def resume(cfg, process, samples, model, optimizer):
+def resume(cfg, process, samples, model, optimizers):
     """Load the newest checkpoint in out_dir, if there is one and it is this run's.
 
     Returns (cfg, with max_steps None if a budget has yet to be planned; state, what state.json holds; the checkpoint's
@@ -493,7 +516,7 @@ def resume(cfg, process, samples, model, optimizer):
     if cfg.warmup_steps is None:
         cfg.warmup_steps = warmup_of(cfg) if cfg.max_steps else budget.WARMUP_STEPS
     if found:
-        checkpoint.restore(found, state, model, optimizer, process)
+        checkpoint.restore(found, state, model, optimizers, process)
     if state["gpu_seconds"] is None:
         state["gpu_seconds"] = state["seconds"] * process.world_size  # earlier code did not count
     return cfg, state, found, eval_missing
@@ -529,15 +552,8 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
         flops = partial(matrix_flops, cfg, vocab_size)
         estimate.print_estimate(cfg, process, backend, num_params, train_samples, num_val, micro_batch_tokens, flops)
         return
-    optimizer = torch.optim.AdamW(
-        raw_model.parameters(),  # all of them decay, biases and LayerNorm too, as in the original
-        lr=cfg.lr,
-        betas=(cfg.beta1, cfg.beta2),
-        eps=cfg.adam_eps,
-        weight_decay=cfg.weight_decay,
-        fused=True,
-    )
-    cfg, state, resumed_from, eval_missing = resume(cfg, process, train_samples, raw_model, optimizer)
+    optimizers = make_optimizers(raw_model, cfg)
+    cfg, state, resumed_from, eval_missing = resume(cfg, process, train_samples, raw_model, optimizers)
     started = None
     if cfg.init_from and not resumed_from:
         started = checkpoint.start_from(raw_model, cfg.init_from, train_samples.tokenizer_text)
@@ -566,6 +582,7 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
     print_warnings(cfg, process, num_params, len(train_samples))
     model = wrap(raw_model, cfg, process, train_samples)
     model.train()
+    graphed = graph_gradients(model, cfg, process, backend, micro_batch_tokens)
     model.register_forward_hook(watchdog.progress)
     saver.check_space(num_params)
     run.begin(state["step"], saved_config(cfg, train_samples), train_samples.tokenizer_text)
@@ -600,7 +617,7 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
     for step, batches in prefetch(next_batches, steps_after(state["step"], cfg)):
         watchdog.at(step)
         tracer.at(step)
-        loss, grad_norm, asked = train_step(model, optimizer, batches, cfg, process, step, watchdog.signal > 0)
+        loss, grad_norm, asked = train_step(model, optimizers, batches, cfg, process, step, watchdog.signal > 0, graphed)
         report.add(cfg, vocab_size, batches, loss, grad_norm)
 
         last, stop = step == cfg.max_steps, watchdog.all_stop(asked)
@@ -638,7 +655,7 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
         if save_now or stop:
             checkpoint.compare_parameters(raw_model, process, step)
             count_time(state, started_at, process)
-            saver.save(state, raw_model, optimizer, saved_config(cfg, train_samples), train_samples.tokenizer_text)
+            saver.save(state, raw_model, optimizers, saved_config(cfg, train_samples), train_samples.tokenizer_text)
         if planner.saves(step) and not stop:
             planner.time_rest(evaluation, num_val, saver)
         if stop:

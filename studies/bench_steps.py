@@ -153,7 +153,7 @@ class Ours:
     def step(self, number):
         """(loss, gradient norm), on the device."""
         with self.change():
-            return train.train_step(self.model, self.optimizer, self.batches, self.cfg, self.work.process(), number + 1)[:2]
+            return train.train_step(self.model, [self.optimizer], self.batches, self.cfg, self.work.process(), number + 1)[:2]
 
     def for_check(self):
         """(reference in fp32, the model under test, its loss as a function of a MicroBatch), dropout off."""

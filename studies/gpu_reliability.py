@@ -43,11 +43,11 @@ def run(argv, stop_at=None):
     """train.main(argv), with a SIGTERM as step `stop_at` begins. Returns (exit status, seconds from SIGTERM to the end)."""
     forward_backward, sent = train.forward_backward, []
 
-    def signalling(model, batches, num_masked, cfg, process, step):
+    def signalling(model, batches, num_masked, cfg, process, step, *rest):
         if step == stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
             sent.append(time.perf_counter())
-        return forward_backward(model, batches, num_masked, cfg, process, step)
+        return forward_backward(model, batches, num_masked, cfg, process, step, *rest)
 
     train.forward_backward = signalling
     try:

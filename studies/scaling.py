@@ -182,7 +182,7 @@ class Bench:
                     dist.barrier()  # processes take different times to start it
                 allocations, start = self.allocations(), time.perf_counter()
             self.watchdog.at(step)
-            _, _, asked = train.train_step(kind.model, self.optimizer, batches, cfg, process, step)
+            _, _, asked = train.train_step(kind.model, [self.optimizer], batches, cfg, process, step)
             if process.world_size > 1:
                 self.watchdog.all_stop(asked)  # as in training, it keeps the host at most a step ahead of the GPU
             if timed:

@@ -30,11 +30,11 @@ def main(max_steps):
     torch.set_num_threads(1)
     rows, train_step = [], train.train_step
 
-    def watched(model, optimizer, batches, cfg, process, step, *rest):
+    def watched(model, optimizers, batches, cfg, process, step, *rest):
         if step % max(1, max_steps // 40) == 0:
             rows.append((step, *measure()))
             print("step {:6d}  {:7.1f} MB  {:3d} files  {:2d} threads".format(*rows[-1]), file=sys.__stdout__, flush=True)
-        return train_step(model, optimizer, batches, cfg, process, step, *rest)
+        return train_step(model, optimizers, batches, cfg, process, step, *rest)
 
     train.train_step = watched
     with tempfile.TemporaryDirectory() as scratch:

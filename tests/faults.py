@@ -32,9 +32,9 @@ def at_steps(steps, act):
     current_step = [0]
     forward_backward, forward = train.forward_backward, train.MaskedLM.forward
 
-    def note_step(model, batches, num_masked, cfg, process, step):
+    def note_step(model, batches, num_masked, cfg, process, step, *rest):
         current_step[0] = step
-        return forward_backward(model, batches, num_masked, cfg, process, step)
+        return forward_backward(model, batches, num_masked, cfg, process, step, *rest)
 
     def faulty(self, batch):
         factor = act(current_step[0], self) if current_step[0] in steps else None

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     ["common"],
     ["kernels"],
-    ["model", "data"],
+    ["model", "optim", "data"],
     ["checkpoint"],
     ["train", "finetune_glue", "prepare_c4"],
     ["tools"],

@@ -1,0 +1,113 @@
+"""Muon: momentum with orthogonalized updates, for the matrices of the layers. AdamW keeps everything else.
+
+For the gradient G of a matrix W, in each step
+
+    M <- 0.95 M + 0.05 G                                momentum
+    N  = 0.95 M + 0.05 G                                Nesterov: what M is about to be
+    U  = N's orthogonal factor                          N = U S with S symmetric: all singular values become 1
+    W <- (1 - lr weight_decay) W - lr 0.2 sqrt(max(rows, columns)) U
+
+AdamW scales every entry of an update to about 1; this scales every singular direction to 1, so that directions which
+few tokens ask for move as far as the common ones. The factor 0.2 sqrt(max(rows, columns)) gives U's entries the size
+that AdamW's updates usually have, so one learning rate serves both.
+
+Sources: Jordan et al. 2024 (kellerjordan.github.io/posts/muon); Liu et al. 2025 (arXiv 2502.16982) for the factor and the
+weight decay; Amsel et al. 2025 (arXiv 2505.16932) for the coefficients; Boissin et al. 2025 (arXiv 2512.04632) for the
+scaling of rows that saves an iteration.
+
+Read next: model.py
+"""
+
+import torch
+
+MOMENTUM = 0.95
+# A fused matrix holds several: each of these many parts is a matrix of its own to Muon.
+PARTS = {"Wqkv": 3, "gated_layers": 2}
+# Odd polynomials a x + b x^3 + c x^5 that, one after the other, take all singular values in (0, 1] near 1: Polar Express
+# for five steps, without its second. Rows of similar norm, which `orthogonalize` provides, make up for that one.
+POLYNOMIALS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def orthogonalize(x):
+    """The orthogonal factor of each matrix of x, (n, rows, columns), by Newton-Schulz iterations in x's dtype.
+
+    Singular values end between about 0.8 and 1.15, which is near enough for an update; those below 1e-3 of the
+    Frobenius norm end smaller. A matrix of zeros stays one.
+    """
+    if x.shape[1] > x.shape[2]:
+        return orthogonalize(x.mT).mT
+    norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
+    x = x / norm.clamp(min=1e-30).to(x.dtype)
+    for i, (a, b, c) in enumerate(POLYNOMIALS):
+        gram = x @ x.mT
+        if i == 0:
+            # Dividing each row by the root of its Gram row's absolute sum still bounds singular values by 1
+            # (Gershgorin), and lifts the small ones much nearer to it than the Frobenius norm does.
+            scale = gram.float().abs().sum(2, keepdim=True).clamp(min=1e-30).rsqrt()
+            x, gram = (x * scale).to(x.dtype), (gram * scale * scale.mT).to(x.dtype)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for {name: parameter} `matrices`. Matrices of one shape are stacked, so that each product is one launch.
+
+    Every process computes all updates from the same gradients. A `found_inf` of 1, a tensor on the device, skips a
+    step, as in PyTorch's fused AdamW.
+    """
+
+    def __init__(self, matrices, lr, weight_decay):
+        super().__init__(matrices.values(), {"lr": lr, "weight_decay": weight_decay})
+        self.stacks = {}  # (rows, columns): (parameters, their momentum end to end)
+        for name, parameter in matrices.items():
+            rows, columns = parameter.shape
+            shape = rows // PARTS.get(name.split(".")[-2], 1), columns
+            self.stacks.setdefault(shape, []).append(parameter)
+        for shape, parameters in self.stacks.items():
+            momentum = torch.zeros(sum(map(len, parameters)), shape[1], device=parameters[0].device)
+            for parameter, part in zip(parameters, momentum.split([len(p) for p in parameters])):
+                self.state[parameter] = {"momentum": part}
+            self.stacks[shape] = parameters, momentum
+
+    @torch.no_grad()
+    def step(self):
+        (group,) = self.param_groups
+        kept = 1 - self.found_inf  # 0 makes all below a no-op, without waiting for the GPU
+        for (rows, columns), (parameters, momentum) in self.stacks.items():
+            gradient = torch.cat([parameter.grad for parameter in parameters])
+            gradient.nan_to_num_(0, 0, 0)  # 0 * NaN would be NaN
+            momentum.lerp_(gradient, (1 - MOMENTUM) * kept)
+            ahead = gradient.lerp_(momentum, MOMENTUM).to(torch.bfloat16)
+            update = orthogonalize(ahead.view(-1, rows, columns)).reshape(-1, columns)
+            update *= -group["lr"] * 0.2 * max(rows, columns) ** 0.5 * kept
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"] * kept)
+            torch._foreach_add_(parameters, update.split([len(parameter) for parameter in parameters]))
+
+
+def make_optimizers(model, cfg):
+    """[AdamW], or [AdamW, Muon]. All their state exists from the start, for a checkpoint to be loaded into.
+
+    Vectors, embeddings and the head belong to AdamW: Muon is made for matrices that multiply hidden states.
+    """
+    parameters = dict(model.named_parameters())
+    matrices = {}
+    if cfg.optimizer == "muon":
+        matrices = {name: p for name, p in parameters.items() if ".layer." in name and p.ndim == 2}
+    adamw = torch.optim.AdamW(
+        [p for name, p in parameters.items() if name not in matrices],  # all decay, biases too, as in the original
+        lr=cfg.lr,
+        betas=(cfg.beta1, cfg.beta2),
+        eps=cfg.adam_eps,
+        weight_decay=cfg.weight_decay,
+        fused=True,
+    )
+    for parameter in adamw.param_groups[0]["params"]:
+        zeros = [torch.zeros_like(parameter) for _ in range(2)]
+        step = torch.zeros((), device=parameter.device)
+        adamw.state[parameter] = {"step": step, "exp_avg": zeros[0], "exp_avg_sq": zeros[1]}
+    return [adamw, Muon(matrices, cfg.lr, cfg.weight_decay)] if matrices else [adamw]
