@@ -101,6 +101,25 @@ def test_killed_and_resumed_equals_uninterrupted(data_dir, tmp_path, options):
     assert evals[0] == evals[1]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_cuda_graphs_change_no_bit(data_dir, tmp_path, monkeypatch, optimizer):
+    """The same run with dropout, launched by Python and replayed: losses, gradient norms and weights are the same bits."""
+    replayed, called = [], train.GraphedStep.__call__
+    monkeypatch.setattr(train.GraphedStep, "__call__", lambda *args: replayed.append(1) or called(*args))
+    options = {"hidden_size": 64, "max_steps": 40, "device": "cuda", "kernels": "triton", "micro_batch_tokens": 300}
+    for name, most in (("graphed", 65536), ("eager", 0)):
+        monkeypatch.setattr(train, "MOST_GRAPHED_TOKENS", most)
+        train.main(toy_argv(data_dir, tmp_path / name, optimizer=optimizer, hidden_dropout=0.1, **options))
+        count = len(replayed)
+        replayed.clear()
+        assert (count >= 40) == (name == "graphed")
+    exact = [[(r["loss"], r["grad_norm"]) for r in read_log(tmp_path / name)] for name in ("graphed", "eager")]
+    assert exact[0] == exact[1]
+    last = [files_of(tmp_path / name / "step_00000040")["model.safetensors"] for name in ("graphed", "eager")]
+    assert last[0] == last[1]
+
+
 def test_neither_processes_nor_micro_batches_nor_buckets_change_the_losses(data_dir, tmp_path):
     options = {"hidden_dropout": 0, "max_steps": 40, "eval_interval": 20, "checkpoint_interval": 20}
     runs = {}
@@ -402,7 +421,7 @@ def test_micro_batches_fit_common_gpus():
 
 
 def test_every_option_is_used():
-    names = ("train.py", "model.py", "common/budget.py", "common/estimate.py")
+    names = ("train.py", "model.py", "optim.py", "common/budget.py", "common/estimate.py")
     source = "".join((Path(train.__file__).parent / name).read_text() for name in names)
     for name in TOY_OPTIONS.keys() | {field.name for field in train.dataclasses.fields(train.TrainConfig)}:
         assert f"cfg.{name}" in source or f"self.{name}" in source or f'"{name}"' in source, name
