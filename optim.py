@@ -20,6 +20,8 @@ Read next: model.py
 
 import torch
 
+import kernels
+
 MOMENTUM = 0.95
 # A fused matrix holds several: each of these many parts is a matrix of its own to Muon.
 PARTS = {"Wqkv": 3, "gated_layers": 2}
@@ -36,21 +38,20 @@ POLYNOMIALS = (
 def orthogonalize(x):
     """The orthogonal factor of each matrix of x, (n, rows, columns), by Newton-Schulz iterations in x's dtype.
 
-    Singular values end between about 0.8 and 1.15, which is near enough for an update; those below 1e-3 of the
-    Frobenius norm end smaller. A matrix of zeros stays one.
+    Singular values end between about 0.8 and 1.15, which is near enough for an update; those below some 1/200 of the
+    largest end smaller. A matrix of zeros stays one.
     """
-    if x.shape[1] > x.shape[2]:
-        return orthogonalize(x.mT).mT
-    norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
-    x = x / norm.clamp(min=1e-30).to(x.dtype)
+    wide = x.shape[1] <= x.shape[2]  # multiply on the shorter side
     for i, (a, b, c) in enumerate(POLYNOMIALS):
-        gram = x @ x.mT
+        gram = x @ x.mT if wide else x.mT @ x
         if i == 0:
-            # Dividing each row by the root of its Gram row's absolute sum still bounds singular values by 1
-            # (Gershgorin), and lifts the small ones much nearer to it than the Frobenius norm does.
-            scale = gram.float().abs().sum(2, keepdim=True).clamp(min=1e-30).rsqrt()
-            x, gram = (x * scale).to(x.dtype), (gram * scale * scale.mT).to(x.dtype)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+            # Dividing each row by the root of its Gram row's absolute sum bounds singular values by 1 (Prach and Lampert
+            # 2022, arXiv 2208.03160), and leaves the small ones much larger than the Frobenius norm would.
+            scale = gram.abs().sum(2, keepdim=True, dtype=torch.float32).clamp(min=1e-30).rsqrt().to(x.dtype)
+            x, gram = x * (scale if wide else scale.mT), gram * scale * scale.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b G + c G^2
+        polynomial.diagonal(dim1=1, dim2=2).add_(a)
+        x = polynomial @ x if wide else x @ polynomial
     return x
 
 
@@ -77,16 +78,16 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         (group,) = self.param_groups
-        kept = 1 - self.found_inf  # 0 makes all below a no-op, without waiting for the GPU
+        shrink = 1 - group["lr"] * group["weight_decay"]
         for (rows, columns), (parameters, momentum) in self.stacks.items():
-            gradient = torch.cat([parameter.grad for parameter in parameters])
-            gradient.nan_to_num_(0, 0, 0)  # 0 * NaN would be NaN
-            momentum.lerp_(gradient, (1 - MOMENTUM) * kept)
-            ahead = gradient.lerp_(momentum, MOMENTUM).to(torch.bfloat16)
-            update = orthogonalize(ahead.view(-1, rows, columns)).reshape(-1, columns)
-            update *= -group["lr"] * 0.2 * max(rows, columns) ** 0.5 * kept
-            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"] * kept)
-            torch._foreach_add_(parameters, update.split([len(parameter) for parameter in parameters]))
+            sizes = [len(parameter) for parameter in parameters]
+            ahead = torch.empty_like(momentum, dtype=torch.bfloat16)
+            for parameter, *parts in zip(parameters, momentum.split(sizes), ahead.split(sizes)):
+                kernels.look_ahead(parameter.grad, *parts, self.found_inf, MOMENTUM)
+            update = orthogonalize(ahead.view(-1, rows, columns)).view_as(ahead)
+            scale = group["lr"] * 0.2 * max(rows, columns) ** 0.5
+            for parameter, part in zip(parameters, update.split(sizes)):
+                kernels.move(parameter, part, self.found_inf, shrink, scale)
 
 
 def make_optimizers(model, cfg):

@@ -8,6 +8,7 @@ from kernels.backend import set_backend, uses_triton
 from kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from kernels.geglu import geglu, geglu_reference
 from kernels.layernorm import dropout_add_layernorm, dropout_add_layernorm_reference
+from kernels.muon import look_ahead, look_ahead_reference, move, move_reference
 
 __all__ = [
     "HEAD_SIZES",
@@ -20,6 +21,10 @@ __all__ = [
     "geglu_reference",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
+    "look_ahead",
+    "look_ahead_reference",
+    "move",
+    "move_reference",
     "set_backend",
     "uses_triton",
 ]

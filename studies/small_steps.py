@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass, replace
 from statistics import median
 
+import numpy as np
 import torch
 
 import train
@@ -22,8 +23,7 @@ from common.versions import versions
 from data import Samples
 from model import MaskedLM, choose_kernels
 from optim import make_optimizers
-from studies.gpu_reliability import make_data
-from tests.toy import TOY_SIZE
+from tests.toy import TOY_SIZE, make_shards
 
 STEPS, TURNS = 20, 5
 
@@ -83,8 +83,10 @@ def main(argv):
     results = []
     with tempfile.TemporaryDirectory() as scratch:
         counts = [int(count) for count in cfg.samples.split(",")]
-        path = make_data(os.path.join(scratch, "data"), 100 if cfg.toy else 30522, max(counts), 4 * base.seq_length)
-        samples = Samples(path, "train", base.seq_length, chunk=True)
+        vocab_size, rng = 100 if cfg.toy else 30522, np.random.default_rng(0)
+        documents = rng.integers(5, vocab_size, (max(counts), base.seq_length - 2))
+        path = make_shards(os.path.join(scratch, "data"), documents, documents[:2], vocab_size=vocab_size)
+        samples = Samples(path, "train", base.seq_length)
         for count in counts:
             rows = {}
             for optimizer in ("adamw", "muon"):

@@ -29,7 +29,8 @@ TYPES = {  # of arguments; other pointers have the tensors' dtype, other scalars
     **dict.fromkeys(("slopes_ptr", "lse_ptr", "delta_ptr"), "*fp32"),
     **dict.fromkeys(("weight_ptr", "bias_ptr", "x_bias_ptr", "mean_ptr", "rstd_ptr", "partial_ptr"), "*fp32"),
     "loss_ptr": "*fp32",
-    **dict.fromkeys(("keep_scale", "eps"), "fp32"),
+    **dict.fromkeys(("gradient_ptr", "momentum_ptr", "found_inf_ptr"), "*fp32"),
+    **dict.fromkeys(("keep_scale", "eps", "beta", "rest", "shrink", "scale"), "fp32"),
     **dict.fromkeys(("cu_seqlens_ptr", "windows_ptr"), "*i32"),
     **dict.fromkeys(("seed_ptr", "labels_ptr"), "*i64"),
 }
@@ -65,6 +66,8 @@ def configurations(everything):
             for F in (48, 3072, 4096) if everything else (3072,):
                 for none in ((), ("seed_ptr",))[: None if everything else 1]:
                     found += [("geglu", kernel, arch, dtype, F, none) for kernel in ("forward", "backward")]
+            if dtype == "bf16":
+                found += [("muon", kernel, arch, dtype, 0, ()) for kernel in ("look_ahead", "move")]
     return found
 
 
@@ -81,6 +84,8 @@ def compile_one(configuration):
         launch = {"D": size, **module.launch_config(name, size, 4 if dtype == "fp32" else 2, arch // 10)}
     elif file == "attention_window":
         launch = {"H": 12, "D": size, "BLOCK": module.BLOCK, **module.LAUNCH[name]}
+    elif file == "muon":
+        launch = {"BLOCK": module.BLOCK}
     else:
         launch = module.launch_config(size)
         if (file, name) == ("layernorm", "backward"):

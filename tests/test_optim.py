@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import kernels
 import train
 from model import MaskedLM, ModelConfig
 from optim import Muon, make_optimizers, orthogonalize
@@ -86,6 +87,27 @@ def test_a_skipped_step_changes_no_bit(wrong):
     parameter.grad[0, 0] = wrong
     optimizer.step()
     assert torch.equal(parameter, before[0]) and torch.equal(momentum, before[1])
+
+
+@pytest.mark.parametrize("shape", [(3, 7), (40, 64)])
+@pytest.mark.parametrize("found_inf", [0.0, 1.0])
+def test_the_kernels_do_what_the_reference_does(shape, found_inf, device, triton_backend):
+    torch.manual_seed(0)
+    gradient, momentum, weight = (torch.randn(shape, device=device) for _ in range(3))
+    found_inf = torch.tensor(found_inf, device=device)
+    if found_inf:
+        gradient[0, 0], gradient[1, 1] = float("nan"), float("inf")
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32  # the interpreter truncates to bf16
+    results = []
+    for look_ahead, move in ((kernels.look_ahead, kernels.move), (kernels.look_ahead_reference, kernels.move_reference)):
+        m, w, ahead = momentum.clone(), weight.clone(), torch.full(shape, 7.0, dtype=dtype, device=device)
+        look_ahead(gradient, m, ahead, found_inf, 0.95)
+        move(w, ahead, found_inf, 0.9, 0.3)
+        results.append((m, w, ahead))
+    for ours, reference in zip(*results):
+        assert torch.equal(ours, reference) if found_inf else torch.allclose(ours, reference, rtol=1e-5 if dtype == torch.float32 else 2**-8, atol=1e-6)
+    if found_inf:
+        assert torch.equal(results[0][0], momentum) and torch.equal(results[0][1], weight) and results[0][2].eq(0).all()
 
 
 @pytest.mark.parametrize("kind, matrices", [("mosaicbert", 4), ("bert", 6)])
