@@ -54,6 +54,12 @@ KEPT_INDEX_DOCS = 100_000  # from this many documents on, the chunk index is kep
 # Shards on disk
 
 
+def damaged(path, reason, this_rank_only=False):
+    """The UserError for a damaged file of a shard directory."""
+    hint = f"copy it again, or remove {os.path.dirname(path)} and prepare it again"
+    return UserError(f"{path}: {reason} (damaged: {hint})", this_rank_only)
+
+
 def write_shard(path, documents, bytes_per_token, tokenizer_digest):
     """Write token arrays as one shard.
 
@@ -89,9 +95,9 @@ class Shard:
     def check(self, vocab_size):
         """Read every offset and token. Raises: UserError when they cannot be right."""
         if (self.offsets[1:] < self.offsets[:-1]).any():
-            raise UserError(f"{self.path}: offsets do not cover the tokens in order (damaged; prepare again)")
+            raise damaged(self.path, "offsets do not cover the tokens in order")
         if len(self.tokens) and (highest := self.tokens.max()) >= vocab_size:
-            raise UserError(f"{self.path}: token id {highest} outside the vocabulary of {vocab_size} (damaged shard)")
+            raise damaged(self.path, f"token id {highest} outside the vocabulary of {vocab_size}")
 
 
 def open_shard(path, tokenizer_digest):
@@ -104,25 +110,25 @@ def open_shard(path, tokenizer_digest):
         with open(path, "rb") as file:
             header = file.read(HEADER.size)
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror} (a shard of the manifest is missing; prepare again)") from None
+        raise damaged(path, error.strerror) from None
     if len(header) < HEADER.size or header[:8] != MAGIC:
-        raise UserError(f"{path}: not a token shard (prepare the directory again with prepare_c4.py)")
+        raise damaged(path, "not a token shard")
     _, version, bytes_per_token, num_docs, num_tokens, digest = HEADER.unpack(header)
     if version != VERSION or bytes_per_token not in (2, 4):
         raise UserError(f"{path}: shard format {version}, {bytes_per_token} bytes a token (this code reads {VERSION})")
     tokens_at = HEADER.size + 8 * (num_docs + 1)
     expected = tokens_at + bytes_per_token * num_tokens
     if size != expected:
-        raise UserError(f"{path}: {size} bytes, but its header says {expected} (truncated or damaged; prepare again)")
+        raise damaged(path, f"{size} bytes, but its header says {expected}")
     if digest != tokenizer_digest:
-        raise UserError(f"{path}: made with a different tokenizer from the tokenizer.json beside it (prepare again)")
+        raise damaged(path, "made with a different tokenizer from the tokenizer.json beside it")
     mapped = np.memmap(path, mode="r")  # one map a shard: each keeps a file open
     if hasattr(mmap, "MADV_RANDOM"):  # samples come in random order: reading ahead would read 30 times as much
         mapped.base.madvise(mmap.MADV_RANDOM)
     mapped = np.asarray(mapped)  # indexing a plain array is faster
     offsets, tokens = mapped[HEADER.size : tokens_at].view("<u8"), mapped[tokens_at:].view(f"<u{bytes_per_token}")
     if offsets[0] != 0 or offsets[-1] != num_tokens:
-        raise UserError(f"{path}: offsets do not cover the tokens in order (damaged; prepare again)")
+        raise damaged(path, "offsets do not cover the tokens in order")
     return Shard(path, offsets, tokens)
 
 
@@ -320,7 +326,7 @@ class Samples:
         wrong = (lengths < 0).any(1) | (offsets[:, -1] > self.num_tokens[shard]) | (place >= count)
         if wrong.any():
             path = self.shards[shard[wrong.argmax()]].path
-            raise UserError(f"{path}: offsets out of order (damaged; prepare again)", True)
+            raise damaged(path, "offsets out of order", True)
         rows = np.arange(len(samples))
         skipped = (within - np.where(place > 0, before[rows, place - 1], 0)) * (self.seq_length - 2)
         return shard, offsets[rows, place] + skipped, np.minimum(lengths[rows, place] - skipped, self.seq_length - 2)
@@ -352,7 +358,7 @@ class Samples:
         for shard in self.shards:
             lengths = np.diff(shard.offsets.astype(np.int64))
             if (lengths < 0).any():
-                raise UserError(f"{shard.path}: offsets out of order (damaged; prepare again)")
+                raise damaged(shard.path, "offsets out of order")
             chunks = -(-lengths // (self.seq_length - 2))
             counts.append(pad_to(chunks, -(-len(chunks) // INDEX_DOCS) * INDEX_DOCS, 0).reshape(-1, INDEX_DOCS).sum(1))
         return np.cumsum(np.concatenate(counts))
@@ -372,7 +378,7 @@ class Samples:
             stored[to : to + count] = self.shards[s].tokens[begin : begin + count]
         if stored.max() >= self.vocab_size:
             path = self.shards[shard[np.searchsorted(starts, stored.argmax(), side="right") - 1]].path
-            raise UserError(f"{path}: token id {stored.max()} outside the vocabulary of {self.vocab_size}", True)
+            raise damaged(path, f"token id {stored.max()} outside the vocabulary of {self.vocab_size}", True)
         tokens = stored.view(np.int32)
 
         source, number = self.source_of(samples)
@@ -435,13 +441,13 @@ def verify(data_dir):
     """
     manifest = read_json(os.path.join(data_dir, "manifest.json"), "not a finished shard directory")
     if file_digest(os.path.join(data_dir, "tokenizer.json")) != manifest.get("tokenizer_sha256"):
-        raise UserError(f"{data_dir}/tokenizer.json: digest differs from the manifest's (damaged or replaced)")
+        raise damaged(f"{data_dir}/tokenizer.json", "digest differs from the manifest's")
     for split in ("train", "val"):
         samples = Samples(data_dir, split, seq_length=128)
         entries = [entry for entry in manifest["shards"] if entry["split"] == split]
         for entry, shard in zip(entries, samples.shards):
             if file_digest(shard.path) != entry["sha256"]:
-                raise UserError(f"{shard.path}: digest differs from the manifest's (damaged; prepare again)")
+                raise damaged(shard.path, "digest differs from the manifest's")
             shard.check(samples.vocab_size)
     return len(manifest["shards"])
 
