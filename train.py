@@ -50,7 +50,7 @@ class TrainConfig(ModelConfig):
     mask_prob: float = 0.3  # share of tokens to predict
     final_mask_prob: float = 0.0  # mask_prob falls linearly to this by the last step; 0: constant
     # Training
-    out_dir: str = "out"  # log and checkpoints; the same command resumes from it
+    out_dir: str = "out/run"  # log and checkpoints; the same command resumes from it
     init_from: str = ""  # run or step_* directory to take the first weights from
     seed: int = 17  # of weights, data order, masks and dropout
     max_steps: int = 70000  # optimizer steps; ignored with a budget, see below
@@ -568,6 +568,7 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
     model.train()
     model.register_forward_hook(watchdog.progress)
     saver.check_space(num_params)
+    say(f"log and checkpoints: {cfg.out_dir}")
     run.begin(state["step"], saved_config(cfg, train_samples), train_samples.tokenizer_text)
     run.log(
         "start",

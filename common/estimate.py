@@ -96,6 +96,13 @@ def choose_micro_batch_tokens(cfg, process, backend, num_params, vocab_size):
     return useful_tokens(cfg, process, most)
 
 
+def duration(hours):
+    """As text, in hours, minutes or seconds."""
+    if hours >= 0.1:
+        return f"{hours:,.2f} h"
+    return f"{60 * hours:.1f} min" if hours >= 1 / 60 else f"{3600 * hours:.2g} s"
+
+
 def print_estimate(cfg, process, backend, num_params, samples, num_val, micro_batch_tokens, matrix_flops):
     """What --dry_run prints: size, data, memory, and hours and dollars, at some shares of a GPU's peak.
 
@@ -136,11 +143,11 @@ def print_estimate(cfg, process, backend, num_params, samples, num_val, micro_ba
             print(f"budget      {plan}{price(budgeted / 3600)}")
         return
     flops *= cfg.max_steps * cfg.global_batch_size
-    print(f"work        {flops:.3g} FLOP in matrix products")
+    print(f"work        {flops:.3g} FLOP in matrix products{'' if here else '; on this device not estimated, on others:'}")
     for gpu, peak in gpus.items():
         for mfu in (0.3, 0.4, 0.5):
             hours = flops / (peak * mfu) / 3600 / process.world_size
-            print(f"time        {hours:.2f} h on {process.world_size} x {gpu} at {mfu:.0%} MFU{price(hours)}")
+            print(f"time        {duration(hours)} on {process.world_size} x {gpu} at {mfu:.0%} MFU{price(hours)}")
 
 
 def expected_plan(cfg, world_size, gpu, peak, sample_flops, num_val, num_params, seen):
@@ -156,5 +163,5 @@ def expected_plan(cfg, world_size, gpu, peak, sample_flops, num_val, num_params,
             costs = budget.Costs(step, evaluation, 12 * num_params / SAVED_BYTES_PER_SECOND)
             steps = budget.affordable_steps(cfg, costs, seconds * (1 - budget.RESERVE))
             samples = steps * cfg.global_batch_size
-            return f"{where} at {mfu:.1%} MFU ({source}): {samples:,} samples; {seen(steps)}, {seconds / 3600:.3g} h"
-    return f"{where}: speed not measured yet, the run finds it in its warm-up; {seconds / 3600:.3g} h"
+            return f"{where} at {mfu:.1%} MFU ({source}): {samples:,} samples; {seen(steps)}, {duration(seconds / 3600)}"
+    return f"{where}: speed not measured yet, the run finds it in its warm-up; {duration(seconds / 3600)}"

@@ -117,8 +117,6 @@ def read_config_file(path, cls):
         with open(path, encoding="utf-8") as file:
             tree = ast.parse(file.read())
     except (OSError, UnicodeDecodeError) as error:
-        from common.files import similar  # which imports this module
-
         near = similar(path) if isinstance(error, FileNotFoundError) else None
         hint = f"did you mean {near}?" if near else "expected a config file; options are written --name=value"
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or error} ({hint})") from None
@@ -142,6 +140,14 @@ def read_config_file(path, cls):
             known_option(name, cls, f"{where}: {name}")
             values[name] = convert(namespace[name], types[name], f"{where}: {name}")
     return values
+
+
+def similar(path):
+    """The path beside `path` whose name is most like it, for a hint; None without one."""
+    parent, name = os.path.split(os.fspath(path).rstrip("/"))
+    names = os.listdir(parent or ".") if os.path.isdir(parent or ".") else []
+    near = difflib.get_close_matches(name, names, n=1)
+    return os.path.join(parent, near[0]) if near else None
 
 
 def known_option(name, cls, where):

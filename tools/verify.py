@@ -1,6 +1,6 @@
 """Check token shards: every digest, every offset, every token.
 
-    python -m tools.verify data/mine data/c4
+    python -m tools.verify --data_dir=data/mine,data/c4
 
 Opening a directory checks headers and sizes, and every token of a small corpus; this reads everything. Run it after you
 copied a directory: a token that became another one has no other trace.
@@ -14,7 +14,7 @@ from data import verify
 
 @dataclass
 class VerifyConfig:
-    data_dir: str = ""  # shard directory, or several, comma-separated; --data_dir= may be left out
+    data_dir: str = ""  # shard directory, or several, comma-separated; also without --data_dir=
 
 
 @command
