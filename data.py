@@ -31,7 +31,7 @@ import numpy as np
 
 from common.batch import IGNORED, Batch, pack, pad_to, round_up
 from common.files import allow_open_files, file_digest, hash_of, read_json, whole_file
-from common.options import UserError
+from common.options import UserError, similar
 from common.vocabulary import load_tokenizer
 
 MAGIC = b"MOSAICSH"
@@ -58,6 +58,13 @@ def damaged(path, reason, this_rank_only=False):
     """The UserError for a damaged file of a shard directory."""
     hint = f"copy it again, or remove {os.path.dirname(path)} and prepare it again"
     return UserError(f"{path}: {reason} (damaged: {hint})", this_rank_only)
+
+
+def read_manifest(directory):
+    """The contents of a shard directory's manifest.json. Raises: UserError."""
+    near = None if os.path.isdir(directory) else similar(directory)
+    hint = f"no finished shard directory; make one: python prepare_c4.py --source=FILES --out={directory}"
+    return read_json(os.path.join(directory, "manifest.json"), f"did you mean {near}?" if near else hint)
 
 
 def write_shard(path, documents, bytes_per_token, tokenizer_digest):
@@ -257,8 +264,7 @@ class Samples:
     """
 
     def __init__(self, directory, split, seq_length, chunk=False, padded=False):
-        hint = f"no finished shard directory; make one: python prepare_c4.py --source=FILES --out={directory}"
-        manifest = read_json(os.path.join(directory, "manifest.json"), hint)
+        manifest = read_manifest(directory)
         self.directory, self.split, self.seq_length, self.chunk, self.padded = directory, split, seq_length, chunk, padded
         self.tokenizer_path = os.path.join(directory, "tokenizer.json")
         tokenizer, self.special = load_tokenizer(self.tokenizer_path)
@@ -275,7 +281,7 @@ class Samples:
                 raise TypeError
             small = sum(entry["num_tokens"] for entry in entries) < CHECKED_TOKENS
         except (KeyError, TypeError):
-            raise UserError(f"{directory}/manifest.json: not a manifest of shards ({hint})") from None
+            raise damaged(f"{directory}/manifest.json", "not a manifest of shards") from None
         allow_open_files(len(names))
         tokenizer_digest = bytes.fromhex(self.tokenizer_sha256)
         self.shards = [open_shard(os.path.join(directory, name), tokenizer_digest) for name in names]
@@ -439,7 +445,7 @@ def verify(data_dir):
 
     Raises: UserError at the first fault.
     """
-    manifest = read_json(os.path.join(data_dir, "manifest.json"), "not a finished shard directory")
+    manifest = read_manifest(data_dir)
     if file_digest(os.path.join(data_dir, "tokenizer.json")) != manifest.get("tokenizer_sha256"):
         raise damaged(f"{data_dir}/tokenizer.json", "digest differs from the manifest's")
     for split in ("train", "val"):

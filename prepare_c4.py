@@ -44,6 +44,7 @@ from common.vocabulary import (
 from common.workers import Progress, report_progress, run_jobs
 from data import Samples, prefetch, verify, write_shard
 
+MANY_ENOUGH = 100  # documents to hold out of a small corpus
 UNIT_BYTES = 64 * 2**20  # a unit takes segments up to this size on disk, and at least one
 HASHED_BYTES = 2**30  # of text, up to which all hashes are known before the split: it takes a few % of the time
 BATCH_CHARS = 2**20  # text per call of the tokenizer
@@ -256,24 +257,27 @@ def load_hashes(out, number):
 def val_threshold(num_units, cfg):
     """Documents with a hash below this are held out. num_units: of units whose hashes are known, 0 or all.
 
-    If they are known and none is below the share, the smallest is held out. Raises: UserError if none would be left.
+    If they are known and none is below the share, every 20th is held out, those with the smallest hashes, but at least one
+    and at most MANY_ENOUGH. Raises: UserError if none would be left.
     """
-    share, wanted = int(cfg.val_fraction * 2**64), cfg.val_docs or int(cfg.val_fraction > 0)
+    share, wanted = int(cfg.val_fraction * 2**64), cfg.val_docs or MANY_ENOUGH * (cfg.val_fraction > 0)
     smallest, count = np.empty(0, np.uint64), 0
     for number in range(num_units):
         hashes, by_hash = load_hashes(cfg.out, number)
         smallest, count = np.unique(np.concatenate([smallest, hashes[by_hash]]))[:wanted], count + len(hashes)
-    if 0 < count <= wanted:
-        all_of_them = f"val_docs={wanted} holds out all {count} documents (lower it)" if cfg.val_docs else "a single document"
-        hint = "" if cfg.val_docs else " (one is always held out; is each line one? see --doc_sep)"
-        raise UserError(f"{cfg.source}: no text to train on: {all_of_them}{hint}")
-    enough = int(smallest[-1]) + 1 if len(smallest) else 0
+    if 0 < count <= cfg.val_docs:
+        text = f"no text to train on: val_docs={cfg.val_docs} holds out all {count} documents"
+        raise UserError(f"{cfg.source}: {text} (lower it)")
     if cfg.val_docs:
-        return enough
-    if enough > share:
-        text = f"val_fraction={cfg.val_fraction} of {count:,} documents held out none, so the one with the smallest hash is"
-        print(f"{text} (more: --val_docs={max(2, min(100, count // 20))})")
-    return max(enough, share)
+        return int(smallest[-1]) + 1 if len(smallest) else 0
+    if not len(smallest) or smallest[0] < share:
+        return share
+    if len(smallest) == 1:
+        hint = "one is always held out; a line is a document unless --doc_sep says otherwise"
+        raise UserError(f"{cfg.source}: no text to train on: there is a single text ({hint})")
+    smallest = smallest[: max(1, count // 20)]
+    print(f"val_fraction={cfg.val_fraction} of {count:,} documents held out none: {len(smallest)} with the smallest hashes are")
+    return int(smallest[-1]) + 1
 
 
 def find_duplicates(out, num_units):
@@ -682,7 +686,7 @@ def prepare(cfg, plan, units):
     if cfg.dedup:
         for number, indices in enumerate(find_duplicates(out, len(units))):
             np.save(work_path(out, f"dropped_{number:05d}.npy"), indices)
-    threshold = val_threshold(len(units) if hashed else 0, cfg)
+    threshold = val_threshold(len(units) if cfg.val_docs or little else 0, cfg)
     if given:
         write_text(tokenizer_path, given)
     elif not os.path.exists(tokenizer_path):  # a resumed run keeps it, as training a tokenizer is not deterministic

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from common import budget
+from common.files import gigabytes
 from common.options import UserError
 from common.processes import device_name
 
@@ -100,7 +101,7 @@ def duration(hours):
     """As text, in hours, minutes or seconds."""
     if hours >= 0.1:
         return f"{hours:,.2f} h"
-    return f"{60 * hours:.1f} min" if hours >= 1 / 60 else f"{3600 * hours:.2g} s"
+    return f"{60 * hours:.1f} min" if hours >= 1 / 60 else f"{max(1, 3600 * hours):.0f} s"
 
 
 def print_estimate(cfg, process, backend, num_params, samples, num_val, micro_batch_tokens, matrix_flops):
@@ -133,8 +134,8 @@ def print_estimate(cfg, process, backend, num_params, samples, num_val, micro_ba
     for source, share in samples.shares():
         epochs = "" if budgeted else f", {share * cfg.max_steps * cfg.global_batch_size / len(source):.2f} epochs"
         print(f"  {share:6.1%}    {source.directory}: {len(source):,} samples{epochs}")
-    print(f"memory      about {memory / 1e9:.1f} GB for micro-batches of at most {micro_batch_tokens:,} tokens{where}")
-    print(f"disk        about {12e-9 * num_params * (cfg.keep_checkpoints + 1):.1f} GB for checkpoints")
+    print(f"memory      about {gigabytes(memory)} for micro-batches of at most {micro_batch_tokens:,} tokens{where}")
+    print(f"disk        about {gigabytes(12 * num_params * (cfg.keep_checkpoints + 1))} for checkpoints")
     here = {device_name(process.device): peak_flops(process.device)} if peak_flops(process.device) else {}
     gpus = here or {"A100": PEAK_FLOPS["A100"], "H100": PEAK_FLOPS["H100"]}
     if budgeted:

@@ -250,7 +250,7 @@ def test_dry_run_plans_by_what_was_measured(tmp_path, capsys):
 
 
 def test_short_times_are_not_zero_hours():
-    assert [estimate.duration(hours) for hours in (1234.5, 0.1, 0.05, 0.001)] == ["1,234.50 h", "0.10 h", "3.0 min", "3.6 s"]
+    assert [estimate.duration(hours) for hours in (1234.5, 0.1, 0.05, 0.001, 0)] == ["1,234.50 h", "0.10 h", "3.0 min", "4 s", "1 s"]
 
 
 def test_expected_steps_are_those_of_the_measured_run():
