@@ -318,7 +318,7 @@ def evaluate(model, samples, cfg, process, micro_batch_tokens, watchdog, most_sa
 
 def eval_line(step, result):
     if not result["num_masked"]:
-        return f"step {step}: no held-out loss, as nothing is masked (too little text, see prepare_c4.py --val_docs; or all [UNK])"
+        return f"step {step}: no held-out loss, as nothing is masked (too little text: prepare_c4.py --val_docs; or all [UNK])"
     return (
         f"step {step}: held-out loss {result['loss']:.4f}, accuracy {result['accuracy']:.1%} of "
         f"{result['num_masked']:,} masked tokens (always guessing the most frequent: {result['majority_accuracy']:.1%})"
