@@ -39,7 +39,7 @@ MAX_ARRAY = 2**30  # characters of a .json that is a single array, which is read
 
 MAGIC = {  # how files begin that are no text, whatever their names say
     b"%PDF-": "a PDF", b"PK\x03\x04": "a zip file, as .docx and .xlsx are", b"\xd0\xcf\x11\xe0": "an old Word or Excel file",
-    b"{\\rtf": "an RTF file", b"\x1f\x8b": "gzip", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "Zstandard",
+    b"{\\rtf": "an RTF file", b"\x1f\x8b": "a .gz file", b"\xfd7zXZ": "an .xz file", b"\x28\xb5\x2f\xfd": "a .zst file",
     b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x89PNG": "a picture", b"\xff\xd8\xff": "a picture",
 }  # fmt: skip
 
