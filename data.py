@@ -31,7 +31,7 @@ import numpy as np
 
 from common.batch import IGNORED, Batch, pack, pad_to, round_up
 from common.files import allow_open_files, file_digest, hash_of, read_json, whole_file
-from common.options import UserError
+from common.options import UserError, similar
 from common.vocabulary import load_tokenizer
 
 MAGIC = b"MOSAICSH"
@@ -52,6 +52,19 @@ KEPT_INDEX_DOCS = 100_000  # from this many documents on, the chunk index is kep
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Shards on disk
+
+
+def damaged(path, reason, this_rank_only=False):
+    """The UserError for a damaged file of a shard directory."""
+    hint = f"copy it again, or remove {os.path.dirname(path)} and prepare it again"
+    return UserError(f"{path}: {reason} (damaged: {hint})", this_rank_only)
+
+
+def read_manifest(directory):
+    """The contents of a shard directory's manifest.json. Raises: UserError."""
+    near = None if os.path.isdir(directory) else similar(directory)
+    hint = f"no finished shard directory; make one: python prepare_c4.py --source=FILES --out={directory}"
+    return read_json(os.path.join(directory, "manifest.json"), f"did you mean {near}?" if near else hint)
 
 
 def write_shard(path, documents, bytes_per_token, tokenizer_digest):
@@ -89,9 +102,9 @@ class Shard:
     def check(self, vocab_size):
         """Read every offset and token. Raises: UserError when they cannot be right."""
         if (self.offsets[1:] < self.offsets[:-1]).any():
-            raise UserError(f"{self.path}: offsets do not cover the tokens in order (damaged; prepare again)")
+            raise damaged(self.path, "offsets do not cover the tokens in order")
         if len(self.tokens) and (highest := self.tokens.max()) >= vocab_size:
-            raise UserError(f"{self.path}: token id {highest} outside the vocabulary of {vocab_size} (damaged shard)")
+            raise damaged(self.path, f"token id {highest} outside the vocabulary of {vocab_size}")
 
 
 def open_shard(path, tokenizer_digest):
@@ -104,25 +117,25 @@ def open_shard(path, tokenizer_digest):
         with open(path, "rb") as file:
             header = file.read(HEADER.size)
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror} (a shard of the manifest is missing; prepare again)") from None
+        raise damaged(path, error.strerror) from None
     if len(header) < HEADER.size or header[:8] != MAGIC:
-        raise UserError(f"{path}: not a token shard (prepare the directory again with prepare_c4.py)")
+        raise damaged(path, "not a token shard")
     _, version, bytes_per_token, num_docs, num_tokens, digest = HEADER.unpack(header)
     if version != VERSION or bytes_per_token not in (2, 4):
         raise UserError(f"{path}: shard format {version}, {bytes_per_token} bytes a token (this code reads {VERSION})")
     tokens_at = HEADER.size + 8 * (num_docs + 1)
     expected = tokens_at + bytes_per_token * num_tokens
     if size != expected:
-        raise UserError(f"{path}: {size} bytes, but its header says {expected} (truncated or damaged; prepare again)")
+        raise damaged(path, f"{size} bytes, but its header says {expected}")
     if digest != tokenizer_digest:
-        raise UserError(f"{path}: made with a different tokenizer from the tokenizer.json beside it (prepare again)")
+        raise damaged(path, "made with a different tokenizer from the tokenizer.json beside it")
     mapped = np.memmap(path, mode="r")  # one map a shard: each keeps a file open
     if hasattr(mmap, "MADV_RANDOM"):  # samples come in random order: reading ahead would read 30 times as much
         mapped.base.madvise(mmap.MADV_RANDOM)
     mapped = np.asarray(mapped)  # indexing a plain array is faster
     offsets, tokens = mapped[HEADER.size : tokens_at].view("<u8"), mapped[tokens_at:].view(f"<u{bytes_per_token}")
     if offsets[0] != 0 or offsets[-1] != num_tokens:
-        raise UserError(f"{path}: offsets do not cover the tokens in order (damaged; prepare again)")
+        raise damaged(path, "offsets do not cover the tokens in order")
     return Shard(path, offsets, tokens)
 
 
@@ -251,8 +264,7 @@ class Samples:
     """
 
     def __init__(self, directory, split, seq_length, chunk=False, padded=False):
-        hint = f"no finished shard directory; make one: python prepare_c4.py --source=FILES --out={directory}"
-        manifest = read_json(os.path.join(directory, "manifest.json"), hint)
+        manifest = read_manifest(directory)
         self.directory, self.split, self.seq_length, self.chunk, self.padded = directory, split, seq_length, chunk, padded
         self.tokenizer_path = os.path.join(directory, "tokenizer.json")
         tokenizer, self.special = load_tokenizer(self.tokenizer_path)
@@ -269,7 +281,7 @@ class Samples:
                 raise TypeError
             small = sum(entry["num_tokens"] for entry in entries) < CHECKED_TOKENS
         except (KeyError, TypeError):
-            raise UserError(f"{directory}/manifest.json: not a manifest of shards ({hint})") from None
+            raise damaged(f"{directory}/manifest.json", "not a manifest of shards") from None
         allow_open_files(len(names))
         tokenizer_digest = bytes.fromhex(self.tokenizer_sha256)
         self.shards = [open_shard(os.path.join(directory, name), tokenizer_digest) for name in names]
@@ -320,7 +332,7 @@ class Samples:
         wrong = (lengths < 0).any(1) | (offsets[:, -1] > self.num_tokens[shard]) | (place >= count)
         if wrong.any():
             path = self.shards[shard[wrong.argmax()]].path
-            raise UserError(f"{path}: offsets out of order (damaged; prepare again)", True)
+            raise damaged(path, "offsets out of order", True)
         rows = np.arange(len(samples))
         skipped = (within - np.where(place > 0, before[rows, place - 1], 0)) * (self.seq_length - 2)
         return shard, offsets[rows, place] + skipped, np.minimum(lengths[rows, place] - skipped, self.seq_length - 2)
@@ -352,7 +364,7 @@ class Samples:
         for shard in self.shards:
             lengths = np.diff(shard.offsets.astype(np.int64))
             if (lengths < 0).any():
-                raise UserError(f"{shard.path}: offsets out of order (damaged; prepare again)")
+                raise damaged(shard.path, "offsets out of order")
             chunks = -(-lengths // (self.seq_length - 2))
             counts.append(pad_to(chunks, -(-len(chunks) // INDEX_DOCS) * INDEX_DOCS, 0).reshape(-1, INDEX_DOCS).sum(1))
         return np.cumsum(np.concatenate(counts))
@@ -372,7 +384,7 @@ class Samples:
             stored[to : to + count] = self.shards[s].tokens[begin : begin + count]
         if stored.max() >= self.vocab_size:
             path = self.shards[shard[np.searchsorted(starts, stored.argmax(), side="right") - 1]].path
-            raise UserError(f"{path}: token id {stored.max()} outside the vocabulary of {self.vocab_size}", True)
+            raise damaged(path, f"token id {stored.max()} outside the vocabulary of {self.vocab_size}", True)
         tokens = stored.view(np.int32)
 
         source, number = self.source_of(samples)
@@ -433,15 +445,15 @@ def verify(data_dir):
 
     Raises: UserError at the first fault.
     """
-    manifest = read_json(os.path.join(data_dir, "manifest.json"), "not a finished shard directory")
+    manifest = read_manifest(data_dir)
     if file_digest(os.path.join(data_dir, "tokenizer.json")) != manifest.get("tokenizer_sha256"):
-        raise UserError(f"{data_dir}/tokenizer.json: digest differs from the manifest's (damaged or replaced)")
+        raise damaged(f"{data_dir}/tokenizer.json", "digest differs from the manifest's")
     for split in ("train", "val"):
         samples = Samples(data_dir, split, seq_length=128)
         entries = [entry for entry in manifest["shards"] if entry["split"] == split]
         for entry, shard in zip(entries, samples.shards):
             if file_digest(shard.path) != entry["sha256"]:
-                raise UserError(f"{shard.path}: digest differs from the manifest's (damaged; prepare again)")
+                raise damaged(shard.path, "digest differs from the manifest's")
             shard.check(samples.vocab_size)
     return len(manifest["shards"])
 

@@ -19,6 +19,7 @@ import heapq
 import itertools
 import json
 import os
+import re
 import shutil
 import time
 from collections import Counter
@@ -41,16 +42,18 @@ from common.vocabulary import (
     unknown_characters,
 )
 from common.workers import Progress, report_progress, run_jobs
-from data import prefetch, verify, write_shard
+from data import Samples, prefetch, verify, write_shard
 
+MANY_ENOUGH = 100  # documents to hold out of a small corpus
 UNIT_BYTES = 64 * 2**20  # a unit takes segments up to this size on disk, and at least one
+HASHED_BYTES = 2**30  # of text, up to which all hashes are known before the split: it takes a few % of the time
 BATCH_CHARS = 2**20  # text per call of the tokenizer
 TOKENIZER_TRAIN_CHARS = 300 * 10**6  # text to train a tokenizer on, at most
 COMPARE_CHARS = 10**6  # text per unit for --compare_tokenizer
 SAMPLE_SEGMENTS, SAMPLE_CHARS = 4, 10**6  # text from which the size of the shards is estimated
 FILL_LENGTHS = (128, 512)  # sequence lengths for which the report says how full samples are
 NUM_LONGEST = 5  # longest documents listed in the report
-NUM_SKIPPED = 1000  # skipped lines listed in the report
+NUM_SKIPPED, NUM_PRINTED = 1000, 20  # skipped lines listed in report.json, and files named when it is printed
 MAX_UNKNOWN = 0.95  # share of unknown characters from which a tokenizer is refused
 WARN_PERCENT = 1  # of characters unknown or changed
 INSPECT_CHARS = 2**16  # text per batch whose normalization is compared with the original
@@ -74,7 +77,7 @@ class PrepareConfig:
     compare_tokenizer: str = ""  # a second tokenizer; the report compares how many tokens each produces
     # Output
     out: str = ""  # shard directory
-    val_fraction: float = 0.005  # share of documents held out, by a threshold on their hash (c4 has files for it)
+    val_fraction: float = 0.005  # share of documents held out, by a threshold on their hash (c4 has files for it); at least 1
     val_docs: int = 0  # hold out exactly this many instead, those with the smallest hashes; reads everything twice
     max_doc_tokens: int = 0  # truncate documents; 126 is all that 128-token training reads, 1/4 of C4; 0: off
     shard_tokens: int = 100_000_000  # approximate tokens per shard
@@ -163,7 +166,8 @@ def enter_output(out, plan, resumed):
         return
     if os.listdir(out) not in ([], [".work"]):
         raise UserError(f"{out}: not empty, and not a shard directory (choose another --out)")
-    os.makedirs(work_path(out, ""), exist_ok=True)
+    shutil.rmtree(work_path(out, ""), ignore_errors=True)
+    os.makedirs(work_path(out, ""))
     write_text(work_path(out, "plan.json"), json.dumps(plan))
 
 
@@ -223,7 +227,7 @@ def is_held_out(segment, hashed, threshold):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Hashes of all documents, to hold some out and to find duplicates; with --val_docs or --dedup in a pass of their own
+# Hashes of all documents, to hold some out and to find duplicates; where needed, or for little text, in a pass of its own
 
 
 def hash_unit(number, unit, cfg):
@@ -251,16 +255,29 @@ def load_hashes(out, number):
 
 
 def val_threshold(num_units, cfg):
-    """Documents with a hash below this are held out."""
-    if not cfg.val_docs:
-        return int(cfg.val_fraction * 2**64)
+    """Documents with a hash below this are held out. num_units: of units whose hashes are known, 0 or all.
+
+    If they are known and none is below the share, every 20th is held out, those with the smallest hashes, but at least one
+    and at most MANY_ENOUGH. Raises: UserError if none would be left.
+    """
+    share, wanted = int(cfg.val_fraction * 2**64), cfg.val_docs or MANY_ENOUGH * (cfg.val_fraction > 0)
     smallest, count = np.empty(0, np.uint64), 0
     for number in range(num_units):
         hashes, by_hash = load_hashes(cfg.out, number)
-        smallest, count = np.unique(np.concatenate([smallest, hashes[by_hash]]))[: cfg.val_docs], count + len(hashes)
+        smallest, count = np.unique(np.concatenate([smallest, hashes[by_hash]]))[:wanted], count + len(hashes)
     if 0 < count <= cfg.val_docs:
-        raise UserError(f"{cfg.source}: no text to train on: val_docs={cfg.val_docs} holds out all {count} documents (lower it)")
-    return int(smallest[-1]) + 1 if len(smallest) else 0
+        text = f"no text to train on: val_docs={cfg.val_docs} holds out all {count} documents"
+        raise UserError(f"{cfg.source}: {text} (lower it)")
+    if cfg.val_docs:
+        return int(smallest[-1]) + 1 if len(smallest) else 0
+    if not len(smallest) or smallest[0] < share:
+        return share
+    if len(smallest) == 1:
+        hint = "one is always held out; a line is a document unless --doc_sep says otherwise"
+        raise UserError(f"{cfg.source}: no text to train on: there is a single text ({hint})")
+    smallest = smallest[: max(1, count // 20)]
+    print(f"val_fraction={cfg.val_fraction} of {count:,} documents held out none: {len(smallest)} with the smallest hashes are")
+    return int(smallest[-1]) + 1
 
 
 def find_duplicates(out, num_units):
@@ -288,15 +305,6 @@ def find_duplicates(out, num_units):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The tokenizer, and an estimate of the shards' size
-
-
-def make_tokenizer(units, cfg, threshold, path):
-    """Write tokenizer.json. A resumed run keeps it, as training a tokenizer is not deterministic."""
-    if cfg.train_tokenizer:
-        texts = functools.partial(training_texts, units, cfg, threshold, TOKENIZER_TRAIN_CHARS)
-        write_text(path, train_tokenizer(texts, cfg.train_tokenizer, cfg.cased, cfg.strip_accents))
-    else:
-        write_text(path, read_tokenizer(cfg.tokenizer, cfg.cased, beside=True))
 
 
 def training_texts(units, cfg, threshold, limit):
@@ -403,7 +411,7 @@ def process_unit(number, unit, cfg, threshold):
     hashes, by_hash, longest, examples, stats = [], [], [], [], Counter()
 
     def batches():
-        """(list of (split, text), bytes of the source read): about BATCH_CHARS of text each."""
+        """(list of (split, path, text), bytes of the source read): about BATCH_CHARS of text each."""
         batch, chars, of_segment = [], 0, Counter()
         for segment, text in unit_documents(unit, cfg, stats):
             hashes.append(text_hash(text))
@@ -411,7 +419,7 @@ def process_unit(number, unit, cfg, threshold):
             of_segment[segment] += 1
             if len(hashes) - 1 in duplicates:
                 continue
-            batch.append(("val" if is_held_out(segment, hashes[-1], threshold) else "train", text))
+            batch.append(("val" if is_held_out(segment, hashes[-1], threshold) else "train", segment.path, text))
             stats["characters"] += len(text)
             chars += len(text)
             if len(longest) < NUM_LONGEST or len(text) > longest[0][0]:
@@ -422,11 +430,14 @@ def process_unit(number, unit, cfg, threshold):
                 batch, chars = [], 0
         if batch:
             yield batch, stats["source bytes"]
+        for segment in unit if not cfg.max_docs else ():
+            if segment.start == 0 and not of_segment[segment]:
+                stats[f"without text {segment.path}"] += 1
 
     def tokenize(item):
         batch, source_bytes = item
-        splits, texts = zip(*batch)
-        return splits, *encode(tokenizer, list(texts), cfg.max_doc_tokens), source_bytes
+        splits, paths, texts = zip(*batch)
+        return splits, paths, *encode(tokenizer, list(texts), cfg.max_doc_tokens), source_bytes
 
     def say_progress(source_bytes):
         report_progress({
@@ -438,10 +449,10 @@ def process_unit(number, unit, cfg, threshold):
         })  # fmt: skip
 
     # The tokenizer runs in another thread, without the GIL.
-    for splits, texts, ids, source_bytes in prefetch(tokenize, batches()):
+    for splits, paths, texts, ids, source_bytes in prefetch(tokenize, batches()):
         if other and stats["compared characters"] < COMPARE_CHARS:
             compare(stats, texts, ids, special, *other)
-        examples = most_changed(examples, inspect_changes(stats, texts, tokenizer, special["[UNK]"]))
+        examples = most_changed(examples, inspect_changes(stats, paths, texts, tokenizer, special["[UNK]"]))
         for split, text, tokens in zip(splits, texts, ids):
             stats["tokens read"] += len(tokens)
             words = text.split()
@@ -472,13 +483,14 @@ def process_unit(number, unit, cfg, threshold):
     return stats["bad lines"]
 
 
-def inspect_changes(stats, texts, tokenizer, unknown):
-    """Count the characters that normalization changes, in the first of the texts; yields an example of each.
+def inspect_changes(stats, paths, texts, tokenizer, unknown):
+    """Count the characters that normalization changes, in about INSPECT_CHARS of the texts; yields an example of each.
 
-    An example is (how many characters of it were changed or are unknown, the original, what its tokens decode to).
+    An example is (how many characters of it were changed or are unknown, how many are not ASCII, the original, what its
+    tokens decode to, its file).
     """
-    chars = 0
-    for text in texts:
+    chars, step = 0, -(-sum(map(len, texts)) // INSPECT_CHARS)
+    for path, text in zip(paths[::step], texts[::step]):
         text = text[: INSPECT_CHARS - chars]
         chars += len(text)
         stats["letters inspected"] += letters(text)
@@ -486,13 +498,19 @@ def inspect_changes(stats, texts, tokenizer, unknown):
         line = text[:EXAMPLE_CHARS]
         differing = changed_characters(tokenizer, line) + unknown_characters(tokenizer, line, unknown)
         ids = tokenizer.encode(line, add_special_tokens=False).ids
-        yield differing, line, tokenizer.decode(ids, skip_special_tokens=False)
+        not_ascii = sum(not character.isascii() for character in line)
+        yield differing, not_ascii, line, tokenizer.decode(ids, skip_special_tokens=False), path
         if chars >= INSPECT_CHARS:
             return
 
 
 def most_changed(*examples):
-    return heapq.nlargest(NUM_EXAMPLES, itertools.chain(*examples), key=lambda example: example[0])
+    """NUM_EXAMPLES of them: the most changed one of each file, then the next ones; of equals, the least English."""
+    ranked, rank_in_file = [], Counter()
+    for example in sorted(itertools.chain(*examples), key=lambda example: (-example[0], -example[1])):
+        ranked.append((rank_in_file[example[-1]], example))
+        rank_in_file[example[-1]] += 1
+    return [example for _, example in sorted(ranked, key=lambda pair: pair[0])[:NUM_EXAMPLES]]
 
 
 def compare(stats, texts, ids, special, other, other_special):
@@ -549,6 +567,7 @@ def make_report(stats, longest, examples, cfg, vocab_size, seconds):
         "bad_lines_skipped": stats["bad lines"],
         "skipped": names_of(stats, "skipped "),
         "suspect": names_of(stats, "suspect "),
+        "files_without_text": names_of(stats, "without text "),
         "tokens": num_tokens,
         "tokens_held_out": stats["tokens val"],
         "vocab_size": vocab_size,
@@ -557,7 +576,7 @@ def make_report(stats, longest, examples, cfg, vocab_size, seconds):
         "unknown_percent": round(100 * stats["unknown tokens"] / num_tokens, 4),
         "unknown_characters_percent": round(100 * stats["unknown letters"] / max(1, stats["letters read"]), 4),
         "changed_characters_percent": round(100 * stats["letters changed"] / max(1, stats["letters inspected"]), 4),
-        "decoded": [{"text": text, "tokens": decoded} for _, text, decoded in examples],
+        "decoded": [{"text": text, "tokens": decoded} for _, _, text, decoded, _ in examples],
         **{f"fill_at_{n}": round(stats[f"fill {n}"] / num_docs / n, 4) for n in FILL_LENGTHS},
         "lengths": {f"{2 ** (bit - 1)}-{2**bit - 1}": stats[f"length 2^{bit}"] for bit in bits},
         "longest": [
@@ -587,17 +606,59 @@ def names_of(stats, prefix):
     return [name.removeprefix(prefix) for name in itertools.islice((n for n in stats if n.startswith(prefix)), NUM_SKIPPED)]
 
 
+EXPLAINED = {
+    "documents_held_out": "for evaluation",
+    "documents_empty": "left out: they hold nothing but blanks",
+    "documents_duplicate": "texts that occurred before (--dedup=true removes them)",
+    "tokens_held_out": "for evaluation",
+    "unknown_percent": "of the tokens are [UNK]",
+    "unknown_characters_percent": "of the characters are hidden by [UNK]",
+    "changed_characters_percent": "of the characters are changed by the tokenizer's normalization, beyond case",
+    "fill_at_128": "share of a sample of 128 tokens that a document fills, on average",
+    "fill_at_512": "the same of 512 tokens",
+    "lengths": "how many documents have so many tokens",
+    "suspect": "read, but look at it",
+    "files_without_text": "gave no document",
+    "longest": "the longest documents",
+    "decoded": "a text, and what its tokens decode to",
+    "compared": "this tokenizer, and the one of --compare_tokenizer",
+}
+
+
 def print_report(report):
     for name, value in report.items():
-        for item in value if isinstance(value, list) else [value]:
+        if name == "skipped":
+            value = by_file(value, report["bad_lines_skipped"])
+        if isinstance(value, list) and len(value) > NUM_PRINTED:
+            value = [*value[:NUM_PRINTED], f"and {len(value) - NUM_PRINTED:,} more, see report.json"]
+        for number, item in enumerate(value if isinstance(value, list) else [value]):
             plain = isinstance(item, (int, float)) and not isinstance(item, bool)
-            print(f"{name:26s} {item:,}" if plain else f"{name:26s} {json.dumps(item, ensure_ascii=False)}")
+            text = f"{item:,}" if plain else item if isinstance(item, str) else json.dumps(item, ensure_ascii=False)
+            print(f"{name:26s} {text}{f'  ({EXPLAINED[name]})' if name in EXPLAINED and number == 0 else ''}")
     for name, reason in (
         ("unknown_characters_percent", "are hidden by [UNK] (see decoded; a tokenizer for this text: --train_tokenizer)"),
         ("changed_characters_percent", "lose accents, vowel signs or other marks (see decoded)"),
     ):
         if report[name] >= WARN_PERCENT:
             print(f"warning: {report[name]:.1f} % of the characters {reason}")
+
+
+def by_file(skipped, count):
+    """One text for each file with skipped lines. count: of all, of which `skipped` may name only the first."""
+    files = {}
+    for text in skipped:
+        path, line, reason = re.fullmatch(r"(.+?): ?((?:record )?\d+)?(?:: )?(.*)", text).groups()
+        files.setdefault(path, []).append(f"{line}: {reason}" if line else reason)
+    lines = [f"{path}: {len(found):,} skipped, the first {found[0]}" for path, found in files.items()]
+    return lines + ([f"and {count - len(skipped):,} more"] if count > len(skipped) else [])
+
+
+def no_text(cfg, stats):
+    """The UserError for a source that leaves nothing to train on."""
+    kinds = {"documents val": "held out (see --val_fraction)", "empty documents": "empty", "bad lines": "skipped as unreadable"}
+    found = [f"{stats[kind]:,} {text}" for kind, text in kinds.items() if stats[kind]]
+    first = [f"the first was {text}" for text in names_of(stats, "skipped ")[:1]]
+    return UserError(f"{cfg.source}: no text to train on: {', '.join([*found, *first]) or 'its files are empty'}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -609,14 +670,28 @@ def prepare(cfg, plan, units):
     start = time.perf_counter()
     out, tokenizer_path = cfg.out, os.path.join(cfg.out, "tokenizer.json")
     unit_bytes = [sum(segment.size for segment in unit) for unit in units]
-    if cfg.val_docs or cfg.dedup:
+    given = None
+    if not (cfg.train_tokenizer or os.path.exists(tokenizer_path)):
+        given = read_tokenizer(cfg.tokenizer, cfg.cased, beside=True)  # what is wrong with it is said before any work
+    little = cfg.max_docs or sum(unit_bytes) <= HASHED_BYTES
+    little = little and not any(segment.split for segment in plan["sources"])
+    hashed = bool(cfg.val_docs or cfg.dedup or little)
+    if hashed:
         run_units(hash_unit, hash_path, units, cfg, Progress(sum(unit_bytes)))
+        if not any(len(load_hashes(out, number)[0]) for number in range(len(units))):
+            stats = Counter()
+            for _ in itertools.chain.from_iterable(unit_documents(unit, cfg, stats) for unit in units):
+                pass
+            raise no_text(cfg, stats)
     if cfg.dedup:
         for number, indices in enumerate(find_duplicates(out, len(units))):
             np.save(work_path(out, f"dropped_{number:05d}.npy"), indices)
-    threshold = val_threshold(len(units), cfg)
-    if not os.path.exists(tokenizer_path):
-        make_tokenizer(units, cfg, threshold, tokenizer_path)
+    threshold = val_threshold(len(units) if cfg.val_docs or little else 0, cfg)
+    if given:
+        write_text(tokenizer_path, given)
+    elif not os.path.exists(tokenizer_path):  # a resumed run keeps it, as training a tokenizer is not deterministic
+        texts = functools.partial(training_texts, units, cfg, threshold, TOKENIZER_TRAIN_CHARS)
+        write_text(tokenizer_path, train_tokenizer(texts, cfg.train_tokenizer, cfg.cased, cfg.strip_accents))
     if cfg.compare_tokenizer and not os.path.exists(work_path(out, "other.json")):
         write_text(work_path(out, "other.json"), read_tokenizer(cfg.compare_tokenizer, cfg.cased, beside=True))
     tokenizer, _ = load_tokenizer(tokenizer_path)
@@ -641,7 +716,7 @@ def prepare(cfg, plan, units):
     if changed := changed_files(plan["modified"], modification_times(plan["sources"])):
         raise UserError(f"{changed[0]}: was changed while it was read (remove {out}, and start again)")
     if not stats["documents train"]:
-        raise UserError(f"{cfg.source}: no text to train on (all documents are empty, or held out: see --val_fraction)")
+        raise no_text(cfg, stats)
     if not stats["documents val"] and (cfg.val_fraction or cfg.val_docs):
         some = max(1, min(100, stats["documents train"] // 20))
         raise UserError(f"{cfg.source}: no document was held out (try --val_docs={some} and a new --out)")
@@ -662,6 +737,7 @@ def prepare(cfg, plan, units):
     verify(out)
     shutil.rmtree(work_path(out, ""))
     print_report(report)
+    print(f"{out}: finished (after copying it: python -m tools.verify {out})")
 
 
 @command
@@ -672,18 +748,28 @@ def main(argv):
     segments = list_segments(cfg.source, cfg.doc_sep, earlier["sources"] if earlier else (), cfg.out)
     options = {name: value for name, value in asdict(cfg).items() if name not in FREE_OPTIONS}
     plan = {"options": options, "sources": segments, "modified": modification_times(segments)}
-    if earlier and os.listdir(cfg.out) == [".work"] and os.listdir(work_path(cfg.out, "")) == ["plan.json"]:
-        earlier = None  # it failed before it made anything
     if earlier:
-        check_same(cfg.out, plan, earlier)
+        try:
+            check_same(cfg.out, plan, earlier)
+        except UserError:
+            names = [*os.listdir(cfg.out), *([] if finished else os.listdir(work_path(cfg.out, "")))]
+            if any(name not in (".work", "plan.json") and not name.startswith("hashes_") for name in names):
+                raise
+            earlier = None  # it failed before it made anything but hashes
     if finished:
+        for split in ("train", "val"):
+            Samples(cfg.out, split, seq_length=128)  # raises UserError if a file is missing, or of another size
         shutil.rmtree(work_path(cfg.out, ""), ignore_errors=True)
-        print(f"{cfg.out}: already finished, nothing to do")
+        print(f"{cfg.out}: already finished, nothing to do (python -m tools.verify {cfg.out} checks every byte)")
         return
     lock = lock_directory(cfg.out)
+    units = group_units(segments, whole=cfg.max_docs > 0)
     try:
         enter_output(cfg.out, plan, resumed=earlier is not None)
-        prepare(cfg, plan, group_units(segments, whole=cfg.max_docs > 0))
+        prepare(cfg, plan, units)
+    except KeyboardInterrupt:
+        done = sum(os.path.exists(unit_path(cfg.out, number)) for number in range(len(units)))
+        raise KeyboardInterrupt(f"the same command goes on from {done} of {len(units)} units of work") from None
     except OSError as error:
         raise UserError(f"{cfg.out}: {error.strerror} (finished units are kept; the same command resumes)") from None
     finally:

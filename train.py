@@ -53,7 +53,7 @@ class TrainConfig(ModelConfig):
     mask_prob: float = 0.3  # share of tokens to predict
     final_mask_prob: float = 0.0  # mask_prob falls linearly to this by the last step; 0: constant
     # Training
-    out_dir: str = "out"  # log and checkpoints; the same command resumes from it
+    out_dir: str = "out/run"  # log and checkpoints; the same command resumes from it
     init_from: str = ""  # run or step_* directory to take the first weights from
     seed: int = 17  # of weights, data order, masks and dropout
     max_steps: int = 70000  # optimizer steps; ignored with a budget, see below
@@ -341,7 +341,7 @@ def evaluate(model, samples, cfg, process, micro_batch_tokens, watchdog, most_sa
 
 def eval_line(step, result):
     if not result["num_masked"]:
-        return f"step {step}: no held-out loss, as nothing is masked: is all text [UNK]? (see unknown_percent in report.json)"
+        return f"step {step}: no held-out loss, as nothing is masked (too little text: prepare_c4.py --val_docs; or all [UNK])"
     return (
         f"step {step}: held-out loss {result['loss']:.4f}, accuracy {result['accuracy']:.1%} of "
         f"{result['num_masked']:,} masked tokens (always guessing the most frequent: {result['majority_accuracy']:.1%})"
@@ -585,6 +585,7 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
     graphed = graph_gradients(model, cfg, process, backend, micro_batch_tokens)
     model.register_forward_hook(watchdog.progress)
     saver.check_space(num_params)
+    say(f"log and checkpoints: {cfg.out_dir}")
     run.begin(state["step"], saved_config(cfg, train_samples), train_samples.tokenizer_text)
     run.log(
         "start",

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from common import budget
+from common.files import gigabytes
 from common.options import UserError
 from common.processes import device_name
 
@@ -96,6 +97,13 @@ def choose_micro_batch_tokens(cfg, process, backend, num_params, vocab_size):
     return useful_tokens(cfg, process, most)
 
 
+def duration(hours):
+    """As text, in hours, minutes or seconds."""
+    if hours >= 0.1:
+        return f"{hours:,.2f} h"
+    return f"{60 * hours:.1f} min" if hours >= 1 / 60 else f"{max(1, 3600 * hours):.0f} s"
+
+
 def print_estimate(cfg, process, backend, num_params, samples, num_val, micro_batch_tokens, matrix_flops):
     """What --dry_run prints: size, data, memory, and hours and dollars, at some shares of a GPU's peak.
 
@@ -126,8 +134,8 @@ def print_estimate(cfg, process, backend, num_params, samples, num_val, micro_ba
     for source, share in samples.shares():
         epochs = "" if budgeted else f", {share * cfg.max_steps * cfg.global_batch_size / len(source):.2f} epochs"
         print(f"  {share:6.1%}    {source.directory}: {len(source):,} samples{epochs}")
-    print(f"memory      about {memory / 1e9:.1f} GB for micro-batches of at most {micro_batch_tokens:,} tokens{where}")
-    print(f"disk        about {12e-9 * num_params * (cfg.keep_checkpoints + 1):.1f} GB for checkpoints")
+    print(f"memory      about {gigabytes(memory)} for micro-batches of at most {micro_batch_tokens:,} tokens{where}")
+    print(f"disk        about {gigabytes(12 * num_params * (cfg.keep_checkpoints + 1))} for checkpoints")
     here = {device_name(process.device): peak_flops(process.device)} if peak_flops(process.device) else {}
     gpus = here or {"A100": PEAK_FLOPS["A100"], "H100": PEAK_FLOPS["H100"]}
     if budgeted:
@@ -136,11 +144,11 @@ def print_estimate(cfg, process, backend, num_params, samples, num_val, micro_ba
             print(f"budget      {plan}{price(budgeted / 3600)}")
         return
     flops *= cfg.max_steps * cfg.global_batch_size
-    print(f"work        {flops:.3g} FLOP in matrix products")
+    print(f"work        {flops:.3g} FLOP in matrix products{'' if here else '; on this device not estimated, on others:'}")
     for gpu, peak in gpus.items():
         for mfu in (0.3, 0.4, 0.5):
             hours = flops / (peak * mfu) / 3600 / process.world_size
-            print(f"time        {hours:.2f} h on {process.world_size} x {gpu} at {mfu:.0%} MFU{price(hours)}")
+            print(f"time        {duration(hours)} on {process.world_size} x {gpu} at {mfu:.0%} MFU{price(hours)}")
 
 
 def expected_plan(cfg, world_size, gpu, peak, sample_flops, num_val, num_params, seen):
@@ -156,5 +164,5 @@ def expected_plan(cfg, world_size, gpu, peak, sample_flops, num_val, num_params,
             costs = budget.Costs(step, evaluation, 12 * num_params / SAVED_BYTES_PER_SECOND)
             steps = budget.affordable_steps(cfg, costs, seconds * (1 - budget.RESERVE))
             samples = steps * cfg.global_batch_size
-            return f"{where} at {mfu:.1%} MFU ({source}): {samples:,} samples; {seen(steps)}, {seconds / 3600:.3g} h"
-    return f"{where}: speed not measured yet, the run finds it in its warm-up; {seconds / 3600:.3g} h"
+            return f"{where} at {mfu:.1%} MFU ({source}): {samples:,} samples; {seen(steps)}, {duration(seconds / 3600)}"
+    return f"{where}: speed not measured yet, the run finds it in its warm-up; {duration(seconds / 3600)}"

@@ -1,14 +1,13 @@
 """Files that are written whole or not at all, and their digests."""
 
 import contextlib
-import difflib
 import fcntl
 import hashlib
 import json
 import os
 import resource
 
-from common.options import UserError
+from common.options import UserError, similar  # noqa: F401, similar: for those who import it from here
 
 
 @contextlib.contextmanager
@@ -48,14 +47,6 @@ def read_json(path, hint):
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds a {type(value).__name__}, expected an object ({hint})")
     return value
-
-
-def similar(path):
-    """The path beside `path` whose name is most like it, for a hint; None without one."""
-    parent, name = os.path.split(os.fspath(path).rstrip("/"))
-    names = os.listdir(parent or ".") if os.path.isdir(parent or ".") else []
-    near = difflib.get_close_matches(name, names, n=1)
-    return os.path.join(parent, near[0]) if near else None
 
 
 def file_digest(path):

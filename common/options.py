@@ -45,7 +45,7 @@ class UserError(Exception):
 def command(main):
     """Decorate a script's main(argv): a UserError or OSError becomes one `error: ...` line and exit status 2.
 
-    Ctrl-C becomes one line and status 130.
+    Ctrl-C becomes one line and status 130; a KeyboardInterrupt's own text says what the same command would resume.
     """
 
     @functools.wraps(main)
@@ -57,10 +57,10 @@ def command(main):
             if "--debug" in argv:
                 raise
             raise SystemExit(report(error)) from None
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stopped:
             if "--debug" in argv:
                 raise
-            print("stopped; the same command resumes", file=sys.stderr, flush=True)
+            print("; ".join(["stopped", *map(str, stopped.args)]), file=sys.stderr, flush=True)
             raise SystemExit(130) from None
 
     return wrapped
@@ -117,7 +117,9 @@ def read_config_file(path, cls):
         with open(path, encoding="utf-8") as file:
             tree = ast.parse(file.read())
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error} (expected a config file)") from None
+        near = similar(path) if isinstance(error, FileNotFoundError) else None
+        hint = f"did you mean {near}?" if near else "expected a config file; options are written --name=value"
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error} ({hint})") from None
     except (SyntaxError, ValueError) as error:
         raise UserError(f"{path}:{getattr(error, 'lineno', None) or 1}: {error.args[0]} (a config is Python)") from None
     values, namespace = {}, {"__name__": "config", "__file__": path}
@@ -138,6 +140,14 @@ def read_config_file(path, cls):
             known_option(name, cls, f"{where}: {name}")
             values[name] = convert(namespace[name], types[name], f"{where}: {name}")
     return values
+
+
+def similar(path):
+    """The path beside `path` whose name is most like it, for a hint; None without one."""
+    parent, name = os.path.split(os.fspath(path).rstrip("/"))
+    names = os.listdir(parent or ".") if os.path.isdir(parent or ".") else []
+    near = difflib.get_close_matches(name, names, n=1)
+    return os.path.join(parent, near[0]) if near else None
 
 
 def known_option(name, cls, where):
@@ -204,8 +214,11 @@ def described(cls):
 
 def print_help(cls):
     """Print every option with its type, default, and the comment beside it in the source."""
-    lines = [(inspect.getdoc(sys.modules[cls.__module__]) or "").partition("\n\n")[0]]
-    lines.append("\nusage: python SCRIPT [CONFIG.py] [--name=value ...]   (also --help, and --debug for tracebacks)")
+    module = sys.modules[cls.__module__]
+    name = getattr(module.__spec__, "name", cls.__module__)  # run as `python train.py` it has no __spec__
+    script = f"-m {name}" if "." in name else os.path.relpath(module.__file__)
+    lines = [(inspect.getdoc(module) or "").partition("\n\n")[0]]
+    lines.append(f"\nusage: python {script} [CONFIG.py] [--name=value ...]   (also --help, and --debug for tracebacks)")
     for base in reversed(cls.__mro__):
         for name, kind, default, text in described(base):
             lines.append(f"  --{name}={kind}  {text}  [{default!r}]" if name else f"\n{text}")

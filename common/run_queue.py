@@ -108,11 +108,18 @@ def job(directory, runs, make_worker, jobs, errors):
 def finish(directory, runs, make_worker, jobs):
     """`work`, in as many processes as `jobs`. The first one that fails ends them all.
 
-    Raises: its UserError or OSError; SystemExit if it printed a traceback.
+    Raises: its UserError or OSError; SystemExit if it printed a traceback; after Ctrl-C, KeyboardInterrupt with what is kept.
     """
     os.makedirs(directory, exist_ok=True)
-    if jobs == 1:
-        return work(directory, runs, make_worker)
+    try:
+        return work(directory, runs, make_worker) if jobs == 1 else work_in_processes(directory, runs, make_worker, jobs)
+    except KeyboardInterrupt:
+        finished = sum(bool(result(directory, run)) for run in runs)
+        kept = [f"the same command resumes, {finished} of {len(runs)} runs are finished"] if finished else []
+        raise KeyboardInterrupt(*kept) from None
+
+
+def work_in_processes(directory, runs, make_worker, jobs):
     context = multiprocessing.get_context("spawn")
     errors = context.SimpleQueue()
     processes = [context.Process(target=job, args=(directory, runs, make_worker, jobs, errors)) for _ in range(jobs)]

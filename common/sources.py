@@ -9,7 +9,6 @@ Read next: prepare_c4.py, which turns the documents into shards
 import ast
 import collections
 import csv
-import difflib
 import functools
 import glob
 import gzip
@@ -24,7 +23,7 @@ import sysconfig
 import zlib
 from typing import NamedTuple
 
-from common.files import gigabytes
+from common.files import gigabytes, similar
 from common.options import UserError
 
 SEGMENT_BYTES = 64 * 2**20  # a plain file with a document per line is split into byte ranges of this size
@@ -37,6 +36,12 @@ EXPECTED = f"{', '.join(FORMATS)}; also {', '.join(COMPRESSIONS)}"
 HUB_NAME = re.compile(r"(\w[\w.-]*/[\w.-]+?)(?::([\w.-]+))?")  # owner/name[:config]
 MAX_TEXT = 2**27  # bytes of a line, a cell or a document: a small .gz can hold a line that fills any memory
 MAX_ARRAY = 2**30  # characters of a .json that is a single array, which is read whole
+
+MAGIC = {  # how files begin that are no text, whatever their names say
+    b"%PDF-": "a PDF", b"PK\x03\x04": "a zip file, as .docx and .xlsx are", b"\xd0\xcf\x11\xe0": "an old Word or Excel file",
+    b"{\\rtf": "an RTF file", b"\x1f\x8b": "a .gz file", b"\xfd7zXZ": "an .xz file", b"\x28\xb5\x2f\xfd": "a .zst file",
+    b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x89PNG": "a picture", b"\xff\xd8\xff": "a picture",
+}  # fmt: skip
 
 csv.field_size_limit(MAX_TEXT)  # the default rejects cells above 131,072 characters
 
@@ -105,12 +110,8 @@ def list_files(part, out=""):
     if not paths and reasons:
         raise UserError(f"{part}: has no file that can be read: {reasons} (expected {EXPECTED})")
     if not paths:
-        directory, name = os.path.split(part)
-        known = os.listdir(directory or ".") if os.path.isdir(directory or ".") else []
-        nearest = difflib.get_close_matches(name, known, n=1)
-        hint = "c4, stdlib, owner/name on the hub, or files"
-        if nearest:
-            hint = f"did you mean {os.path.join(directory, nearest[0])}?"
+        nearest = similar(part)
+        hint = f"did you mean {nearest}?" if nearest else "c4, stdlib, owner/name on the hub, or files"
         raise UserError(f"{part}: no such source ({hint}; formats: {EXPECTED})")
     for path in paths:
         check_format(path, path)
@@ -152,7 +153,7 @@ def hub_segments(repo, config, known, names=None):
     try:
         commit, names, sizes = list_hub(repo, config, names)
     except Exception as error:  # whatever the hub's libraries raise
-        raise hub_error(repo, error, "not a local path either; ") from None
+        raise hub_error(repo, error, "not a local path either") from None
     for name in names:
         check_format(name, f"{repo}: {name}")
     return [Segment(f"hf://datasets/{repo}@{commit}/{name}", 0, sizes[name], split) for name, split in names.items()]
@@ -178,11 +179,10 @@ def list_hub(repo, config, names):
     return commit, names, {name: size_of(f"{root}/{name}") for name in names}
 
 
-def hub_error(what, error, hint=""):
+def hub_error(what, error, hint="the same command resumes"):
     """A UserError for anything that huggingface_hub, datasets, or the network below them raised."""
     reason = f"{type(error).__name__}: {error}".partition("\n\n")[0][:250]
-    hint += "the same command resumes; HF_HUB_OFFLINE=1 reads a downloaded copy"
-    return UserError(f"{what}: cannot be read: {reason} ({hint})")
+    return UserError(f"{what}: cannot be read: {reason} ({hint}; HF_HUB_OFFLINE=1 reads a downloaded copy)")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -216,11 +216,27 @@ def decompress(file, compression):
     return file
 
 
+def not_text(beginning):
+    """What a file that begins with these bytes looks like; None for text, which may have a stray zero."""
+    known = next((kind for magic, kind in MAGIC.items() if beginning.startswith(magic)), None)
+    if known or 4 * beginning.count(0) < len(beginning):
+        return known
+    return "a binary file" if 0 in beginning[::2] and 0 in beginning[1::2] else "UTF-16"
+
+
+def not_utf8(line, error):
+    """Why a line of bytes is no text, with a guess at what it is."""
+    letters = sum(byte >= 128 for byte in line)
+    guess = "Latin-1 or Windows-1252" if 4 * letters < len(line) else "an older encoding, as GBK or Windows-1251 are"
+    return f"not UTF-8: {error.reason} ({guess}? convert it: iconv -f ENCODING -t UTF-8)"
+
+
 def numbered_lines(path, cfg, stats, start=0, end=None):
     """(number, text) of each line, without line end and byte-order mark.
 
     Only \\n ends a line: JSON strings may hold Unicode's other separators. start, end: a byte range of an uncompressed
-    file; lines belong to the range that they start in, and are numbered within it. Raises: UserError with file and line.
+    file; lines belong to the range that they start in, and are numbered within it. A file that is no text counts as a
+    single line that cannot be read. Raises: UserError with file and line.
     """
     _, compression = split_suffixes(path)
     end = None if compression else end
@@ -234,6 +250,10 @@ def numbered_lines(path, cfg, stats, start=0, end=None):
             for number, line in enumerate(iter(functools.partial(file.readline, MAX_TEXT), b""), 1):
                 if end is not None and position >= end:
                     break
+                if number == 1 and not start and (kind := not_text(line[:4096])):
+                    hint = "iconv -f UTF-16 -t UTF-8 converts it" if kind == "UTF-16" else "convert it, or leave it out"
+                    skip_or_fail(cfg, stats, f"{path}: looks like {kind}, not UTF-8 text ({hint})")
+                    return
                 position += len(line)
                 if len(line) == MAX_TEXT and not line.endswith(b"\n"):
                     skip_line(file, end)
@@ -246,8 +266,7 @@ def numbered_lines(path, cfg, stats, start=0, end=None):
                 try:
                     text = line.decode("utf-8-sig" if number == 1 and not start else "utf-8")
                 except UnicodeDecodeError as error:
-                    where = location(path, number, start)
-                    skip_or_fail(cfg, stats, f"{where}: not UTF-8: {error.reason} (convert the file first)")
+                    skip_or_fail(cfg, stats, f"{location(path, number, start)}: {not_utf8(line, error)}")
                     continue
                 yield number, text.rstrip("\r\n")
             if end is not None and position < end:
@@ -505,13 +524,21 @@ def column_of(names, text_key, where):
     """The index of the text column. Raises: UserError."""
     if text_key not in names:
         marks = [mark for mark in (";", "\t", "|", ",") if len(names) == 1 and mark in names[0]]
-        hint = f"are columns separated by {marks[0]!r}? .csv takes commas, .tsv tabs" if marks else "see --text_key"
+        hint = "see --text_key"
+        if marks:
+            convert = f"csv.writer(sys.stdout).writerows(csv.reader(sys.stdin, delimiter={marks[0]!r}))"
+            hint = f"are columns separated by {marks[0]!r}? .csv takes commas, .tsv tabs"
+            hint += f'; to convert: python -c "import csv, sys; {convert}" < FILE > NEW.csv'
         raise UserError(f"{where}: no column {text_key!r} (found: {', '.join(names)[:200]}; {hint})")
     return names.index(text_key)
 
 
 def parquet_documents(segment, cfg, stats):
-    """One column of a Parquet file, a thousand rows at a time."""
+    """One column of a Parquet file, up to a thousand rows at a time.
+
+    A cell may be as large as its whole column chunk, and a dictionary stores one once for many rows. So a batch has as few
+    rows as fit into MAX_ARRAY if each were that large.
+    """
     import pyarrow
     from pyarrow import parquet
 
@@ -522,10 +549,16 @@ def parquet_documents(segment, cfg, stats):
             kind = file.schema_arrow.types[column_of(file.schema_arrow.names, key, path)]
             if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
                 raise UserError(f"{path}: {key!r} is {kind} (expected strings; see --text_key)")
-            for batch in file.iter_batches(1000, columns=[key]):
+            column = next(i for i, leaf in enumerate(file.schema) if leaf.path == key)
+            groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
+            largest = max((group.column(column).total_uncompressed_size for group in groups), default=0)
+            rows = min(1000, max(1, MAX_ARRAY // max(1, largest)))
+            for batch in file.iter_batches(rows, columns=[key]):
                 for number, text in enumerate(batch.column(0).to_pylist(), number + 1):
                     if text is None:
                         skip_or_fail(cfg, stats, f"{path}:{number}: {key!r} is null")
+                    elif len(text) > MAX_TEXT:
+                        skip_or_fail(cfg, stats, f"{path}:{number}: a cell of more than {gigabytes(MAX_TEXT)} (split it)")
                     else:
                         yield text
                 stats["segment bytes"] = segment.size * number // file.metadata.num_rows

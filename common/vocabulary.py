@@ -119,11 +119,7 @@ def read_tokenizer(name, cased=False, beside=False):
         with open(name, encoding="utf-8") as file:
             return file.read()
     if not name.endswith(".txt"):
-        try:
-            return Tokenizer.from_pretrained(name).to_str(pretty=True)
-        except Exception as error:  # the library raises plain Exception
-            reason = f"{error}".partition("\n")[0][:200]
-            raise UserError(f"{name}: no such tokenizer: {reason} (a tokenizer.json, vocab.txt or hub id)") from None
+        return hub_tokenizer(name)
     try:
         with open(name, encoding="utf-8", newline="\n") as file:
             entries = [line.rstrip("\r\n") for line in file]
@@ -140,6 +136,24 @@ def read_tokenizer(name, cased=False, beside=False):
     tokenizer = wordpiece(vocab=vocab, **(bert_settings(name, cased, vocab) if beside else {"cased": cased}))
     finish(tokenizer)
     return tokenizer.to_str(pretty=True)
+
+
+def hub_tokenizer(name):
+    """The contents of a tokenizer.json of the hub: the newest, or without a connection the copy downloaded before."""
+    from huggingface_hub import HfApi, hf_hub_download
+
+    reason = ""
+    try:
+        HfApi().model_info(name, timeout=10)  # one request; a download would retry for half a minute
+    except Exception as error:  # whatever the hub's library and the network below it raise
+        reason = f"{type(error).__name__}: {error}"
+    try:
+        path = hf_hub_download(name, "tokenizer.json", local_files_only=bool(reason))
+        return Tokenizer.from_file(path).to_str(pretty=True)
+    except Exception as error:
+        reason = (reason or f"{type(error).__name__}: {error}").partition("\n")[0][:200]
+        hint = "--tokenizer=FILE takes a tokenizer.json or vocab.txt; --train_tokenizer=30000 makes one from your text"
+        raise UserError(f"{name}: no such file, and cannot be read from the hub: {reason} ({hint})") from None
 
 
 def settings_beside(name):

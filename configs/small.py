@@ -1,12 +1,14 @@
 """A two-layer MosaicBERT, to compare vocabularies, data or recipes in minutes on one CPU core.
 
-    python train.py configs/small.py --data_dir=data/mine --out_dir=out/small --max_steps=2000
+    python train.py configs/small.py --data_dir=data/mine --max_steps=2000
 
 Size   2,460,800 parameters with a vocabulary of 16,384 entries; 4,285,376 with BERT's 30,522
 Work   32 samples of at most 128 tokens per step
 
 Used in docs/data.md, "A vocabulary of your own".
 """
+
+out_dir = "out/small"
 
 # Model
 model = "mosaicbert"

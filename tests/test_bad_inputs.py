@@ -112,7 +112,7 @@ FILES = [
     ("JSON over several lines", {"b.json": b'{\n"text": "w1"\n}\n'}, PREPARE + "b.json", "b.json:1"),
     ("half a surrogate pair", {"b.jsonl": b'{"text": "\\ud800"}\n'}, PREPARE + "b.jsonl", "b.jsonl:1"),
     ("bad UTF-8", {"b.txt": TEXT + b"\xff\n"}, PREPARE + "b.txt", "b.txt:51"),
-    ("UTF-16", {"b.txt": TEXT.decode().encode("utf-16")}, PREPARE + "b.txt", "b.txt:1"),
+    ("UTF-16", {"b.txt": TEXT.decode().encode("utf-16")}, PREPARE + "b.txt", "b.txt: looks like UTF-16"),
     ("Latin-1", {"b.txt": TEXT + "w\u00e9".encode("latin-1")}, PREPARE + "b.txt", "b.txt:51"),
     ("an empty file", {"b.txt": b""}, PREPARE + "b.txt", "b.txt"),
     ("only white space", {"b.txt": b" \n\t\n"}, PREPARE + "b.txt", "b.txt"),

@@ -242,11 +242,15 @@ def test_dry_run_plans_by_what_was_measured(tmp_path, capsys):
     printed = capsys.readouterr().out
     line = next(line for line in printed.splitlines() if "H100" in line)
     assert line.startswith("budget      16 minutes on 1 x H100 at 46.4% MFU (results/scaling_h100/scaling.json): ")
-    assert line.endswith("epochs, 0.267 h, $0.67") and "steps see" in line
+    assert line.endswith("epochs, 0.27 h, $0.67") and "steps see" in line
     assert "GB for micro-batches of at most 131,072 tokens, in bfloat16 on a GPU of 80 GB" in printed  # as if on one
     assert "A100 at 29.8% MFU (published" in printed and "70,000" not in printed and not (tmp_path / "run").exists()
     train.main([*argv, "--hidden_size=384", "--dry_run"])
     assert "16 minutes on 1 x H100: speed not measured yet" in capsys.readouterr().out
+
+
+def test_short_times_are_not_zero_hours():
+    assert [estimate.duration(hours) for hours in (1234.5, 0.1, 0.05, 0.001, 0)] == ["1,234.50 h", "0.10 h", "3.0 min", "4 s", "1 s"]
 
 
 def test_expected_steps_are_those_of_the_measured_run():

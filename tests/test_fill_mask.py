@@ -28,6 +28,14 @@ def test_guesses_are_the_models(run_dir, capsys):
     assert lines[1].split()[1] == tokenizer.id_to_token(best)
 
 
+def test_words_outside_the_vocabulary_are_named(run_dir, tmp_path, capsys):
+    fill_mask.main([f"--checkpoint={run_dir}", "--text=w18 Paris [MASK] caf\u00e9"])
+    assert capsys.readouterr().out.splitlines()[0] == "not in the vocabulary, so the model sees [UNK]: Paris, caf\u00e9"
+    (tmp_path / "texts.txt").write_text("w1\nParis w2\n")
+    fill_mask.main([f"--checkpoint={run_dir}", f"--embed={tmp_path / 'texts.txt'}", f"--out={tmp_path / 'v.npy'}"])
+    assert capsys.readouterr().out.startswith("1 of 2 texts have words that are not in the vocabulary")
+
+
 def test_vectors_are_means_of_hidden_states(run_dir, tmp_path, monkeypatch):
     texts = ["w1 w2 w3", "", "w50 " * 70, "w9"]
     (tmp_path / "texts.txt").write_text("\n".join(texts) + "\n")

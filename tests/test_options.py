@@ -85,17 +85,20 @@ def test_refused_files(tmp_path, text, says):
 
 def test_refused_paths(tmp_path):
     assert "No such file" in refused(str(tmp_path / "none.py"))
-    assert "expected a config file" in refused(str(tmp_path))
+    assert "expected a config file; options are written --name=value" in refused(str(tmp_path))
     (tmp_path / "binary.py").write_bytes(b"\xff\xfe")
     assert "binary.py" in refused(str(tmp_path / "binary.py"))
     (tmp_path / "a.py").write_text("")
     assert "second config file" in refused(str(tmp_path / "a.py"), str(tmp_path / "a.py"))
+    (tmp_path / "small.py").write_text("")
+    assert f"(did you mean {tmp_path / 'small.py'}?)" in refused(str(tmp_path / "smal.py"))
 
 
 def test_help_is_made_of_the_comments(capsys):
     with pytest.raises(SystemExit):
         load("--help")
     printed = capsys.readouterr().out
+    assert "usage: python -m tests.test_options [CONFIG.py] [--name=value ...]" in printed
     assert "First heading" in printed and "--lr=float  peak rate  [0.1]" in printed and "--kind=red|green  colour" in printed
 
 
@@ -109,6 +112,15 @@ def test_command_prints_one_line_and_exits_with_2(capsys, monkeypatch):
     assert stopped.value.code == 2 and capsys.readouterr().err == "error: file:3: two lines (hint)\n"
     with pytest.raises(UserError):
         main(["--debug"])
+
+    @command
+    def interrupted(argv):
+        raise KeyboardInterrupt(*argv)
+
+    for argv, says in (([], "stopped\n"), (["the same command resumes"], "stopped; the same command resumes\n")):
+        with pytest.raises(SystemExit) as stopped:
+            interrupted(argv)
+        assert stopped.value.code == 130 and capsys.readouterr().err == says
     monkeypatch.setenv("RANK", "1")  # leaves it to rank 0, and gives it time
     slept = []
     monkeypatch.setattr(options.time, "sleep", slept.append)

@@ -246,6 +246,7 @@ def test_rows_that_cannot_be_read_can_be_skipped():
 def test_skip_bad_lines_counts_all_units(monkeypatch, capsys):
     """With a higher number the run resumes."""
     monkeypatch.setattr(prepare_c4, "UNIT_BYTES", 1)
+    monkeypatch.setattr(prepare_c4, "HASHED_BYTES", 0)
     for i in range(4):
         Path(f"{i}.jsonl").write_bytes(b'{"text": "w%d"}\n{\n' % i)
     error = prepare_fails(capsys, source="?.jsonl", val_fraction=0, skip_bad_lines=2)

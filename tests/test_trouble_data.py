@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -15,7 +16,7 @@ from tokenizers import Tokenizer
 
 import prepare_c4
 from common import sources, vocabulary, workers
-from tests.corpus import VOCAB, ids, make_texts, prepare, prepare_fails, stored, text_report, texts_of, workplace, write_files, write_texts, write_vocab  # noqa: F401
+from tests.corpus import VOCAB, ids, interrupted, make_texts, prepare, prepare_fails, raise_interrupt, stored, text_report, texts_of, workplace, write_files, write_texts, write_vocab  # noqa: F401
 from tests.toy import SPECIAL, make_tokenizer
 
 SCRIPTS = ["मैंने उससे कहा", "かぎ と ガイド", "กรุณา รอ สักครู่", "й и Ёлка", "má mạ ma", "École naïve"]
@@ -49,7 +50,7 @@ def test_stripped_accents_are_asked_for_counted_and_shown(capsys):
     total = sum(len("".join(line.split())) for line in SCRIPTS)
     assert report["changed_characters_percent"] == round(100 * sum(changed) / total, 4) and report["unknown_percent"] == 0
     assert [set(example) for example in report["decoded"]] == [{"text", "tokens"}] * 3
-    assert {"text": SCRIPTS[0], "tokens": "मन उसस कहा"} in report["decoded"]
+    assert {"text": SCRIPTS[2], "tokens": "กรณา รอ สกคร"} in report["decoded"]
     assert "% of the characters lose accents, vowel signs or other marks" in capsys.readouterr().out
 
 
@@ -305,7 +306,7 @@ def test_an_output_inside_the_source_is_not_read(capsys, source):
         ({"texts/a.txt": b"w1"}, {"source": "./textz"}, "./textz: no such source (did you mean ./texts?;"),
         ({}, {"source": "../textz"}, "../textz: no such source ("),
         ({"d/a.pdf": b"", "d/b.pdf": b"", "d/README.md": b""}, {"source": "d"}, "d: has no file that can be read: 2 .pdf, 1 .md (expected .txt,"),
-        ({"b.csv": b"id;text\n1;w1\n"}, {"source": "b.csv"}, "b.csv:1: no column 'text' (found: id;text; are columns separated by ';'? .csv takes commas"),
+        ({"b.csv": b"id;text\n1;w1\n"}, {"source": "b.csv"}, "b.csv:1: no column 'text' (found: id;text; are columns separated by ';'? .csv takes commas, .tsv tabs; to convert: python -c \"import csv, sys; csv.writer("),
         ({"b.tsv": b"id,text\n1,w1\n"}, {"source": "b.tsv"}, "b.tsv:1: no column 'text' (found: id,text; are columns separated by ','? "),
         ({"b.jsonl": b'{"text": "w1"}\n{"text": null}\n'}, {"source": "b.jsonl"}, "b.jsonl:2: 'text' is NoneType (expected a string; --skip_bad_lines=100 skips such lines)"),
         ({"b.jsonl": b'{"text": ' + b"[" * 10**5}, {"source": "b.jsonl"}, "b.jsonl:1: not valid JSON: "),
@@ -414,10 +415,115 @@ def test_a_long_text_without_blanks_takes_bounded_memory(max_doc_tokens):
     assert status == 0 and usage.ru_maxrss < 700_000  # kB
 
 
-def test_a_small_corpus_is_told_how_much_to_hold_out(capsys):
-    """The hint used to be 100 documents, of fewer; and holding all of them out was blamed on the tokenizer."""
-    write_texts("a.txt", make_texts(40))
-    assert "no document was held out (try --val_docs=2 and" in prepare_fails(capsys, source="a.txt", val_fraction=1e-9)
-    line = prepare_fails(capsys, source="a.txt", val_docs=100, train_tokenizer=200, tokenizer=None, out="b")
-    assert "no text to train on: val_docs=100 holds out all 40 documents" in line
-    prepare(source="a.txt", val_docs=2, out="c")
+def test_of_a_small_corpus_the_smallest_hashes_are_held_out(capsys):
+    """It ended after all the work, with nothing held out."""
+    texts = make_texts(60)
+    write_texts("a.txt", texts[:40])
+    write_texts("b.txt", texts[40:])
+    prepare(source="a.txt,b.txt", val_fraction=1e-9)
+    assert "of 60 documents held out none: 3 with the smallest hashes are" in capsys.readouterr().out
+    assert set(texts_of(stored("val"))) == set(sorted(texts, key=prepare_c4.text_hash)[:3]) and len(stored()) == 57
+    prepare(source="a.txt,b.txt", val_docs=3, out="same", workers=2)
+    assert [stored(split, "same") for split in ("train", "val")] == [stored(split) for split in ("train", "val")]
+    prepare(source="a.txt,b.txt", val_fraction=0.2, out="by_share")  # where the hash holds some out, nothing changes
+    assert set(texts_of(stored("val", "by_share"))) == {text for text in texts if prepare_c4.text_hash(text) < 0.2 * 2**64}
+    write_texts("c.txt", texts[:1])
+    assert "c.txt: no text to train on: there is a single text (one is always held out" in prepare_fails(capsys, source="c.txt", out="no")
+    assert not list(Path("no").rglob("*.bin"))
+
+
+def test_what_became_of_all_documents_is_said_when_none_is_left(capsys):
+    write_files({"a.jsonl": b'\n{"body": "w1"}\n{"body": "w2"}\n{"text": " "}\n'})
+    error = prepare_fails(capsys, source="a.jsonl", skip_bad_lines=9, tokenizer=None, train_tokenizer=100)
+    says = "1 empty, 2 skipped as unreadable, the first was a.jsonl:2: no 'text' (keys: body; see --text_key)"
+    assert error == f"error: a.jsonl: no text to train on: {says}\n"
+    write_files({"e.txt": b""})
+    assert "e.txt: no text to train on: its files are empty" in prepare_fails(capsys, source="e.txt", out="e")
+
+
+@pytest.mark.parametrize(
+    "contents, says",
+    [
+        (b"%PDF-1.4\n%\xe2\xe3\n", "b.txt: looks like a PDF, not UTF-8 text (convert it, or leave it out;"),
+        (b"w1 w2\0\0\0\n", "b.txt: looks like a binary file, not UTF-8 text"),
+        ("w1 w2\n".encode("utf-16-le"), "b.txt: looks like UTF-16, not UTF-8 text (iconv -f UTF-16 -t UTF-8 converts it;"),
+        ("w1\ncaf\u00e9 w2\n".encode("latin-1"), "b.txt:2: not UTF-8: invalid continuation byte (Latin-1 or Windows-1252?"),
+        ("\u043c\u0430\u043c\u0430 w1\n".encode("cp1251"), "b.txt:1: not UTF-8: invalid continuation byte (an older encoding, as GBK or"),
+    ],
+)
+def test_what_is_no_text_is_named(capsys, contents, says):
+    write_files({"a.txt": b"w3\nw4\n", "b.txt": contents, "c.txt": b"\n"})
+    assert prepare_fails(capsys, source="?.txt", val_fraction=0).startswith(f"error: {says}")
+    prepare(source="?.txt", val_fraction=0, skip_bad_lines=1)
+    report, printed = text_report(), capsys.readouterr().out
+    assert report["bad_lines_skipped"] == len(report["skipped"]) == 1 and "b.txt: 1 skipped, the first " in printed
+    assert report["files_without_text"] == ["c.txt"] if contents.startswith(b"w1\n") else ["b.txt", "c.txt"]
+    assert [3 + len(SPECIAL)] in stored()
+
+
+def test_skipped_lines_are_printed_by_file(capsys):
+    skipped = [f"a.jsonl:{i}: bad (worse)" for i in range(7, 12)] + ["b.json: record 3: null", "c.txt: looks like a PDF (no)"]
+    assert prepare_c4.by_file(skipped, 9) == [
+        "a.jsonl: 5 skipped, the first 7: bad (worse)", "b.json: 1 skipped, the first record 3: null",
+        "c.txt: 1 skipped, the first looks like a PDF (no)", "and 2 more",
+    ]  # fmt: skip
+
+
+def test_samples_are_shown_of_several_files(capsys):
+    """Three of the first file were shown."""
+    write_texts("a.txt", ["w1 w2"] * 9)
+    write_texts("b.txt", ["w1 w3"] * 9 + ["\u4e2d w3"])
+    write_texts("c.txt", ["w1 \u0416 w3"] * 9)
+    prepare(source="?.txt", val_fraction=0)
+    assert [example["text"] for example in text_report()["decoded"]] == ["w1 \u0416 w3", "\u4e2d w3", "w1 w2"]
+
+
+def test_a_damaged_finished_directory_is_not_called_finished(capsys):
+    write_texts("a.txt", make_texts(20))
+    prepare(source="a.txt", val_docs=2)
+    (shard,) = Path("out").glob("train*.bin")
+    shard.write_bytes(shard.read_bytes()[:-2])
+    error = prepare_fails(capsys, source="a.txt", val_docs=2)
+    assert error.startswith(f"error: {shard}: ") and "(damaged: copy it again, or remove out and prepare it again)" in error
+    shutil.rmtree("out")
+    prepare(source="a.txt", val_docs=2)
+
+
+def test_ctrl_c_says_what_is_kept(monkeypatch, capsys):
+    write_texts("a.txt", make_texts(20))
+    monkeypatch.setattr(prepare_c4, "process_unit", raise_interrupt)
+    with interrupted():
+        prepare(source="a.txt")
+    assert capsys.readouterr().err == "stopped; the same command goes on from 0 of 1 units of work\n"
+
+
+def test_a_tokenizer_of_the_hub_without_a_connection(monkeypatch, capsys):
+    """It took half a minute, and did not say what to do instead."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
+    write_texts("a.txt", make_texts(20))
+    error = prepare_fails(capsys, source="a.txt", tokenizer="someone/nothing")
+    assert error.startswith("error: someone/nothing: no such file, and cannot be read from the hub: OSError: no network (--tok")
+    assert "--train_tokenizer=30000" in error and os.listdir("out/.work") == ["plan.json"]
+
+
+def test_a_dictionary_in_parquet_takes_bounded_memory(monkeypatch, capsys):
+    """A large cell that a dictionary stores once would be copied for every row of a batch."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    monkeypatch.setattr(sources, "MAX_ARRAY", 10_000)
+    parquet.write_table(pyarrow.table({"id": range(300), "text": ["w1 " * 1000] * 300}), "a.parquet")
+    sizes, real = [], parquet.ParquetFile.iter_batches
+
+    def recorded(self, rows, **options):
+        for batch in real(self, rows, **options):
+            sizes.append(batch.nbytes)
+            yield batch
+
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", recorded)
+    cfg = SimpleNamespace(text_key="text", skip_bad_lines=0)
+    (segment,) = sources.list_segments("a.parquet")
+    assert sum(1 for _ in sources.documents(segment, cfg, Counter())) == 300 and max(sizes) < 11_000
+    monkeypatch.setattr(sources, "MAX_TEXT", 2_000)
+    assert "a.parquet:1: a cell of more than 0.0 MB (split it" in prepare_fails(capsys, source="a.parquet")

@@ -41,6 +41,10 @@ def token_ids(model, tokenizer, special, text, longest=None):
 
 def fill_mask(model, tokenizer, special, text, device):
     """Print the NUM_GUESSES most likely tokens for each [MASK] of the text, with their probabilities."""
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    unknown = [text[slice(*place)] for token, place in zip(encoding.ids, encoding.offsets) if token == special["[UNK]"]]
+    if unknown:
+        print(f"not in the vocabulary, so the model sees [UNK]: {', '.join(unknown)}")
     ids = torch.tensor([token_ids(model, tokenizer, special, text)], device=device)
     positions = (ids[0] == special["[MASK]"]).nonzero().flatten().tolist()
     if not positions:
@@ -117,10 +121,10 @@ def main(argv):
     model = checkpoint.make_masked_lm(config, tensors, cfg.checkpoint, encoder_only=bool(cfg.embed)).to(device)
     if cfg.text:
         return fill_mask(model, tokenizer, special, cfg.text, device)
-    normalize = cfg.normalize or how["normalize"]
-    vectors = embed(
-        model, tokenizer, special, read_lines(cfg.embed), device, normalize, how["pooling"], how["max_tokens"]
-    )  # fmt: skip
+    normalize, texts = cfg.normalize or how["normalize"], read_lines(cfg.embed)
+    vectors = embed(model, tokenizer, special, texts, device, normalize, how["pooling"], how["max_tokens"])
+    if unknown := sum(special["[UNK]"] in token_ids(model, tokenizer, special, text, how["max_tokens"]) for text in texts):
+        print(f"{unknown:,} of {len(texts):,} texts have words that are not in the vocabulary: the model sees [UNK]")
     try:
         with open(cfg.out, "wb") as file:
             np.save(file, vectors)

@@ -1,8 +1,9 @@
 """Check token shards: every digest, every offset, every token.
 
-    python -m tools.verify --data_dir=data/mine
+    python -m tools.verify --data_dir=data/mine,data/c4
 
-Opening a directory checks headers and sizes, and every token of a small corpus; this reads everything.
+Opening a directory checks headers and sizes, and every token of a small corpus; this reads everything. Run it after you
+copied a directory: a token that became another one has no other trace.
 """
 
 from dataclasses import dataclass
@@ -13,16 +14,17 @@ from data import verify
 
 @dataclass
 class VerifyConfig:
-    data_dir: str = ""  # shard directory, or several, comma-separated
+    data_dir: str = ""  # shard directory, or several, comma-separated; also without --data_dir=
 
 
 @command
 def main(argv):
-    cfg = load_config(VerifyConfig, argv)
-    if not cfg.data_dir:
+    bare = [arg for arg in argv if not arg.startswith("-")]
+    cfg = load_config(VerifyConfig, [arg for arg in argv if arg not in bare])
+    directories = [*bare, *filter(None, cfg.data_dir.split(","))]
+    if not directories:
         raise UserError("--data_dir: not given (a directory made by prepare_c4.py)")
-    for directory in cfg.data_dir.split(","):
-        directory = directory.strip()
+    for directory in map(str.strip, directories):
         print(f"{directory}: {verify(directory)} shards, all digests, offsets and tokens are right")
 
 
