@@ -319,8 +319,11 @@ def find(path):
     if found is None:
         if os.path.isfile(path):
             raise UserError(f"{path}: a file (give its directory, or that of its run)")
-        there = "no undamaged checkpoint here" if os.path.isdir(path) else "no such directory"
-        if not os.path.isdir(path) and (near := similar(path)):
+        there, near = "no such directory", similar(path)
+        if os.path.isdir(path):  # perhaps a fine-tuning's results, with its models inside
+            there, inside = "no undamaged checkpoint here", [os.path.join(path, name) for name in os.listdir(path)]
+            near = max(filter(steps, inside), key=os.path.getmtime, default=None)
+        if near:
             raise UserError(f"{path}: {there} (did you mean {near}?)")
         hint = f"expected a run or step_* directory; weights of other origin: python -m tools.convert_hf --from_hf={path} --out=RUN"
         raise UserError(f"{path}: {there} ({hint})")

@@ -444,6 +444,7 @@ def test_fine_tuned_models(tmp_path, labels):
     texts = {"config.json": json.dumps(config), "tokenizer.json": tokenizer_text}
     checkpoint.save(str(tmp_path), 1, {"model.safetensors": checkpoint.weights_of(model)}, texts)
     convert_hf.main([f"--to_hf={tmp_path}", f"--out={tmp_path / 'exported'}"])
+    assert not {"modules.json", "1_Pooling"} & set(os.listdir(tmp_path / "exported"))  # it makes no sentence vectors
     theirs = auto("ModelForSequenceClassification", tmp_path / "exported")
     ids, mask = batch_of([5, 12])
     with torch.no_grad():
@@ -459,6 +460,7 @@ def test_fine_tuned_models(tmp_path, labels):
 def test_bert_needs_no_code(tmp_path):
     run = make_run(tmp_path / "run", "bert", scale=6.0)
     convert_hf.main([f"--to_hf={run}", f"--out={tmp_path / 'exported'}"])
+    assert {"modules.json", "1_Pooling"} <= set(os.listdir(tmp_path / "exported"))
     theirs = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "exported").eval()
     assert type(theirs) is transformers.BertForMaskedLM
     ids, mask = batch_of([5, 30, 12])

@@ -80,7 +80,7 @@ def hf_tokenizer(text):
 
 
 def write_transformers(path, config, tensors, tokenizer_text, labels, card):
-    """Write what transformers and sentence-transformers read into the directory `path`; returns the model class's name."""
+    """Write what transformers and, without labels, sentence-transformers read into the directory `path`; returns the model class's name."""
     _, special = load_tokenizer("tokenizer.json", tokenizer_text)
     tensors = dict(tensors)
     for name in set(checkpoint.PER_WORD) & tensors.keys():
@@ -93,9 +93,9 @@ def write_transformers(path, config, tensors, tokenizer_text, labels, card):
     if config["model"] == "bert":
         tokenizer_config["model_max_length"] = MAX_POSITIONS
     files = {"config.json": hf_config(config, special, labels), "tokenizer_config.json": tokenizer_config}
-    files |= sentence_files(config)
-    os.makedirs(os.path.join(path, "1_Pooling"))
+    files |= sentence_files(config) if labels is None else {}
     for name, contents in files.items():
+        os.makedirs(os.path.dirname(os.path.join(path, name)), exist_ok=True)
         write_text(os.path.join(path, name), json.dumps(contents, indent=2, ensure_ascii=False) + "\n")
     write_text(os.path.join(path, "tokenizer.json"), hf_tokenizer(tokenizer_text))
     write_text(os.path.join(path, "README.md"), card)
