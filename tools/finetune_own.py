@@ -157,7 +157,7 @@ def warn_of_overlap(paths, examples):
     both = sum(text in known for text in examples["validation"].texts)
     if both:
         text = f"{both:,} of its {len(examples['validation'].texts):,} texts are in {paths['train']}, too"
-        print(f"warning: {paths['validation']}: {text} (so its score promises too much for new texts)", flush=True)
+        print(f"warning: {paths['validation']}: {text} (so the score is not of new texts alone)", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
