@@ -88,8 +88,8 @@ def check_faults(path, rows, faults, cfg):
     if len(faults) > cfg.skip_bad_lines or not rows:
         (first, fault), *others = faults.items()
         more = f"also {places([number for number, _ in others])}; " if others else ""
-        hint = f"--skip_bad_lines={len(faults)} skips {'them' if others else 'it'}" if rows else "no row is left"
-        raise UserError(f"{path}:{first}: {fault} ({more}{hint})")
+        hint = f"{more}--skip_bad_lines={len(faults)} skips {'them' if others else 'it'}" if rows else "and no other row is better"
+        raise UserError(f"{path}:{first}: {fault} ({hint})")
     for fault in dict.fromkeys(faults.values()):
         numbers = [number for number, other in faults.items() if other == fault]
         print(f"skipped {path}:{', '.join(map(str, numbers))}: {fault}", flush=True)
@@ -148,7 +148,7 @@ def position(header, name, where):
     if header.count(name) > 1:
         raise UserError(f"{where}: {header.count(name)} columns are named {name!r} (rename all but one)")
     if name not in header:
-        raise UserError(f"{where}: no column {name!r} (found: {', '.join(header)[:200]})")
+        raise UserError(f"{where}: no column {name!r} (the first row has {', '.join(header)[:200]})")
     return header.index(name)
 
 
