@@ -594,9 +594,9 @@ def print_plan(plan):
     """What each task is trained with."""
     for run in {run.task: run for run in plan}.values():
         settings, seeds = run.settings, sum(other.task == run.task for other in plan)
-        steps = f"{settings.epochs} epochs, {run.num_steps:,} steps of {settings.batch_size}, peak lr {settings.lr:g}"
-        steps += f", {seeds} seed{'s' * (seeds > 1)}"
-        print(f"{run.task.name}: {run.num_examples:,} examples, {steps}, from {run.init}", flush=True)
+        epochs, seeds = (f"{count} {what}{'s' * (count > 1)}" for count, what in ((settings.epochs, "epoch"), (seeds, "seed")))
+        steps = f"{epochs}, {run.num_steps:,} steps of {settings.batch_size}, peak lr {settings.lr:g}"
+        print(f"{run.task.name}: {run.num_examples:,} examples, {steps}, {seeds}, from {run.init}", flush=True)
         if settings.batch_size > run.num_examples:
             text = f"batch_size={settings.batch_size} is more than the {run.num_examples:,} examples of {run.task.name}"
             print(f"warning: {text}: an epoch is one step, {run.num_steps} in all (lower --batch_size)", flush=True)
