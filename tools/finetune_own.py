@@ -172,7 +172,8 @@ def predict_own(cfg, path, rows=None):
     fine_tuned = load_pretrained(path, cfg.out)
     saved = fine_tuned.config.get("task")
     if not saved:
-        raise UserError(f"{path}: not fine-tuned, so it predicts nothing (give --train_file and --val_file)")
+        hint = "give --train_file and --val_file, or the OUT/model of an earlier training"
+        raise UserError(f"{path}: not fine-tuned, so it predicts nothing ({hint})")
     columns = cfg.columns() if cfg.text_columns else tuple(saved["text_columns"])
     if len(columns) != len(saved["text_columns"]):
         raise UserError(f"text_columns={cfg.text_columns}: the model was trained on {', '.join(saved['text_columns'])}")

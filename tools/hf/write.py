@@ -254,8 +254,8 @@ def model_card(cfg, config, labels):
     gpu_hours = state["gpu_seconds"] / 3600 if step and "gpu_seconds" in state else last.get("gpu_hours")
     price = options.get("price_per_gpu_hour")
 
-    def known(value, text="{}"):
-        return unknown if value is None else text.format(value)
+    def known(value, text="{}", otherwise=unknown):
+        return otherwise if value is None else text.format(value)
 
     scores = unknown
     if cfg.glue:
@@ -275,11 +275,11 @@ def model_card(cfg, config, labels):
         + f", {config['num_layers']} layers of {config['hidden_size']}, {config['num_heads']} heads",
         "data": known(options.get("data_dir")),
         "tokens seen": known(step and state.get("tokens"), "{:,}"),
-        "steps": known(step, "{:,}") + known(options.get("global_batch_size"), " of {:,} samples"),
+        "steps": known(step, "{:,}") + known(options.get("global_batch_size"), " of {:,} samples", ""),
         "sequence length": known(options.get("seq_length")),
         "held-out loss, 15 % masked": known(held_out.get("loss"), "{:.4f}"),
         "held-out accuracy": known(held_out.get("accuracy"), "{:.1%}"),
-        "hardware": known(start.get("device")) + known(start.get("world_size"), ", {} process(es)"),
+        "hardware": known(start.get("device")) + known(start.get("world_size"), ", {} process(es)", ""),
         "GPU-hours": known(gpu_hours, "{:.2f}"),
         "dollars": known(gpu_hours * price if gpu_hours and price else None, "{:.2f}"),
         "GLUE": scores,
@@ -288,6 +288,8 @@ def model_card(cfg, config, labels):
         "tokenizer": f"{config['vocab_size']:,} entries, sha256 {config['tokenizer_sha256'] or unknown}",
         "license": cfg.license or unknown,
     }
+    if labels:
+        rows |= {"labels, in the order of the outputs": ", ".join(labels).replace("|", "\\|")}
     front = ["---", "library_name: transformers", f"pipeline_tag: {pipeline}"]
     front += [f"license: {cfg.license}"] if cfg.license else []
     table = [f"| {what} | {value} |" for what, value in rows.items()]
