@@ -304,7 +304,7 @@ def encode(examples, pretrained, max_length, name="texts"):
             truncated += bool(encoding.overflowing)
     if truncated:
         count = f"{truncated:,} of {len(ids):,}"
-        print(f"{name}: {count} are longer than {limit} tokens: their ends are cut off (max_length, set in training)", flush=True)
+        print(f"{name}: {count} are longer than {limit} tokens, and truncated (max_length, set in training)", flush=True)
     lengths = np.array([len(row) for row in ids])
     starts, index = np.cumsum(lengths) - lengths, range(len(ids)) if examples.index is None else examples.index
     return Encoded(np.concatenate(ids), np.concatenate(types), starts, lengths, examples.labels, index)

@@ -88,8 +88,8 @@ def check_faults(path, rows, faults, cfg):
     if len(faults) > cfg.skip_bad_lines or not rows:
         (first, fault), *others = faults.items()
         more = f"also {places([number for number, _ in others])}; " if others else ""
-        hint = f"{more}--skip_bad_lines={len(faults)} skips {'them' if others else 'it'}" if rows else "and no other row is better"
-        raise UserError(f"{path}:{first}: {fault} ({hint})")
+        hint = f"--skip_bad_lines={len(faults)} skips {'them' if others else 'it'}"
+        raise UserError(f"{path}:{first}: {fault} ({more + hint if rows else 'and no other row is better'})")
     for fault in dict.fromkeys(faults.values()):
         numbers = [number for number, other in faults.items() if other == fault]
         print(f"skipped {path}:{', '.join(map(str, numbers))}: {fault}", flush=True)

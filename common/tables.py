@@ -15,7 +15,7 @@ class TableRow(NamedTuple):
     last: int
     cells: list  # of strings; none for a blank line, or with a fault
     fault: str  # why it cannot be read, or ""
-    suspect: bool  # whether at least half of its lines, without the last, look like rows that an open quote swallowed
+    suspect: bool  # whether at least half of the lines between first and last look like rows that an open quote swallowed
 
 
 def table_rows(lines, separator=",", quotes=True, is_row=None):
@@ -55,7 +55,7 @@ def table_rows(lines, separator=",", quotes=True, is_row=None):
         columns = columns or len(cells)
         if cells and len(cells) != columns:
             fault = f"{len(cells)} columns, expected {columns}: is a {NAMES[separator]} outside quotes?"
-        inside = [is_row(text) if is_row else text.count(separator) == columns - 1 > 0 for _, text in row[:-1] if not fault]
+        inside = [is_row(text) if is_row else text.count(separator) == columns - 1 > 0 for _, text in row[1:-1] if not fault]
         suspect = 2 * sum(inside) >= len(inside) > 0
         if suspect and is_row:
             fault = f"one row up to line {row[-1][0]}, though its lines are rows: is a quote not closed?"

@@ -247,6 +247,9 @@ def test_published_mosaicbert_becomes_a_run(tmp_path, form, capsys):
     ours, theirs = load_model(str(tmp_path / "out")), load_model(run)
     assert torch.equal(ours.logits(ids, torch.ones_like(ids)), theirs.logits(ids, torch.ones_like(ids)))
     assert "already holds a run" in fails(capsys, convert_hf.main, *argv)
+    (tmp_path / "out/config.json").unlink()  # written last: the command was interrupted, and is run again
+    convert_hf.main(argv)
+    assert (tmp_path / "out/config.json").exists()
 
 
 def test_training_starts_from_a_converted_model_in_another_directory(tmp_path, capsys):

@@ -80,7 +80,10 @@ def hf_tokenizer(text):
 
 
 def write_transformers(path, config, tensors, tokenizer_text, labels, card):
-    """Write what transformers and, without labels, sentence-transformers read into the directory `path`; returns the model class's name."""
+    """Write what transformers reads, and for an encoder sentence-transformers, into the directory `path`.
+
+    Returns the name of the model's class.
+    """
     _, special = load_tokenizer("tokenizer.json", tokenizer_text)
     tensors = dict(tensors)
     for name in set(checkpoint.PER_WORD) & tensors.keys():
