@@ -14,8 +14,7 @@ import numpy as np
 
 from common.files import write_text
 from common.options import UserError
-from common.sources import numbered_lines, split_suffixes
-from common.tables import NAMES, table_rows
+from common.sources import SEPARATORS, TABLES, numbered_lines, split_suffixes, table_rows
 
 LONG_ROW = 20  # lines
 NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)  # float() also takes 1_0, nan and inf
@@ -89,7 +88,8 @@ def check_faults(path, rows, faults, cfg):
         (first, fault), *others = faults.items()
         more = f"also {places([number for number, _ in others])}; " if others else ""
         hint = f"--skip_bad_lines={len(faults)} skips {'them' if others else 'it'}"
-        raise UserError(f"{path}:{first}: {fault} ({more + hint if rows else 'and no other row is better'})")
+        reason = f"{fault[:-1]}; " if fault.endswith(")") else f"{fault} ("
+        raise UserError(f"{path}:{first}: {reason}{more + hint if rows else 'no row is better'})")
     for fault in dict.fromkeys(faults.values()):
         numbers = [number for number, other in faults.items() if other == fault]
         print(f"skipped {path}:{', '.join(map(str, numbers))}: {fault}", flush=True)
@@ -104,7 +104,7 @@ def places(lines):
 def read_table(path, lines, columns, num_texts, default_header):
     """Yield (line number, cells of `columns`, or the reason why there are none) of each row of a table."""
     own = TABLES[split_suffixes(path)[0]]
-    layouts = [own] if default_header else [own, *((mark, True) for mark in NAMES if mark != own[0])]
+    layouts = [own] if default_header else [own, *((mark, True) for mark in SEPARATORS if mark != own[0])]
     firsts = {layout: next((row for row in table_rows(lines, *layout) if row.cells or row.fault), None) for layout in layouts}
     if not (first := firsts[own]):
         return
@@ -112,7 +112,7 @@ def read_table(path, lines, columns, num_texts, default_header):
     layout = next((way for way in layouts if set(columns) <= set(firsts[way].cells)), own)
     if layout != own:
         first = firsts[layout]
-        print(f"{path}: read with a {NAMES[layout[0]]} between columns, as in its first line", flush=True)
+        print(f"{path}: read with a {SEPARATORS[layout[0]]} between columns, as in its first line", flush=True)
     if first.fault:
         raise UserError(f"{path}:{first.first}: {first.fault} (expected the names of the columns)")
     headless = default_header and columns[0] not in first.cells and len(first.cells) == len(default_header)
@@ -132,7 +132,7 @@ def read_table(path, lines, columns, num_texts, default_header):
 
 
 def row_test(rows, separator, columns, position):
-    """A function that says whether a line is surely a row: it has all columns, and a label of the rows of one line."""
+    """A function that says whether a line is surely a row: it has all columns, and a label that rows of one line have."""
     known = {*[row.cells[position] for row in rows if row.cells and row.first == row.last][1:]}  # the first is the header
     numbers = all(map(NUMBER.fullmatch, known))
 
@@ -162,7 +162,7 @@ def json_cells(line, columns, num_texts):
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        return f"not valid JSON: {error}: expected one object per line"
+        return f"not valid JSON: {error} (expected one object per line)"
     if not isinstance(record, dict) or not set(columns) <= set(record):
         return f"not an object with {', '.join(map(repr, columns))}"
     cells = [record[name] for name in columns]
@@ -179,7 +179,6 @@ def json_cells(line, columns, num_texts):
     return cells
 
 
-TABLES = {".csv": (",", True), ".tsv": ("\t", False)}  # separator, and whether quotes mean something
 READERS = {".csv": read_table, ".tsv": read_table, ".jsonl": read_json_lines, ".json": read_json_lines}
 
 

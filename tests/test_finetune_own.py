@@ -97,7 +97,7 @@ def test_json_labels_and_pairs(tmp_path):
         ("a.jsonl", '{"sentence": {"en": "a"}, "label": 1}\n', ":1", "'sentence' is dict, expected a string"),
         ("a.jsonl", '{"sentence": "a", "label": [1]}\n', ":1", "'label' is list, expected a string or a number"),
         ("a.jsonl", '{"sentence": "a\\ud800", "label": 1}\n', ":1", "half a surrogate pair"),
-        ("a.jsonl", '{"sentence": "a", "label": null}\n', ":1", "'label' is null (and no other row is better)"),
+        ("a.jsonl", '{"sentence": "a", "label": null}\n', ":1", "'label' is null (no row is better)"),
         ("a.csv", "sentence,label\na,yes\nb, \nc,\nd,yes\ne,\n", ":3", "is empty (also lines 4, 6; --skip_bad_lines=3"),
         ("a.tsv", "sentence\tlabel\na\tyes\nb\0\tno\n", ":3", "a NUL character, which is not text"),
         ("a.csv", "", "", "no examples"),

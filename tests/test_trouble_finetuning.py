@@ -155,9 +155,9 @@ def test_an_open_quote_takes_one_row_with_it(tmp_path, capsys):
     path.write_text("text,label\na0,0\n" + '"a1,1\n' + "".join(f"a{i},{i}\n" for i in range(2, 50)))
     rows = read_rows(str(path), ("text",), "label", settings(skip_bad_lines=1))
     assert [row.index for row in rows] == [0, *range(2, 50)] and rows[1] == (2, 4, ["a2", "2"])
-    assert f"skipped {path}:3: unexpected end of data, up to line 51: is a quote not closed?\n" == capsys.readouterr().out
+    assert f"skipped {path}:3: unexpected end of data, up to line 51 (is a quote not closed?)\n" == capsys.readouterr().out
     path.write_text(path.read_text() + 'b",50\n')  # all of them one row, but for their labels
-    with pytest.raises(UserError, match="a.csv:3: one row up to line 52, though its lines are rows: is a quote not closed"):
+    with pytest.raises(UserError, match="a.csv:3: one row up to line 52, though its lines are rows \\(is a quote not closed"):
         read_rows(str(path), ("text",), "label", settings())
     assert len(read_rows(str(path), ("text",), "label", settings(skip_bad_lines=1))) == 50
     capsys.readouterr()
