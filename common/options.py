@@ -60,7 +60,7 @@ def command(main):
         except KeyboardInterrupt:
             if "--debug" in argv:
                 raise
-            print("stopped (rerun the same command)", file=sys.stderr, flush=True)
+            print("stopped; the same command resumes", file=sys.stderr, flush=True)
             raise SystemExit(130) from None
 
     return wrapped

@@ -136,4 +136,4 @@ def test_ctrl_c_ends_jobs_in_one_line(tmp_path):
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to all of them
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and output == "stopped (rerun the same command)\n"
+    assert process.returncode == 130 and output == "stopped; the same command resumes\n"
