@@ -89,7 +89,7 @@ def check_faults(path, rows, faults, cfg):
         more = f"also {places([number for number, _ in others])}; " if others else ""
         hint = f"--skip_bad_lines={len(faults)} skips {'them' if others else 'it'}"
         reason = f"{fault[:-1]}; " if fault.endswith(")") else f"{fault} ("
-        raise UserError(f"{path}:{first}: {reason}{more + hint if rows else 'no row is better'})")
+        raise UserError(f"{path}:{first}: {reason}{more + hint if rows else 'no row can be used'})")
     for fault in dict.fromkeys(faults.values()):
         numbers = [number for number, other in faults.items() if other == fault]
         print(f"skipped {path}:{', '.join(map(str, numbers))}: {fault}", flush=True)
@@ -134,11 +134,12 @@ def read_table(path, lines, columns, num_texts, default_header):
 def row_test(rows, separator, columns, position):
     """A function that says whether a line is surely a row: it has all columns, and a label that rows of one line have."""
     known = {*[row.cells[position] for row in rows if row.cells and row.first == row.last][1:]}  # the first is the header
-    numbers = all(map(NUMBER.fullmatch, known))
+    numbers = bool(known) and all(map(NUMBER.fullmatch, known))
 
     def is_row(text):
         cells = text.split(separator)
-        return len(cells) == columns and (cells[position] in known or bool(numbers and NUMBER.fullmatch(cells[position])))
+        label = cells[position] if len(cells) == columns else ""
+        return label in known or bool(numbers and NUMBER.fullmatch(label) and label == label.strip())  # not as in "Berlin, 5"
 
     return is_row
 
@@ -164,7 +165,8 @@ def json_cells(line, columns, num_texts):
     except (ValueError, RecursionError) as error:
         return f"not valid JSON: {error} (expected one object per line)"
     if not isinstance(record, dict) or not set(columns) <= set(record):
-        return f"not an object with {', '.join(map(repr, columns))}"
+        found = f"keys: {', '.join(record)[:200]}" if isinstance(record, dict) else f"a {type(record).__name__}; one object per line"
+        return f"not an object with {', '.join(map(repr, columns))} ({found})"
     cells = [record[name] for name in columns]
     for i, (name, cell) in enumerate(zip(columns, cells)):
         if cell is None:

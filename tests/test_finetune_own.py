@@ -88,7 +88,8 @@ def test_json_labels_and_pairs(tmp_path):
     [
         ("a.csv", "text,label\na,yes\n", ":1", "no column 'sentence'"),
         ("a.tsv", "text\tlabel\na\tyes\n", ":1", "no column 'sentence'"),
-        ("a.jsonl", '{"sentence": "a", "label": 1}\n{"text": "a", "label": 1}\n', ":2", "not an object with 'sentence'"),
+        ("a.jsonl", '{"sentence": "a", "label": 1}\n{"text": "a", "label": 1}\n', ":2", "not an object with 'sentence', 'label' (keys: text, label; "),
+        ("a.json", '[{"sentence": "a", "label": 1}]', ":1", "(a list; one object per line; no row can be used)"),
         ("a.jsonl", '{"sentence": "a", "label": 1}\n{"sentence": \n', ":2", "not valid JSON"),
         ("a.jsonl", '"sentence"\n', ":1", "not an object"),
         ("a.csv", 'sentence,label\na,yes\n"b,no\nc,yes\n', ":3", "quote not closed"),
@@ -97,7 +98,7 @@ def test_json_labels_and_pairs(tmp_path):
         ("a.jsonl", '{"sentence": {"en": "a"}, "label": 1}\n', ":1", "'sentence' is dict, expected a string"),
         ("a.jsonl", '{"sentence": "a", "label": [1]}\n', ":1", "'label' is list, expected a string or a number"),
         ("a.jsonl", '{"sentence": "a\\ud800", "label": 1}\n', ":1", "half a surrogate pair"),
-        ("a.jsonl", '{"sentence": "a", "label": null}\n', ":1", "'label' is null (no row is better)"),
+        ("a.jsonl", '{"sentence": "a", "label": null}\n', ":1", "'label' is null (no row can be used)"),
         ("a.csv", "sentence,label\na,yes\nb, \nc,\nd,yes\ne,\n", ":3", "is empty (also lines 4, 6; --skip_bad_lines=3"),
         ("a.tsv", "sentence\tlabel\na\tyes\nb\0\tno\n", ":3", "a NUL character, which is not text"),
         ("a.csv", "", "", "no examples"),

@@ -175,6 +175,8 @@ def test_a_long_text_in_quotes(tmp_path, capsys):
     rows = read_rows(str(path), ("text",), "label", settings())
     assert [row.cells for row in rows] == [["Hi, all\nbye", "no"], [letter, "yes"], ["short", "yes"]]
     assert f"warning: {path}: one row holds lines 4 to 34 (is a quote not closed?)\n" == capsys.readouterr().out
+    path.write_text("text,label\n" + '"Berlin, 5\nBonn, 6\nUlm, 7",1\n' * 3)
+    assert len(read_rows(str(path), ("text",), "label", settings())) == 3
     path.write_text('label,text\nyes,"a\nb"\nno,"c\nd"\nno,e\n')  # first lines with all columns and a label
     assert len(read_rows(str(path), ("text",), "label", settings())) == len(read_rows(str(path), ("text",), "", settings())) == 3
     assert capsys.readouterr().out == ""
