@@ -165,7 +165,8 @@ def json_cells(line, columns, num_texts):
     except (ValueError, RecursionError) as error:
         return f"not valid JSON: {error} (expected one object per line)"
     if not isinstance(record, dict) or not set(columns) <= set(record):
-        found = f"keys: {', '.join(record)[:200]}" if isinstance(record, dict) else f"a {type(record).__name__}; one object per line"
+        is_object = isinstance(record, dict)
+        found = f"keys: {', '.join(record)[:200]}" if is_object else f"a {type(record).__name__}; one object per line"
         return f"not an object with {', '.join(map(repr, columns))} ({found})"
     cells = [record[name] for name in columns]
     for i, (name, cell) in enumerate(zip(columns, cells)):

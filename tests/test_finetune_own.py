@@ -88,7 +88,8 @@ def test_json_labels_and_pairs(tmp_path):
     [
         ("a.csv", "text,label\na,yes\n", ":1", "no column 'sentence'"),
         ("a.tsv", "text\tlabel\na\tyes\n", ":1", "no column 'sentence'"),
-        ("a.jsonl", '{"sentence": "a", "label": 1}\n{"text": "a", "label": 1}\n', ":2", "not an object with 'sentence', 'label' (keys: text, label; "),
+        ("a.jsonl", '{"sentence": "a", "label": 1}\n{"text": "a", "label": 1}\n', ":2",
+         "not an object with 'sentence', 'label' (keys: text, label; "),
         ("a.json", '[{"sentence": "a", "label": 1}]', ":1", "(a list; one object per line; no row can be used)"),
         ("a.jsonl", '{"sentence": "a", "label": 1}\n{"sentence": \n', ":2", "not valid JSON"),
         ("a.jsonl", '"sentence"\n', ":1", "not an object"),

@@ -178,7 +178,7 @@ def test_a_long_text_in_quotes(tmp_path, capsys):
     path.write_text("text,label\n" + '"Berlin, 5\nBonn, 6\nUlm, 7",1\n' * 3)
     assert len(read_rows(str(path), ("text",), "label", settings())) == 3
     path.write_text('label,text\nyes,"a\nb"\nno,"c\nd"\nno,e\n')  # first lines with all columns and a label
-    assert len(read_rows(str(path), ("text",), "label", settings())) == len(read_rows(str(path), ("text",), "", settings())) == 3
+    assert [len(read_rows(str(path), ("text",), column, settings())) for column in ("label", "")] == [3, 3]
     assert capsys.readouterr().out == ""
 
 
