@@ -324,11 +324,17 @@ def find(path):
         if os.path.isfile(path):
             raise UserError(f"{path}: a file (give its directory, or that of its run)")
         there = "no undamaged checkpoint here" if os.path.isdir(path) else "no such directory"
-        if not os.path.isdir(path) and (near := similar(path)):
+        if near := run_inside(path) if os.path.isdir(path) else similar(path):
             raise UserError(f"{path}: {there} (did you mean {near}?)")
         hint = f"expected a run or step_* directory; weights of other origin: python -m tools.convert_hf --from_hf={path} --out=RUN"
         raise UserError(f"{path}: {there} ({hint})")
     return found
+
+
+def run_inside(path):
+    """The newest run in a directory, such as the model in a fine-tuning's results; None without one."""
+    inside = [os.path.join(path, name) for name in os.listdir(path)]
+    return max(filter(steps, inside), key=os.path.getmtime, default=None)
 
 
 def readable(path):

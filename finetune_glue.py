@@ -189,7 +189,8 @@ class Pretrained:
 
 def load_pretrained(path, out):
     """The Pretrained in a run or checkpoint directory. Weights in Hugging Face form are converted into OUT first."""
-    ours = checkpoint.steps(path) or any(os.path.exists(os.path.join(path, f)) for f in (checkpoint.DIGESTS, "log.jsonl"))
+    marks = (checkpoint.DIGESTS, "log.jsonl", "glue.json")  # the last is of a fine-tuning, whose models lie inside
+    ours = checkpoint.steps(path) or any(os.path.exists(os.path.join(path, f)) for f in marks)
     return read_pretrained(checkpoint.find(path if ours else convert(path, out)))
 
 
@@ -296,18 +297,25 @@ class Encoded:
         return batch.pinned_for(device).to(device)
 
 
-def encode(examples, pretrained, max_length):
-    """Encoded examples: [CLS] text [SEP], or [CLS] text [SEP] second text [SEP]; the longer text is truncated first."""
+def encode(examples, pretrained, max_length, name="texts"):
+    """Encoded examples: [CLS] text [SEP], or [CLS] text [SEP] second text [SEP]; the longer text is truncated first.
+
+    name: of the examples, to report how many were truncated.
+    """
     tokenizer, special = pretrained.tokenizer, [(name, pretrained.special[name]) for name in ("[CLS]", "[SEP]")]
     tokenizer.post_processor = TemplateProcessing("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", special)
     limit = min(max_length, MAX_POSITIONS) if pretrained.model_cfg.model == "bert" else max_length
     tokenizer.enable_truncation(limit, strategy="longest_first")
-    ids, types = [], []
+    ids, types, truncated = [], [], 0
     for start in range(0, len(examples.texts), 10_000):  # the library's results take a hundred bytes per token
         texts = [text if len(text) == 2 else text[0] for text in examples.texts[start : start + 10_000]]
         for encoding in tokenizer.encode_batch_fast(texts):
             ids.append(np.array(encoding.ids, np.int32))
             types.append(np.array(encoding.type_ids, np.int32))
+            truncated += bool(encoding.overflowing)
+    if truncated:
+        count = f"{truncated:,} of {len(ids):,}"
+        print(f"{name}: {count} are longer than {limit} tokens, and truncated (max_length, set in training)", flush=True)
     lengths = np.array([len(row) for row in ids])
     starts, index = np.cumsum(lengths) - lengths, range(len(ids)) if examples.index is None else examples.index
     return Encoded(np.concatenate(ids), np.concatenate(types), starts, lengths, examples.labels, index)
@@ -465,7 +473,8 @@ class Worker:
         """{split: Encoded} of a task."""
         if self.task != task:
             examples = self.read(task)
-            self.data = {split: encode(part, self.pretrained, self.cfg.max_length) for split, part in examples.items()}
+            limit, name = self.cfg.max_length, task.name
+            self.data = {split: encode(part, self.pretrained, limit, f"{name} {split}") for split, part in examples.items()}
             self.task = task
         return self.data
 
@@ -598,9 +607,10 @@ def print_plan(plan):
     """What each task is trained with."""
     for run in {run.task: run for run in plan}.values():
         settings, seeds = run.settings, sum(other.task == run.task for other in plan)
-        steps = f"{settings.epochs} epochs, {run.num_steps:,} steps of {settings.batch_size}, peak lr {settings.lr:g}"
+        epochs, seeds = (f"{count} {what}{'s' * (count > 1)}" for count, what in ((settings.epochs, "epoch"), (seeds, "seed")))
+        steps = f"{epochs}, {run.num_steps:,} steps of {settings.batch_size}, peak lr {settings.lr:g}"
         steps += f", warm-up {settings.warmup_fraction:.0%}" + (f", dropout {settings.dropout:g}" if settings.dropout >= 0 else "")
-        print(f"{run.task.name}: {run.num_examples:,} examples, {steps}, {seeds} seeds, from {run.init}", flush=True)
+        print(f"{run.task.name}: {run.num_examples:,} examples, {steps}, {seeds}, from {run.init}", flush=True)
         if settings.batch_size > run.num_examples:
             text = f"batch_size={settings.batch_size} is more than the {run.num_examples:,} examples of {run.task.name}"
             print(f"warning: {text}: an epoch is one step, {run.num_steps} in all (lower --batch_size)", flush=True)
@@ -689,7 +699,8 @@ def print_table(results):
         if task["majority_accuracy"]:
             metrics += f" (always the most frequent label: accuracy {100 * task['majority_accuracy']:.2f})"
         print(f"{name:6} {task['score']:6.2f} {interval:>6}  {len(task['seeds']):5}  {task['init']:10}  {metrics}")
-    print(f"average of {len(results['tasks'])} tasks: {results['average']:.2f}")
+    if len(results["tasks"]) > 1:
+        print(f"average of {len(results['tasks'])} tasks: {results['average']:.2f}")
 
 
 def print_estimate(plan, worker):

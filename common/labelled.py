@@ -3,24 +3,21 @@
 Every row is kept, or named with its line; blank lines are not rows.
 """
 
-import csv
 import hashlib
 import json
 import re
 from collections import Counter
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
 from common.files import write_text
 from common.options import UserError
-from common.sources import numbered_lines, skip_or_fail, split_suffixes
+from common.sources import SEPARATORS, TABLES, numbered_lines, split_suffixes, table_rows
 
-LONG_ROW = 20  # lines; an open quote makes longer ones
+LONG_ROW = 20  # lines
 NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)  # float() also takes 1_0, nan and inf
-NOT_UTF8 = "not UTF-8"
 
 
 class Row(NamedTuple):
@@ -49,58 +46,102 @@ class Examples:
 
 
 def read_rows(path, text_columns, label_column, cfg, default_header=None):
-    """The Rows of a file. label_column: "" for none.
+    """The Rows of a file. label_column: "" for none. Prints what was skipped or looks like a mistake.
 
-    cfg: has skip_bad_lines, how many bad rows to skip and report. default_header: column names of a table without a
-    header. Raises: UserError naming file and line.
+    cfg: has skip_bad_lines, how many bad rows to skip. default_header: column names of a table without a header.
+    Raises: UserError naming file and line.
     """
     kind, _ = split_suffixes(path)
     if kind not in READERS:
         raise UserError(f"{path}: unknown suffix (expected .csv, .tsv or .jsonl, also with .gz or .xz)")
-    bad = Counter()
-    texts = dict(numbered_lines(path, cfg, bad))
-    lines = [texts.get(number) for number in range(1, len(texts) + bad["bad lines"] + 1)]  # None: not UTF-8
-    rows, columns = [], [*text_columns, *([label_column] if label_column else [])]
-    for index, (number, cells) in enumerate(READERS[kind](path, lines, columns, len(text_columns), default_header)):
-        if isinstance(cells, list):
-            rows.append(Row(index, number, cells))
-            continue
-        fault = f"{path}:{number}: {cells}"
-        if cells is not NOT_UTF8:  # which is counted already
-            skip_or_fail(cfg, bad, f"{fault} (--skip_bad_lines=N skips up to N bad rows)")
-        print(f"skipped {fault}", flush=True)
-    if not rows:
-        raise UserError(f"{path}: no examples (is the file empty?)")
+    texts, unread = {}, Counter()
+    texts.update(numbered_lines(path, cfg, unread))
+    lines = [(number, texts.get(number)) for number in range(1, len(texts) + unread["bad lines"] + 1)]
+    rows, faults, blank, columns = [], {}, [], [*text_columns, *([label_column] if label_column else [])]
+    for number, cells in READERS[kind](path, lines, columns, len(text_columns), default_header):
+        if cells == []:
+            blank.append(number)
+        elif fault := cells if isinstance(cells, str) else fault_of(cells, label_column):
+            faults[number] = fault
+        else:
+            rows.append(Row(len(rows) + len(faults), number, cells))
+    check_faults(path, rows, faults, cfg)
+    if blank := [number for number in blank if number < rows[-1].line]:
+        print(f"{path}: blank lines are not rows: {places(blank)}", flush=True)
+    if empty := [row.line for row in rows if not all(map(str.strip, row.cells[: len(text_columns)]))]:
+        print(f"warning: {path}: {len(empty):,} of {len(rows):,} rows have an empty text: {places(empty)}", flush=True)
     return rows
 
 
-def table_rows(record_at, path, lines, columns, _, default_header):
-    """Yield (line number, cells of `columns`, or the reason why there are none) of each row of a table.
+def fault_of(cells, label_column):
+    """Why a row with these cells is not used, or ""."""
+    if any("\0" in cell for cell in cells):
+        return "a NUL character, which is not text"
+    return "the label is empty" if label_column and not cells[-1].strip() else ""
 
-    record_at(lines, i): (all cells or a reason, number of lines) of the row that begins at lines[i].
-    """
-    header, i, long_rows = None, 0, []
-    while i < len(lines):
-        number, (cells, count) = i + 1, record_at(lines, i)
-        if header and isinstance(cells, list) and len(cells) not in (0, len(header)):
-            cells = f"{len(cells)} columns, expected {len(header)}: is a separator outside quotes?"
-        i += count if isinstance(cells, list) else 1  # of a bad row of several lines, the first one alone is lost
-        if count > LONG_ROW and isinstance(cells, list):
-            long_rows.append(number)
-        if cells == []:
-            continue
-        if header is None:
-            if isinstance(cells, str):
-                raise UserError(f"{path}:{number}: {cells} (expected the names of the columns)")
-            headless = default_header and columns[0] not in cells and len(cells) == len(default_header)
-            header = default_header if headless else cells
-            wanted = [position(header, name, f"{path}:{number}") for name in columns]
-            if not headless:
-                continue
-        yield number, cells if isinstance(cells, str) else [cells[j] for j in wanted]
-    if long_rows:
-        more = f", and {len(long_rows) - 1} more" if len(long_rows) > 1 else ""
-        print(f"warning: {path}:{long_rows[0]}: a row of over {LONG_ROW} lines{more} (is a quote not closed?)", flush=True)
+
+def check_faults(path, rows, faults, cfg):
+    """Report {line: fault} of all bad rows. Raises: UserError if there are more than cfg.skip_bad_lines, or no others."""
+    if not rows and not faults:
+        raise UserError(f"{path}: no examples (is the file empty?)")
+    if len(faults) > cfg.skip_bad_lines or not rows:
+        (first, fault), *others = faults.items()
+        more = f"also {places([number for number, _ in others])}; " if others else ""
+        hint = f"--skip_bad_lines={len(faults)} skips {'them' if others else 'it'}"
+        reason = f"{fault[:-1]}; " if fault.endswith(")") else f"{fault} ("
+        raise UserError(f"{path}:{first}: {reason}{more + hint if rows else 'no row can be used'})")
+    for fault in dict.fromkeys(faults.values()):
+        numbers = [number for number, other in faults.items() if other == fault]
+        print(f"skipped {path}:{', '.join(map(str, numbers))}: {fault}", flush=True)
+
+
+def places(lines):
+    """Up to three line numbers, as text."""
+    more = f" and {len(lines) - 3:,} more" if len(lines) > 3 else ""
+    return f"line{'s' * (len(lines) > 1)} {', '.join(map(str, lines[:3]))}{more}"
+
+
+def read_table(path, lines, columns, num_texts, default_header):
+    """Yield (line number, cells of `columns`, or the reason why there are none) of each row of a table."""
+    own = TABLES[split_suffixes(path)[0]]
+    layouts = [own] if default_header else [own, *((mark, True) for mark in SEPARATORS if mark != own[0])]
+    firsts = {layout: next((row for row in table_rows(lines, *layout) if row.cells or row.fault), None) for layout in layouts}
+    if not (first := firsts[own]):
+        return
+    # The suffix's, unless only another one gives the columns: spreadsheets write semicolons where one half is 0,5.
+    layout = next((way for way in layouts if set(columns) <= set(firsts[way].cells)), own)
+    if layout != own:
+        first = firsts[layout]
+        print(f"{path}: read with a {SEPARATORS[layout[0]]} between columns, as in its first line", flush=True)
+    if first.fault:
+        raise UserError(f"{path}:{first.first}: {first.fault} (expected the names of the columns)")
+    headless = default_header and columns[0] not in first.cells and len(first.cells) == len(default_header)
+    header = default_header if headless else first.cells
+    wanted = [position(header, name, f"{path}:{first.first}") for name in columns]
+    rows = list(table_rows(lines, *layout))
+    if len(columns) > num_texts and any(row.last > row.first for row in rows):
+        rows = list(table_rows(lines, *layout, row_test(rows, layout[0], len(header), wanted[-1])))
+    for row in rows:
+        if headless or row.first != first.first:
+            yield row.first, row.fault or [row.cells[j] for j in wanted if row.cells]
+    odd = [row for row in rows if not row.fault and (row.suspect or row.last - row.first >= LONG_ROW)]
+    odd = [f"lines {row.first} to {row.last}" for row in odd]
+    if odd:
+        more = f", and {len(odd) - 1:,} more such rows" if len(odd) > 1 else ""
+        print(f"warning: {path}: one row holds {odd[0]} (is a quote not closed?){more}", flush=True)
+
+
+def row_test(rows, separator, columns, position):
+    """A function that says whether a line is surely a row: it has all columns, and a label that rows of one line have."""
+    known = {*[row.cells[position] for row in rows if row.cells and row.first == row.last][1:]}  # the first is the header
+    numbers = bool(known) and all(map(NUMBER.fullmatch, known))
+
+    def is_row(text):
+        cells = text.split(separator)
+        label = cells[position] if len(cells) == columns else ""
+        return label in known or bool(numbers and NUMBER.fullmatch(label) and label == label.strip())  # not as in "Berlin, 5"
+
+    return is_row
 
 
 def position(header, name, where):
@@ -108,53 +149,25 @@ def position(header, name, where):
     if header.count(name) > 1:
         raise UserError(f"{where}: {header.count(name)} columns are named {name!r} (rename all but one)")
     if name not in header:
-        hint = f"found: {', '.join(header)[:200]}"
-        for separator, called in ((";", "semicolons"), ("\t", "tabs"), (",", "commas")):
-            if len(header) == 1 and separator in header[0]:
-                hint = f"are the columns separated by {called}? .csv takes commas, .tsv tabs"
-        raise UserError(f"{where}: no column {name!r} ({hint})")
+        raise UserError(f"{where}: no column {name!r} (the first row has {', '.join(header)[:200]})")
     return header.index(name)
 
 
-def csv_record(lines, start):
-    """One row, which may span lines inside quotes."""
-
-    def rest():
-        for i in range(start, len(lines)):
-            if lines[i] is None:
-                raise csv.Error(f"line {i + 1} is not UTF-8")
-            yield f"{lines[i]}\n"
-
-    if lines[start] is None:
-        return NOT_UTF8, 1
-    reader = csv.reader(rest(), strict=True)
-    try:
-        return next(reader), reader.line_num
-    except csv.Error as error:
-        return f"{error}: is a quote not closed?", 1
-
-
-def tsv_record(lines, start):
-    line = lines[start]
-    return NOT_UTF8 if line is None else line.split("\t") if line.strip() else [], 1
-
-
-def json_rows(path, lines, columns, num_texts, _):
+def read_json_lines(path, lines, columns, num_texts, _):
     """Yield (line number, cells of `columns`, or the reason why there are none) of each JSON object, one per line."""
-    for number, line in enumerate(lines, 1):
-        if line is None:
-            yield number, NOT_UTF8
-        elif line.strip():
-            yield number, json_cells(line, columns, num_texts)
+    for number, line in lines:
+        yield number, "not UTF-8" if line is None else json_cells(line, columns, num_texts) if line.strip() else []
 
 
 def json_cells(line, columns, num_texts):
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        return f"not valid JSON: {error}: expected one object per line"
+        return f"not valid JSON: {error} (expected one object per line)"
     if not isinstance(record, dict) or not set(columns) <= set(record):
-        return f"not an object with {', '.join(map(repr, columns))}"
+        is_object = isinstance(record, dict)
+        found = f"keys: {', '.join(record)[:200]}" if is_object else f"a {type(record).__name__}; one object per line"
+        return f"not an object with {', '.join(map(repr, columns))} ({found})"
     cells = [record[name] for name in columns]
     for i, (name, cell) in enumerate(zip(columns, cells)):
         if cell is None:
@@ -169,9 +182,7 @@ def json_cells(line, columns, num_texts):
     return cells
 
 
-TABLES = {".csv": csv_record, ".tsv": tsv_record}
-READERS = {kind: partial(table_rows, record_at) for kind, record_at in TABLES.items()}
-READERS |= {".jsonl": json_rows, ".json": json_rows}
+READERS = {".csv": read_table, ".tsv": read_table, ".jsonl": read_json_lines, ".json": read_json_lines}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

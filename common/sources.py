@@ -456,68 +456,80 @@ def text_of(record, text_key):
 
 def table_documents(segment, cfg, stats):
     """One column of a .csv or .tsv. The first row names the columns."""
-    rows = table_rows(segment.path, cfg, stats, segment.end)
-    for number, header in rows:
-        column = column_of(header, cfg.text_key, f"{segment.path}:{number}")
-        for _, cells in rows:
-            yield cells[column]
+    path, column = segment.path, None
+    lines = numbered_lines(path, cfg, stats, 0, segment.end)
+    for row in table_rows(lines, *TABLES[split_suffixes(path)[0]]):
+        where = f"{path}:{row.first}"
+        if row.suspect:
+            stats[f"suspect {where}: a cell holds the next lines, to {row.last} (is a quote not closed?)"] += 1
+        if row.fault:
+            skip_or_fail(cfg, stats, f"{where}: {row.fault}")
+        elif row.cells and column is None:
+            column = column_of(row.cells, cfg.text_key, where)
+        elif row.cells:
+            yield row.cells[column]
 
 
-def table_rows(path, cfg, stats, end=None):
-    """(line number, cells) of each row of a .csv, or of a .tsv, where quotes are literal. All have as many as the first.
-
-    Any other row is skipped by its line, or an error. The lines after one whose quote is not closed are read again, so it
-    swallows none of them.
-    """
-    lines = numbered_lines(path, cfg, stats, 0, end)
-    is_csv = split_suffixes(path)[0] == ".csv"
-    columns, separator = 0, "comma" if is_csv else "tab"
-    for number, cells in csv_rows(path, lines, cfg, stats) if is_csv else tsv_rows(lines):
-        if not cells:
-            continue
-        columns = columns or len(cells)
-        if len(cells) == columns:
-            yield number, cells
-        else:
-            reason = f"{len(cells)} columns, expected {columns} (is a {separator} outside quotes?)"
-            skip_or_fail(cfg, stats, f"{path}:{number}: {reason}")
+TABLES = {".csv": (",", True), ".tsv": ("\t", False)}  # separator, and whether quotes mean something
+SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}
 
 
-def tsv_rows(lines):
-    for number, line in lines:
-        yield number, line.split("\t") if line.strip() else []
+class TableRow(NamedTuple):
+    first: int  # line
+    last: int
+    cells: list  # of strings; none for a blank line, or with a fault
+    fault: str  # why it is not a row, or ""
+    suspect: bool  # whether its cells hold lines that look like rows, which an open quote has swallowed
 
 
-def csv_rows(path, lines, cfg, stats):
-    """(number of the first line, cells) of each row.
+def table_rows(lines, separator, quotes, is_row=None):
+    """Yield the TableRows of (number, text) pairs, as from numbered_lines. All have as many cells as the first, or a fault.
+
+    The lines after one whose quote is not closed are read again, so it swallows none of them. text: None for a line that
+    could not be read. quotes: whether cells in double quotes may hold separators and line breaks. is_row(text): whether a
+    line in such a cell is surely a row; a suspect row has a fault then.
 
     Python's csv, not pyarrow's: that one takes an unclosed quote, or text after a closing one, without an error, and
     refuses rows longer than its block.
     """
-    again, row = collections.deque(), []  # lines to read again, lines of this row
+    lines, again, row, columns = iter(lines), collections.deque(), [], 0  # lines to read again, lines of this row
 
     def row_lines():
         while pair := again.popleft() if again else next(lines, None):
             row.append(pair)
+            if pair[1] is None:
+                raise csv.Error("not UTF-8")
             yield f"{pair[1]}\n"
 
-    reader = csv.reader(row_lines(), strict=True)
+    def records():
+        if quotes:
+            return csv.reader(row_lines(), delimiter=separator, strict=True)
+        return (line[:-1].split(separator) if line.strip() else [] for line in row_lines())
+
+    reader = records()
     while True:
         row.clear()
+        fault = ""
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            reason = f"{error}" if len(row) == 1 else f"{error}, up to line {row[-1][0]}"
-            skip_or_fail(cfg, stats, f"{path}:{row[0][0]}: {reason} (is a quote not closed?)")
-            again.extendleft(reversed(row[1:]))
-            reader = csv.reader(row_lines(), strict=True)
-            continue
+            upto = f", up to line {row[-1][0]}" if len(row) > 1 else ""
+            cells, fault = [], f"{error}{upto} (is a quote not closed?)" if row[0][1] is not None else f"{error}"
         if cells is None:
             return
-        rows_inside = sum(line.count(",") == len(cells) - 1 for _, line in row[1:]) if len(cells) > 1 else 0
-        if rows_inside and 2 * rows_inside >= len(row) - 1:
-            stats[f"suspect {path}:{row[0][0]}: a cell holds the next lines, to {row[-1][0]} (is a quote not closed?)"] += 1
-        yield row[0][0], cells
+        columns = columns or len(cells)
+        if cells and len(cells) != columns:
+            fault = f"{len(cells)} columns, expected {columns} (is a {SEPARATORS[separator]} outside quotes?)"
+        several = len(row) > 1 and columns > 1 and not fault
+        inside = [line for cell in cells for line in cell.split("\n")] if several else []
+        rows_inside = sum(is_row(line) if is_row else line.count(separator) == columns - 1 for line in inside)
+        suspect = 0 < len(row) - 1 <= 2 * rows_inside
+        if suspect and is_row:
+            fault = f"one row up to line {row[-1][0]}, though its lines are rows (is a quote not closed?)"
+        yield TableRow(row[0][0], row[-1][0], [] if fault else cells, fault, suspect)
+        if fault:
+            again.extendleft(reversed(row[1:]))
+            reader = records()
 
 
 def column_of(names, text_key, where):

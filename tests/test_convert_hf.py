@@ -247,6 +247,9 @@ def test_published_mosaicbert_becomes_a_run(tmp_path, form, capsys):
     ours, theirs = load_model(str(tmp_path / "out")), load_model(run)
     assert torch.equal(ours.logits(ids, torch.ones_like(ids)), theirs.logits(ids, torch.ones_like(ids)))
     assert "already holds a run" in fails(capsys, convert_hf.main, *argv)
+    (tmp_path / "out/config.json").unlink()  # written last: the command was interrupted, and is run again
+    convert_hf.main(argv)
+    assert (tmp_path / "out/config.json").exists()
 
 
 def test_training_starts_from_a_converted_model_in_another_directory(tmp_path, capsys):
@@ -433,17 +436,27 @@ def test_the_readmes_lines_give_the_words_of_fill_mask(exported, tmp_path, monke
     assert theirs == capsys.readouterr().out.splitlines()[-5:]
 
 
-@pytest.mark.parametrize("labels", [["no", "yes", "maybe"], []])
-def test_fine_tuned_models(tmp_path, labels):
-    config, tensors, tokenizer_text = checkpoint.load(make_run(tmp_path / "run", scale=6.0))
+def make_classifier(path, labels, family="mosaicbert"):
+    """A run directory with a fine-tuned model of random weights; returns the model."""
+    config, tensors, tokenizer_text = checkpoint.load(make_run(path / "run", family, scale=6.0))
     model = SequenceClassifier(checkpoint.model_config(config), VOCAB_SIZE, max(1, len(labels))).eval()
     encoder = {name: tensor for name, tensor in tensors.items() if name.startswith("bert.")}
     checkpoint.load_weights(model, {**checkpoint.weights_of(model), **encoder}, "run")
     torch.nn.init.normal_(model.classifier.weight)  # outputs so large that a difference would show
     config["task"] = {"labels": labels, "text_columns": ["text"], "max_length": 64}
     texts = {"config.json": json.dumps(config), "tokenizer.json": tokenizer_text}
-    checkpoint.save(str(tmp_path), 1, {"model.safetensors": checkpoint.weights_of(model)}, texts)
+    checkpoint.save(str(path), 1, {"model.safetensors": checkpoint.weights_of(model)}, texts)
+    return model
+
+
+@pytest.mark.parametrize("labels", [["no", "yes", "may|be"], []])
+def test_fine_tuned_models(tmp_path, labels):
+    model = make_classifier(tmp_path, labels)
     convert_hf.main([f"--to_hf={tmp_path}", f"--out={tmp_path / 'exported'}"])
+    card = (tmp_path / "exported/README.md").read_text()
+    assert "| labels, in the order of the outputs | no, yes, may\\|be |\n" in card or not labels
+    assert "| steps | not known |\n" in card and "| hardware | not known |\n" in card
+    assert not {"modules.json", "1_Pooling"} & set(os.listdir(tmp_path / "exported"))  # it makes no sentence vectors
     theirs = auto("ModelForSequenceClassification", tmp_path / "exported")
     ids, mask = batch_of([5, 12])
     with torch.no_grad():
@@ -459,6 +472,7 @@ def test_fine_tuned_models(tmp_path, labels):
 def test_bert_needs_no_code(tmp_path):
     run = make_run(tmp_path / "run", "bert", scale=6.0)
     convert_hf.main([f"--to_hf={run}", f"--out={tmp_path / 'exported'}"])
+    assert {"modules.json", "1_Pooling"} <= set(os.listdir(tmp_path / "exported"))
     theirs = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "exported").eval()
     assert type(theirs) is transformers.BertForMaskedLM
     ids, mask = batch_of([5, 30, 12])
@@ -593,6 +607,9 @@ def test_onnx(tmp_path, family, capsys):
     convert_hf.main([f"--to_hf={run}", f"--out={tmp_path / 'exported'}", "--format=onnx"])
     assert "self-check in onnxruntime" in capsys.readouterr().out  # 64 texts, eight a batch, of many lengths
     assert (tmp_path / "exported/model.onnx").exists() and not (tmp_path / "exported/config.json").exists()
+    make_classifier(tmp_path, ["no", "yes"], family)
+    convert_hf.main([f"--to_hf={tmp_path}", f"--out={tmp_path / 'classifier'}", "--format=onnx"])
+    assert "self-check in onnxruntime" in capsys.readouterr().out
 
 
 @pytest.mark.slow

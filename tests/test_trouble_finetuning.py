@@ -81,6 +81,8 @@ def test_near_equal_and_rare_labels_are_warned_about(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "labels 'pos' and ' pos' (line 11) are" in printed and "labels 'pos' and 'Pos' (line 12) are" in printed
     assert "labels with fewer than 5 rows: ' pos' (line 11), 'Pos' (line 12) (too few to learn)" in printed
+    guess(tmp_path, ["pos"] * 9 + ["NA"] * 9)
+    assert "label 'NA' (lines 11, 12, 13 and 6 more) is taken as a class" in capsys.readouterr().out
     guess(tmp_path, ["pos"] * 9 + ["neg"] * 9)
     assert "warning" not in capsys.readouterr().out
 
@@ -105,6 +107,22 @@ def test_the_plan_is_printed_first(pretrained, tmp_path, files, capfd, monkeypat
     assert f"{tmp_path}/a.csv: no 20, yes 20\n" in printed and f"{tmp_path}/b.csv: no 5, yes 5\n" in printed
     assert "own: 40 examples, 5 epochs, 5 steps of 1000, peak lr 0.001, 2 seeds, from pretrained\n" in printed
     assert "batch_size=1000 is more than the 40 examples of own: an epoch is one step, 5 in all" in printed
+
+
+def test_what_a_run_leaves_out_or_replaces_is_said(pretrained, tmp_path, files, capfd):
+    """Texts in both files, the ends of long texts, what the score is, and earlier predictions."""
+    with open(tmp_path / "b.csv", "a") as file:
+        file.writelines((tmp_path / "a.csv").read_text().splitlines(keepends=True)[1:4])
+    options = ["--max_length=12", "--seeds=1", f"--predict_file={tmp_path}/b.csv"]
+    for replaced in ("", " (in place of those that were there)"):
+        main(own(pretrained, tmp_path, *options))
+        printed = capfd.readouterr().out
+        assert f"{tmp_path}/b.csv: 3 of its 13 texts are in {tmp_path}/a.csv, too" in printed
+        for name in ("own train", f"{tmp_path}/b.csv")[bool(replaced) :]:
+            assert re.search(f"{name}: \\d+ of \\d\\d are longer than 12 tokens, and truncated", printed), name
+        assert "1 seed, from pretrained" in printed and "average of 1" not in printed
+        assert "score: the mean of accuracy and macro_f1\n" in printed
+        assert f"predictions.tsv: 13 predictions{replaced}\n" in printed
 
 
 def test_a_class_of_the_validation_file_only(pretrained, tmp_path, files, capfd):
@@ -137,15 +155,51 @@ def test_an_open_quote_takes_one_row_with_it(tmp_path, capsys):
     path.write_text("text,label\na0,0\n" + '"a1,1\n' + "".join(f"a{i},{i}\n" for i in range(2, 50)))
     rows = read_rows(str(path), ("text",), "label", settings(skip_bad_lines=1))
     assert [row.index for row in rows] == [0, *range(2, 50)] and rows[1] == (2, 4, ["a2", "2"])
-    assert f"skipped {path}:3: unexpected end of data: is a quote not closed?\n" == capsys.readouterr().out
-    path.write_text(path.read_text() + 'b",50\n')  # a row of 49 lines, and nothing tells that it is none
-    rows = read_rows(str(path), ("text",), "label", settings())
-    assert len(rows) == 2 and "a.csv:3: a row of over 20 lines (is a quote not closed?)" in capsys.readouterr().out
+    assert f"skipped {path}:3: unexpected end of data, up to line 51 (is a quote not closed?)\n" == capsys.readouterr().out
+    path.write_text(path.read_text() + 'b",50\n')  # all of them one row, but for their labels
+    with pytest.raises(UserError, match="a.csv:3: one row up to line 52, though its lines are rows \\(is a quote not closed"):
+        read_rows(str(path), ("text",), "label", settings())
+    assert len(read_rows(str(path), ("text",), "label", settings(skip_bad_lines=1))) == 50
+    capsys.readouterr()
     for third in ('"c",3,4', 'c",3,4'):  # closed by the next quote, in a row of too many columns
         path.write_text(f'text,label\n"a,1\nb,2\n{third}\nd,5\n')
         rows = read_rows(str(path), ("text",), "label", settings(skip_bad_lines=2))
         assert [row.cells for row in rows] == [["b", "2"], ["d", "5"]]
-        assert capsys.readouterr().out.count("skipped") == 2
+        assert re.fullmatch(r"skipped .*:2(: .*\nskipped .*:|, )4: .*\n", capsys.readouterr().out)
+
+
+def test_a_long_text_in_quotes(tmp_path, capsys):
+    """An e-mail with commas is no row, though its lines may have two cells; one of many lines is named."""
+    path, letter = tmp_path / "a.csv", "Dear Ms. Li, hello\nNow, then\n" * 15
+    path.write_text(f'text,label\n"Hi, all\nbye",no\n"{letter}",yes\nshort,yes\n')
+    rows = read_rows(str(path), ("text",), "label", settings())
+    assert [row.cells for row in rows] == [["Hi, all\nbye", "no"], [letter, "yes"], ["short", "yes"]]
+    assert f"warning: {path}: one row holds lines 4 to 34 (is a quote not closed?)\n" == capsys.readouterr().out
+    path.write_text("text,label\n" + '"Berlin, 5\nBonn, 6\nUlm, 7",1\n' * 3)
+    assert len(read_rows(str(path), ("text",), "label", settings())) == 3
+    path.write_text('label,text\nyes,"a\nb"\nno,"c\nd"\nno,e\n')  # first lines with all columns and a label
+    assert [len(read_rows(str(path), ("text",), column, settings())) for column in ("label", "")] == [3, 3]
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "name, separator, called", [("a.csv", ";", "semicolon"), ("a.csv", "\t", "tab"), ("a.tsv", ",", "comma")]
+)
+def test_columns_between_other_separators(tmp_path, capsys, name, separator, called):
+    path = tmp_path / name
+    path.write_text(separator.join(("text", "label")) + f'\n"a{separator} ""b""\nc"{separator}yes\nd{separator}no\n')
+    rows = read_rows(str(path), ("text",), "label", settings())
+    assert [row.cells for row in rows] == [[f'a{separator} "b"\nc', "yes"], ["d", "no"]]
+    assert f"read with a {called} between columns, as in its first line\n" in capsys.readouterr().out
+
+
+def test_blank_lines_and_empty_texts_are_said(tmp_path, capsys):
+    path = tmp_path / "a.csv"
+    path.write_text("text,id\na,1\n\n\n,2\n ,3\nb,4\n\n")
+    assert len(read_rows(str(path), ("text",), "", settings())) == 4
+    blank, empty = capsys.readouterr().out.splitlines()
+    assert blank == f"{path}: blank lines are not rows: lines 3, 4"
+    assert empty == f"warning: {path}: 2 of 4 rows have an empty text: lines 5, 6"
 
 
 @pytest.mark.parametrize(
@@ -162,7 +216,8 @@ def test_every_row_is_kept_or_named_and_counted(tmp_path, capsys, name, lines):
     rows = read_rows(str(tmp_path / name), ("text",), "label", settings(skip_bad_lines=3))
     assert rows == [(0, 2, ["a", "1"]), (2, 4, ["c", "1"]), (4, 6, ["d", "1"])]
     printed = capsys.readouterr().out.splitlines()
-    assert [line.partition(": ")[0] for line in printed] == [f"skipped {tmp_path / name}:{number}" for number in (3, 5, 7)]
+    skipped = [line.partition(": ")[0] for line in printed if line.startswith("skipped")]
+    assert skipped == [f"skipped {tmp_path / name}:3", f"skipped {tmp_path / name}:5, 7"]
     with pytest.raises(UserError):
         read_rows(str(tmp_path / name), ("text",), "label", settings(skip_bad_lines=2))
 
@@ -226,11 +281,14 @@ def test_columns_of_the_file_to_label(pretrained, tmp_path, files, capfd):
         ("OUT/smok", r"out/smok: no such directory \(did you mean .*/out/smoke\?\)"),
         ("OUT/nothing/at/all", "no such directory"),
         ("OUT/smoke", "no undamaged checkpoint here"),
+        ("OUT/labels", r"no undamaged checkpoint here \(did you mean .*/out/labels/model\?\)"),
     ],
 )
 def test_a_checkpoint_that_is_none(pretrained, tmp_path, capfd, path, says):
     (tmp_path / "out/smoke").mkdir(parents=True)
     (tmp_path / "out/smoke/log.jsonl").write_text("")  # a run before its first checkpoint
+    (tmp_path / "out/labels/model/step_00000010").mkdir(parents=True)
+    (tmp_path / "out/labels/glue.json").write_text("{}")
     path = path.replace("RUN", pretrained).replace("OUT", str(tmp_path / "out"))
     argv = [f"--checkpoint={path}", f"--out={tmp_path}/glue", "--tasks=cola", *CPU]
     error = fails(finetune_glue.main, argv, capfd)

@@ -335,7 +335,7 @@ def test_paths_that_are_nearly_right(tmp_path, capsys, monkeypatch):
     assert "did you mean out/smoke?" in fails(capsys, convert_hf.main, "--from_hf=out/smok", "--out=x")
     assert "out/other: no such directory" in fails(capsys, convert_hf.main, "--from_hf=out/other", "--out=x")
     for path in (file, os.path.dirname(file), run):
-        says = "no weights here" if path == run else "a checkpoint of this project (it needs no conversion"
+        says = f"{run} is a run of this project: it needs" if path == run else "a checkpoint of this project (it needs no conversion"
         assert says in fails(capsys, convert_hf.main, f"--from_hf={path}", "--out=x")
 
 

@@ -46,7 +46,7 @@ class ConvertConfig:
 
 def from_hf(cfg):
     """Write a run directory with one checkpoint, of step 0, and read it back."""
-    if checkpoint.steps(cfg.out) or os.path.exists(os.path.join(cfg.out, "config.json")):
+    if any(checkpoint.steps(cfg.out)) or os.path.exists(os.path.join(cfg.out, "config.json")):
         raise UserError(f"{cfg.out}: already holds a run (choose another --out)")
     path = find_model(cfg.from_hf, cfg.revision, cfg.allow_pickle)
     config, tensors, tokenizer_text = read_hf(path, tokenizer=cfg.tokenizer, allow_pickle=cfg.allow_pickle)

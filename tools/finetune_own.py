@@ -6,7 +6,7 @@
 
 OUT/glue.json gets the scores, OUT/predictions what the model says about the validation file, OUT/model the fine-tuned model
 of the first seed, OUT/predictions.tsv the labels of --predict_file, with their texts. The index in both is the file's row,
-counted from 0. The same command resumes where it was killed.
+counted from 0. The same command keeps the seeds that are finished, and starts the others over.
 
 Read next: finetune_glue.py, whose parts this uses
 """
@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 
 from common.glue import Task
-from common.labelled import NUMBER, Examples, read_rows, to_examples, write_table
+from common.labelled import NUMBER, Examples, places, read_rows, to_examples, write_table
 from common.options import UserError, command, load_config
 from common.processes import Process, pick_device
 from finetune_glue import (
@@ -39,6 +39,7 @@ from model import choose_kernels
 RECIPES = {"mosaic": Settings(5e-5, 0.1, 32, 5, 1), "fast": Settings(1e-4, 0.1, 128, 3, 1)}
 MAX_CLASSES = 20  # more different numbers than this are regression
 RARE = 5  # labels with fewer rows are warned about
+MISSING = {"na", "n/a", "nan", "nil", "none", "null", "-", "?"}  # what others write where a label is missing
 
 
 @dataclass
@@ -73,9 +74,6 @@ class OwnConfig(FineTuneConfig):
 def own_task(cfg, rows):
     """The Task of the training file's rows, after a line on what was guessed and warnings. Raises: UserError."""
     path = cfg.train_file
-    for row in rows:
-        if not row.cells[-1].strip():
-            raise UserError(f"{path}:{row.line}: the label is empty (label the row, or remove it)")
     words = sorted({row.cells[-1] for row in rows})
     if len(words) < 2:
         raise UserError(f"{path}: the only label in {cfg.label_column!r} is {words[0]!r} (at least two are needed)")
@@ -112,7 +110,7 @@ def guess(cfg, rows):
 
 
 def warn_about(path, rows):
-    """Report classes that may be mistakes: spelled almost as another, or with few rows."""
+    """Report classes that may be mistakes: spelled almost as another, like a missing label, or with few rows."""
     lines, alike = {}, {}
     for row in rows:
         lines.setdefault(row.cells[-1], []).append(row.line)
@@ -122,6 +120,10 @@ def warn_about(path, rows):
         for other in others:
             text = f"labels {first!r} and {other!r} ({places(lines[other])}) are different classes"
             print(f"warning: {path}: {text} (if they mean the same, correct the file)", flush=True)
+    for word in lines:
+        if word.strip().casefold() in MISSING:
+            text = f"label {word!r} ({places(lines[word])}) is taken as a class (if it means no label, remove these rows)"
+            print(f"warning: {path}: {text}", flush=True)
     rare = [f"{word!r} ({places(found)})" for word, found in lines.items() if len(found) < RARE]
     if rare:
         more = f" and {len(rare) - 5} more" if len(rare) > 5 else ""
@@ -134,11 +136,6 @@ def essence(word):
     if NUMBER.fullmatch(word):
         return float(word)
     return " ".join(unicodedata.normalize("NFKC", word).casefold().split())
-
-
-def places(lines):
-    more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
-    return f"line{'s' * (len(lines) > 1)} {', '.join(map(str, lines[:3]))}{more}"
 
 
 def print_labels(path, examples, task):
@@ -154,6 +151,15 @@ def print_labels(path, examples, task):
         print(f"{path}: {len(x):,} labels {spread}", flush=True)
 
 
+def warn_of_overlap(paths, examples):
+    """Report texts to score on that are trained on, too. paths, examples: by split."""
+    known = set(examples["train"].texts)
+    both = sum(text in known for text in examples["validation"].texts)
+    if both:
+        text = f"{both:,} of its {len(examples['validation'].texts):,} texts are in {paths['train']}, too"
+        print(f"warning: {paths['validation']}: {text} (so the score is not of new texts alone)", flush=True)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Training and predicting
 
@@ -166,7 +172,8 @@ def predict_own(cfg, path, rows=None):
     fine_tuned = load_pretrained(path, cfg.out)
     saved = fine_tuned.config.get("task")
     if not saved:
-        raise UserError(f"{path}: not fine-tuned, so it predicts nothing (give --train_file and --val_file)")
+        hint = "give --train_file and --val_file, or the OUT/model of an earlier training"
+        raise UserError(f"{path}: not fine-tuned, so it predicts nothing ({hint})")
     columns = cfg.columns() if cfg.text_columns else tuple(saved["text_columns"])
     if len(columns) != len(saved["text_columns"]):
         raise UserError(f"text_columns={cfg.text_columns}: the model was trained on {', '.join(saved['text_columns'])}")
@@ -175,7 +182,8 @@ def predict_own(cfg, path, rows=None):
     device, dtype = pick_device(cfg.device, cfg.dtype)
     dtype = dtype if task.labels else torch.float32  # as in training
     choose_kernels(cfg.kernels, fine_tuned.model_cfg, device)
-    encoded = encode(Examples([tuple(row.cells) for row in rows]), fine_tuned, saved["max_length"])
+    texts = Examples([tuple(row.cells) for row in rows])
+    encoded = encode(texts, fine_tuned, saved["max_length"], cfg.predict_file)
     scores = predict(load_classifier(path).to(device), encoded, Process(0, 1, device, dtype))
     best = torch.from_numpy(scores).softmax(1).max(1).values.tolist()
     lines = []
@@ -184,8 +192,9 @@ def predict_own(cfg, path, rows=None):
         lines.append((row.index, *answer, *row.cells))
     os.makedirs(cfg.out, exist_ok=True)
     target = os.path.join(cfg.out, "predictions.tsv")
+    replaced = " (in place of those that were there)" * os.path.exists(target)
     write_table(target, ("index", "prediction", *["probability"] * bool(task.labels), *columns), lines)
-    print(f"{target}: {len(rows)} predictions")
+    print(f"{target}: {len(rows):,} predictions{replaced}")
 
 
 @command
@@ -201,11 +210,12 @@ def main(argv):
     examples = {split: to_examples(rows[split], path, task.labels) for split, path in paths.items()}
     for split, path in paths.items():
         print_labels(path, examples[split], task)
+    warn_of_overlap(paths, examples)
     pretrained, model = load_pretrained(cfg.checkpoint, cfg.out), os.path.join(cfg.out, "model")
     plan = make_runs(cfg, pretrained, task, examples, RECIPES[cfg.recipe], cfg.seeds, keep=model)
     if fine_tune(cfg, pretrained, plan, {task: examples}.get) is None:
         return
-    print(f"{model}: the fine-tuned model of the first seed")
+    print(f"score: the mean of {' and '.join(task.metrics)}\n{model}: the fine-tuned model of the first seed")
     if cfg.predict_file:
         predict_own(cfg, model, to_label)
 

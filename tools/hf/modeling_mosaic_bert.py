@@ -155,7 +155,7 @@ class MosaicBertModel(MosaicBertPreTrainedModel):
         if self.pooler is not None:
             first = x[:, 0]  # [CLS]
             if attention_mask is not None:  # the padding may be on the left
-                first = x[torch.arange(len(x), device=x.device), attention_mask.bool().int().argmax(1)]
+                first = x[torch.arange(x.shape[0], device=x.device), attention_mask.bool().int().argmax(1)]
             pooled = torch.tanh(self.pooler["dense"](first))
         output = BaseModelOutputWithPooling(
             last_hidden_state=x,

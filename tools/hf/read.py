@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, normalizers
 
-from checkpoint import PER_WORD, model_config
+from checkpoint import PER_WORD, model_config, run_inside, steps
 from common.files import read_json, similar
 from common.options import UserError
 from common.vocabulary import SPECIAL_TOKENS, finish, load_tokenizer, read_tokenizer, wordpiece
@@ -113,7 +113,9 @@ def read_weights(path, allow_pickle):
     files = [path] if os.path.isfile(path) else [os.path.join(path, f) for f in ("model.safetensors", "pytorch_model.bin")]
     file = next((file for file in files if os.path.exists(file)), None)
     if file is None:
-        raise UserError(f"{path}: no weights here (expected model.safetensors)")
+        run = path if steps(path) else run_inside(path)
+        hint = f"{run} is a run of this project: it needs no conversion" if run else "expected model.safetensors"
+        raise UserError(f"{path}: no weights here ({hint})")
     hf = None
     if file.endswith(".safetensors"):
         try:

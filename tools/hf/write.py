@@ -80,7 +80,10 @@ def hf_tokenizer(text):
 
 
 def write_transformers(path, config, tensors, tokenizer_text, labels, card):
-    """Write what transformers and sentence-transformers read into the directory `path`; returns the model class's name."""
+    """Write what transformers reads, and for an encoder sentence-transformers, into the directory `path`.
+
+    Returns the name of the model's class.
+    """
     _, special = load_tokenizer("tokenizer.json", tokenizer_text)
     tensors = dict(tensors)
     for name in set(checkpoint.PER_WORD) & tensors.keys():
@@ -93,9 +96,9 @@ def write_transformers(path, config, tensors, tokenizer_text, labels, card):
     if config["model"] == "bert":
         tokenizer_config["model_max_length"] = MAX_POSITIONS
     files = {"config.json": hf_config(config, special, labels), "tokenizer_config.json": tokenizer_config}
-    files |= sentence_files(config)
-    os.makedirs(os.path.join(path, "1_Pooling"))
+    files |= sentence_files(config) if labels is None else {}
     for name, contents in files.items():
+        os.makedirs(os.path.dirname(os.path.join(path, name)), exist_ok=True)
         write_text(os.path.join(path, name), json.dumps(contents, indent=2, ensure_ascii=False) + "\n")
     write_text(os.path.join(path, "tokenizer.json"), hf_tokenizer(tokenizer_text))
     write_text(os.path.join(path, "README.md"), card)
@@ -254,8 +257,8 @@ def model_card(cfg, config, labels):
     gpu_hours = state["gpu_seconds"] / 3600 if step and "gpu_seconds" in state else last.get("gpu_hours")
     price = options.get("price_per_gpu_hour")
 
-    def known(value, text="{}"):
-        return unknown if value is None else text.format(value)
+    def known(value, text="{}", otherwise=unknown):
+        return otherwise if value is None else text.format(value)
 
     scores = unknown
     if cfg.glue:
@@ -275,11 +278,11 @@ def model_card(cfg, config, labels):
         + f", {config['num_layers']} layers of {config['hidden_size']}, {config['num_heads']} heads",
         "data": known(options.get("data_dir")),
         "tokens seen": known(step and state.get("tokens"), "{:,}"),
-        "steps": known(step, "{:,}") + known(options.get("global_batch_size"), " of {:,} samples"),
+        "steps": known(step, "{:,}") + known(options.get("global_batch_size"), " of {:,} samples", ""),
         "sequence length": known(options.get("seq_length")),
         "held-out loss, 15 % masked": known(held_out.get("loss"), "{:.4f}"),
         "held-out accuracy": known(held_out.get("accuracy"), "{:.1%}"),
-        "hardware": known(start.get("device")) + known(start.get("world_size"), ", {} process(es)"),
+        "hardware": known(start.get("device")) + known(start.get("world_size"), ", {} process(es)", ""),
         "GPU-hours": known(gpu_hours, "{:.2f}"),
         "dollars": known(gpu_hours * price if gpu_hours and price else None, "{:.2f}"),
         "GLUE": scores,
@@ -288,6 +291,8 @@ def model_card(cfg, config, labels):
         "tokenizer": f"{config['vocab_size']:,} entries, sha256 {config['tokenizer_sha256'] or unknown}",
         "license": cfg.license or unknown,
     }
+    if labels:
+        rows |= {"labels, in the order of the outputs": ", ".join(labels).replace("|", "\\|")}
     front = ["---", "library_name: transformers", f"pipeline_tag: {pipeline}"]
     front += [f"license: {cfg.license}"] if cfg.license else []
     table = [f"| {what} | {value} |" for what, value in rows.items()]
