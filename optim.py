@@ -45,12 +45,14 @@ def orthogonalize(x):
     for i, (a, b, c) in enumerate(POLYNOMIALS):
         gram = x @ x.mT if wide else x.mT @ x
         if i == 0:
-            # Dividing each row by the root of its Gram row's absolute sum bounds singular values by 1 (Prach and Lampert
-            # 2022, arXiv 2208.03160), and leaves the small ones much larger than the Frobenius norm would.
+            # Dividing each row of x by the root of its Gram row's absolute sum bounds singular values by 1 (Prach and
+            # Lampert 2022, arXiv 2208.03160), and leaves the small ones much larger than the Frobenius norm would.
             scale = gram.abs().sum(2, keepdim=True, dtype=torch.float32).clamp(min=1e-30).rsqrt().to(x.dtype)
-            x, gram = x * (scale if wide else scale.mT), gram * scale * scale.mT
+            gram = gram * scale * scale.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b G + c G^2
         polynomial.diagonal(dim1=1, dim2=2).add_(a)
+        if i == 0:
+            polynomial *= scale.mT if wide else scale  # cheaper than dividing x itself
         x = polynomial @ x if wide else x @ polynomial
     return x
 
