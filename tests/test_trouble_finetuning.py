@@ -105,7 +105,7 @@ def test_the_plan_is_printed_first(pretrained, tmp_path, files, capfd, monkeypat
         main(own(pretrained, tmp_path, "--batch_size=1000", "--epochs=5", "--seeds=2", "--lr=1e-3"))
     printed = capfd.readouterr().out
     assert f"{tmp_path}/a.csv: no 20, yes 20\n" in printed and f"{tmp_path}/b.csv: no 5, yes 5\n" in printed
-    assert "own: 40 examples, 5 epochs, 5 steps of 1000, peak lr 0.001, 2 seeds, from pretrained\n" in printed
+    assert "own: 40 examples, 5 epochs, 5 steps of 1000, peak lr 0.001, warm-up 6%, 2 seeds, from pretrained\n" in printed
     assert "batch_size=1000 is more than the 40 examples of own: an epoch is one step, 5 in all" in printed
 
 
