@@ -32,7 +32,7 @@ import numpy as np
 from common.batch import IGNORED, Batch, pack, pad_to, round_up
 from common.files import allow_open_files, file_digest, hash_of, read_json, whole_file
 from common.options import UserError, similar
-from common.vocabulary import load_tokenizer
+from common.vocabulary import continuations, load_tokenizer
 
 MAGIC = b"MOSAICSH"
 VERSION = 1
@@ -195,16 +195,19 @@ def shuffled(positions, n, seed, source=0):
 # Masking, and cutting a batch into micro-batches
 
 
-def mask_tokens(tokens, lengths, sample_keys, mask_prob, special, is_special):
+def mask_tokens(tokens, lengths, sample_keys, mask_prob, special, is_special, continues=None):
     """Choose tokens to predict, each with probability mask_prob, and hide them in place: 80 % become [MASK], 10 % a
     random token of the vocabulary, 10 % stay. Special tokens, [UNK] included, are never chosen.
 
-    tokens: (num_tokens,) int32. lengths: of its sequences. sample_keys: (B,) uint64. Returns (positions, labels), int64.
+    tokens: (num_tokens,) int32. lengths: of its sequences. sample_keys: (B,) uint64. continues: (vocab_size,) bool, the
+    entries that continue a word; a word is then chosen as a whole. Returns (positions, labels), int64.
     Source: Devlin et al. 2019, section 3.1; [UNK] as in transformers' DataCollatorForLanguageModeling.
     """
     position = np.arange(len(tokens)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     draw = mix(np.repeat(sample_keys, lengths) + position.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
     chosen = draw < np.uint64(min(int(mask_prob * 2**64), 2**64 - 1))
+    if continues is not None:  # by its first token, so each token still has probability mask_prob. [CLS] ends earlier words
+        chosen = chosen[np.maximum.accumulate(np.where(continues[tokens], 0, np.arange(len(tokens))))]
     chosen &= ~is_special[tokens]
     positions = np.flatnonzero(chosen)
     labels = tokens[positions].astype(np.int64)
@@ -260,10 +263,11 @@ class Samples:
     split: "train" or "val". seq_length: tokens a sample has at most, [CLS] and [SEP] included. chunk: False takes the
     first seq_length tokens of each document, as MosaicBERT did; True splits each document into consecutive
     samples. padded: whether the model pads each sample to seq_length, so that micro-batches are cut accordingly.
-    Raises: UserError when the directory is missing or damaged.
+    whole_words: mask all tokens of a word or none.
+    Raises: UserError when the directory is missing or damaged, or its tokenizer does not mark what continues a word.
     """
 
-    def __init__(self, directory, split, seq_length, chunk=False, padded=False):
+    def __init__(self, directory, split, seq_length, chunk=False, padded=False, whole_words=False):
         manifest = read_manifest(directory)
         self.directory, self.split, self.seq_length, self.chunk, self.padded = directory, split, seq_length, chunk, padded
         self.tokenizer_path = os.path.join(directory, "tokenizer.json")
@@ -273,6 +277,7 @@ class Samples:
             self.tokenizer_text = file.read()
         self.is_special = np.zeros(self.vocab_size, bool)
         self.is_special[list(self.special.values())] = True
+        self.continues = continuations(tokenizer, self.tokenizer_path) if whole_words else None
         try:
             entries = [entry for entry in manifest["shards"] if entry["split"] == split]
             self.digest = hash_of([entry["sha256"] for entry in entries])
@@ -389,7 +394,9 @@ class Samples:
 
         source, number = self.source_of(samples)
         sample_keys = hash64(seed, 2 * source + 1, epochs, number)
-        positions, labels = mask_tokens(tokens[:num_tokens], lengths, sample_keys, mask_prob, self.special, self.is_special)
+        positions, labels = mask_tokens(
+            tokens[:num_tokens], lengths, sample_keys, mask_prob, self.special, self.is_special, self.continues
+        )
         num_rows = round_up(len(positions), MASKED_MULTIPLE)
         return MicroBatch(
             input_ids=torch.from_numpy(tokens),
@@ -465,10 +472,10 @@ MIXTURE_PERIOD = 10_000  # samples in which each source of a mixture has its exa
 MIXTURE_STREAM = 2**32  # separates the hashes that mix sources from those of order (2 * source) and masks (2 * source + 1)
 
 
-def open_samples(data_dir, split, seq_length, chunk=False, padded=False):
+def open_samples(data_dir, split, seq_length, chunk=False, padded=False, whole_words=False):
     """The Samples of DIRECTORY, or the Mixture of DIRECTORY:WEIGHT,DIRECTORY:WEIGHT. Raises: UserError."""
     if os.path.isdir(data_dir) or not ("," in data_dir or ":" in data_dir):
-        return Samples(data_dir, split, seq_length, chunk, padded)
+        return Samples(data_dir, split, seq_length, chunk, padded, whole_words)
     directories, weights = [], []
     for part in data_dir.split(","):
         directory, _, weight = part.strip().rpartition(":")
@@ -479,7 +486,7 @@ def open_samples(data_dir, split, seq_length, chunk=False, padded=False):
         if not directory or not 0 < weights[-1] < float("inf"):
             raise UserError(f"data_dir={data_dir}: {part.strip()!r} is not DIRECTORY:WEIGHT (e.g. a:0.7,b:0.3)")
         directories.append(directory)
-    sources = [Samples(directory, split, seq_length, chunk, padded) for directory in directories]
+    sources = [Samples(directory, split, seq_length, chunk, padded, whole_words) for directory in directories]
     return Mixture(sources, weights) if len(sources) > 1 else sources[0]
 
 

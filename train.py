@@ -52,6 +52,7 @@ class TrainConfig(ModelConfig):
     chunk: bool = False  # split each document into consecutive samples, instead of keeping only the first
     mask_prob: float = 0.3  # share of tokens to predict
     final_mask_prob: float = 0.0  # mask_prob falls linearly to this by the last step; 0: constant
+    whole_words: bool = False  # mask all tokens of a word or none, in training (WordPiece only)
     # Training
     out_dir: str = "out/run"  # log and checkpoints; the same command resumes from it
     init_from: str = ""  # run or step_* directory to take the first weights from
@@ -677,7 +678,8 @@ def main(argv):
     cfg = load_config(TrainConfig, argv)
     cfg.check(int(os.environ.get("WORLD_SIZE", 1)))
     padded = cfg.model == "bert"
-    samples = [open_samples(cfg.data_dir, split, cfg.seq_length, cfg.chunk, padded) for split in ("train", "val")]
+    splits = (("train", cfg.whole_words), ("val", False))  # held-out losses stay comparable
+    samples = [open_samples(cfg.data_dir, split, cfg.seq_length, cfg.chunk, padded, words) for split, words in splits]
     for part, split in zip(samples, ("training", "held-out")):
         if len(part) == 0:
             raise UserError(f"{cfg.data_dir}: no {split} samples (prepare more text, or change --val_fraction)")

@@ -1,4 +1,4 @@
-"""The options of a script: a dataclass, a config file of plain assignments, and --name=value flags.
+"""The options of a script: a dataclass, a config file of plain assignments, and flags: --name=value or --name value.
 
 A script declares its options as a dataclass with a trailing comment on each field, which is also its text in --help:
 
@@ -86,28 +86,48 @@ def report(error, anyway=False):
 
 
 def load_config(cls, argv):
-    """An instance of the dataclass `cls`, from its defaults, at most one config file, and --name=value flags.
+    """An instance of the dataclass `cls`, from its defaults, at most one config file, and flags: see split_argv.
 
-    A bare --name sets a bool to true; --help prints every option and exits.
-    Raises: UserError for anything that is not an option of `cls` with a value of its type.
+    --help prints every option and exits. Raises: UserError for anything that is not an option of `cls` with a value of its
+    type.
     """
-    types = {field.name: field.type for field in dataclasses.fields(cls)}
-    files = [arg for arg in argv if not arg.startswith("-")]
-    flags = {}
-    for arg in argv:
-        if not arg.startswith("-"):
-            continue
-        name, equals, value = arg.lstrip("-").partition("=")
-        if name in ("help", "h"):
-            print_help(cls)
-            raise SystemExit(0)
-        known_option(name, cls, f"--{name}")
-        if not equals and types[name] is not bool:
-            raise UserError(f"--{name}: no value given (write --{name}=VALUE)")
-        flags[name] = convert(value if equals else "true", types[name], f"--{name}")
+    files, flags = split_argv(cls, argv)
+    files += [flags.pop("config")] if "config" in flags else []
     if len(files) > 1:
         raise UserError(f"{files[1]}: a second config file (one at most; options are written --name=value)")
     return cls(**{**(read_config_file(files[0], cls) if files else {}), **flags})
+
+
+def split_argv(cls, argv):
+    """(words that belong to no option, {option: value}), of a command line for the dataclass `cls`.
+
+    --max-steps is --max_steps; a value follows `=` or is the next word. A bool needs none: of the next words only true and
+    false are its value. Raises: UserError.
+    """
+    types = {"config": str} | {field.name: field.type for field in dataclasses.fields(cls)}
+    words, flags, rest = [], {}, list(argv)
+    while rest:
+        typed, equals, value = rest.pop(0).partition("=")
+        if not typed.startswith("-"):
+            words.append(typed + equals + value)
+            continue
+        name = typed.lstrip("-").replace("-", "_")
+        if name in ("help", "h"):
+            print_help(cls)
+            raise SystemExit(0)
+        if name != "config":
+            known_option(name, cls, typed)
+        if not equals and types[name] is bool:
+            value = rest.pop(0) if rest and rest[0].lower() in ("true", "false") else "true"
+        elif not equals and not rest:
+            raise UserError(f"{typed}: no value given (write {typed}=VALUE)")
+        elif not equals:
+            value = rest.pop(0)
+            if re.match("--|-[A-Za-z]", value):  # -1 is a value
+                hint = f"if it is the value, write {typed}={value}"
+                raise UserError(f"{typed}: no value given, as {value} looks like an option ({hint})")
+        flags[name] = convert(value, types[name], typed)
+    return words, flags
 
 
 def read_config_file(path, cls):
@@ -218,7 +238,8 @@ def print_help(cls):
     name = getattr(module.__spec__, "name", cls.__module__)  # run as `python train.py` it has no __spec__
     script = f"-m {name}" if "." in name else os.path.relpath(module.__file__)
     lines = [(inspect.getdoc(module) or "").partition("\n\n")[0]]
-    lines.append(f"\nusage: python {script} [CONFIG.py] [--name=value ...]   (also --help, and --debug for tracebacks)")
+    also = "also --name value, --help, and --debug for tracebacks"
+    lines.append(f"\nusage: python {script} [CONFIG.py] [--name=value ...]   ({also})")
     for base in reversed(cls.__mro__):
         for name, kind, default, text in described(base):
             lines.append(f"  --{name}={kind}  {text}  [{default!r}]" if name else f"\n{text}")

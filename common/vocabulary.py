@@ -236,6 +236,17 @@ def load_tokenizer(path, text=None):
     return tokenizer, special
 
 
+def continuations(tokenizer, path):
+    """(vocab_size,) bool: which entries continue a word, as WordPiece's ##ing does. path: of the tokenizer, for the error.
+
+    Raises: UserError for a tokenizer that marks the beginnings of words or none (byte-level BPE, Unigram, whole words).
+    """
+    prefix = getattr(tokenizer.model, "continuing_subword_prefix", None)
+    if not prefix:
+        raise UserError(f"{path}: does not mark pieces inside words, as WordPiece does by ## (leave out whole_words)")
+    return np.array([tokenizer.id_to_token(i).startswith(prefix) for i in range(tokenizer.get_vocab_size())])
+
+
 def encode(tokenizer, texts, max_doc_tokens=0):
     """(the part of each text that was read, its token ids): two lists.
 

@@ -14,10 +14,11 @@ import torch
 
 import data
 import train
+from common import vocabulary
 from common.batch import IGNORED
 from common.files import file_digest, whole_file, write_text
 from common.options import UserError
-from tests.toy import ROOT, SPECIAL, VOCAB_SIZE, files_of, make_documents, make_shards, toy_argv
+from tests.toy import ROOT, SPECIAL, VOCAB_SIZE, files_of, make_documents, make_shards, read_log, toy_argv
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +158,38 @@ def test_masking_rates():
     again = original.copy()
     assert (data.mask_tokens(again, lengths, keys, 0.15, special, is_special)[0] == positions).all()
     assert (again == tokens).all()
+
+
+def test_whole_words_are_masked_or_left_whole():
+    """Each token with probability 15 %, as without; of the chosen ones 80 % [MASK] and 10 % unchanged, one by one."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 100, 4000)
+    tokens = rng.integers(len(SPECIAL), VOCAB_SIZE, lengths.sum()).astype(np.int32)
+    starts = np.cumsum(lengths) - lengths
+    special, is_special = {name: i for i, name in enumerate(SPECIAL)}, np.arange(VOCAB_SIZE) < len(SPECIAL)
+    tokens[starts], tokens[50::97] = special["[CLS]"], special["[UNK]"]
+    continues = np.arange(VOCAB_SIZE) >= 50
+    keys, original = data.hash64(1, np.arange(len(lengths))), tokens.copy()
+    positions, labels = data.mask_tokens(tokens, lengths, keys, 0.15, special, is_special, continues)
+    chosen = np.isin(np.arange(len(tokens)), positions)
+    assert (labels == original[positions]).all() and not is_special[labels].any()
+    word = np.cumsum(~continues[original])  # special tokens begin one too, and what follows them is a word of its own
+    text = ~is_special[original]
+    sizes, masked = np.bincount(word[text]), np.bincount(word[text], chosen[text])
+    assert ((masked == 0) | (masked == sizes)).all() and sizes.max() > 5
+    assert abs(chosen.sum() - 0.15 * text.sum()) < 5 * (0.15 * 0.85 * (sizes**2).sum()) ** 0.5
+    now = tokens[positions]
+    for count, rate in (((now == special["[MASK]"]).sum(), 0.801), ((now == labels).sum(), 0.101)):
+        assert abs(count / len(now) - rate) < 5 * (rate * (1 - rate) / len(now)) ** 0.5
+    follows = np.flatnonzero(chosen[1:] & chosen[:-1] & continues[original[1:]])
+    both = (tokens[follows] == special["[MASK]"]) & (tokens[follows + 1] == special["[MASK]"])
+    assert 0.6 < both.mean() < 0.68  # 0.8 * 0.8
+    single = original.copy()  # words of one token are masked as they would be without
+    same = data.mask_tokens(single, lengths, keys, 0.15, special, is_special)[0]
+    alone = text & (sizes[word] == 1) & ~continues[original]
+    assert (np.isin(np.arange(len(tokens)), same)[alone] == chosen[alone]).all()
+    fewer = data.mask_tokens(original.copy(), lengths, keys, 0.1, special, is_special, continues)[0]
+    assert set(fewer) < set(positions)
 
 
 def test_masks_depend_on_seed_epoch_and_sample_alone(samples):
@@ -388,6 +421,42 @@ def test_training_on_a_mixture_resumes_exactly(two, tmp_path, capsys):
     train.main(toy_argv(f"{a}:0.7,{b}:0.3", tmp_path / "x", **options, dry_run=True))
     estimate = capsys.readouterr().out
     assert f"{a}: 300 samples, 0.30 epochs" in estimate and f"{b}: 47 samples, 0.82 epochs" in estimate
+
+
+def wordpiece_tokenizer(path, vocab_size=VOCAB_SIZE):
+    entries = [*SPECIAL, *(f"w{i}" if i % 3 else f"##{i}" for i in range(vocab_size - len(SPECIAL)))]
+    tokenizer = vocabulary.wordpiece(cased=True, vocab={entry: i for i, entry in enumerate(entries)})
+    vocabulary.finish(tokenizer)
+    tokenizer.save(str(path))
+
+
+def test_training_on_whole_words(two, tmp_path, monkeypatch, capsys):
+    """Masks depend on the sample alone; a resume is exact; the held-out split is masked token by token as ever."""
+    monkeypatch.setattr("tests.toy.make_tokenizer", wordpiece_tokenizer)
+    shards = make_shards(tmp_path / "shards")
+    for path in (shards, f"{shards}:1"):
+        words = data.open_samples(path, "train", 32, chunk=True, whole_words=True)
+        assert stream(words, range(3), 128, 1) == stream(words, range(3), 400, 2)
+        batch = words.micro_batch(np.arange(100), np.zeros(100, int), 1, 0.3)
+        masked = set(batch.masked_positions[: batch.num_masked].tolist())
+        tokens = sum(sequences(batch), [])
+        inside = [i for i, token in enumerate(tokens) if words.continues[token] and tokens[i - 1] >= len(SPECIAL)]
+        assert len(inside) > 100 and all((i in masked) == (i - 1 in masked) for i in inside)
+    for name, options in (("words", {"whole_words": True}), ("resumed", {"whole_words": True}), ("tokens", {})):
+        train.main(toy_argv(shards, tmp_path / name, **options, keep_checkpoints=9))
+    for step in (8, 10):
+        shutil.rmtree(tmp_path / "resumed" / f"step_{step:08d}")
+    train.main(toy_argv(shards, tmp_path / "resumed", whole_words=True, keep_checkpoints=9))
+    weights = {
+        name: files_of(tmp_path / name / "step_00000010")["model.safetensors"] for name in ("words", "resumed", "tokens")
+    }
+    assert weights["words"] == weights["resumed"] != weights["tokens"]
+    counts = [[record["num_masked"] for record in read_log(tmp_path / name, "eval")] for name in ("words", "tokens")]
+    assert counts[0] == counts[1]
+    error = train_fails(capsys, shards, tmp_path / "words")
+    assert "holds a run that differs: whole_words was True and is False" in error
+    error = train_fails(capsys, two[0][0], tmp_path / "x", whole_words=True)
+    assert "tokenizer.json: does not mark pieces inside words" in error and not (tmp_path / "x").exists()
 
 
 def train_fails(capsys, *arguments, **options):

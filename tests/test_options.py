@@ -17,6 +17,7 @@ class Options:
     fast: bool = False  # whether
     name: str = "x"  # what to call it
     kind: Literal["red", "green"] = "red"  # colour
+    two_words: int = 1  # how many words
 
 
 def load(*argv):
@@ -37,6 +38,41 @@ def test_precedence_is_default_file_flag_in_any_order(tmp_path):
     assert load(str(file)) == Options(lr=0.5, steps=7)
     assert load("--steps=9", str(file)) == load(str(file), "--steps=9") == Options(lr=0.5, steps=9)
     assert load("--steps=9", "--steps=8").steps == 8
+    assert load(f"--config={file}", "--steps=9") == load("--config", str(file), "--steps=9") == Options(lr=0.5, steps=9)
+    assert "second config file" in refused(str(file), f"--config={file}")
+
+
+@pytest.mark.parametrize(
+    "line, expected",
+    [
+        ("--lr 1 --steps 7", {"lr": 1.0, "steps": 7}), ("--lr -.5 --name -5", {"lr": -0.5, "name": "-5"}),
+        ("--two-words 3 --two_words=4", {"two_words": 4}), ("--two-words=3", {"two_words": 3}),
+        ("--fast true --lr 1", {"fast": True, "lr": 1.0}), ("--fast False", {"fast": False}), ("--name true", {"name": "true"}),
+        ("--fast --lr 1", {"fast": True, "lr": 1.0}), ("--name=--lr", {"name": "--lr"}),
+        ("--name - --fast", {"name": "-", "fast": True}), ("--steps 1 --steps 2", {"steps": 2}),
+    ],
+)  # fmt: skip
+def test_values_may_be_words_of_their_own(line, expected):
+    assert load(*line.split()) == Options(**expected)
+
+
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        ("--name --lr=1", "--name: no value given, as --lr=1 looks like an option (if it is the value, write --name=--lr=1)"),
+        ("--two-words", "--two-words: no value given (write --two-words=VALUE)"),
+        ("--steps two", "--steps: 'two' is not a whole number"),
+        ("--two-word 3", "--two-word: unknown option (did you mean two_words?)"), ("--lr -x", "-x looks like an option"),
+        ("--fast maybe", "maybe: No such file or directory (expected a config file; options are written --name=value)"),
+    ],
+)  # fmt: skip
+def test_refused_words(line, says):
+    assert says in refused(*line.split())
+
+
+def test_a_bool_before_the_config_file(tmp_path):
+    (tmp_path / "a.py").write_text("steps = 7\n")
+    assert load("--fast", str(tmp_path / "a.py")) == Options(fast=True, steps=7)
 
 
 @pytest.mark.parametrize(

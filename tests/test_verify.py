@@ -12,8 +12,9 @@ def test_verify(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == [
         f"{path}: 3 shards, all digests, offsets and tokens are right" for path in (a, b)
     ]
-    verify.main([a, b])  # as people type it
-    assert capsys.readouterr().out.count("3 shards, all digests") == 2
+    for argv in ([a, b], [a, "--data-dir", b]):  # as people type it
+        verify.main(argv)
+        assert capsys.readouterr().out.count("3 shards, all digests") == 2
     path = tmp_path / "b" / "train_00001.bin"
     contents = bytearray(path.read_bytes())
     contents[-2] ^= 1  # still a token of the vocabulary: only the digest can tell

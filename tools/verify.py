@@ -8,7 +8,7 @@ copied a directory: a token that became another one has no other trace.
 
 from dataclasses import dataclass
 
-from common.options import UserError, command, load_config
+from common.options import UserError, command, load_config, split_argv
 from data import verify
 
 
@@ -19,8 +19,8 @@ class VerifyConfig:
 
 @command
 def main(argv):
-    bare = [arg for arg in argv if not arg.startswith("-")]
-    cfg = load_config(VerifyConfig, [arg for arg in argv if arg not in bare])
+    bare, options = split_argv(VerifyConfig, argv)
+    cfg = load_config(VerifyConfig, [f"--{name}={value}" for name, value in options.items()])
     directories = [*bare, *filter(None, cfg.data_dir.split(","))]
     if not directories:
         raise UserError("--data_dir: not given (a directory made by prepare_c4.py)")
