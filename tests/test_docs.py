@@ -229,6 +229,44 @@ def test_budgets_are_those_of_the_runs():
     assert len(early) == 6 and f"from {min(early):.1f} % to {max(early):.1f} % early" in flat("docs/training.md")
 
 
+def test_recipe_trials_are_what_was_logged():
+    """results/README.md "recipe_h200": each held-out loss, every fine-tuning score, and each step's time."""
+    folder, text = ROOT / "results" / "recipe_h200", section("results/README.md", "recipe_h200/")
+    (*_, long) = [r for r in plot.read_log(folder / "long_512_1e-3.jsonl") if r["event"] == "eval"]
+    assert f"held-out loss of {long['loss']:.3f}" in " ".join(text.split())
+    for path in set(folder.glob("*e-*.jsonl")) | {folder / "short_three_iterations.jsonl"}:
+        records = plot.read_log(path)
+        loss = [record["loss"] for record in records if record["event"] == "eval"][-1]
+        (row,) = [line for line in text.splitlines() if f"(recipe_h200/{path.name})" in line]
+        if row.startswith("|"):
+            assert f"| {loss:.3f} |" in row
+        if row.count("|") == 7:
+            assert f"| {records[-1]['step']:,} |" in row
+    cells, start = {}, None
+    for line in (folder / "finetuning.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if record["event"] == "start":
+            start = record["identity"]
+        elif record["event"] == "end":
+            values = [value for name, value in record["metrics"].items() if name != "pearson"]
+            key = (record["model"], start["task"], start["dropout"], start["warmup_fraction"], start["lr"])
+            cells.setdefault(key, []).append(100 * sum(values) / len(values))
+    rows = [("muon_1e-3", 0.06, 0.1), ("muon_1e-3_dropout", 0.06, 0.1), ("adamw_1e-3_dropout", 0.06, 0.1)]
+    rows += [("muon_5e-4", 0.06, 0.1), ("long_512_1e-3", 0.06, 0.1), ("long_512_1e-3", 0.25, 0.1), ("long_512_1e-3", 0.25, 0.0)]
+    usual = {"cola": 7e-5, "mrpc": 8e-5, "stsb": 3e-5}
+    rows = [(*row, usual) for row in rows] + [("long_512_1e-3", 0.25, 0.1, dict.fromkeys(usual, 3e-5))]
+    for model, warmup, dropout, rates in rows:
+        found = [cells.get((model, task, dropout, warmup, rate), []) for task, rate in rates.items()]
+        # Two processes had the same settings for STS-B, and the same score: it is shown once.
+        assert " | ".join(", ".join(dict.fromkeys(f"{value:.1f}" for value in values)) for values in found) in text
+    for path, counts in (("first", [128]), ("", [256, 4096]), ("512", [512])):
+        times = json.loads((folder / f"small_steps{'_' * bool(path)}{path}.json").read_text())["rows"]
+        for count in counts:
+            row = [f"{result['ms']:.2f} ms" for result in times if result["samples"] == count]
+            (line,) = [line for line in text.splitlines() if line.startswith(f"| [{count:,}](recipe")]
+            assert [cell for cell in re.findall(r"[\d.]+ ms", line)] == row
+
+
 def test_lengths_are_those_of_the_runs():
     """Each loss in the sentence about longer texts, of the runs of 8 minutes."""
     sentence = text_of("docs/results.md").partition("**Longer texts.**")[2].partition("![held-out")[0]
