@@ -133,7 +133,7 @@ def check_format(name, where):
 
 def split_suffixes(path):
     """(format, compression) of a file name, such as (".jsonl", ".gz") or (".txt", "")."""
-    base, suffix = os.path.splitext(path.lower())
+    base, suffix = os.path.splitext(path.lower().replace(".ndjson", ".jsonl"))
     return (os.path.splitext(base)[1], suffix) if suffix in COMPRESSIONS else (suffix, "")
 
 

@@ -186,6 +186,8 @@ def test_own_numbers_are_regression(pretrained, tmp_path, capsys):
         ("--train_file=a.csv", "together"),
         ("", "give --train_file and --val_file, or --predict_file"),
         ("--predict_file=a.csv", "not fine-tuned"),
+        ("--predict_file=a.csv --epochs=3", "--epochs: needs --train_file (a model predicts as it was trained)"),
+        ("--predict_file=a.csv --max_length=64", "--max_length: needs --train_file"),
         ("--predict_file=a.csv --text_columns=a,b,c", "two for pairs"),
         ("--train_file=a.csv --val_file=a.csv --text_columns=label", "is a text column too"),
     ],

@@ -438,3 +438,7 @@ def test_an_interrupted_or_finished_run_does_not_ask_the_hub_again(c4, monkeypat
     hub.requests.clear()
     prepare(source="c4")
     assert "nothing to do" in capsys.readouterr().out and not hub.requests
+
+
+def test_ndjson_is_json_lines():
+    assert sources.split_suffixes("data/A.NDJSON.gz") == (".jsonl", ".gz")

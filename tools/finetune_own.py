@@ -11,6 +11,7 @@ counted from 0. The same command keeps the seeds that are finished, and starts t
 Read next: finetune_glue.py, whose parts this uses
 """
 
+import dataclasses
 import os
 import unicodedata
 from collections import Counter
@@ -38,6 +39,10 @@ from model import choose_kernels
 
 RECIPES = {"mosaic": Settings(5e-5, 0.1, 32, 5, 1), "fast": Settings(1e-4, 0.1, 128, 3, 1)}
 MAX_CLASSES = 20  # more different numbers than this are regression
+FOR_TRAINING = (  # options that mean nothing with a --predict_file alone
+    "label_column", "problem", "recipe", "seeds", "epochs", "lr", "batch_size", "warmup_fraction", "dropout", "max_length",
+    "random_weights",
+)  # fmt: skip
 RARE = 5  # labels with fewer rows are warned about
 MISSING = {"na", "n/a", "nan", "nil", "none", "null", "-", "?"}  # what others write where a label is missing
 
@@ -58,6 +63,9 @@ class OwnConfig(FineTuneConfig):
             raise UserError("give --train_file and --val_file together")
         if not self.train_file and not self.predict_file:
             raise UserError("give --train_file and --val_file, or --predict_file")
+        for field in dataclasses.fields(self):
+            if not self.train_file and field.name in FOR_TRAINING and getattr(self, field.name) != field.default:
+                raise UserError(f"--{field.name}: needs --train_file (a model predicts as it was trained)")
         if len(self.text_columns.split(",")) > 2:
             raise UserError(f"text_columns={self.text_columns}: one column, or two for pairs")
         if self.train_file and self.label_column in self.columns():
