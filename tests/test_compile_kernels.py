@@ -33,6 +33,7 @@ TYPES = {  # of arguments; other pointers have the tensors' dtype, other scalars
     **dict.fromkeys(("cu_seqlens_ptr", "windows_ptr"), "*i32"),
     **dict.fromkeys(("seed_ptr", "labels_ptr"), "*i64"),
 }
+FP8 = {"y8_ptr", "y8_t_ptr", "out_t_ptr", "dx_t_ptr", "scale_ptr", "amax_ptr"}  # None in bf16
 
 
 def configurations(everything):
@@ -86,7 +87,7 @@ def compile_one(configuration):
         if (file, name) == ("layernorm", "backward"):
             launch["SUM_DX"] = True
     options = {key: launch.pop(key) for key in ("num_warps", "num_stages", "maxnreg") if key in launch}
-    constants = {**launch, **dict.fromkeys(none)}
+    constants = {**launch, **dict.fromkeys(none), **dict.fromkeys(FP8 & set(kernel.arg_names))}
     signature, aligned = {}, {}
     for i, argument in enumerate(kernel.arg_names):
         if argument in constants:

@@ -1,0 +1,131 @@
+"""FP8 matrix products: tensors stored in 8 bits with one scale each, and the kernels and helpers that write them.
+
+    q = saturate(x * scale) rounded to FP8,   x is about q / scale,   a @ b is about (q_a @ q_b) / (scale_a * scale_b)
+
+Two formats. e4m3, for activations and weights: 3 bits of mantissa, so a relative rounding error of at most 2^-4, normal
+from 2^-6 to 448. e5m2, for gradients: 2 bits, at most 2^-3, normal from 2^-14 to 57,344. Values beyond the largest become
+the largest, never infinity. Scales are powers of two: multiplying by one rounds nothing, so a scale decides only which
+values are too large or too small for the format.
+
+A tensor's scale is delayed: it comes from the largest magnitude (amax) in earlier steps, since to know this step's the
+tensor would have to be read twice. Each program that writes the tensor adds its own amax by an atomic maximum, whose result
+does not depend on the order.
+
+The matrix units of Hopper and Ada want both operands with the summed dimension contiguous. In a layer y = x W^T, with W
+(out, in), that is x and W as they are for y, dy and W^T for dx, but dy^T and x^T, contiguous, for dW = dy^T x. So
+whoever writes x or dy writes it twice, straight and transposed, 2 bytes per element, as many as bf16 takes once.
+
+Limits: GPUs of compute capability 8.9 or higher; numbers of rows divisible by 16.
+Tested: tests/test_fp8.py, by Triton's interpreter on a CPU and compiled on a GPU.
+
+Source: Micikevicius et al. 2022, FP8 Formats for Deep Learning, arXiv 2209.05433.
+
+Read next: kernels/cross_entropy.py
+"""
+
+import torch
+
+from kernels.backend import tl, triton
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+AMAX_SLOTS = tl.constexpr(64)  # per tensor, so that programs seldom wait for each other's atomic operation
+
+
+@triton.jit
+def to_fp8(x, scale, dtype: tl.constexpr):
+    """saturate(x * scale); NaN stays NaN."""
+    LARGEST: tl.constexpr = 448.0 if dtype == tl.float8e4nv else 57344.0
+    return tl.clamp(x * scale, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL).to(dtype)
+
+
+@triton.jit
+def store_fp8(x, scale_ptr, ptr, t_ptr, offs_r, offs_c, columns, num_rows, C: tl.constexpr):
+    """Store a tile x, (BLOCK_R, BLOCK_C) fp32, in FP8: at rows offs_r and columns offs_c of ptr, (num_rows, C), and of its
+    transpose t_ptr, (C, num_rows). One of the two may be None.
+
+    offs_r: (BLOCK_R,) int64, offs_c: (BLOCK_C,), columns: which of them exist. num_rows is a multiple of 16, which the
+    compiler must know to store 16 bytes at a time.
+    """
+    num_rows = num_rows // 16 * 16
+    q = to_fp8(x, tl.load(scale_ptr), ptr.dtype.element_ty if t_ptr is None else t_ptr.dtype.element_ty)
+    rows = offs_r < num_rows
+    if ptr is not None:
+        tl.store(ptr + offs_r[:, None] * C + offs_c[None, :], q, mask=rows[:, None] & columns[None, :])
+    if t_ptr is not None:
+        t_ptrs = t_ptr + offs_c.to(tl.int64)[:, None] * num_rows + offs_r[None, :]
+        tl.store(t_ptrs, tl.trans(q), mask=columns[:, None] & rows[None, :])
+
+
+@triton.jit
+def add_amax(x, amax_ptr):
+    """Raise one of the tensor's AMAX_SLOTS maxima to that of |x|. amax_ptr: int32, since the bits of magnitudes are ordered
+    as the magnitudes are."""
+    amax = tl.max(tl.max(tl.abs(x), 1), 0)
+    tl.atomic_max(amax_ptr + tl.program_id(0) % AMAX_SLOTS, amax.to(tl.int32, bitcast=True), sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def quantize_kernel(
+    x_ptr,  # (num_rows, C)
+    scale_ptr,  # () fp32
+    q_ptr,  # (num_rows, C) FP8: written, or None
+    q_t_ptr,  # (C, num_rows) FP8: written, or None
+    amax_ptr,  # (AMAX_SLOTS,) int32: raised, or None
+    num_rows,
+    C: tl.constexpr,
+    BLOCK_R: tl.constexpr,  # rows of one program
+    BLOCK_C: tl.constexpr,  # columns of one program
+):
+    PARTS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    offs_r = (tl.program_id(0) // PARTS * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
+    offs_c = tl.program_id(0) % PARTS * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = (offs_r < num_rows)[:, None] & (offs_c < C)[None, :]
+    x = tl.load(x_ptr + offs_r[:, None] * C + offs_c[None, :], mask=mask, other=0.0).to(tl.float32)  # (BLOCK_R, BLOCK_C)
+    if amax_ptr is not None:
+        add_amax(x, amax_ptr)
+    store_fp8(x, scale_ptr, q_ptr, q_t_ptr, offs_r, offs_c, offs_c < C, num_rows, C)
+
+
+# Not timed yet: a tile is 64 bytes of each of 64 columns.
+def quantize_config(C):
+    return {"C": C, "BLOCK_R": 64, "BLOCK_C": 64, "num_warps": 4}
+
+
+def empty_fp8(x, num_rows, C, dtype):
+    """Uninitialised (num_rows, C) and (C, num_rows) of dtype, on x's device."""
+    return x.new_empty((num_rows, C), dtype=dtype), x.new_empty((C, num_rows), dtype=dtype)
+
+
+def quantize(x, scale, dtype, amax=None):
+    """x, (num_rows, C) contiguous, in FP8: itself, and transposed. dtype: E4M3 or E5M2."""
+    num_rows, C = x.shape
+    q, q_t = empty_fp8(x, num_rows, C, dtype)
+    cfg = quantize_config(C)
+    quantize_kernel[quantize_grid(num_rows, cfg)](x, scale, q, q_t, amax, num_rows, **cfg)
+    return q, q_t
+
+
+def quantize_grid(num_rows, cfg):
+    return (triton.cdiv(num_rows, cfg["BLOCK_R"]) * triton.cdiv(cfg["C"], cfg["BLOCK_C"]),)
+
+
+def product(a, b, inverse_a, inverse_b, fast=True):
+    """a @ b.T * inverse_a * inverse_b in bf16, for a (m, k) and b (n, k), both contiguous FP8.
+
+    inverse_a, inverse_b: () fp32, 1 / scale. fast: the matrix units add up in their own registers, of about 14 bits of
+    mantissa, instead of fp32's 24.
+    """
+    return torch._scaled_mm(
+        a, b.t(), scale_a=inverse_a, scale_b=inverse_b, out_dtype=torch.bfloat16, use_fast_accum=fast
+    )
+
+
+def amax_of(slots):
+    """The largest magnitude in (..., AMAX_SLOTS) int32 slots, fp32."""
+    return slots.amax(-1).view(torch.float32)
+
+
+def scale_for(amax, dtype, headroom=2.0):
+    """The power of two that brings headroom * amax to at most the format's largest number; 1 for amax 0, inf or NaN."""
+    scale = torch.exp2(torch.floor(torch.log2(torch.finfo(dtype).max / (headroom * amax))))
+    return torch.where(scale.isfinite() & (scale > 0), scale, 1.0)
