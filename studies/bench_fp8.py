@@ -480,7 +480,7 @@ def time_interleaved(functions, rounds, device):
             if round_ < 0:
                 function()
             else:
-                torch.cuda._sleep(1_000_000)  # about 0.6 ms, in which the CPU can launch ahead
+                torch.cuda._sleep(2_000_000)  # about 1 ms, in which the CPU can launch ahead
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             for _ in range(repeats):
