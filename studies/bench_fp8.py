@@ -417,7 +417,8 @@ def check_all(device, C, F, tokens, say, working):
                     problem = check_writer(entry, twin)
                 elif entry.twin:
                     error = relative_error(entry.run(), entries[entry.twin].run())
-                    problem = "" if error < (0.08 if device.type == "cuda" else 0.2) else f"relative error {error:.3f} against bf16"
+                    worst = 0.08 if device.type == "cuda" else 0.2
+                    problem = "" if error < worst else f"relative error {error:.3f} against bf16"
                 else:
                     entry.run()
                     problem = ""
@@ -565,13 +566,16 @@ def measure(cfg, tokens, device, working, ceilings, started, say):
     for name, ms in times.items():
         rows[f"path / {name}"] = {"ms": ms, "ns_per_token": 1e6 * ms / tokens}
         say(f"{'path / ' + name:52}{ms:8.4f}{1e6 * ms / tokens:10.3f}   {memory.get(name, 0):.2f} GiB")
-    weights = {name: rows.get(f"weights, once per step / {name}", {"ms": 0.0})["ms"] for name in ("bf16 cast", "FP8, both ways")}
-    weights["FP8, both ways"] += rows.get("weights, once per step / scales of 12 layers", {"ms": 0.0})["ms"] / 12
+
+    def weights(name):
+        return rows.get(f"weights, once per step / {name}", {"ms": 0.0})["ms"]
+
+    weights_bf16, weights_fp8_ = weights("bf16 cast"), weights("FP8, both ways") + weights("scales of 12 layers") / 12
     share = tokens / STEP_TOKENS  # of the weights' conversion
     for name, ms in times.items():
         if name != "bf16" and "bf16" in times:
             summary["speedup"][name] = times["bf16"] / ms
-            counted = (times["bf16"] + share * weights["bf16 cast"]) / (ms + share * weights["FP8, both ways"])
+            counted = (times["bf16"] + share * weights_bf16) / (ms + share * weights_fp8_)
             summary["speedup"][f"{name}, with the weights' share"] = counted
     for name, ratio in summary["speedup"].items():
         say(f"{name:60}{ratio:6.3f}x bf16")
@@ -624,7 +628,8 @@ def main(argv):
     checks = check_all(device, cfg.hidden, cfg.width, 128 if cfg.toy else 4096, say, working)
     say(f"checked after {time.perf_counter() - started:.0f} s")
     ceilings = measure_ceilings(device, cfg.rounds, cfg.toy)
-    say(f"copy {ceilings[0] / 1e12:.2f} TB/s; 8192^3 in bf16 {ceilings[1][False] / 1e12:.0f}, FP8 {ceilings[1][True] / 1e12:.0f} TFLOP/s")
+    rates = f"8192^3 in bf16 {ceilings[1][False] / 1e12:.0f}, FP8 {ceilings[1][True] / 1e12:.0f} TFLOP/s"
+    say(f"copy {ceilings[0] / 1e12:.2f} TB/s; {rates}")
     result = {"device": device_name(device), "versions": versions(), "checks": checks, "sizes": {}}
     result["ceilings"] = {"copy_bytes_per_s": ceilings[0], "bf16_flops": ceilings[1][False], "fp8_flops": ceilings[1][True]}
     for tokens in map(int, cfg.tokens.split(",")):
