@@ -7,9 +7,14 @@ from 2^-6 to 448. e5m2, for gradients: 2 bits, at most 2^-3, normal from 2^-14 t
 the largest, never infinity. Scales are powers of two: multiplying by one rounds nothing, so a scale decides only which
 values are too large or too small for the format.
 
-A tensor's scale is delayed: it comes from the largest magnitude (amax) in earlier steps, since to know this step's the
-tensor would have to be read twice. Each program that writes the tensor adds its own amax by an atomic maximum, whose result
-does not depend on the order.
+Scales are delayed, since to know this step's largest magnitude (amax) a tensor would have to be read twice. With limit the
+largest number that a tensor's amax may become, a fraction of the format's:
+
+    largest = max(amax of this step, 0.9 * largest),   scale = 2^floor(log2(limit / largest)) in the next step
+
+So a tensor may grow by 4 (e4m3) or 64 (e5m2) from one step to the next before its largest elements saturate, and a
+spike is soon forgotten. Each program that writes a tensor adds its own amax by an atomic maximum, whose result does not
+depend on the order. `Scales` holds the state, on the GPU; nothing waits for it.
 
 The matrix units of Hopper and Ada want both operands with the summed dimension contiguous. In a layer y = x W^T, with W
 (out, in), that is x and W as they are for y, dy and W^T for dx, but dy^T and x^T, contiguous, for dW = dy^T x. So
@@ -20,10 +25,13 @@ Tested: tests/test_fp8.py, by Triton's interpreter on a CPU and compiled on a GP
 
 Source: Micikevicius et al. 2022, FP8 Formats for Deep Learning, arXiv 2209.05433.
 
-Read next: kernels/cross_entropy.py
+Read next: kernels/fp8_layers.py
 """
 
+from typing import NamedTuple
+
 import torch
+from torch import Tensor, nn
 
 from kernels.backend import tl, triton
 
@@ -86,6 +94,61 @@ def quantize_kernel(
     store_fp8(x, scale_ptr, q_ptr, q_t_ptr, offs_r, offs_c, offs_c < C, num_rows, C)
 
 
+class Scaled(NamedTuple):
+    """What a tensor in FP8 comes with: its scale, 1 / scale, both () fp32, and its (AMAX_SLOTS,) int32 maxima."""
+
+    scale: Tensor
+    inverse: Tensor
+    slots: Tensor
+
+
+class Scales(nn.Module):
+    """Delayed scaling of the same tensors in each of num_layers layers. kinds: theirs, keys of FIRST."""
+
+    FIRST = {"activation": 2.0**3, "weight": 2.0**6, "gradient": 2.0**20}  # scales of the first step
+    LIMIT = {"activation": 448 / 4, "weight": 448 / 4, "gradient": 57344 / 64}
+    DECAY = 0.9
+
+    def __init__(self, num_layers, kinds):
+        super().__init__()
+        first = torch.tensor([self.FIRST[kind] for kind in kinds]).repeat(num_layers, 1)
+        # Not in the state dict, which holds the published weights' names: train.py saves `largest`.
+        self.register_buffer("scale", first, persistent=False)  # (num_layers, len(kinds)), as are these:
+        self.register_buffer("inverse", 1 / first, persistent=False)
+        self.register_buffer("largest", torch.zeros_like(first), persistent=False)  # 0: not seen yet
+        self.register_buffer("limit", torch.tensor([self.LIMIT[kind] for kind in kinds]), persistent=False)
+        slots = torch.zeros(*first.shape, AMAX_SLOTS.value, dtype=torch.int32)
+        self.register_buffer("slots", slots, persistent=False)
+
+    def of_layer(self, layer):
+        """A Scaled for each tensor."""
+        return [Scaled(*each) for each in zip(self.scale[layer], self.inverse[layer], self.slots[layer])]
+
+    def update(self, reduce):
+        """After a step: scales for the next. Returns whether every magnitude was finite, on the device.
+
+        reduce: takes the amaxes, (num_layers, len(kinds)) fp32, to their maxima over all processes.
+        """
+        amax = reduce(self.slots.amax(-1).view(torch.float32))
+        finite = amax.isfinite()
+        self.set(torch.where(finite, torch.maximum(amax, self.DECAY * self.largest), self.largest))
+        self.slots.zero_()
+        return finite.all()
+
+    def restore(self, largest):
+        """Continue from `largest` as `tolist` gave it, or begin, for None; and forget what was seen since."""
+        self.slots.zero_()
+        if largest is not None:
+            self.set(torch.tensor(largest))
+
+    def set(self, largest):
+        """Take over `largest`, (num_layers, len(kinds)), and the scales that follow from it."""
+        self.largest.copy_(largest)
+        exponent = torch.floor(torch.log2(self.limit / self.largest)).clamp(-100, 100)
+        self.scale.copy_(torch.where(self.largest > 0, torch.exp2(exponent), self.scale))
+        self.inverse.copy_(1 / self.scale)
+
+
 # Not timed yet: a tile is 64 bytes of each of 64 columns.
 def quantize_config(C):
     return {"C": C, "BLOCK_R": 64, "BLOCK_C": 64, "num_warps": 4}
@@ -96,36 +159,25 @@ def empty_fp8(x, num_rows, C, dtype):
     return x.new_empty((num_rows, C), dtype=dtype), x.new_empty((C, num_rows), dtype=dtype)
 
 
-def quantize(x, scale, dtype, amax=None):
+def tiles(num_rows, C, cfg):
+    """The grid of a kernel whose programs have one tile each."""
+    return (triton.cdiv(num_rows, cfg["BLOCK_R"]) * triton.cdiv(C, cfg["BLOCK_C"]),)
+
+
+def quantize(x, dtype, scaled, cfg=None):
     """x, (num_rows, C) contiguous, in FP8: itself, and transposed. dtype: E4M3 or E5M2."""
     num_rows, C = x.shape
     q, q_t = empty_fp8(x, num_rows, C, dtype)
-    cfg = quantize_config(C)
-    quantize_kernel[quantize_grid(num_rows, cfg)](x, scale, q, q_t, amax, num_rows, **cfg)
+    cfg = cfg or quantize_config(C)
+    quantize_kernel[tiles(num_rows, C, cfg)](x, scaled.scale, q, q_t, scaled.slots, num_rows, **cfg)
     return q, q_t
 
 
-def quantize_grid(num_rows, cfg):
-    return (triton.cdiv(num_rows, cfg["BLOCK_R"]) * triton.cdiv(cfg["C"], cfg["BLOCK_C"]),)
+def product(a, b, of_a, of_b, dtype, fast=True, bias=None):
+    """a @ b.T of the tensors that a (m, k) and b (n, k), both contiguous FP8, stand for, plus bias. of_a, of_b: Scaled.
 
-
-def product(a, b, inverse_a, inverse_b, fast=True):
-    """a @ b.T * inverse_a * inverse_b in bf16, for a (m, k) and b (n, k), both contiguous FP8.
-
-    inverse_a, inverse_b: () fp32, 1 / scale. fast: the matrix units add up in their own registers, of about 14 bits of
-    mantissa, instead of fp32's 24.
+    fast: the matrix units add up in their own registers, of about 14 bits of mantissa, instead of fp32's 24.
     """
     return torch._scaled_mm(
-        a, b.t(), scale_a=inverse_a, scale_b=inverse_b, out_dtype=torch.bfloat16, use_fast_accum=fast
+        a, b.t(), scale_a=of_a.inverse, scale_b=of_b.inverse, bias=bias, out_dtype=dtype, use_fast_accum=fast
     )
-
-
-def amax_of(slots):
-    """The largest magnitude in (..., AMAX_SLOTS) int32 slots, fp32."""
-    return slots.amax(-1).view(torch.float32)
-
-
-def scale_for(amax, dtype, headroom=2.0):
-    """The power of two that brings headroom * amax to at most the format's largest number; 1 for amax 0, inf or NaN."""
-    scale = torch.exp2(torch.floor(torch.log2(torch.finfo(dtype).max / (headroom * amax))))
-    return torch.where(scale.isfinite() & (scale > 0), scale, 1.0)

@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend import DTYPES, operator, tl, triton, uses_triton
-from kernels.fp8 import add_amax, store_fp8
+from kernels.fp8 import E4M3, E5M2, add_amax, empty_fp8, store_fp8
 from kernels.layernorm import dropout_args, keep_mask
 
 MINUS_HALF_LOG2E = tl.constexpr(-0.5 * math.log2(math.e))
@@ -148,6 +148,32 @@ def launch_config(F_):
 
 def grid(num_rows, cfg):
     return (triton.cdiv(num_rows, cfg["BLOCK_R"]) * triton.cdiv(cfg["F_"], cfg["BLOCK_F"]),)
+
+
+# With FP8 a tile is 64 bytes of each of 64 columns. Not timed yet.
+def launch_config_fp8(F_):
+    return {"F_": F_, "BLOCK_R": 64, "BLOCK_F": 64, "num_warps": 4}
+
+
+def geglu_fp8(x, seed, dropout_prob, scaled, cfg=None):
+    """out in e4m3, (num_rows, F), and transposed. scaled: its kernels.fp8.Scaled."""
+    num_rows, width = x.shape
+    out, out_t = empty_fp8(x, num_rows, width // 2, E4M3)
+    cfg = cfg or launch_config_fp8(width // 2)
+    forward_kernel[grid(num_rows, cfg)](
+        x, out, seed, out_t, scaled.scale, scaled.slots, num_rows, *dropout_args(dropout_prob), **cfg
+    )
+    return out, out_t
+
+
+def geglu_backward_fp8(dout, x, seed, dropout_prob, scaled, cfg=None):
+    """dx in e5m2, (num_rows, 2F), and transposed. scaled: its kernels.fp8.Scaled."""
+    dx, dx_t = empty_fp8(x, *x.shape, E5M2)
+    cfg = cfg or launch_config_fp8(x.shape[1] // 2)
+    backward_kernel[grid(len(x), cfg)](
+        dout, x, dx, seed, dx_t, scaled.scale, scaled.slots, len(x), *dropout_args(dropout_prob), **cfg
+    )
+    return dx, dx_t
 
 
 # The kernels as two PyTorch operators. Outputs start uninitialised: the kernels write every element.
