@@ -46,7 +46,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend import DTYPES, operator, tl, triton, uses_triton
-from kernels.fp8 import store_fp8
 
 PHILOX_ROUNDS = tl.constexpr(7)
 DROPOUT_LEVELS = 2**16  # 16 random bits decide one element
@@ -144,9 +143,6 @@ def forward_kernel(
     z_ptr,  # (num_rows, C): written, or None where z is x
     mean_ptr,  # (num_rows,) fp32: written
     rstd_ptr,  # (num_rows,) fp32: written
-    y8_ptr,  # (num_rows, C) FP8: written, or None
-    y8_t_ptr,  # (C, num_rows) FP8: written, or None
-    scale_ptr,  # () fp32, of FP8, or None
     num_rows,
     threshold,  # elements whose 16 random bits are below this are dropped
     keep_scale,  # 1 / (1 - p)
@@ -178,9 +174,6 @@ def forward_kernel(
         bias = tl.load(bias_ptr + offs_c, mask=columns, other=0.0)
         y = (parts[i] - mean[:, None]) * rstd[:, None] * weight + bias
         tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
-        if scale_ptr is not None:
-            part_c = i * BLOCK_C + tl.arange(0, BLOCK_C)
-            store_fp8(y, scale_ptr, y8_ptr, y8_t_ptr, offs_r.to(tl.int64), part_c, part_c < C, num_rows, C)
     tl.store(mean_ptr + offs_r, mean, mask=offs_r < num_rows)
     tl.store(rstd_ptr + offs_r, rstd, mask=offs_r < num_rows)
 
@@ -294,7 +287,7 @@ def layernorm_op(
     y, z, mean, rstd = empty_outputs(x, x_bias, residual, seed)
     cfg = launch_config(x.shape[1])
     forward_kernel[(triton.cdiv(len(x), cfg["BLOCK_R"]),)](
-        *(x, x_bias, residual, weight, bias, seed, y, z if len(z) else None, mean, rstd, None, None, None),
+        *(x, x_bias, residual, weight, bias, seed, y, z if len(z) else None, mean, rstd),
         *(len(x), *dropout_args(dropout_prob), eps),
         **cfg,
     )
