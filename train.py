@@ -554,8 +554,8 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
 
     dtype, name = str(process.dtype).removeprefix("torch."), processes.device_name(device)
     say(
-        f"{cfg.model}, {num_params:,} parameters, on {world_size} x {name}: {dtype}{' and FP8' if cfg.fp8 else ''}, {backend} kernels, "
-        f"micro-batches of at most {micro_batch_tokens:,} tokens"
+        f"{cfg.model}, {num_params:,} parameters, on {world_size} x {name}: "
+        f"{dtype}{' and FP8' if cfg.fp8 else ''}, {backend} kernels, micro-batches of at most {micro_batch_tokens:,} tokens"
     )
     if resumed_from:
         say(f"resuming from {resumed_from}")
@@ -611,7 +611,8 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
     for step, batches in prefetch(next_batches, steps_after(state["step"], cfg)):
         watchdog.at(step)
         tracer.at(step)
-        loss, grad_norm, asked = train_step(model, optimizer, batches, cfg, process, step, watchdog.signal > 0, raw_model.bert.fp8)
+        asked, fp8 = watchdog.signal > 0, getattr(raw_model.bert, "fp8", None)
+        loss, grad_norm, asked = train_step(model, optimizer, batches, cfg, process, step, asked, fp8)
         report.add(cfg, vocab_size, batches, loss, grad_norm)
 
         last, stop = step == cfg.max_steps, watchdog.all_stop(asked)

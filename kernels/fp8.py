@@ -1,6 +1,7 @@
 """FP8 matrix products: tensors stored in 8 bits with one scale each, and the kernels and helpers that write them.
 
-    q = saturate(x * scale) rounded to bf16 and then FP8,   x is about q / scale,   a @ b is about (q_a @ q_b) / (scale_a * scale_b)
+    q = saturate(x * scale), rounded to bf16 and then to FP8
+    x is about q / scale,   a @ b is about (q_a @ q_b) / (scale_a * scale_b)
 
 Two formats. e4m3, for activations and weights: 3 bits of mantissa, so a relative rounding error of at most 2^-4, normal
 from 2^-6 to 448. e5m2, for gradients: 2 bits, at most 2^-3, normal from 2^-14 to 57,344. Values beyond the largest become
