@@ -555,7 +555,7 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
     dtype, name = str(process.dtype).removeprefix("torch."), processes.device_name(device)
     say(
         f"{cfg.model}, {num_params:,} parameters, on {world_size} x {name}: "
-        f"{dtype}{' and FP8' if cfg.fp8 else ''}, {backend} kernels, micro-batches of at most {micro_batch_tokens:,} tokens"
+        f"{dtype}{' and FP8 (mfu is of the bfloat16 peak)' if cfg.fp8 else ''}, {backend} kernels, micro-batches of at most {micro_batch_tokens:,} tokens"
     )
     if resumed_from:
         say(f"resuming from {resumed_from}")

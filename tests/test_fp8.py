@@ -11,10 +11,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import checkpoint
 import kernels
+import train
+from common import estimate
+from common.batch import Batch
+from common.options import UserError
 from kernels import fp8, fp8_feed_forward, fp8_linear
 from kernels.backend import tl
 from kernels.fp8 import AMAX_SLOTS, E4M3, E5M2, Scaled, Scales, quantize
+from model import MaskedLM, ModelConfig, check_fp8
+from tests.toy import TOY_SIZE, make_shards, toy_argv
 
 geglu = importlib.import_module("kernels.geglu")  # `kernels.geglu` is the function
 pytestmark = pytest.mark.usefixtures("triton_backend", "right_rounding", "poison_empty")
@@ -196,3 +203,87 @@ def test_restored_scales_are_the_same():
     again.restore(scales.largest.tolist())
     for name in ("largest", "scale", "inverse", "slots"):
         assert torch.equal(getattr(scales, name), getattr(again, name))
+
+
+def toy_model_and_batch(device):
+    """3 sequences of 16 tokens, 16 of which are masked; no dropout."""
+    network = MaskedLM(ModelConfig(**TOY_SIZE, hidden_dropout=0.0), 100).to(device)
+    ids, masked = torch.randint(5, 100, (48,), device=device), torch.arange(0, 48, 3, device=device)
+    starts = torch.tensor([0, 16, 32, 48], dtype=torch.int32, device=device)
+    return network, Batch(ids, starts, 16, None, masked_positions=masked, labels=ids[masked])
+
+
+def test_model_in_fp8_has_nearly_the_same_loss_and_gradients(device):
+    network, batch = toy_model_and_batch(device)
+    wanted = network(batch), *torch.autograd.grad(network(batch) / 16, list(network.parameters()), allow_unused=True)
+    network.bert.use_fp8()
+    network.to(device)
+    for _ in range(2):  # the first step finds the scales
+        got = network(batch), *torch.autograd.grad(network(batch) / 16, list(network.parameters()), allow_unused=True)
+        assert network.bert.fp8.update(lambda t: t)
+    assert (network.bert.fp8.largest > 0).all()
+    names = ["loss", *(name for name, _ in network.named_parameters())]
+    for name, ours, exact in zip(names, got, wanted):
+        if exact is not None:
+            assert (ours - exact).norm() < 0.12 * exact.norm(), name
+    assert got[0] != wanted[0] and network.eval()(batch) == wanted[0]  # FP8 trains, and does not evaluate
+
+
+def test_an_infinity_that_fp8_saturates_skips_the_update(device):
+    network, batch = toy_model_and_batch(device)
+    network.bert.use_fp8()
+    network.to(device)
+    optimizer = torch.optim.AdamW(network.parameters(), fused=True)
+    cfg = train.TrainConfig(warmup_steps=1, lr=1.0)
+    for value, skipped in ((1.0, False), (math.inf, True)):
+        before = network.cls.predictions.transform.dense.weight.clone()
+        network(batch).backward()
+        network.bert.fp8.slots[0, 2, 0] = torch.tensor(value).view(torch.int32)
+        grad_norm = train.update(network, optimizer, cfg, 2, network.bert.fp8.update(lambda t: t))
+        assert grad_norm.isfinite() != skipped
+        assert torch.equal(before, network.cls.predictions.transform.dense.weight) == skipped
+
+
+@pytest.mark.parametrize(
+    "options, backend, says",
+    [
+        ({"model": "bert"}, "triton", "only MosaicBERT"),
+        ({}, "torch", "compute capability 8.9 or higher"),
+        ({"compile": True}, "triton", "not both"),
+        ({"intermediate_size": 40}, "triton", "intermediate_size=40 is not a multiple of 16"),
+    ],
+)
+def test_where_fp8_cannot_run(options, backend, says):
+    with pytest.raises(UserError, match=says):
+        check_fp8(train.TrainConfig(**options), backend, "cpu")
+
+
+def test_gpu_without_fp8(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    with pytest.raises(UserError, match="this GPU, of compute capability 8.6, has no FP8"):
+        check_fp8(train.TrainConfig(), "triton", "cuda")
+
+
+def test_estimate_knows_what_fp8_saves():
+    sizes = [estimate.memory_bytes(train.TrainConfig(fp8=fp8), torch.bfloat16, True, 0, 30522, 1) for fp8 in (False, True)]
+    assert sizes[0] - sizes[1] == 12 * (2 * 768 + 3072)  # bytes a token
+
+
+@pytest.mark.slow
+def test_resuming_in_fp8_changes_no_bit(tmp_path, monkeypatch):
+    """Three steps, and one more from their second; on a GPU in bf16."""
+    data_dir, device = make_shards(tmp_path / "data"), "cuda" if torch.cuda.is_available() else "cpu"
+    options = dict(kernels="triton", device=device, fp8=True, global_batch_size=4, checkpoint_interval=2, eval_interval=0)
+
+    def run(max_steps):
+        train.main(toy_argv(data_dir, tmp_path / "out", **options, schedule="wsd", warmup_steps=1, max_steps=max_steps))
+        path = tmp_path / "out" / f"step_{max_steps:08d}"
+        files = [(path / f"{name}.safetensors").read_bytes() for name in ("model", "optimizer")]
+        return [*files, checkpoint.read_json(path / "state.json", "")["fp8_largest"]]
+
+    whole = run(3)
+    for file in (tmp_path / "out" / "step_00000003").iterdir():
+        file.unlink()
+    (tmp_path / "out" / "step_00000003").rmdir()
+    assert run(3) == whole
+    assert np.array(whole[-1]).min() > 0
