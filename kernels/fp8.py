@@ -174,8 +174,9 @@ def quantize(x, dtype, scaled, cfg=None):
 def product(a, b, of_a, of_b, dtype, fast=True, bias=None):
     """a @ b.T of the tensors that a (m, k) and b (n, k), both contiguous FP8, stand for, plus bias. of_a, of_b: Scaled.
 
+    The product is rounded to bf16, whatever dtype is: in fp32, PyTorch on GPUs takes no bias.
     fast: the matrix units add up in their own registers, of about 14 bits of mantissa, instead of fp32's 24.
     """
-    return torch._scaled_mm(
-        a, b.t(), scale_a=of_a.inverse, scale_b=of_b.inverse, bias=bias, out_dtype=dtype, use_fast_accum=fast
-    )
+    bias = None if bias is None else bias.bfloat16()
+    scales = {"scale_a": of_a.inverse, "scale_b": of_b.inverse}
+    return torch._scaled_mm(a, b.t(), **scales, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=fast).to(dtype)
