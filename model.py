@@ -133,9 +133,11 @@ class MosaicLayer(nn.Module):
         )
         self.mlp = named(gated_layers=nn.Linear(C, 2 * F_, bias=False), wo=nn.Linear(F_, C), layernorm=LayerNorm(C))
 
-    def forward(self, x, residual, batch, slopes, rows=None):
-        """x and residual are the same tensor, (total_tokens, C). Returns two of (num_rows, C)."""
-        qkv = self.attention.self.Wqkv(x).unflatten(-1, (3, self.num_heads, -1))  # (total_tokens, 3, H, D)
+    def forward(self, x, residual, batch, slopes, rows=None, fp8=None):
+        """x and residual are the same tensor, (total_tokens, C). Returns two of (num_rows, C). fp8: see use_fp8."""
+        Wqkv = self.attention.self.Wqkv
+        qkv = Wqkv(x) if fp8 is None else kernels.fp8_linear(x, Wqkv.weight, Wqkv.bias, fp8[:3])
+        qkv = qkv.unflatten(-1, (3, self.num_heads, -1))  # (total_tokens, 3, H, D)
         attended = kernels.attention_qkvpacked(qkv, batch.cu_seqlens, batch.max_seqlen, slopes, batch.windows)
         attended = attended.flatten(-2)  # (total_tokens, C)
         if rows is not None:  # in the last layer, skip rows that nobody reads
@@ -144,8 +146,12 @@ class MosaicLayer(nn.Module):
         output, wo = self.attention.output, self.mlp.wo
         x = F.linear(attended, output.dense.weight)
         x, residual = output.LayerNorm.add_norm(x, residual, self.dropout, output.dense.bias)
-        gated = kernels.geglu(self.mlp.gated_layers(x), self.dropout if self.training else 0.0)  # (num_rows, F)
-        return self.mlp.layernorm.add_norm(F.linear(gated, wo.weight), residual, 0.0, wo.bias)  # no dropout here
+        if fp8 is None:
+            gated = kernels.geglu(self.mlp.gated_layers(x), self.dropout if self.training else 0.0)  # (num_rows, F)
+            x = F.linear(gated, wo.weight)
+        else:
+            x = kernels.fp8_feed_forward(x, self.mlp.gated_layers.weight, wo.weight, self.dropout, fp8[3:])
+        return self.mlp.layernorm.add_norm(x, residual, 0.0, wo.bias)  # no dropout here
 
 
 class MosaicEncoder(nn.Module):
@@ -162,14 +168,21 @@ class MosaicEncoder(nn.Module):
         )
         self.encoder = named(layer=nn.ModuleList(MosaicLayer(cfg) for _ in range(cfg.num_layers)))
         self.register_buffer("slopes", alibi_slopes(cfg.num_heads), persistent=False)
+        self.fp8 = None
+
+    def use_fp8(self):
+        """Train with FP8 products in every layer, but for attention's output matrix. Evaluation stays as it is."""
+        self.fp8 = kernels.Scales(len(self.encoder.layer), (*kernels.LINEAR, *kernels.FEED_FORWARD))
 
     def forward(self, batch, rows=None):
         """(num_rows, C) hidden states of a Batch."""
         x = residual = self.embed(batch)  # (total_tokens, C)
-        for layer in self.encoder.layer[:-1]:
-            x, residual = layer(x, residual, batch, self.slopes)
-        # Differs from MosaicBERT: its last layer also keeps each [CLS] row, which no pretraining loss reads.
-        return self.encoder.layer[-1](x, residual, batch, self.slopes, rows)[0]
+        last = len(self.encoder.layer) - 1
+        for i, layer in enumerate(self.encoder.layer):
+            fp8 = self.fp8.of_layer(i) if self.fp8 and self.training else None
+            # Differs from MosaicBERT: its last layer also keeps each [CLS] row, which no pretraining loss reads.
+            x, residual = layer(x, residual, batch, self.slopes, rows if i == last else None, fp8)
+        return x
 
     def embed(self, batch):
         """dropout(LayerNorm(words + types)), (total_tokens, C): summed and normalized in fp32, then cast."""
@@ -385,6 +398,22 @@ def choose_kernels(choice, cfg, device, dtype=torch.float32):
     if torch.device(device).type == "cpu" and dtype == torch.bfloat16:
         raise UserError("kernels=triton: Triton's interpreter multiplies bfloat16 wrongly (use --dtype=float32)")
     return "triton"
+
+
+def check_fp8(cfg, backend, device):
+    """Raises: UserError where FP8 products cannot run. backend: what choose_kernels returned."""
+    if cfg.model != "mosaicbert":
+        raise UserError(f"--fp8: not for --model={cfg.model} (only MosaicBERT's kernels write FP8)")
+    if backend != "triton":
+        raise UserError("--fp8: needs the Triton kernels, on a GPU of compute capability 8.9 or higher (leave it out)")
+    if torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        major, minor = torch.cuda.get_device_capability(device)
+        raise UserError(f"--fp8: this GPU, of compute capability {major}.{minor}, has no FP8; 8.9 is the first (leave it out)")
+    if cfg.compile:
+        raise UserError("--fp8 and --compile: not both (leave one out)")
+    for name in ("hidden_size", "intermediate_size"):
+        if getattr(cfg, name) % 16:
+            raise UserError(f"--fp8: {name}={getattr(cfg, name)} is not a multiple of 16")
 
 
 def matrix_flops(cfg, vocab_size, num_tokens, sum_squared_lengths, num_masked):

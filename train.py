@@ -33,7 +33,7 @@ from common.options import UserError, command, load_config
 from common.run_directory import RunDirectory, was_evaluated
 from common.versions import versions
 from data import EVAL_SEED, hash64, open_samples, prefetch
-from model import MAX_POSITIONS, MaskedLM, ModelConfig, choose_kernels, matrix_flops
+from model import MAX_POSITIONS, MaskedLM, ModelConfig, check_fp8, choose_kernels, matrix_flops
 from optim import make_optimizers
 
 EVAL_MASK_PROB = 0.15  # as BERT was trained and evaluated, whatever rate this run trains with
@@ -83,6 +83,7 @@ class TrainConfig(ModelConfig):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products and activations; weights are float32
     kernels: Literal["auto", "triton", "torch"] = "auto"  # auto: this project's Triton kernels on GPUs, else PyTorch
     compile: bool = False  # torch.compile the model
+    fp8: bool = False  # most matrix products in 8 bits, for GPUs from Ada and Hopper on; MosaicBERT only
     # Rarely needed
     decay_fraction: float = 0.2  # share of max_steps in which the learning rate falls at the end, for wsd
     beta1: float = 0.9  # AdamW: decay of the gradient's mean
@@ -215,13 +216,15 @@ def forward_backward(model, batches, num_masked, cfg, process, step, graphed=Non
     return loss
 
 
-def update(model, optimizers, cfg, step, keep_memory=False):
+def update(model, optimizers, cfg, step, keep_memory=False, all_finite=None):
     """The optimizers' step from the gradients, which are then cleared; returns their norm, on the device.
 
     An update whose gradient is not finite is skipped, and leaves everything as it was. keep_memory: of the gradients,
-    to which a CUDA graph adds.
+    to which a CUDA graph adds. all_finite: False, on the device, where an infinity was seen that FP8 saturated.
     """
     grad_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
+    if all_finite is not None:
+        grad_norm = torch.where(all_finite, grad_norm, math.inf)
     if cfg.max_grad_norm:
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), cfg.max_grad_norm, grad_norm)
     for optimizer in optimizers:
@@ -235,8 +238,8 @@ def update(model, optimizers, cfg, step, keep_memory=False):
     return grad_norm
 
 
-def train_step(model, optimizers, batches, cfg, process, step, asked_to_stop=False, graphed=None):
-    """One optimizer step on all processes' micro-batches.
+def train_step(model, optimizers, batches, cfg, process, step, asked_to_stop=False, graphed=None, fp8=None):
+    """One optimizer step on all processes' micro-batches. graphed: see graph_gradients. fp8: the model's Scales, or None.
 
     Returns (this process's share of the loss, gradient norm, how many processes were asked to stop), on the device.
     """
@@ -245,14 +248,15 @@ def train_step(model, optimizers, batches, cfg, process, step, asked_to_stop=Fal
     counts = torch.tensor(counts, pin_memory=process.device.type == "cuda").to(process.device, non_blocking=True)
     num_masked, asked = process.all_reduce(counts).unbind()
     loss = forward_backward(model, batches, num_masked.clamp(min=1), cfg, process, step, graphed)
-    return loss, update(model, optimizers, cfg, step, keep_memory=graphed is not None), asked
+    all_finite = fp8.update(process.all_reduce_max) if fp8 else None
+    return loss, update(model, optimizers, cfg, step, graphed is not None, all_finite), asked
 
 
 def graph_gradients(model, cfg, process, backend, micro_batch_tokens):
     """add_gradients of `model` as CUDA graphs, where launching its kernels from Python takes longer than they do; or None."""
-    if backend != "triton" or process.device.type == "cpu" or process.world_size > 1 or cfg.model == "bert" or cfg.compile:
+    if backend != "triton" or process.device.type == "cpu" or process.world_size > 1 or cfg.model == "bert":
         return None
-    if micro_batch_tokens > MOST_GRAPHED_TOKENS:
+    if micro_batch_tokens > MOST_GRAPHED_TOKENS or cfg.compile or cfg.fp8:
         return None
     torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot be captured
     return GraphedStep(partial(add_gradients, model, process))
@@ -538,6 +542,8 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
     """The whole run. run, saver: its RunDirectory and the Saver of its checkpoints, which write on rank 0 alone."""
     device, world_size, say = process.device, process.world_size, process.say
     backend, vocab_size = choose_kernels(cfg.kernels, cfg, device, process.dtype), train_samples.vocab_size
+    if cfg.fp8:
+        check_fp8(cfg, backend, device)
     process.check_equal(saved_config(cfg, train_samples), except_for=("data_dir", "out_dir", "init_from"))  # paths
     num_val = min(cfg.eval_samples or len(val_samples), len(val_samples))
 
@@ -545,6 +551,8 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
     torch.manual_seed(cfg.seed)
     raw_model = MaskedLM(cfg, vocab_size, train_samples.special["[PAD]"])
     num_params = sum(parameter.numel() for parameter in raw_model.parameters())
+    if cfg.fp8:
+        raw_model.bert.use_fp8()
     raw_model.to(device)
     micro_batch_tokens = estimate.choose_micro_batch_tokens(cfg, process, backend, num_params, vocab_size)
     if cfg.dry_run:
@@ -562,8 +570,8 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
 
     dtype, name = str(process.dtype).removeprefix("torch."), processes.device_name(device)
     say(
-        f"{cfg.model}, {num_params:,} parameters, on {world_size} x {name}: {dtype}, {backend} kernels, "
-        f"micro-batches of at most {micro_batch_tokens:,} tokens"
+        f"{cfg.model}, {num_params:,} parameters, on {world_size} x {name}: "
+        f"{dtype}{' and FP8 (mfu is of the bfloat16 peak)' if cfg.fp8 else ''}, {backend} kernels, micro-batches of at most {micro_batch_tokens:,} tokens"
     )
     if resumed_from:
         say(f"resuming from {resumed_from}")
@@ -582,6 +590,8 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
         return
     print_warnings(cfg, process, num_params, len(train_samples))
     model = wrap(raw_model, cfg, process, train_samples)
+    if cfg.fp8:
+        raw_model.bert.fp8.restore(state.get("fp8_largest"))
     model.train()
     graphed = graph_gradients(model, cfg, process, backend, micro_batch_tokens)
     model.register_forward_hook(watchdog.progress)
@@ -619,7 +629,8 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
     for step, batches in prefetch(next_batches, steps_after(state["step"], cfg)):
         watchdog.at(step)
         tracer.at(step)
-        loss, grad_norm, asked = train_step(model, optimizers, batches, cfg, process, step, watchdog.signal > 0, graphed)
+        asked, fp8 = watchdog.signal > 0, getattr(raw_model.bert, "fp8", None)
+        loss, grad_norm, asked = train_step(model, optimizers, batches, cfg, process, step, asked, graphed, fp8)
         report.add(cfg, vocab_size, batches, loss, grad_norm)
 
         last, stop = step == cfg.max_steps, watchdog.all_stop(asked)
@@ -657,6 +668,8 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
         if save_now or stop:
             checkpoint.compare_parameters(raw_model, process, step)
             count_time(state, started_at, process)
+            if cfg.fp8:
+                state["fp8_largest"] = raw_model.bert.fp8.largest.tolist()
             saver.save(state, raw_model, optimizers, saved_config(cfg, train_samples), train_samples.tokenizer_text)
         if planner.saves(step) and not stop:
             planner.time_rest(evaluation, num_val, saver)

@@ -46,6 +46,12 @@ class Process:
             dist.all_reduce(tensor)
         return tensor
 
+    def all_reduce_max(self, tensor):
+        """`tensor`, the largest over the processes in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor
+
     def check_equal(self, values, except_for=()):
         """Raises: UserError, on all processes, naming rank and option, if the dictionaries `values` differ, e.g. between hosts."""
         everyone = [values] * self.world_size

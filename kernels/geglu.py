@@ -37,6 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend import DTYPES, operator, tl, triton, uses_triton
+from kernels.fp8 import E4M3, E5M2, add_amax, empty_fp8, store_fp8
 from kernels.layernorm import dropout_args, keep_mask
 
 MINUS_HALF_LOG2E = tl.constexpr(-0.5 * math.log2(math.e))
@@ -70,7 +71,7 @@ def tile(num_rows, F_: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexp
     offs_r = (tl.program_id(0) // PARTS * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     offs_f = part * BLOCK_F + tl.arange(0, BLOCK_F)
     mask = (offs_r < num_rows)[:, None] & (offs_f < F_)[None, :]
-    return offs_r[:, None], offs_f[None, :], mask, (offs_r * PARTS + part) * (BLOCK_F // 8)
+    return offs_r, offs_f, mask, (offs_r * PARTS + part) * (BLOCK_F // 8)
 
 
 @triton.jit(do_not_specialize=["num_rows", "threshold"])
@@ -78,6 +79,9 @@ def forward_kernel(
     x_ptr,  # (num_rows, 2F)
     out_ptr,  # (num_rows, F): written
     seed_ptr,  # (1,) int64, or None for no dropout
+    out_t_ptr,  # (F, num_rows): written where out is FP8, else None
+    scale_ptr,  # () fp32, of FP8, or None
+    amax_ptr,  # (AMAX_SLOTS,) int32: raised, or None
     num_rows,
     threshold,  # elements whose 16 random bits are below this are dropped
     keep_scale,  # 1 / (1 - p)
@@ -85,13 +89,18 @@ def forward_kernel(
     BLOCK_R: tl.constexpr,  # rows of one program
     BLOCK_F: tl.constexpr,  # columns of one program
 ):
-    r, f, mask, first = tile(num_rows, F_, BLOCK_R, BLOCK_F)
+    offs_r, offs_f, mask, first = tile(num_rows, F_, BLOCK_R, BLOCK_F)
+    r, f = offs_r[:, None], offs_f[None, :]
     gate = tl.load(x_ptr + r * (2 * F_) + f, mask=mask, other=0.0).to(tl.float32)  # (BLOCK_R, BLOCK_F)
     value = tl.load(x_ptr + r * (2 * F_) + F_ + f, mask=mask, other=0.0).to(tl.float32)  # (BLOCK_R, BLOCK_F)
     out = (tl.maximum(gate, 0.0) - tl.abs(gate) * upper_tail(tl.abs(gate))) * value
     if seed_ptr is not None:
         out = tl.where(keep_mask(seed_ptr, first, threshold, BLOCK_R, BLOCK_F), out * keep_scale, 0.0)
-    tl.store(out_ptr + r * F_ + f, out.to(out_ptr.dtype.element_ty), mask=mask)
+    if scale_ptr is None:
+        tl.store(out_ptr + r * F_ + f, out.to(out_ptr.dtype.element_ty), mask=mask)
+    else:
+        add_amax(out, amax_ptr)
+        store_fp8(out, scale_ptr, out_ptr, out_t_ptr, offs_r, offs_f, offs_f < F_, num_rows, F_)
 
 
 @triton.jit(do_not_specialize=["num_rows", "threshold"])
@@ -100,6 +109,9 @@ def backward_kernel(
     x_ptr,  # (num_rows, 2F)
     dx_ptr,  # (num_rows, 2F): written
     seed_ptr,  # (1,) int64, or None for no dropout
+    dx_t_ptr,  # (2F, num_rows): written where dx is FP8, else None
+    scale_ptr,  # () fp32, of FP8, or None
+    amax_ptr,  # (AMAX_SLOTS,) int32: raised, or None
     num_rows,
     threshold,
     keep_scale,
@@ -107,7 +119,8 @@ def backward_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    r, f, mask, first = tile(num_rows, F_, BLOCK_R, BLOCK_F)
+    offs_r, offs_f, mask, first = tile(num_rows, F_, BLOCK_R, BLOCK_F)
+    r, f = offs_r[:, None], offs_f[None, :]
     gate = tl.load(x_ptr + r * (2 * F_) + f, mask=mask, other=0.0).to(tl.float32)  # (BLOCK_R, BLOCK_F)
     value = tl.load(x_ptr + r * (2 * F_) + F_ + f, mask=mask, other=0.0).to(tl.float32)  # (BLOCK_R, BLOCK_F)
     dout = tl.load(dout_ptr + r * F_ + f, mask=mask, other=0.0).to(tl.float32)  # (BLOCK_R, BLOCK_F)
@@ -117,8 +130,14 @@ def backward_kernel(
     cdf = tl.where(gate < 0, tail, 1 - tail)
     density = tl.exp2(gate * gate * MINUS_HALF_LOG2E + LOG2_PHI_0)
     dgate = dout * value * (cdf + gate * density)
-    tl.store(dx_ptr + r * (2 * F_) + f, dgate.to(dx_ptr.dtype.element_ty), mask=mask)
-    tl.store(dx_ptr + r * (2 * F_) + F_ + f, (dout * gate * cdf).to(dx_ptr.dtype.element_ty), mask=mask)
+    if scale_ptr is None:
+        tl.store(dx_ptr + r * (2 * F_) + f, dgate.to(dx_ptr.dtype.element_ty), mask=mask)
+        tl.store(dx_ptr + r * (2 * F_) + F_ + f, (dout * gate * cdf).to(dx_ptr.dtype.element_ty), mask=mask)
+    else:
+        dvalue = dout * gate * cdf
+        add_amax(tl.maximum(tl.abs(dgate), tl.abs(dvalue)), amax_ptr)
+        store_fp8(dgate, scale_ptr, dx_ptr, dx_t_ptr, offs_r, offs_f, offs_f < F_, num_rows, 2 * F_)
+        store_fp8(dvalue, scale_ptr, dx_ptr, dx_t_ptr, offs_r, F_ + offs_f, offs_f < F_, num_rows, 2 * F_)
 
 
 # 1,024 columns divide F of both the base and the large model. Measured on an H100 with 131,072 rows of F = 3,072 in bf16,
@@ -131,6 +150,32 @@ def grid(num_rows, cfg):
     return (triton.cdiv(num_rows, cfg["BLOCK_R"]) * triton.cdiv(cfg["F_"], cfg["BLOCK_F"]),)
 
 
+# With FP8 a tile is 64 bytes of each of 64 columns. Not timed yet.
+def launch_config_fp8(F_):
+    return {"F_": F_, "BLOCK_R": 64, "BLOCK_F": 64, "num_warps": 4}
+
+
+def geglu_fp8(x, seed, dropout_prob, scaled, cfg=None):
+    """out in e4m3, (num_rows, F), and transposed. scaled: its kernels.fp8.Scaled."""
+    num_rows, width = x.shape
+    out, out_t = empty_fp8(x, num_rows, width // 2, E4M3)
+    cfg = cfg or launch_config_fp8(width // 2)
+    forward_kernel[grid(num_rows, cfg)](
+        x, out, seed, out_t, scaled.scale, scaled.slots, num_rows, *dropout_args(dropout_prob), **cfg
+    )
+    return out, out_t
+
+
+def geglu_backward_fp8(dout, x, seed, dropout_prob, scaled, cfg=None):
+    """dx in e5m2, (num_rows, 2F), and transposed. scaled: its kernels.fp8.Scaled."""
+    dx, dx_t = empty_fp8(x, *x.shape, E5M2)
+    cfg = cfg or launch_config_fp8(x.shape[1] // 2)
+    backward_kernel[grid(len(x), cfg)](
+        dout, x, dx, seed, dx_t, scaled.scale, scaled.slots, len(x), *dropout_args(dropout_prob), **cfg
+    )
+    return dx, dx_t
+
+
 # The kernels as two PyTorch operators. Outputs start uninitialised: the kernels write every element.
 
 
@@ -140,7 +185,7 @@ def geglu_op(x: Tensor, seed: Tensor | None, dropout_prob: float) -> Tensor:
     out = torch.empty((num_rows, width // 2), dtype=x.dtype, device=x.device)
     cfg = launch_config(width // 2)
     if num_rows:
-        forward_kernel[grid(num_rows, cfg)](x, out, seed, num_rows, *dropout_args(dropout_prob), **cfg)
+        forward_kernel[grid(num_rows, cfg)](x, out, seed, None, None, None, num_rows, *dropout_args(dropout_prob), **cfg)
     return out
 
 
@@ -155,7 +200,7 @@ def geglu_backward_op(dout: Tensor, x: Tensor, seed: Tensor | None, dropout_prob
     dout = dout.contiguous()  # autograd passes any layout: sum() an expanded scalar
     cfg = launch_config(x.shape[1] // 2)
     if len(x):
-        backward_kernel[grid(len(x), cfg)](dout, x, dx, seed, len(x), *dropout_args(dropout_prob), **cfg)
+        backward_kernel[grid(len(x), cfg)](dout, x, dx, seed, None, None, None, len(x), *dropout_args(dropout_prob), **cfg)
     return dx
 
 

@@ -34,6 +34,15 @@ TYPES = {  # of arguments; other pointers have the tensors' dtype, other scalars
     **dict.fromkeys(("cu_seqlens_ptr", "windows_ptr"), "*i32"),
     **dict.fromkeys(("seed_ptr", "labels_ptr"), "*i64"),
 }
+FP8 = {  # of arguments in the FP8 configurations, whose other tensors are bf16
+    **dict.fromkeys(("out_ptr", "q_ptr", "q_t_ptr"), "*fp8e4nv"),
+    "dx_ptr": "*fp8e5",
+    "scale_ptr": "*fp32",
+    "amax_ptr": "*i32",
+    "out_t_ptr": "*fp8e4nv",
+    "dx_t_ptr": "*fp8e5",
+}
+ONLY_FP8 = {"scale_ptr", "amax_ptr", "out_t_ptr", "dx_t_ptr"}  # None in the others
 
 
 def configurations(everything):
@@ -68,6 +77,9 @@ def configurations(everything):
                     found += [("geglu", kernel, arch, dtype, F, none) for kernel in ("forward", "backward")]
             if dtype == "bf16":
                 found += [("muon", kernel, arch, dtype, 0, ()) for kernel in ("look_ahead", "move")]
+    for arch in (89, 90, 100, 120) if everything else (90,):
+        found += [("geglu", kernel, arch, "fp8", 3072, ()) for kernel in ("forward", "backward")]
+        found += [("fp8", "quantize", arch, "fp8", C, ()) for C in ((768, 1024, 3072) if everything else (768,))]
     return found
 
 
@@ -87,22 +99,25 @@ def compile_one(configuration):
     elif file == "muon":
         launch = {"BLOCK": module.BLOCK}
     else:
-        launch = module.launch_config(size)
+        launch = (module.launch_config_fp8 if dtype == "fp8" else module.launch_config)(size)
         if (file, name) == ("layernorm", "backward"):
             launch["SUM_DX"] = True
     options = {key: launch.pop(key) for key in ("num_warps", "num_stages", "maxnreg") if key in launch}
+    types, element = (TYPES | FP8, "bf16") if dtype == "fp8" else (TYPES, dtype)
+    if dtype != "fp8":
+        none = (*none, *(ONLY_FP8 & set(kernel.arg_names)))
     constants = {**launch, **dict.fromkeys(none)}
     signature, aligned = {}, {}
     for i, argument in enumerate(kernel.arg_names):
         if argument in constants:
             signature[argument] = "constexpr"
         elif argument.endswith("_desc"):
-            signature[argument] = f"tensordesc<{dtype}[{launch['BLOCK']},{size}]>"
+            signature[argument] = f"tensordesc<{element}[{launch['BLOCK']},{size}]>"
         elif argument.endswith("_ptr"):
-            signature[argument] = TYPES.get(argument, f"*{dtype}")
+            signature[argument] = types.get(argument, f"*{element}")
             aligned[(i,)] = [["tt.divisibility", 16]]  # as from PyTorch's allocator
         else:
-            signature[argument] = TYPES.get(argument, "i32")
+            signature[argument] = types.get(argument, "i32")
             if argument == "numel":  # a multiple of 16 in any matrix of ours, which Triton notices at each launch
                 aligned[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, aligned)
@@ -121,13 +136,14 @@ def compile_one(configuration):
         "arch": arch,
         "dtype": dtype,
         "size": size,
-        "without": ",".join(argument.removesuffix("_ptr") for argument in none),
+        "without": ",".join(argument.removesuffix("_ptr") for argument in none if argument not in ONLY_FP8),
         "launch": str(list({**launch, **options}.values())),
         "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
         "stack": int(re.search(r"STACK:(\d+)", usage).group(1)),
         "local": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         "shared": compiled.metadata.shared,
         "matrix": len(re.findall(rf"\b{MATRIX_INSTRUCTION[arch]}\b", sass)),
+        "fp8_moves": len(re.findall(r"convert_layout.*xf8", compiled.asm["ttgir"])),
         "wide_loads": len(re.findall(r"\b(?:LDG|LDGSTS)\.E\.(?:\w+\.)*128\b|\bUTMALDG\b", sass)),
     }
 
@@ -150,6 +166,8 @@ def faults(row):
         found.append("uses too much shared memory")
     if row["file"].startswith("attention") and row["dtype"] != "fp32" and not row["matrix"]:
         found.append("does not use the matrix units")
+    if row["fp8_moves"]:
+        found.append("changes the layout of an FP8 tile, which on Hopper stores wrong bytes (see kernels/fp8.py)")
     if not row["wide_loads"]:
         found.append("has no 16-byte load")
     return found

@@ -1,0 +1,291 @@
+"""FP8: the formats' rounding, the kernels that write them, scales, and the layers made of them.
+
+As in test_attention.py, the kernels run in Triton's interpreter where there is no GPU.
+"""
+
+import importlib
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import checkpoint
+import kernels
+import train
+from common import estimate
+from common.batch import Batch
+from common.options import UserError
+from kernels import fp8, fp8_feed_forward, fp8_linear
+from kernels.backend import tl
+from kernels.fp8 import AMAX_SLOTS, E4M3, E5M2, Scaled, Scales, quantize
+from model import MaskedLM, ModelConfig, check_fp8
+from tests.toy import TOY_SIZE, make_shards, toy_argv
+
+geglu = importlib.import_module("kernels.geglu")  # `kernels.geglu` is the function
+pytestmark = pytest.mark.usefixtures("triton_backend", "right_rounding", "poison_empty")
+HALF_STEP = {E4M3: 2**-4, E5M2: 2**-3}  # largest relative rounding error
+
+
+@pytest.fixture
+def right_rounding(monkeypatch):
+    """PyTorch's rounding in Triton's interpreter, whose own truncates to bf16 and loses FP8's carries: 1.99 becomes 1."""
+    if torch.cuda.is_available():
+        return
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    convert = interpreter._convert_float
+
+    def converted(x, source, target, rounding):
+        formats = {tl.bfloat16: (torch.bfloat16, np.uint16), tl.float8e4nv: (E4M3, np.uint8), tl.float8e5: (E5M2, np.uint8)}
+        if source != tl.float32 or target not in formats:
+            return convert(x, source, target, rounding)
+        dtype, bits = formats[target]
+        return torch.from_numpy(np.ascontiguousarray(x).view(np.float32)).to(dtype).view(torch.uint8).numpy().view(bits)
+
+    monkeypatch.setattr(interpreter, "_convert_float", converted)
+
+
+def scaled(scale, device):
+    scale = torch.tensor(float(scale), device=device)
+    return Scaled(scale, 1 / scale, torch.zeros(AMAX_SLOTS.value, dtype=torch.int32, device=device))
+
+
+def amax(of_x):
+    return of_x.slots.view(torch.float32).amax().item()
+
+
+def rounded(x, scale, dtype):
+    """What the kernels should write."""
+    largest = torch.finfo(dtype).max
+    return (x.float() * scale).clamp(-largest, largest).bfloat16().to(dtype)
+
+
+def same_bits(a, b):
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+@pytest.mark.parametrize("shape", [(64, 64), (48, 80), (208, 16)])
+def test_quantize(dtype, shape, device):
+    x = torch.randn(shape, device=device) * torch.exp2(torch.randint(-20, 20, shape, device=device))
+    x[0, 0], x[1, 1], x[2, 2] = math.inf, -(2.0**30), math.nan
+    of_x = scaled(0.5, device)
+    q, q_t = quantize(x, dtype, of_x)
+    assert q[2, 2].float().isnan() and q_t[2, 2].float().isnan()
+    q[2, 2], q_t[2, 2], x[2, 2] = 0, 0, 0  # NaN has several encodings
+    assert same_bits(q, rounded(x, 0.5, dtype)) and same_bits(q_t, q.t())
+    assert q.float().abs().max() == torch.finfo(dtype).max  # saturated, not infinite
+
+
+def test_quantize_finds_the_amax_of_all_calls(device):
+    x = torch.randn(128, 128, device=device)
+    of_x = scaled(1, device)
+    quantize(x, E4M3, of_x)
+    quantize(x / 2, E4M3, of_x)
+    assert amax(of_x) == x.abs().max().item()
+
+
+@pytest.mark.parametrize("dropout_prob", [0.0, 0.3])
+def test_geglu_writes_what_quantize_would(dropout_prob, device):
+    """1,024 columns: then both tilings draw the same mask."""
+    x, dout = 2 * torch.randn(80, 2048, device=device), torch.randn(80, 1024, device=device)
+    seed = torch.tensor([1234], device=device) if dropout_prob else None
+    of_out, of_dx = scaled(4, device), scaled(8, device)
+    out, out_t = geglu.geglu_fp8(x, seed, dropout_prob, of_out)
+    dx, dx_t = geglu.geglu_backward_fp8(dout, x, seed, dropout_prob, of_dx)
+    exact_out = geglu.geglu_op(x, seed, dropout_prob)
+    exact_dx = geglu.geglu_backward_op(dout, x, seed, dropout_prob)
+    assert same_bits(out, rounded(exact_out, 4, E4M3)) and same_bits(out_t, out.t())
+    assert same_bits(dx, rounded(exact_dx, 8, E5M2)) and same_bits(dx_t, dx.t())
+    assert amax(of_out) == exact_out.abs().max().item() and amax(of_dx) == exact_dx.abs().max().item()
+
+
+def test_geglu_of_a_width_that_no_tile_divides(device):
+    x, dout, seed = torch.randn(16, 160, device=device), torch.ones(16, 80, device=device), torch.tensor([5], device=device)
+    out, out_t = geglu.geglu_fp8(x, seed, 0.5, scaled(16, device))
+    dx, dx_t = geglu.geglu_backward_fp8(dout, x, seed, 0.5, scaled(16, device))
+    assert same_bits(out_t, out.t()) and same_bits(dx_t, dx.t())
+    kept, dropped = F.gelu(x[:, :80]) * x[:, 80:] * 2, out.float() == 0
+    assert 0.4 < dropped.float().mean() < 0.6
+    assert torch.allclose(out.float() / 16, torch.where(dropped, 0, kept), rtol=2**-4, atol=2**-13)
+    # The same mask in backward: elements that both gradients left at 0 are those that were dropped.
+    assert torch.equal((dx[:, :80].float() == 0) & (dx[:, 80:].float() == 0), dropped)
+
+
+def bound(a, b, dtype_a, dtype_b):
+    """The largest error that rounding both operands can cause in a @ b.T."""
+    relative = (1 + HALF_STEP[dtype_a]) * (1 + HALF_STEP[dtype_b]) - 1
+    return a.abs() @ b.abs().t() * relative + 1e-2
+
+
+def gradients(function, inputs, dy):
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    y = function(*inputs)
+    return y.detach(), *torch.autograd.grad(y, inputs, dy)
+
+
+def test_linear_is_within_the_formats_rounding(device):
+    x, weight, bias = (torch.randn(shape, device=device) for shape in ((96, 64), (48, 64), (48,)))
+    dy = torch.randn(96, 48, device=device)
+    of = [scaled(32, device) for _ in kernels.LINEAR]
+    got = gradients(lambda *args: fp8_linear(*args, of), (x, weight, bias), dy)
+    want = gradients(F.linear, (x, weight, bias), dy)
+    limits = bound(x, weight, E4M3, E4M3), bound(dy, weight.t(), E5M2, E4M3), bound(dy.t(), x.t(), E5M2, E4M3)
+    for ours, theirs, limit in zip(got, want, limits):
+        assert ((ours - theirs).abs() <= limit).all()
+        error = (ours - theirs).norm() / theirs.norm()
+        assert 0.01 < error < 0.08  # e4m3 rounds by 2.6 % of a number on average (root mean square), e5m2 by 5.2 %
+    assert torch.allclose(got[3], want[3], atol=1e-4)
+
+
+def test_feed_forward_is_as_exact_as_fp8_allows(device):
+    x, gated, weight = (torch.randn(shape, device=device) for shape in ((96, 64), (96, 64), (64, 48)))
+    gated, weight, dy = gated / 8, weight / 7, torch.randn(96, 64, device=device)
+
+    def exact(x, gated, weight):
+        gate, value = F.linear(x, gated).chunk(2, -1)
+        return F.linear(F.gelu(gate) * value, weight)
+
+    of = [scaled(2.0**4, device) for _ in kernels.FEED_FORWARD]
+    got = gradients(lambda *args: fp8_feed_forward(*args, 0.0, of), (x, gated, weight), dy)
+    want = gradients(exact, (x, gated, weight), dy)
+    for ours, theirs in zip(got, want):
+        assert 0.01 < (ours - theirs).norm() / theirs.norm() < 0.15
+    assert all(amax(each) > 0 for each in of)
+
+
+def test_sizes_that_do_not_fit():
+    x = torch.randn(40, 32)
+    with pytest.raises(ValueError, match="multiples of 16, not .40, 32. and .32, 32."):
+        fp8_linear(x, torch.randn(32, 32), torch.randn(32), [scaled(1, "cpu")] * 3)
+
+
+def see(scales, value):
+    scales.slots.view(torch.float32)[..., 3] = value
+
+
+def test_scales_follow_the_largest_magnitude():
+    scales = Scales(2, ("activation", "gradient"))
+    assert scales.scale.tolist() == [[8, 2.0**20]] * 2
+    see(scales, 1.0)
+    assert scales.update(lambda t: t)
+    assert scales.scale.tolist() == [[64, 512]] * 2  # the powers of two at or below 448 / 4 and 57344 / 64
+    assert scales.inverse.tolist() == [[1 / 64, 1 / 512]] * 2
+    assert not scales.slots.any()
+
+
+def test_a_spike_is_forgotten_and_an_infinity_ignored():
+    scales = Scales(1, ("activation",))
+    see(scales, 1.0)
+    scales.update(lambda t: t)
+    see(scales, 1000.0)
+    scales.update(lambda t: t)
+    assert scales.scale.item() == 2**-4  # 112 / 1000, rounded down to a power of two
+    see(scales, math.inf)
+    assert not scales.update(lambda t: t)
+    assert scales.scale.item() == 2**-4
+    for _ in range(70):
+        see(scales, 1.0)
+        scales.update(lambda t: t)
+    assert scales.scale.item() == 64
+
+
+def test_a_tensor_of_zeros_keeps_its_scale():
+    scales = Scales(1, ("gradient",))
+    scales.update(lambda t: t)
+    assert scales.scale.item() == 2**20
+
+
+def test_restored_scales_are_the_same():
+    scales, again = Scales(2, ("activation", "gradient")), Scales(2, ("activation", "gradient"))
+    see(scales, 0.1)
+    scales.update(lambda t: t)
+    see(again, 7.0)  # forgotten
+    again.restore(scales.largest.tolist())
+    for name in ("largest", "scale", "inverse", "slots"):
+        assert torch.equal(getattr(scales, name), getattr(again, name))
+
+
+def toy_model_and_batch(device):
+    """3 sequences of 16 tokens, 16 of which are masked; no dropout."""
+    network = MaskedLM(ModelConfig(**TOY_SIZE, hidden_dropout=0.0), 100).to(device)
+    ids, masked = torch.randint(5, 100, (48,), device=device), torch.arange(0, 48, 3, device=device)
+    starts = torch.tensor([0, 16, 32, 48], dtype=torch.int32, device=device)
+    return network, Batch(ids, starts, 16, None, masked_positions=masked, labels=ids[masked])
+
+
+def test_model_in_fp8_has_nearly_the_same_loss_and_gradients(device):
+    network, batch = toy_model_and_batch(device)
+    wanted = network(batch), *torch.autograd.grad(network(batch) / 16, list(network.parameters()), allow_unused=True)
+    network.bert.use_fp8()
+    network.to(device)
+    for _ in range(2):  # the first step finds the scales
+        got = network(batch), *torch.autograd.grad(network(batch) / 16, list(network.parameters()), allow_unused=True)
+        assert network.bert.fp8.update(lambda t: t)
+    assert (network.bert.fp8.largest > 0).all()
+    names = ["loss", *(name for name, _ in network.named_parameters())]
+    for name, ours, exact in zip(names, got, wanted):
+        if exact is not None:
+            assert (ours - exact).norm() < 0.12 * exact.norm(), name
+    assert got[0] != wanted[0] and network.eval()(batch) == wanted[0]  # FP8 trains, and does not evaluate
+
+
+def test_an_infinity_that_fp8_saturates_skips_the_update(device):
+    network, batch = toy_model_and_batch(device)
+    network.bert.use_fp8()
+    network.to(device)
+    optimizer = torch.optim.AdamW(network.parameters(), fused=True)
+    cfg = train.TrainConfig(warmup_steps=1, lr=1.0)
+    for value, skipped in ((1.0, False), (math.inf, True)):
+        before = network.cls.predictions.transform.dense.weight.clone()
+        network(batch).backward()
+        network.bert.fp8.slots[0, 2, 0] = torch.tensor(value).view(torch.int32)
+        grad_norm = train.update(network, optimizer, cfg, 2, network.bert.fp8.update(lambda t: t))
+        assert grad_norm.isfinite() != skipped
+        assert torch.equal(before, network.cls.predictions.transform.dense.weight) == skipped
+
+
+@pytest.mark.parametrize(
+    "options, backend, says",
+    [
+        ({"model": "bert"}, "triton", "only MosaicBERT"),
+        ({}, "torch", "compute capability 8.9 or higher"),
+        ({"compile": True}, "triton", "not both"),
+        ({"intermediate_size": 40}, "triton", "intermediate_size=40 is not a multiple of 16"),
+    ],
+)
+def test_where_fp8_cannot_run(options, backend, says):
+    with pytest.raises(UserError, match=says):
+        check_fp8(train.TrainConfig(**options), backend, "cpu")
+
+
+def test_gpu_without_fp8(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    with pytest.raises(UserError, match="this GPU, of compute capability 8.6, has no FP8"):
+        check_fp8(train.TrainConfig(), "triton", "cuda")
+
+
+def test_estimate_knows_what_fp8_saves():
+    sizes = [estimate.memory_bytes(train.TrainConfig(fp8=fp8), torch.bfloat16, True, 0, 30522, 1) for fp8 in (False, True)]
+    assert sizes[0] - sizes[1] == 12 * (2 * 768 + 3072)  # bytes a token
+
+
+@pytest.mark.slow
+def test_resuming_in_fp8_changes_no_bit(tmp_path, monkeypatch):
+    """Three steps, and one more from their second; on a GPU in bf16."""
+    data_dir, device = make_shards(tmp_path / "data"), "cuda" if torch.cuda.is_available() else "cpu"
+    options = dict(kernels="triton", device=device, fp8=True, global_batch_size=4, checkpoint_interval=2, eval_interval=0)
+
+    def run(max_steps):
+        train.main(toy_argv(data_dir, tmp_path / "out", **options, schedule="wsd", warmup_steps=1, max_steps=max_steps))
+        path = tmp_path / "out" / f"step_{max_steps:08d}"
+        files = [(path / f"{name}.safetensors").read_bytes() for name in ("model", "optimizer")]
+        return [*files, checkpoint.read_json(path / "state.json", "")["fp8_largest"]]
+
+    whole = run(3)
+    for file in (tmp_path / "out" / "step_00000003").iterdir():
+        file.unlink()
+    (tmp_path / "out" / "step_00000003").rmdir()
+    assert run(3) == whole
+    assert np.array(whole[-1]).min() > 0
