@@ -83,7 +83,7 @@ class TrainConfig(ModelConfig):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products and activations; weights are float32
     kernels: Literal["auto", "triton", "torch"] = "auto"  # auto: this project's Triton kernels on GPUs, else PyTorch
     compile: bool = False  # torch.compile the model
-    fp8: bool = False  # most matrix products in 8 bits, for GPUs from Ada and Hopper on; MosaicBERT only
+    fp8: bool = False  # experimental: most matrix products in 8 bits, on GPUs from Ada and Hopper on; MosaicBERT only
     # Rarely needed
     decay_fraction: float = 0.2  # share of max_steps in which the learning rate falls at the end, for wsd
     beta1: float = 0.9  # AdamW: decay of the gradient's mean
@@ -569,9 +569,10 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
         say(started)
 
     dtype, name = str(process.dtype).removeprefix("torch."), processes.device_name(device)
+    fp8 = " and FP8 (mfu is of the bfloat16 peak)" if cfg.fp8 else ""
     say(
-        f"{cfg.model}, {num_params:,} parameters, on {world_size} x {name}: "
-        f"{dtype}{' and FP8 (mfu is of the bfloat16 peak)' if cfg.fp8 else ''}, {backend} kernels, micro-batches of at most {micro_batch_tokens:,} tokens"
+        f"{cfg.model}, {num_params:,} parameters, on {world_size} x {name}: {dtype}{fp8}, {backend} kernels, "
+        f"micro-batches of at most {micro_batch_tokens:,} tokens"
     )
     if resumed_from:
         say(f"resuming from {resumed_from}")
