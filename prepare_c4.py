@@ -173,7 +173,8 @@ def changed_files(before, after):
 def enter_output(out, plan, resumed, task):
     """Clear up after the earlier run, or write the plan into an empty directory. Raises: UserError."""
     plan_path = work_path(out, "plan.json")
-    if task and (os.path.exists(plan_path) or os.listdir(out) in ([], [".work"])):  # another task may be at the same point
+    # Another task may be at the same point. Its plan comes before its other files, so look for them in this order.
+    if task and (os.listdir(out) in ([], [".work"]) or os.path.exists(plan_path)):
         os.makedirs(work_path(out, ""), exist_ok=True)
         write_once(plan_path, json.dumps(plan))
         check_same(out, plan, read_plan(out)[0])
