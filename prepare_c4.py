@@ -12,6 +12,7 @@ Read next: common/sources.py, for what can be read, or data.py, for the format o
 
 import common  # noqa: F401, I001, before anything that may be missing
 
+import contextlib
 import functools
 import glob
 import hashlib
@@ -28,7 +29,7 @@ from typing import Literal
 
 import numpy as np
 
-from common.files import file_digest, gigabytes, lock_directory, read_json, whole_file, write_text
+from common.files import file_digest, gigabytes, lock_directory, read_json, whole_file, write_once, write_text
 from common.options import UserError, command, load_config
 from common.sources import Segment, documents, list_segments
 from common.vocabulary import (
@@ -82,6 +83,8 @@ class PrepareConfig:
     max_doc_tokens: int = 0  # truncate documents; 126 is all that 128-token training reads, 1/4 of C4; 0: off
     shard_tokens: int = 100_000_000  # approximate tokens per shard
     workers: int = os.cpu_count() or 1  # processor cores to use
+    task: str = ""  # i/N: do share i, from 1 to N, of the work, beside other tasks on any host that sees `out`
+    join: bool = False  # with every task done: write report and manifest
 
     def check(self):
         """Raises: UserError for values that make no sense."""
@@ -100,9 +103,15 @@ class PrepareConfig:
             raise UserError(f"train_tokenizer={self.train_tokenizer}: a vocabulary needs at least 100 entries (0: none)")
         if self.strip_accents and not self.train_tokenizer:
             raise UserError("strip_accents: only with --train_tokenizer (an existing vocabulary has its own rule)")
+        task = re.fullmatch(r"(\d{1,9})/(\d{1,9})", self.task or "1/1")
+        if not (task and 1 <= int(task[1]) <= int(task[2])):
+            raise UserError(f"task={self.task}: not i/N with i from 1 to N (Slurm: --array=1-N, --task=$SLURM_ARRAY_TASK_ID/N)")
+        if self.task and self.join:
+            raise UserError("--task and --join exclude each other (join when every task has ended)")
 
 
-FREE_OPTIONS = ("out", "workers", "skip_bad_lines")  # don't change the shards, so a run may resume with other values
+# These don't change the shards, so a run may resume with other values.
+FREE_OPTIONS = ("out", "workers", "skip_bad_lines", "task", "join")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -115,6 +124,10 @@ def work_path(out, name):
 
 def unit_path(out, number):
     return work_path(out, f"unit_{number:05d}.json")
+
+
+def missing_units(out, units):
+    return [number for number in range(len(units)) if not os.path.exists(unit_path(out, number))]
 
 
 def hash_path(out, number):
@@ -157,8 +170,15 @@ def changed_files(before, after):
     return [path for path, time_ns in before.items() if after.get(path, time_ns) != time_ns]
 
 
-def enter_output(out, plan, resumed):
+def enter_output(out, plan, resumed, task):
     """Clear up after the earlier run, or write the plan into an empty directory. Raises: UserError."""
+    plan_path = work_path(out, "plan.json")
+    # Another task may be at the same point. Its plan comes before its other files, so look for them in this order.
+    if task and (os.listdir(out) in ([], [".work"]) or os.path.exists(plan_path)):
+        os.makedirs(work_path(out, ""), exist_ok=True)
+        write_once(plan_path, json.dumps(plan))
+        check_same(out, plan, read_plan(out)[0])
+        return
     if resumed:
         for directory in (out, work_path(out, "")):
             for leftover in glob.glob(os.path.join(glob.escape(directory), "*.tmp")):
@@ -168,7 +188,7 @@ def enter_output(out, plan, resumed):
         raise UserError(f"{out}: not empty, and not a shard directory (choose another --out)")
     shutil.rmtree(work_path(out, ""), ignore_errors=True)
     os.makedirs(work_path(out, ""))
-    write_text(work_path(out, "plan.json"), json.dumps(plan))
+    write_text(plan_path, json.dumps(plan))
 
 
 def check_disk(out, estimate):
@@ -195,6 +215,12 @@ def group_units(segments, whole):
         units[-1].append(segment)
         size += segment.size
     return units
+
+
+def share_of(cfg, count):
+    """The numbers, below `count`, of the units that are this task's; of all units without --task."""
+    i, n = map(int, (cfg.task or "1/1").split("/"))
+    return range(i - 1, count, n)
 
 
 def unit_documents(unit, cfg, stats):
@@ -233,6 +259,8 @@ def is_held_out(segment, hashed, threshold):
 def hash_unit(number, unit, cfg):
     """Save the hashes of a unit's documents. Returns the number of bad lines."""
     hashes, by_hash, stats = [], [], Counter()
+    if os.path.exists(hash_path(cfg.out, number)):  # another task has meanwhile
+        return 0
     for segment, text in unit_documents(unit, cfg, stats):
         hashes.append(text_hash(text))
         by_hash.append(not segment.split)
@@ -524,11 +552,9 @@ def compare(stats, texts, ids, special, other, other_special):
         stats[f"compared unknown {name}"] += sum(tokens.count(unknown) for tokens in of_texts)
 
 
-def run_units(work, path_of, units, cfg, progress, *arguments):
-    """Run work(number, unit, cfg, *arguments) for every unit whose file, path_of(out, number), is missing."""
-    jobs = [
-        (number, unit, cfg, *arguments) for number, unit in enumerate(units) if not os.path.exists(path_of(cfg.out, number))
-    ]
+def run_units(work, path_of, numbers, units, cfg, progress, *arguments):
+    """Run work(number, unit, cfg, *arguments) for those of the units whose file, path_of(out, number), is missing."""
+    jobs = [(number, units[number], cfg, *arguments) for number in numbers if not os.path.exists(path_of(cfg.out, number))]
     # With few units, the tokenizer's own threads use the cores that get no process.
     threads = cfg.workers if len(jobs) < 2 * cfg.workers else 1
     os.environ["RAYON_NUM_THREADS"] = str(threads)
@@ -667,7 +693,7 @@ def no_text(cfg, stats):
 
 def prepare(cfg, plan, units):
     """Fill the output directory, from wherever an earlier run stopped."""
-    start = time.perf_counter()
+    start, own = time.perf_counter(), share_of(cfg, len(units))
     out, tokenizer_path = cfg.out, os.path.join(cfg.out, "tokenizer.json")
     unit_bytes = [sum(segment.size for segment in unit) for unit in units]
     given = None
@@ -676,8 +702,9 @@ def prepare(cfg, plan, units):
     little = cfg.max_docs or sum(unit_bytes) <= HASHED_BYTES
     little = little and not any(segment.split for segment in plan["sources"])
     hashed = bool(cfg.val_docs or cfg.dedup or little)
-    if hashed:
-        run_units(hash_unit, hash_path, units, cfg, Progress(sum(unit_bytes)))
+    if hashed:  # a task needs everybody's hashes: it does what is still missing after its own share
+        first_own = sorted(range(len(units)), key=lambda number: number not in own)
+        run_units(hash_unit, hash_path, first_own, units, cfg, Progress(sum(unit_bytes)))
         if not any(len(load_hashes(out, number)[0]) for number in range(len(units))):
             stats = Counter()
             for _ in itertools.chain.from_iterable(unit_documents(unit, cfg, stats) for unit in units):
@@ -685,20 +712,22 @@ def prepare(cfg, plan, units):
             raise no_text(cfg, stats)
     if cfg.dedup:
         for number, indices in enumerate(find_duplicates(out, len(units))):
-            np.save(work_path(out, f"dropped_{number:05d}.npy"), indices)
+            with whole_file(work_path(out, f"dropped_{number:05d}.npy")) as file:
+                np.save(file, indices)
     threshold = val_threshold(len(units) if cfg.val_docs or little else 0, cfg)
     if given:
-        write_text(tokenizer_path, given)
+        write_once(tokenizer_path, given)
     elif not os.path.exists(tokenizer_path):  # a resumed run keeps it, as training a tokenizer is not deterministic
         texts = functools.partial(training_texts, units, cfg, threshold, TOKENIZER_TRAIN_CHARS)
-        write_text(tokenizer_path, train_tokenizer(texts, cfg.train_tokenizer, cfg.cased, cfg.strip_accents))
+        write_once(tokenizer_path, train_tokenizer(texts, cfg.train_tokenizer, cfg.cased, cfg.strip_accents))
     if cfg.compare_tokenizer and not os.path.exists(work_path(out, "other.json")):
-        write_text(work_path(out, "other.json"), read_tokenizer(cfg.compare_tokenizer, cfg.cased, beside=True))
+        write_once(work_path(out, "other.json"), read_tokenizer(cfg.compare_tokenizer, cfg.cased, beside=True))
     tokenizer, _ = load_tokenizer(tokenizer_path)
     done = [number for number in range(len(units)) if os.path.exists(unit_path(out, number))]
     estimate, unknown = inspect_sample(units, cfg, tokenizer)
     if unknown > MAX_UNKNOWN and not done:
-        os.remove(tokenizer_path)  # the command can be repeated with another one
+        with contextlib.suppress(FileNotFoundError):  # another task came to the same end
+            os.remove(tokenizer_path)  # the command can be repeated with another one
         raise UserError(
             f"{cfg.source}: {unknown:.0%} of the characters are unknown to the tokenizer, and become [UNK] "
             "(choose another --tokenizer, or make one of the text's own pieces: --train_tokenizer=8192)"
@@ -707,8 +736,14 @@ def prepare(cfg, plan, units):
 
     if done:
         print(f"{len(done)} of {len(units)} units were already done")
-    left = sum(unit_bytes) - sum(unit_bytes[number] for number in done)
-    run_units(process_unit, unit_path, units, cfg, Progress(left, estimate), threshold)
+    left = sum(unit_bytes[number] for number in own if number not in done)
+    estimate = estimate * sum(unit_bytes[number] for number in own) / max(1, sum(unit_bytes))
+    run_units(process_unit, unit_path, own, units, cfg, Progress(left, estimate), threshold)
+    if cfg.task:
+        missing = len(missing_units(out, units))
+        rest = f"{missing} of {len(units)} units are left to other tasks" if missing else "the last one: now --join"
+        print(f"{out}: task {cfg.task} is done ({rest})")
+        return
 
     results = [read_json(unit_path(out, number), "remove the file to redo the unit") for number in range(len(units))]
     stats = sum((Counter(result["stats"]) for result in results), Counter())
@@ -762,13 +797,16 @@ def main(argv):
         shutil.rmtree(work_path(cfg.out, ""), ignore_errors=True)
         print(f"{cfg.out}: already finished, nothing to do (python -m tools.verify {cfg.out} checks every byte)")
         return
-    lock = lock_directory(cfg.out)
     units = group_units(segments, whole=cfg.max_docs > 0)
+    if cfg.join and (missing := missing_units(cfg.out, units)):
+        hint = "wait for the tasks, or run them again: nothing is done twice"
+        raise UserError(f"{cfg.out}: {len(missing)} of {len(units)} units of work are missing ({hint})")
+    lock = lock_directory(cfg.out, shared=bool(cfg.task))
     try:
-        enter_output(cfg.out, plan, resumed=earlier is not None)
+        enter_output(cfg.out, plan, earlier is not None, cfg.task)
         prepare(cfg, plan, units)
     except KeyboardInterrupt:
-        done = sum(os.path.exists(unit_path(cfg.out, number)) for number in range(len(units)))
+        done = len(units) - len(missing_units(cfg.out, units))
         raise KeyboardInterrupt(f"the same command goes on from {done} of {len(units)} units of work") from None
     except OSError as error:
         raise UserError(f"{cfg.out}: {error.strerror} (finished units are kept; the same command resumes)") from None

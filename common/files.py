@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import resource
+import time
 
 from common.options import UserError, similar  # noqa: F401, similar: for those who import it from here
 
@@ -14,9 +15,10 @@ from common.options import UserError, similar  # noqa: F401, similar: for those 
 def whole_file(path):
     """Open a file to write bytes to, under another name until all of them are on disk.
 
-    The other name holds the number of this process: one that outlives its killed parent for a moment may be writing too.
+    The other name is this process's own: one that outlives its killed parent for a moment, or one on another host, whose
+    number may be the same, may be writing too.
     """
-    partial = f"{path}.{os.getpid()}.tmp"
+    partial = f"{path}.{os.getpid()}{time.time_ns()}.tmp"
     try:
         with open(partial, "wb") as file:
             yield file
@@ -33,6 +35,15 @@ def write_text(path, text):
     """Write a text file, the whole of it or nothing."""
     with whole_file(path) as file:
         file.write(text.encode())
+
+
+def write_once(path, text):
+    """Write a text file unless it exists: of several processes, also on several hosts, the first one's stays."""
+    own = f"{path}.{os.getpid()}{time.time_ns()}.tmp"
+    write_text(own, text)
+    with contextlib.suppress(FileExistsError):
+        os.link(own, path)
+    os.remove(own)
 
 
 def read_json(path, hint):
@@ -64,15 +75,16 @@ def gigabytes(num_bytes, digits=1):
     return f"{num_bytes / 1e9:,.{digits}f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.{digits}f} MB"
 
 
-def lock_directory(path):
+def lock_directory(path, shared=False):
     """Make a directory and hold it against a second live run; os.close of the returned descriptor releases it.
 
+    shared: hold it together with others that share it, and against those that don't.
     The lock ends with the process, however that ends. Raises: UserError.
     """
     try:
         os.makedirs(path, exist_ok=True)
         lock = os.open(path, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         return lock
     except BlockingIOError:
         os.close(lock)

@@ -1,5 +1,6 @@
 """prepare_c4.py: interruption at any point, the held-out split, tokens, errors, and the report."""
 
+import contextlib
 import fcntl
 import gzip
 import json
@@ -133,6 +134,105 @@ def test_a_trained_tokenizer_is_kept_by_a_resumed_run(corpus, monkeypatch):
         prepare(**corpus, train_tokenizer=200)
     prepare(**corpus, train_tokenizer=200)
     assert len(made) == 5 and len(set(made)) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several tasks, on any hosts
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"dedup": True, "val_docs": 7, "val_fraction": 0.0}, {"compare_tokenizer": "vocab.txt"}], ids=str
+)
+def test_tasks_and_a_join_give_the_bytes_of_one_run(corpus, options, monkeypatch, capsys):
+    """Without the second pass over little text too; the number of tasks changes on the way; a task is run twice."""
+    if not options:
+        monkeypatch.setattr(prepare_c4, "HASHED_BYTES", 0)
+    write_texts("4.txt", make_texts(30, seed=0))
+    options = corpus | options
+    prepare(**options, out="whole")
+    for task in ("2/3", "2/3", "1/9", "4/4"):  # units 1 and 4, again, 0, 3
+        prepare(**options, task=task)
+        assert f"out: task {task} is done" in capsys.readouterr().out and not Path("out/manifest.json").exists()
+    line = prepare_fails(capsys, **options, join=True)
+    assert line == "error: out: 1 of 5 units of work are missing (wait for the tasks, or run them again: nothing is done twice)\n"
+    prepare(**options, task="3/5")
+    assert "the last one: now --join" in capsys.readouterr().out
+    prepare(**options, join=True)
+    assert files_of() == files_of("whole") and only_whole_files()
+    for finished in ({"join": True}, {"task": "1/2"}):
+        prepare(**options, **finished)
+        assert "already finished" in capsys.readouterr().out
+
+
+def test_tasks_at_once_some_killed(corpus):
+    """Real processes that share nothing but the directory; a vocabulary that the first of them to finish has trained."""
+    options = {**corpus, "dedup": True, "train_tokenizer": 300}
+    running = [start("out", 1, **options, task=f"{i}/4") for i in (1, 2, 3, 4, 4)]
+    for process in running[:2]:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(2)
+        process.kill()
+    assert [process.wait() for process in running[2:]] == [0, 0, 0]
+    again = [start("out", 1, **options, task=f"{i}/2") for i in (1, 2)]
+    assert [process.wait() for process in again] == [0, 0]
+    for process in running + again:
+        process.stderr.close()
+    shutil.copy("out/tokenizer.json", "new.json")
+    prepare(**options, join=True)
+    prepare(**corpus, dedup=True, tokenizer="new.json", out="whole")
+    assert only_whole_files() and files_without_options() == files_without_options("whole")
+
+
+def test_the_first_trained_vocabulary_stays(corpus, monkeypatch):
+    train = prepare_c4.train_tokenizer
+
+    def slow(*arguments):
+        text = train(*arguments)
+        shutil.copytree("rival", "out", dirs_exist_ok=True)  # another task was faster
+        return text.replace('"##a"', '"##z"', 1)
+
+    prepare(**corpus, train_tokenizer=300, out="rival", task="1/2")
+    shutil.copytree("rival", "out", ignore=lambda *_: ["tokenizer.json"])
+    monkeypatch.setattr(prepare_c4, "train_tokenizer", slow)
+    prepare(**corpus, train_tokenizer=300, task="2/2")
+    prepare(**corpus, train_tokenizer=300, join=True)
+    assert files_of()["tokenizer.json"] == Path("rival/tokenizer.json").read_bytes()
+
+
+def files_without_options(out="out"):
+    """files_of, but of the manifest only the shards: a vocabulary is trained, or given."""
+    files = files_of(out)
+    return files | {"manifest.json": json.loads(Path(out, "manifest.json").read_text())["shards"]}
+
+
+def test_bad_tasks(corpus, monkeypatch, capsys):
+    for task in ("0/4", "5/4", "1/0", "-1/4", "1", "1/4/4", "a/b", "/"):
+        assert f"task={task}: not i/N with i from 1 to N" in prepare_fails(capsys, **corpus, task=task)
+    assert "--task and --join exclude each other" in prepare_fails(capsys, **corpus, task="1/2", join=True)
+    assert "out: 4 of 4 units of work are missing" in prepare_fails(capsys, **corpus, join=True) and not Path("out").exists()
+    prepare(**corpus, task="1/2")
+    before = state_of("out")
+    other = {**corpus, "shard_tokens": 200}
+    assert "out: made with other shard_tokens" in prepare_fails(capsys, **other, task="2/2")
+    assert "out: made with other shard_tokens" in prepare_fails(capsys, **other, join=True)
+    with monkeypatch.context() as patch:  # two tasks that began at the same moment: neither saw the other's plan
+        read_plan, unseen = prepare_c4.read_plan, [(None, False)]
+        patch.setattr(prepare_c4, "read_plan", lambda out: unseen.pop() if unseen else read_plan(out))
+        assert "out: made with other shard_tokens" in prepare_fails(capsys, **other, task="2/2")
+    assert state_of("out") == before
+    with monkeypatch.context() as patch, interrupted():  # before it wrote anything but hashes
+        patch.setattr(prepare_c4, "val_threshold", raise_interrupt)
+        prepare(**corpus, task="1/2", out="hashed")
+    before = state_of("hashed")
+    assert "hashed: made with other shard_tokens" in prepare_fails(capsys, **other, task="2/2", out="hashed")
+    assert state_of("hashed") == before
+    lock = os.open("out", os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_SH)  # as a live task holds it
+    prepare(**corpus, task="2/2")
+    assert "out: in use by a live run" in prepare_fails(capsys, **corpus, join=True)
+    os.close(lock)
+    write_files({"full/thesis.txt": b"mine"})
+    assert "full: not empty" in prepare_fails(capsys, **corpus, task="1/2", out="full") and os.listdir("full") == ["thesis.txt"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
