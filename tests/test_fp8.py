@@ -241,7 +241,7 @@ def test_an_infinity_that_fp8_saturates_skips_the_update(device):
         before = network.cls.predictions.transform.dense.weight.clone()
         network(batch).backward()
         network.bert.fp8.slots[0, 2, 0] = torch.tensor(value).view(torch.int32)
-        grad_norm = train.update(network, optimizer, cfg, 2, network.bert.fp8.update(lambda t: t))
+        grad_norm = train.update(network, [optimizer], cfg, 2, all_finite=network.bert.fp8.update(lambda t: t))
         assert grad_norm.isfinite() != skipped
         assert torch.equal(before, network.cls.predictions.transform.dense.weight) == skipped
 
