@@ -29,6 +29,7 @@ CHECK_TEXTS, CHECK_LONGEST = 64, 64  # of the self-check: random texts, and toke
 # What the settings of a tokenizer change: case, accents, Chinese characters, punctuation, control characters.
 HARD_TEXTS = ["The ÉCOLE was naïve: Ünïcödé, e\u0301, Ça!", "中文 and 日本語のガイド mixed中國in"]
 HARD_TEXTS += ["İstanbul ß ﬁ x\u200by\tz\u00a0w [MASK]a"]
+LONGEST = {"mosaicbert": 8192, "bert": MAX_POSITIONS}  # tokens; ALiBi has no limit, but tokenizers and servers want a number
 MAX_DIFFERENCE = 1e-5  # of fp32 outputs; for large outputs 1e-6 of the largest, about eight roundings
 MAX_ONNX_DIFFERENCE = 1e-4  # onnxruntime's operators round differently
 MAX_FOREIGN_DIFFERENCE = 1e-4  # of an import, of any size; an ignored setting changes more, is_decoder 1e-2
@@ -52,17 +53,16 @@ def hf_config(config, special, labels):
         "hidden_act": "gelu",
         "hidden_dropout_prob": config["hidden_dropout"],
         "attention_probs_dropout_prob": config["attention_dropout"],
+        "max_position_embeddings": LONGEST[config["model"]],
         "type_vocab_size": 2,
         "layer_norm_eps": LAYER_NORM_EPS,
         "pad_token_id": special["[PAD]"],
         "torch_dtype": "float32",
     }
-    if config["model"] == "bert":
-        hf["max_position_embeddings"] = MAX_POSITIONS
-    else:
+    if config["model"] == "mosaicbert":
         configuration, modeling = (name.removesuffix(".py") for name in CODE)
         hf["auto_map"] = {"AutoConfig": f"{configuration}.MosaicBertConfig", "AutoModel": f"{modeling}.MosaicBertModel"}
-        for kind in ("MaskedLM", "SequenceClassification", "TokenClassification"):
+        for kind in ("MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice"):
             hf["auto_map"][f"AutoModelFor{kind}"] = f"{modeling}.MosaicBertFor{kind}"
     if labels == ():
         hf |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "problem_type": "regression"}
@@ -79,6 +79,16 @@ def hf_tokenizer(text):
     return tokenizer.to_str(pretty=True)
 
 
+def vocabulary(text):
+    """The lines of a BERT vocab.txt, in the order of their ids; None where the tokenizer is no WordPiece."""
+    contents = json.loads(text)
+    if contents["model"]["type"] != "WordPiece":
+        return None
+    tokens = {token["content"]: token["id"] for token in contents.get("added_tokens", [])} | contents["model"]["vocab"]
+    words = sorted(tokens, key=tokens.get)
+    return None if any(word.splitlines() != [word] for word in words) else words
+
+
 def write_transformers(path, config, tensors, tokenizer_text, labels, card):
     """Write what transformers reads, and for an encoder sentence-transformers, into the directory `path`.
 
@@ -89,18 +99,21 @@ def write_transformers(path, config, tensors, tokenizer_text, labels, card):
     for name in set(checkpoint.PER_WORD) & tensors.keys():
         tensors[name] = tensors[name][: config["vocab_size"]].clone()
     save_file(tensors, os.path.join(path, "model.safetensors"), {"format": "pt"})
+    # Both major versions take tokenizer.json as it is for this class. BertTokenizer would drop what it has beyond BERT's,
+    # such as the cutting of long words, and version 4 does not know version 5's name, TokenizersBackend.
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast", **SPECIAL_NAMES, "clean_up_tokenization_spaces": False,
+        "model_max_length": LONGEST[config["model"]],
         "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
     }  # fmt: skip
-    if config["model"] == "bert":
-        tokenizer_config["model_max_length"] = MAX_POSITIONS
     files = {"config.json": hf_config(config, special, labels), "tokenizer_config.json": tokenizer_config}
     files |= sentence_files(config) if labels is None else {}
     for name, contents in files.items():
         os.makedirs(os.path.dirname(os.path.join(path, name)), exist_ok=True)
         write_text(os.path.join(path, name), json.dumps(contents, indent=2, ensure_ascii=False) + "\n")
     write_text(os.path.join(path, "tokenizer.json"), hf_tokenizer(tokenizer_text))
+    if words := vocabulary(tokenizer_text):
+        write_text(os.path.join(path, "vocab.txt"), "".join(f"{word}\n" for word in words))
     write_text(os.path.join(path, "README.md"), card)
     if config["model"] == "mosaicbert":
         for name in CODE:
@@ -114,19 +127,26 @@ def sentence_files(config):
     The default is the mean over all tokens, [CLS] and [SEP] included.
     """
     how = {"pooling": "mean", "normalize": False, "max_tokens": None, **config.get("sentence_vectors", {})}
-    modes = {f"pooling_mode_{mode}": how["pooling"] == mode.partition("_")[0] for mode in ("cls_token", "mean_tokens")}
+    names = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens")  # TEI wants all four
+    modes = {f"pooling_mode_{name}": name == {"cls": "cls_token", "mean": "mean_tokens"}.get(how["pooling"]) for name in names}
     if not any(modes.values()):
         raise UserError(f"sentence vectors with pooling {how['pooling']} cannot be exported (only with mean or cls)")
     types = ["Transformer", "Pooling", *(["Normalize"] if how["normalize"] else [])]
     paths = ["", "1_Pooling", "2_Normalize"]
+    # These names and the pooling modes as booleans are read by sentence-transformers 2 to 6, vLLM and TEI. From version 5.4
+    # sentence-transformers itself writes others, which vLLM and its own older versions do not know.
     modules = [
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
         for i, (kind, path) in enumerate(zip(types, paths))
     ]
-    files = {"modules.json": modules, "1_Pooling/config.json": {"word_embedding_dimension": config["hidden_size"], **modes}}
-    if how["max_tokens"]:
-        files["sentence_bert_config.json"] = {"max_seq_length": how["max_tokens"], "do_lower_case": False}
-    return files
+    longest = {"max_seq_length": how["max_tokens"] or LONGEST[config["model"]], "do_lower_case": False}
+    about = {"prompts": {}, "default_prompt_name": None, "similarity_fn_name": "cosine"}
+    return {
+        "modules.json": modules,
+        "1_Pooling/config.json": {"word_embedding_dimension": config["hidden_size"], **modes},
+        "sentence_bert_config.json": longest,
+        "config_sentence_transformers.json": {"model_type": "SentenceTransformer", "__version__": {}, **about},
+    }
 
 
 def export_onnx(path, architecture):
