@@ -621,27 +621,15 @@ def test_unconverted_weights_end_with_the_command_that_converts_them(tmp_path, c
 # Slow tests, and optional packages
 
 
-@pytest.mark.parametrize("format, names", [("onnx", "onnx, onnxscript, onnxruntime"), ("transformers", "transformers")])
+@pytest.mark.parametrize(
+    "format, names", [("onnx", "onnx, onnxscript, onnxruntime"), ("transformers", "transformers"), ("gguf", "gguf")]
+)
 def test_missing_packages_are_named_first(tmp_path, capsys, monkeypatch, format, names):
     missing = names.split(", ")
     find = convert_hf.importlib.util.find_spec
     monkeypatch.setattr(convert_hf.importlib.util, "find_spec", lambda name: None if name in missing else find(name))
     argv = [f"--to_hf={tmp_path / 'no_run'}", f"--out={tmp_path / 'exported'}", f"--format={format}"]
     assert f"needs {names} (pip install {' '.join(missing)})" in fails(capsys, convert_hf.main, *argv)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["mosaicbert", "bert"])
-def test_onnx(tmp_path, family, capsys):
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(package)
-    run = make_run(tmp_path / "run", family, scale=6.0)
-    convert_hf.main([f"--to_hf={run}", f"--out={tmp_path / 'exported'}", "--format=onnx"])
-    assert "self-check in onnxruntime" in capsys.readouterr().out  # 64 texts, eight a batch, of many lengths
-    assert (tmp_path / "exported/model.onnx").exists() and not (tmp_path / "exported/config.json").exists()
-    make_classifier(tmp_path, ["no", "yes"], family)
-    convert_hf.main([f"--to_hf={tmp_path}", f"--out={tmp_path / 'classifier'}", "--format=onnx"])
-    assert "self-check in onnxruntime" in capsys.readouterr().out
 
 
 @pytest.mark.slow

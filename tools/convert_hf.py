@@ -34,7 +34,8 @@ from tools.hf.write_onnx import export_onnx
 from tools.hf.write_tei import write_tei
 
 NEEDS = {  # packages, beyond requirements.txt
-    "transformers": ("transformers",), "onnx": ("transformers", "onnx", "onnxscript", "onnxruntime"), "gguf": ("gguf",), "tei": (),
+    "transformers": ("transformers",), "onnx": ("transformers", "onnx", "onnxscript", "onnxruntime"),
+    "gguf": ("gguf",), "tei": (),
 }  # fmt: skip
 
 
@@ -125,12 +126,13 @@ def to_hf(cfg):
 def task_of(cfg, config, labels):
     """What the export is for, as Hugging Face names it. Raises: UserError where the model or the format cannot do it."""
     if cfg.format in ("gguf", "tei") and config["model"] == "bert":
-        hint = {"gguf": "llama.cpp's convert_hf_to_gguf.py reads", "tei": "TEI reads"}[cfg.format]
-        raise UserError(f"--format={cfg.format}: for MosaicBERT ({hint} the --format=transformers of a BERT as it is)")
-    able = {"transformers": ("fill-mask", "feature-extraction"), "gguf": ("feature-extraction",)}
-    able = ("text-classification",) if labels is not None else able.get(cfg.format.replace("tei", "gguf"), able["transformers"])
-    if labels is not None and cfg.format in ("gguf", "tei"):
-        raise UserError(f"{cfg.to_hf}: a classifier (format {cfg.format} is for encoders: export the model before fine-tuning)")
+        hint = {"gguf": "llama.cpp has its own converter for BERT", "tei": "for BERT, TEI reads --format=transformers"}
+        raise UserError(f"--format={cfg.format}: for MosaicBERT alone ({hint[cfg.format]})")
+    encoder = cfg.format in ("gguf", "tei")
+    if labels is not None and encoder:
+        hint = "export what it was fine-tuned from"
+        raise UserError(f"{cfg.to_hf}: a classifier, and format {cfg.format} is for encoders ({hint})")
+    able = ("text-classification",) if labels is not None else ("fill-mask", "feature-extraction")[encoder:]
     if cfg.task and cfg.task not in able:
         raise UserError(f"--task={cfg.task}: this model in format {cfg.format} is for {' or '.join(able)}")
     return cfg.task or able[0]

@@ -61,6 +61,7 @@ def hf_config(config, special, labels, task):
         "attention_probs_dropout_prob": config["attention_dropout"],
         "max_position_embeddings": LONGEST[config["model"]],
         "type_vocab_size": 2,
+        "initializer_range": 0.02,  # of new heads; TEI refuses a configuration without it
         "layer_norm_eps": LAYER_NORM_EPS,
         "pad_token_id": special["[PAD]"],
         "torch_dtype": "float32",

@@ -123,12 +123,12 @@ def read_back(file, config, tensors):
     """{name: tensor} of the encoder's weights in a file."""
     import gguf
 
-    stored = {t.name: torch.from_numpy(gguf.quants.dequantize(t.data, t.tensor_type)) for t in gguf.GGUFReader(file).tensors}
+    stored = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(file).tensors}
     found = {}
     for ours, theirs in gguf_names(config["num_layers"]).items():
         for kind in ("weight", "bias"):
             if f"{theirs[0]}.{kind}" in stored:
-                found[f"{ours}.{kind}"] = torch.cat([stored.pop(f"{part}.{kind}").float() for part in theirs])
+                found[f"{ours}.{kind}"] = torch.cat([torch.tensor(stored.pop(f"{part}.{kind}")) for part in theirs])
     words, rows = "bert.embeddings.word_embeddings.weight", config["vocab_size"]
     found[words] = torch.cat([found[words], tensors[words][rows:]])
     assert not stored, f"{file}: unexpected {sorted(stored)[:3]}"

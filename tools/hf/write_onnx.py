@@ -4,6 +4,7 @@
 """
 
 import json
+import logging
 import os
 
 import torch
@@ -38,7 +39,9 @@ def export_onnx(path, expected, architecture):
         model, kwargs=examples, f=full, input_names=names, output_names=["logits" if kind else "last_hidden_state"],
         dynamic_shapes=dict.fromkeys(names, dimensions), dynamo=True, verbose=False, external_data=False,
     )  # fmt: skip
+    logging.disable(logging.WARNING)  # it recommends a preparation that is for convolutions
     quantize_dynamic(full, int8, weight_type=QuantType.QInt8)
+    logging.disable(logging.NOTSET)
     # The graph says all about the model, and readers that know it as a BERT need no code for its configuration.
     about = read_json(os.path.join(path, "config.json"), "just written")
     mosaic, bert = NAMES["mosaicbert"], NAMES["bert"]
