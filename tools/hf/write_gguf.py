@@ -92,7 +92,7 @@ def write_file(file, config, tensors, tokenizer, name, precision):
     for token, add in (("PAD", "pad"), ("UNK", "unk"), ("CLS", "bos"), ("SEP", "eos"), ("SEP", "sep"), ("MASK", "mask")):
         getattr(writer, f"add_{add}_token_id")(special[f"[{token}]"])
     lower, strip = normalizer["lowercase"], normalizer["strip_accents"]
-    # Known to llama.cpp since 2026; before, it lowercased all texts and dropped all accents.
+    # Versions of llama.cpp that do not know these keys lowercase all texts and drop all accents.
     writer.add_bool("tokenizer.ggml.normalizer.lowercase", lower)
     writer.add_bool("tokenizer.ggml.normalizer.strip_accents", lower if strip is None else strip)
     for ours, theirs in gguf_names(config["num_layers"]).items():
