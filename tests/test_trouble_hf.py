@@ -17,7 +17,7 @@ from common.options import UserError
 from common.vocabulary import load_tokenizer
 from tests.toy import SPECIAL, make_run
 from tools import convert_hf, fill_mask
-from tools.hf import write
+from tools.hf import card, write
 from tools.hf.read import find_tokenizer, read_hf
 
 transformers = pytest.importorskip("transformers")
@@ -371,7 +371,7 @@ def write_log(run, records, cut=0):
 
 def card_of(run, path, out):
     cfg = convert_hf.ConvertConfig(to_hf=path, out=out)
-    return write.model_card(cfg, checkpoint.load(run)[0], None)
+    return card.model_card(cfg, checkpoint.load(run)[0], None)
 
 
 @pytest.mark.parametrize("contents", ["[]", "{}", '{"tasks": {"cola": 3}}', DEEP])
@@ -380,7 +380,7 @@ def test_a_strange_glue_file_for_the_card(tmp_path, contents):
     (tmp_path / "glue.json").write_text(contents)
     cfg = convert_hf.ConvertConfig(to_hf=run, out="exported", glue=f"{tmp_path}/glue.json")
     with pytest.raises(UserError, match="glue.json: "):
-        write.model_card(cfg, checkpoint.load(run)[0], None)
+        card.model_card(cfg, checkpoint.load(run)[0], None)
 
 
 def test_a_card_is_of_its_checkpoint(tmp_path, capsys):

@@ -3,9 +3,10 @@
     python -m tools.convert_hf --from_hf=google-bert/bert-base-uncased --out=out/bert
     python -m tools.convert_hf --to_hf=out/base --out=exported
 
---from_hf turns BERT of any size, or MosaicBERT, into a run directory: train.py --init_from, finetune_glue.py and the
-tools start from it. --to_hf writes a directory that stock transformers loads: MosaicBERT with trust_remote_code=True, BERT
-without. Every export is checked by a process that has transformers alone, before it appears under its name; so is every
+--from_hf turns BERT of any size, MosaicBERT or jina-bert-v2 into a run directory: train.py --init_from, finetune_glue.py
+and the tools start from it. --to_hf writes a directory that stock transformers loads (MosaicBERT with
+trust_remote_code=True, BERT without), or one for ONNX, llama.cpp or TEI. Every export is compared with this project's
+outputs before it appears under its name, by a process that has transformers alone where it can load it; so is every
 import, where transformers is installed.
 
 Read next: tools/hf/read.py, tools/hf/write.py, or tools/hf/modeling_mosaic_bert.py, the code that travels with an export
@@ -24,8 +25,18 @@ from safetensors import SafetensorError
 import checkpoint
 from common.files import write_text
 from common.options import UserError, command, load_config
+from tools.hf.card import model_card
+from tools.hf.hub import check_push, push
 from tools.hf.read import find_model, read_hf
-from tools.hf.write import expected_outputs, export_onnx, model_card, self_check, write_transformers
+from tools.hf.write import check_export, expected_outputs, self_check, write_transformers
+from tools.hf.write_gguf import write_gguf
+from tools.hf.write_onnx import export_onnx
+from tools.hf.write_tei import write_tei
+
+NEEDS = {  # packages, beyond requirements.txt
+    "transformers": ("transformers",), "onnx": ("transformers", "onnx", "onnxscript", "onnxruntime"),
+    "gguf": ("gguf",), "tei": (),
+}  # fmt: skip
 
 
 @dataclass
@@ -37,9 +48,12 @@ class ConvertConfig:
     allow_pickle: bool = False  # read .bin and .pt files, weights only: no code in them runs
     # To Hugging Face
     to_hf: str = ""  # run or checkpoint directory, of train.py or finetune_glue.py; becomes a transformers model
-    format: Literal["transformers", "onnx"] = "transformers"  # onnx: model.onnx and its tokenizer
+    format: Literal["transformers", "onnx", "gguf", "tei"] = "transformers"  # gguf: for llama.cpp; tei: its Jina layout
+    task: Literal["", "fill-mask", "feature-extraction"] = ""  # feature-extraction: without the head, for sentence vectors
     glue: str = ""  # glue.json whose scores the model card quotes
-    license: str = ""  # of the weights, for the model card; empty: not known
+    license: str = ""  # of the weights, for the model card, such as apache-2.0; empty: not known
+    language: str = ""  # of the texts, for the model card, such as en or en,de; empty: C4's, else not known
+    push: str = ""  # owner/name on the hub to upload the export to; a new repository is private
     # Both
     out: str = ""  # directory to write
 
@@ -74,32 +88,29 @@ def compare(path, config, tensors, tokenizer_text):
     has_head = any(name.startswith("cls.") for name in tensors)
     expected = expected_outputs(config, tensors, tokenizer_text, None, path, encoder_only=not has_head)
     architecture = ("BertForMaskedLM" if has_head else "BertModel") if config["model"] == "bert" else None
-    failure = self_check(path, *expected, architecture, foreign=True)  # None: MosaicBERT's code there is not ours to run
-    if failure:
-        print(f"{path}: not compared with transformers, which cannot load it: {failure}")
+    verdict = self_check(path, *expected, architecture, foreign=True)  # None: MosaicBERT's code there is not ours to run
+    if "failure" in verdict:
+        print(f"{path}: not compared with transformers, which cannot load it: {verdict['failure']}")
 
 
 def to_hf(cfg):
-    """Write a transformers directory or an ONNX model; nothing appears at cfg.out unless the self-check passes."""
-    needed = ("transformers", *(("onnx", "onnxscript", "onnxruntime") if cfg.format == "onnx" else ()))
-    missing = [package for package in needed if importlib.util.find_spec(package) is None]
+    """Write an export, and push it if asked; nothing appears at cfg.out unless it passes its check."""
+    missing = [package for package in NEEDS[cfg.format] if importlib.util.find_spec(package) is None]
     if missing:
         raise UserError(f"--to_hf, format {cfg.format}: needs {', '.join(missing)} (pip install {' '.join(missing)})")
     if os.path.exists(cfg.out) and os.listdir(cfg.out):
         raise UserError(f"{cfg.out}: not empty (choose another --out)")
-    config, tensors, tokenizer_text = checkpoint.load(cfg.to_hf)
-    labels = tuple(config["task"]["labels"]) if "task" in config else None
-    expected = expected_outputs(config, tensors, tokenizer_text, labels, cfg.to_hf)
-    card = model_card(cfg, config, labels)
+    if cfg.push:
+        check_push(cfg.push)
+    model = checkpoint.load(cfg.to_hf)
+    labels = tuple(model[0]["task"]["labels"]) if "task" in model[0] else None
+    task = task_of(cfg, model[0], labels)
     made = not os.path.isdir(cfg.out)
     try:
         os.makedirs(cfg.out, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cfg.out, prefix="partial_") as partial:
-            architecture = write_transformers(partial, config, tensors, tokenizer_text, labels, card)
-            check_export(partial, expected, architecture)
-            if cfg.format == "onnx":
-                export_onnx(partial, architecture)
-                check_export(partial, expected, architecture, onnx=True)
+            notes = write_format(partial, cfg, model, labels, task)
+            write_text(os.path.join(partial, "README.md"), model_card(cfg, model[0], labels, task, notes))
             for name in sorted(os.listdir(partial), key=lambda name: name == "config.json"):  # last: it makes a model
                 os.rename(os.path.join(partial, name), os.path.join(cfg.out, name))
     except (OSError, SafetensorError) as error:
@@ -107,13 +118,38 @@ def to_hf(cfg):
     finally:
         if made and os.path.isdir(cfg.out) and not os.listdir(cfg.out):
             os.rmdir(cfg.out)
-    print(f"{cfg.out}: {architecture}, {sum(t.numel() for t in tensors.values()):,} parameters")
+    print(f"{cfg.out}: {model[0]['model']} for {task}, {sum(t.numel() for t in model[1].values()):,} parameters")
+    if cfg.push:
+        print(push(cfg.out, cfg.push))
 
 
-def check_export(path, expected, architecture, onnx=False):
-    failure = self_check(path, *expected, architecture, onnx)
-    if failure:
-        raise UserError(f"self-check: {failure} (nothing was written)")
+def task_of(cfg, config, labels):
+    """What the export is for, as Hugging Face names it. Raises: UserError where the model or the format cannot do it."""
+    if cfg.format in ("gguf", "tei") and config["model"] == "bert":
+        hint = {"gguf": "llama.cpp has its own converter for BERT", "tei": "for BERT, TEI reads --format=transformers"}
+        raise UserError(f"--format={cfg.format}: for MosaicBERT alone ({hint[cfg.format]})")
+    encoder = cfg.format in ("gguf", "tei")
+    if labels is not None and encoder:
+        hint = "export what it was fine-tuned from"
+        raise UserError(f"{cfg.to_hf}: a classifier, and format {cfg.format} is for encoders ({hint})")
+    able = ("text-classification",) if labels is not None else ("fill-mask", "feature-extraction")[encoder:]
+    if cfg.task and cfg.task not in able:
+        raise UserError(f"--task={cfg.task}: this model in format {cfg.format} is for {' or '.join(able)}")
+    return cfg.task or able[0]
+
+
+def write_format(path, cfg, model, labels, task):
+    """Write and check one format in the directory `path`. Returns {row: value} for the model card."""
+    if cfg.format == "gguf":
+        return write_gguf(path, *model, name=os.path.basename(os.path.abspath(cfg.out)))
+    if cfg.format == "tei":
+        return write_tei(path, *model)
+    expected = expected_outputs(*model, labels, cfg.to_hf, encoder_only=task == "feature-extraction")
+    architecture = write_transformers(path, *model, labels, task)
+    verdict = check_export(path, expected, architecture)
+    if cfg.format == "onnx":
+        return export_onnx(path, expected, architecture)
+    return {"checked": f"in {verdict['by']}, largest difference {verdict['difference']:.1e}"}
 
 
 @command

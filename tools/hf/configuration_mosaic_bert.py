@@ -15,6 +15,7 @@ class MosaicBertConfig(PretrainedConfig):
         intermediate_size=3072,
         hidden_dropout_prob=0.1,
         attention_probs_dropout_prob=0.0,  # MosaicBERT has none
+        max_position_embeddings=8192,  # ALiBi has no longest text; tokenizers and servers want a number
         type_vocab_size=2,
         initializer_range=0.02,
         layer_norm_eps=1e-12,
@@ -30,6 +31,7 @@ class MosaicBertConfig(PretrainedConfig):
         self.intermediate_size = intermediate_size
         self.hidden_dropout_prob = hidden_dropout_prob
         self.attention_probs_dropout_prob = attention_probs_dropout_prob
+        self.max_position_embeddings = max_position_embeddings
         self.type_vocab_size = type_vocab_size
         self.initializer_range = initializer_range
         self.layer_norm_eps = layer_norm_eps

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
     MaskedLMOutput,
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
@@ -206,9 +208,10 @@ class MosaicBertForMaskedLM(MosaicBertPreTrainedModel):
 
 
 class MosaicBertClassifier(MosaicBertPreTrainedModel):
-    """Base of both classifiers: encoder, dropout, and a linear layer."""
+    """Base of the classifiers: encoder, dropout, and a linear layer."""
 
     add_pooling_layer = False
+    num_outputs = None  # None: config.num_labels
 
     def __init__(self, config):
         super().__init__(config)
@@ -216,7 +219,7 @@ class MosaicBertClassifier(MosaicBertPreTrainedModel):
         self.bert = MosaicBertModel(config, self.add_pooling_layer)
         dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
         self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, self.num_outputs or config.num_labels)
         self.post_init()
 
 
@@ -256,3 +259,47 @@ class MosaicBertForTokenClassification(MosaicBertClassifier):
         loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten())
         states = {"hidden_states": output.hidden_states, "attentions": output.attentions}
         return finish(TokenClassifierOutput(loss=loss, logits=logits, **states), return_dict, self.config)
+
+
+class MosaicBertForMultipleChoice(MosaicBertClassifier):
+    """Scores each choice alone, with one number."""
+
+    add_pooling_layer = True
+    num_outputs = 1
+
+    def forward(
+        self, input_ids=None, attention_mask=None, token_type_ids=None, labels=None, return_dict=None, **kwargs
+    ):
+        """input_ids: (B, choices, T), as the mask and the types. labels: (B,), the right choices. Logits: (B, choices)."""
+        inputs = [x if x is None else x.flatten(0, 1) for x in (input_ids, attention_mask, token_type_ids)]
+        output = self.bert(*inputs, return_dict=True, **kwargs)
+        logits = self.classifier(self.dropout(output.pooler_output)).view(-1, input_ids.shape[1])
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        states = {"hidden_states": output.hidden_states, "attentions": output.attentions}
+        return finish(MultipleChoiceModelOutput(loss=loss, logits=logits, **states), return_dict, self.config)
+
+
+class MosaicBertForQuestionAnswering(MosaicBertPreTrainedModel):
+    """Scores of each token as the answer's first and as its last."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.bert = MosaicBertModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    def forward(
+        self, input_ids=None, attention_mask=None, token_type_ids=None, start_positions=None, end_positions=None,
+        return_dict=None, **kwargs,
+    ):  # fmt: skip
+        """start_positions, end_positions: (B,); answers outside the T tokens are left out of the loss, as in BERT."""
+        output = self.bert(input_ids, attention_mask, token_type_ids, return_dict=True, **kwargs)
+        start, end = self.qa_outputs(output.last_hidden_state).unbind(-1)  # (B, T) each
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            outside, sides = start.shape[1], ((start, start_positions), (end, end_positions))
+            losses = [F.cross_entropy(x, at.view(-1).clamp(0, outside), ignore_index=outside) for x, at in sides]
+            loss = sum(losses) / 2
+        states = {"hidden_states": output.hidden_states, "attentions": output.attentions}
+        output = QuestionAnsweringModelOutput(loss=loss, start_logits=start, end_logits=end, **states)
+        return finish(output, return_dict, self.config)

@@ -2,7 +2,8 @@
 
     python -I tools/hf/self_check.py MODEL EXPECTED     (run by tools/hf/write.py)
 
-Writes EXPECTED/verdict.json: versions, the largest absolute difference, and how many rows have the same top entry.
+Writes EXPECTED/verdict.json: versions, the largest absolute difference, the mean cosine of the rows of outputs, and how
+many rows have the same top entry.
 """
 
 import json
@@ -24,14 +25,14 @@ def main(path, expected):
     if about["onnx"]:
         import onnxruntime
 
-        session = onnxruntime.InferenceSession(str(Path(path, "model.onnx")))
-        by = f"onnxruntime {onnxruntime.__version__}"
+        session = onnxruntime.InferenceSession(str(Path(path, about["onnx"])))
+        by = f"onnxruntime {onnxruntime.__version__}, {about['onnx']}"
     elif about["architecture"]:
         kind = about["architecture"].partition("For")[2]
         auto = getattr(transformers, f"AutoModelFor{kind}" if kind else "AutoModel")
         model = auto.from_pretrained(path, trust_remote_code=about["trust"]).float().eval()
         assert type(model).__name__ == about["architecture"], type(model).__name__
-    start, difference, same = 0, 0.0, 0
+    start, difference, cosines, same = 0, 0.0, 0.0, 0
     for first in range(0, len(about["texts"]), BATCH):
         ids = about["ids"][first : first + BATCH]
         longest = max(map(len, ids))
@@ -56,10 +57,11 @@ def main(path, expected):
         logits = logits[:, : outputs.shape[1]]  # a padded vocabulary has more
         wanted = torch.from_numpy(np.array(outputs[start : start + len(logits)]))
         difference = max(difference, (logits - wanted).abs().max().item())
+        cosines += torch.cosine_similarity(logits.double(), wanted.double(), dim=-1).sum().item()
         same += int((logits.argmax(-1) == wanted.argmax(-1)).sum())
         start += len(logits)
     assert not about["architecture"] or start == len(outputs), f"{start} rows, expected {len(outputs)}"
-    verdict = {"by": by, "difference": difference, "same": same}
+    verdict = {"by": by, "difference": difference, "cosine": cosines / max(1, start), "same": same}
     Path(expected, "verdict.json").write_text(json.dumps(verdict), encoding="utf-8")
 
 
