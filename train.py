@@ -120,6 +120,8 @@ class TrainConfig(ModelConfig):
         if self.schedule == "wsd" and (self.warmup_steps / self.max_steps or self.warmup_fraction) + self.decay_fraction > 1:
             if not budget.seconds_of(self, world_size):
                 raise UserError("the warm-up and decay_fraction are more than max_steps together (shorten one of them)")
+        if not self.out_dir:
+            raise UserError("out_dir: empty (the directory for log and checkpoints)")
         trace.first_and_last(self.profile)
         budget.check(self)
         if self.warmup_steps > self.max_steps and not budget.seconds_of(self, world_size):
@@ -555,13 +557,15 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
         raw_model.bert.use_fp8()
     raw_model.to(device)
     micro_batch_tokens = estimate.choose_micro_batch_tokens(cfg, process, backend, num_params, vocab_size)
+    optimizers = make_optimizers(raw_model, cfg)
     if cfg.dry_run:
+        resumed, *_ = resume(cfg, process, train_samples, raw_model, optimizers)  # an error, if out_dir holds another run
+        print_warnings(resumed, process, num_params, len(train_samples))
         if cfg.init_from:
             say(checkpoint.start_from(raw_model, cfg.init_from, train_samples.tokenizer_text))
         flops = partial(matrix_flops, cfg, vocab_size)
         estimate.print_estimate(cfg, process, backend, num_params, train_samples, num_val, micro_batch_tokens, flops)
         return
-    optimizers = make_optimizers(raw_model, cfg)
     cfg, state, resumed_from, eval_missing = resume(cfg, process, train_samples, raw_model, optimizers)
     started = None
     if cfg.init_from and not resumed_from:

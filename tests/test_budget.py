@@ -267,3 +267,14 @@ def test_expected_steps_are_those_of_the_measured_run():
     place = (1, start["device"], 989.4e12, flops, 2700, start["num_params"])
     steps = int(estimate.expected_plan(cfg, *place, "{} steps".format).split(" samples; ")[1].split()[0])
     assert steps == pytest.approx(end["step"], rel=0.03)
+
+
+def test_a_dry_run_finds_another_run_in_its_directory(tmp_path, capsys):
+    """It checks what the real start would check; and it warns of too many epochs as that does."""
+    data, out = make_shards(tmp_path / "shards"), tmp_path / "run"
+    train.main(toy_argv(data, out, max_steps=4))
+    with pytest.raises(SystemExit):
+        train.main([*toy_argv(data, out, max_steps=4, lr=1e-3), "--dry_run"])
+    assert "holds a run that differs: lr was 0.003 and is 0.001" in capsys.readouterr().err
+    train.main([*toy_argv(data, tmp_path / "new", max_steps=10_000), "--dry_run"])
+    assert "warning: 10,000 steps are" in capsys.readouterr().out and not (tmp_path / "new").exists()

@@ -488,6 +488,8 @@ def test_fine_tuned_models(tmp_path, labels):
     card = (tmp_path / "exported/README.md").read_text()
     assert "| labels, in the order of the outputs | no, yes, may\\|be |\n" in card or not labels
     assert "| steps | not known |\n" in card and "| hardware | not known |\n" in card
+    assert json.loads((tmp_path / "exported/tokenizer_config.json").read_text())["model_max_length"] == 64
+    assert "| longest text | 64 tokens (give a pipeline truncation=True) |\n" in card
     assert not {"modules.json", "1_Pooling"} & set(os.listdir(tmp_path / "exported"))  # it makes no sentence vectors
     theirs = auto("ModelForSequenceClassification", tmp_path / "exported")
     ids, mask = batch_of([5, 12])

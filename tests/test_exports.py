@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 import checkpoint
 from common.options import UserError
 from common.vocabulary import finish, wordpiece
+from finetune_glue import read_pretrained
 from model import MaskedLM, ModelConfig, SequenceClassifier
 from tests.toy import SPECIAL
 from tools import convert_hf
 from tools.hf import write, write_gguf
-from tools.hf.card import model_card
+from tools.hf.card import glue_scores, model_card
 from tools.hf.read import read_hf
 
 LETTERS = [*"abcdefghijklmnopqrstuvwxyzABCé中國ガ:[],0123456789", "\u0301"]
@@ -287,6 +288,10 @@ def write_log(run, shards):
     Path(run, "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
+def digest_of(run):
+    return read_pretrained(checkpoint.find(run)).digest
+
+
 def test_the_card_is_what_the_hub_reads(tmp_path):
     hub = pytest.importorskip("huggingface_hub")
     run = make_run(tmp_path / "run", converted_from={"name": "mosaicml/mosaic-bert-base", "revision": None})
@@ -295,7 +300,8 @@ def test_the_card_is_what_the_hub_reads(tmp_path):
     (tmp_path / "shards/manifest.json").write_text(json.dumps({"sources": sources}))
     write_log(run, tmp_path / "shards")
     glue = {"tasks": {"cola": {"score": 50.0, "metrics": {"matthews": {"mean": 0.5, "values": [0.5]}}}}}
-    (tmp_path / "glue.json").write_text(json.dumps({**glue, "average": 50.0, "recipe": "mosaic"}))
+    glue |= {"average": 50.0, "recipe": "mosaic", "checkpoint": "out/this", "checkpoint_sha256": digest_of(run)}
+    (tmp_path / "glue.json").write_text(json.dumps(glue))
     argv = {"to_hf": run, "out": "exported", "license": "apache-2.0", "glue": f"{tmp_path}/glue.json"}
     text = model_card(convert_hf.ConvertConfig(**argv), checkpoint.load(run)[0], None)
     data = hub.ModelCard(text).data
@@ -312,6 +318,28 @@ def test_the_card_is_what_the_hub_reads(tmp_path):
     assert "not knownnot known" not in text
     other = model_card(convert_hf.ConvertConfig(**argv, language="de,en"), checkpoint.load(run)[0], None)
     assert hub.ModelCard(other).data.language == ["de", "en"]
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"checkpoint_sha256": "0" * 64}, "has the scores of out/other, which are not the weights in"),
+        ({"tasks": {"own": {}}}, "has scores of 'own', which is no GLUE task"),
+    ],
+)
+def test_scores_of_something_else_are_refused(tmp_path, change, says):
+    run = make_run(tmp_path / "run")
+    glue = {"tasks": {}, "average": 50.0, "recipe": "mosaic", "checkpoint": "out/other", "checkpoint_sha256": digest_of(run)}
+    (tmp_path / "glue.json").write_text(json.dumps({**glue, **change}))
+    with pytest.raises(UserError, match=says):
+        glue_scores(str(tmp_path / "glue.json"), checkpoint.find(run))
+
+
+def test_options_of_the_other_direction_are_refused(tmp_path, capsys):
+    for argv in (["--to_hf=run", "--allow_pickle"], ["--from_hf=model", "--license=mit"]):
+        with pytest.raises(SystemExit):
+            convert_hf.main([*argv, f"--out={tmp_path}/out"])
+        assert f"error: {argv[1].partition('=')[0]}: means nothing with {argv[0].partition('=')[0]}" in capsys.readouterr().err
 
 
 def test_a_card_of_nothing_known(tmp_path):

@@ -12,6 +12,7 @@ import, where transformers is installed.
 Read next: tools/hf/read.py, tools/hf/write.py, or tools/hf/modeling_mosaic_bert.py, the code that travels with an export
 """
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -37,6 +38,9 @@ NEEDS = {  # packages, beyond requirements.txt
     "transformers": ("transformers",), "onnx": ("transformers", "onnx", "onnxscript", "onnxruntime"),
     "gguf": ("gguf",), "tei": (),
 }  # fmt: skip
+
+
+FROM_HF, TO_HF = ("revision", "tokenizer", "allow_pickle"), ("format", "task", "glue", "license", "language", "push")
 
 
 @dataclass
@@ -157,6 +161,10 @@ def main(argv):
     cfg = load_config(ConvertConfig, argv)
     if bool(cfg.from_hf) == bool(cfg.to_hf):
         raise UserError("give either --from_hf or --to_hf")
+    direction, foreign = ("--from_hf", TO_HF) if cfg.from_hf else ("--to_hf", FROM_HF)
+    for field in dataclasses.fields(cfg):
+        if field.name in foreign and getattr(cfg, field.name) != field.default:
+            raise UserError(f"--{field.name}: means nothing with {direction}")
     if not cfg.out:
         raise UserError("--out: not given (the directory to write)")
     if cfg.from_hf:

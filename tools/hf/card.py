@@ -5,8 +5,10 @@ import re
 
 import checkpoint
 from common.files import read_json
+from common.glue import GLUE_TASKS
 from common.options import UserError
 from common.run_directory import read_log
+from finetune_glue import read_pretrained
 
 # finetune_glue.py's metrics as the hub names them, and the split where it is not "validation"
 METRICS = {
@@ -58,12 +60,16 @@ def base_model(config, options):
     return name if re.fullmatch(HUB_ID, name) and not os.path.exists(name) else None
 
 
-def glue_scores(file):
-    """(one line, [EvalResult]) of a glue.json. Raises: UserError."""
+def glue_scores(file, path):
+    """(one line, [EvalResult]) of a glue.json, which must be that of the checkpoint at `path`. Raises: UserError."""
     from huggingface_hub import EvalResult
 
     results, found = read_json(file, "expected a glue.json of finetune_glue.py"), []
     try:
+        if own := [name for name in results["tasks"] if name not in GLUE_TASKS]:
+            raise UserError(f"{file}: has scores of {own[0]!r}, which is no GLUE task (leave out --glue)")
+        if results["checkpoint_sha256"] != read_pretrained(path).digest:
+            raise UserError(f"{file}: has the scores of {results['checkpoint']}, which are not the weights in {path}")
         line = ", ".join(f"{name} {task['score']:.1f}" for name, task in results["tasks"].items())
         line += f"; mean {results['average']:.1f} (GLUE development sets, recipe {results['recipe']})"
         for name, task in results["tasks"].items():
@@ -100,7 +106,7 @@ def model_card(cfg, config, labels, task="fill-mask", notes=()):
     def known(value, text="{}", otherwise=unknown):
         return otherwise if value is None else text.format(value)
 
-    scores, results = glue_scores(cfg.glue) if cfg.glue else (unknown, [])
+    scores, results = glue_scores(cfg.glue, path) if cfg.glue else (unknown, [])
     where = {"dataset_type": datasets[0] if len(datasets) == 1 else "own", "dataset_name": "held-out documents"}
     for metric in ("accuracy", "loss"):
         if labels is None and held_out.get(metric) is not None:
@@ -115,6 +121,7 @@ def model_card(cfg, config, labels, task="fill-mask", notes=()):
         "tokens seen": known(step and state.get("tokens"), "{:,}"),
         "steps": known(step, "{:,}") + known(options.get("global_batch_size"), " of {:,} samples", ""),
         "sequence length": known(options.get("seq_length")),
+        **({"longest text": f"{config['task']['max_length']} tokens (give a pipeline truncation=True)"} if "task" in config else {}),
         "held-out loss, 15 % masked": known(held_out.get("loss"), "{:.4f}"),
         "held-out accuracy": known(held_out.get("accuracy"), "{:.1%}"),
         "hardware": known(start.get("device")) + known(start.get("world_size"), ", {} process(es)", ""),

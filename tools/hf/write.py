@@ -111,7 +111,7 @@ def write_transformers(path, config, tensors, tokenizer_text, labels, task):
     # such as the cutting of long words, and version 4 does not know version 5's name, TokenizersBackend.
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast", **SPECIAL_NAMES, "clean_up_tokenization_spaces": False,
-        "model_max_length": LONGEST[config["model"]],
+        "model_max_length": config["task"]["max_length"] if "task" in config else LONGEST[config["model"]],
         "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
     }  # fmt: skip
     files = {"config.json": hf_config(config, special, labels, task), "tokenizer_config.json": tokenizer_config}
