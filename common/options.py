@@ -191,7 +191,7 @@ def convert(value, kind, where):
     wrong = UserError(f"{where}: {value!r} is not {type_name(kind)}")
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
-            nearest = difflib.get_close_matches(str(value), get_args(kind), n=1)
+            nearest = difflib.get_close_matches({"gpu": "cuda"}.get(value, str(value)), get_args(kind), n=1)
             raise UserError(f"{wrong} (did you mean {nearest[0]}?)" if nearest else str(wrong))
         return value
     if kind is str:
