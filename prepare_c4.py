@@ -285,27 +285,37 @@ def load_hashes(out, number):
 def val_threshold(num_units, cfg):
     """Documents with a hash below this are held out. num_units: of units whose hashes are known, 0 or all.
 
-    If they are known and none is below the share, every 20th is held out, those with the smallest hashes, but at least one
-    and at most MANY_ENOUGH. Raises: UserError if none would be left.
+    If they are known and none is below the share, one in 20 of the distinct texts is held out, those with the smallest
+    hashes, but at least one and at most MANY_ENOUGH. Raises: UserError if none would be left.
     """
     share, wanted = int(cfg.val_fraction * 2**64), cfg.val_docs or MANY_ENOUGH * (cfg.val_fraction > 0)
-    smallest, count = np.empty(0, np.uint64), 0
+    smallest, threshold = np.empty(0, np.uint64), share
     for number in range(num_units):
         hashes, by_hash = load_hashes(cfg.out, number)
-        smallest, count = np.unique(np.concatenate([smallest, hashes[by_hash]]))[:wanted], count + len(hashes)
-    if 0 < count <= cfg.val_docs:
-        text = f"no text to train on: val_docs={cfg.val_docs} holds out all {count} documents"
-        raise UserError(f"{cfg.source}: {text} (lower it)")
+        smallest = np.unique(np.concatenate([smallest, hashes[by_hash]]))[:wanted]
     if cfg.val_docs:
-        return int(smallest[-1]) + 1 if len(smallest) else 0
-    if not len(smallest) or smallest[0] < share:
-        return share
-    if len(smallest) == 1:
-        hint = "one is always held out; a line is a document unless --doc_sep says otherwise"
-        raise UserError(f"{cfg.source}: no text to train on: there is a single text ({hint})")
-    smallest = smallest[: max(1, count // 20)]
-    print(f"val_fraction={cfg.val_fraction} of {count:,} documents held out none: {len(smallest)} with the smallest hashes are")
-    return int(smallest[-1]) + 1
+        threshold = int(smallest[-1]) + 1 if len(smallest) else 0
+    elif len(smallest) and smallest[0] >= share:
+        distinct = num_distinct(cfg.out, num_units)
+        smallest = smallest[: max(1, distinct // 20)]
+        threshold = int(smallest[-1]) + 1
+        instead = f"held out instead: {len(smallest)}, with the smallest hashes"
+        print(f"val_fraction={cfg.val_fraction} holds out none of {distinct:,} distinct texts; {instead}")
+    hashed = (load_hashes(cfg.out, number) for number in range(num_units))
+    if len(smallest) and not any((hashes >= threshold).any() or not by_hash.all() for hashes, by_hash in hashed):
+        distinct, option = num_distinct(cfg.out, num_units), "val_docs" if cfg.val_docs else "val_fraction"
+        reason = f"{option}={getattr(cfg, option)} holds out all {distinct:,} distinct texts (lower it)"
+        if distinct == 1:
+            hint = "one is always held out; a line is a document unless --doc_sep says otherwise"
+            reason = f"there is a single distinct text ({hint})"
+        raise UserError(f"{cfg.source}: no text to train on: {reason}")
+    return threshold
+
+
+def num_distinct(out, num_units):
+    """How many different documents there are."""
+    documents = sum(len(load_hashes(out, number)[0]) for number in range(num_units))
+    return documents - sum(map(len, find_duplicates(out, num_units)))
 
 
 def find_duplicates(out, num_units):

@@ -421,15 +421,48 @@ def test_of_a_small_corpus_the_smallest_hashes_are_held_out(capsys):
     write_texts("a.txt", texts[:40])
     write_texts("b.txt", texts[40:])
     prepare(source="a.txt,b.txt", val_fraction=1e-9)
-    assert "of 60 documents held out none: 3 with the smallest hashes are" in capsys.readouterr().out
+    says = "val_fraction=1e-09 holds out none of 60 distinct texts; held out instead: 3, with the smallest hashes\n"
+    assert says in capsys.readouterr().out
     assert set(texts_of(stored("val"))) == set(sorted(texts, key=prepare_c4.text_hash)[:3]) and len(stored()) == 57
     prepare(source="a.txt,b.txt", val_docs=3, out="same", workers=2)
     assert [stored(split, "same") for split in ("train", "val")] == [stored(split) for split in ("train", "val")]
     prepare(source="a.txt,b.txt", val_fraction=0.2, out="by_share")  # where the hash holds some out, nothing changes
     assert set(texts_of(stored("val", "by_share"))) == {text for text in texts if prepare_c4.text_hash(text) < 0.2 * 2**64}
     write_texts("c.txt", texts[:1])
-    assert "c.txt: no text to train on: there is a single text (one is always held out" in prepare_fails(capsys, source="c.txt", out="no")
+    assert "c.txt: no text to train on: there is a single distinct text (one is always held out" in prepare_fails(capsys, source="c.txt", out="no")
     assert not list(Path("no").rglob("*.bin"))
+
+
+@pytest.mark.parametrize("copies", [1, 12, 20, 200])
+def test_copies_of_a_text_hold_out_no_others(copies):
+    """Of 30 texts 20 times each, all were held out."""
+    texts = make_texts(45)
+    write_texts("a.txt", texts * copies)
+    prepare(source="a.txt", val_fraction=1e-9)
+    held_out = set(sorted(texts, key=prepare_c4.text_hash)[:2])
+    assert set(texts_of(stored("val"))) == held_out and set(texts_of(stored())) == set(texts) - held_out
+    assert len(stored("val")) == 2 * copies
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ({"val_docs": 3}, "val_docs=3 holds out all 3 distinct texts (lower it)"),
+        ({"val_docs": 9}, "val_docs=9 holds out all 3 distinct texts (lower it)"),
+        ({"val_fraction": 0.9999}, "val_fraction=0.9999 holds out all 3 distinct texts (lower it)"),
+        ({"source": "b.txt"}, "there is a single distinct text (one is always held out; a line is"),
+        ({"source": "b.txt", "val_docs": 1}, "there is a single distinct text (one is always held out; a line is"),
+    ],
+)  # fmt: skip
+def test_a_split_that_leaves_nothing_to_train_on_is_refused(capsys, options, says):
+    """Before a tokenizer is trained: the error blamed that."""
+    write_texts("a.txt", ["w1", "w2", "w3"] * 4)
+    write_texts("b.txt", ["w1"] * 12)
+    options = {"source": "a.txt", "train_tokenizer": 100, "tokenizer": None, **options}
+    assert prepare_fails(capsys, **options).startswith(f"error: {options['source']}: no text to train on: {says}")
+    assert not Path("out/tokenizer.json").exists()
+    prepare(source="a.txt", val_docs=2)
+    assert len(stored()) == 4 and len(stored("val")) == 8
 
 
 def test_what_became_of_all_documents_is_said_when_none_is_left(capsys):
