@@ -103,6 +103,11 @@ class PrepareConfig:
             raise UserError(f"train_tokenizer={self.train_tokenizer}: a vocabulary needs at least 100 entries (0: none)")
         if self.strip_accents and not self.train_tokenizer:
             raise UserError("strip_accents: only with --train_tokenizer (an existing vocabulary has its own rule)")
+        if self.train_tokenizer and self.tokenizer != PrepareConfig.tokenizer:
+            raise UserError("--train_tokenizer and --tokenizer exclude each other (a second one to compare: --compare_tokenizer)")
+        texts = (self.tokenizer, self.compare_tokenizer)
+        if self.cased and not (self.train_tokenizer or any(name.endswith(".txt") for name in texts)):
+            raise UserError("cased: only with --train_tokenizer or a vocab.txt (a tokenizer.json has its own rule)")
         task = re.fullmatch(r"(\d{1,9})/(\d{1,9})", self.task or "1/1")
         if not (task and 1 <= int(task[1]) <= int(task[2])):
             raise UserError(f"task={self.task}: not i/N with i from 1 to N (Slurm: --array=1-N, --task=$SLURM_ARRAY_TASK_ID/N)")
@@ -706,9 +711,11 @@ def prepare(cfg, plan, units):
     start, own = time.perf_counter(), share_of(cfg, len(units))
     out, tokenizer_path = cfg.out, os.path.join(cfg.out, "tokenizer.json")
     unit_bytes = [sum(segment.size for segment in unit) for unit in units]
-    given = None
+    given = other = None  # what is wrong with them is said before any work
     if not (cfg.train_tokenizer or os.path.exists(tokenizer_path)):
-        given = read_tokenizer(cfg.tokenizer, cfg.cased, beside=True)  # what is wrong with it is said before any work
+        given = read_tokenizer(cfg.tokenizer, cfg.cased, beside=True)
+    if cfg.compare_tokenizer and not os.path.exists(work_path(out, "other.json")):
+        other = read_tokenizer(cfg.compare_tokenizer, cfg.cased, beside=True)
     little = cfg.max_docs or sum(unit_bytes) <= HASHED_BYTES
     little = little and not any(segment.split for segment in plan["sources"])
     hashed = bool(cfg.val_docs or cfg.dedup or little)
@@ -730,8 +737,8 @@ def prepare(cfg, plan, units):
     elif not os.path.exists(tokenizer_path):  # a resumed run keeps it, as training a tokenizer is not deterministic
         texts = functools.partial(training_texts, units, cfg, threshold, TOKENIZER_TRAIN_CHARS)
         write_once(tokenizer_path, train_tokenizer(texts, cfg.train_tokenizer, cfg.cased, cfg.strip_accents))
-    if cfg.compare_tokenizer and not os.path.exists(work_path(out, "other.json")):
-        write_once(work_path(out, "other.json"), read_tokenizer(cfg.compare_tokenizer, cfg.cased, beside=True))
+    if other:
+        write_once(work_path(out, "other.json"), other)
     tokenizer, _ = load_tokenizer(tokenizer_path)
     done = [number for number in range(len(units)) if os.path.exists(unit_path(out, number))]
     estimate, unknown = inspect_sample(units, cfg, tokenizer)

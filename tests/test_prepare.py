@@ -540,6 +540,11 @@ PACKED = random.Random(0).randbytes(5000).hex().encode()  # text that does not c
         ({}, {"workers": 0}, "workers=0: must be at least 1"),
         ({}, {"train_tokenizer": 99}, "train_tokenizer=99: a vocabulary needs at least 100"),
         ({}, {"train_tokenizer": -1}, "train_tokenizer=-1: a vocabulary needs at least 100"),
+        ({}, {"train_tokenizer": 500, "tokenizer": "vocab.txt"}, "--train_tokenizer and --tokenizer exclude each other"),
+        ({}, {"cased": True, "tokenizer": "unmasked.json"}, "cased: only with --train_tokenizer or a vocab.txt (a tok"),
+        ({}, {"cased": True, "tokenizer": None}, "cased: only with --train_tokenizer or a vocab.txt (a tok"),
+        ({"toks/v.txt": b""}, {"tokenizer": "./tokz"}, "./tokz: no such tokenizer (did you mean ./toks?)"),
+        ({}, {"tokenizer": "/typo/v1"}, "/typo/v1: no such tokenizer (a tokenizer.json or its directory, a vocab.txt, or a"),
         ({}, {"doc_sep": "page"}, "--doc_sep: 'page' is not one of line, blank, file"),
         ({}, {"sauce": "a.txt"}, "--sauce: unknown option (did you mean source?)"),
     ],
@@ -640,6 +645,16 @@ def test_compare_tokenizer(capsys):
     }  # fmt: skip
     assert compared["this"]["tokens_per_word"] < 1.5 and text_report()["tokens"] == 6
     assert "tokens_per_word" in capsys.readouterr().out and not os.path.exists("out/.work")
+
+
+def test_a_second_tokenizer_that_is_not_there_is_said_before_any_work(capsys):
+    """It was said after training a tokenizer, and the directory could not be used again."""
+    write_texts("a.txt", make_texts(100))
+    options = {"source": "a.txt", "train_tokenizer": 200, "val_docs": 5}
+    error = prepare_fails(capsys, **options, compare_tokenizer="/typo")
+    assert error.startswith("error: /typo: no such tokenizer (") and os.listdir("out/.work") == ["plan.json"]
+    prepare(**options, compare_tokenizer="vocab.txt")
+    assert text_report()["compared"]["with"] == "vocab.txt"
 
 
 def test_a_text_in_parts_has_the_same_tokens(monkeypatch):
@@ -778,7 +793,7 @@ def test_a_failing_worker_stops_the_others(corpus, capsys):
 
 def start(out, workers, **options):
     """Start prepare_c4.py as a user would, in a process group of its own."""
-    options = {"tokenizer": "vocab.txt", "out": out, "workers": workers, **options}
+    options = {**({} if "train_tokenizer" in options else {"tokenizer": "vocab.txt"}), "out": out, "workers": workers, **options}
     code = "import prepare_c4, sys; prepare_c4.UNIT_BYTES = 1; prepare_c4.main(sys.argv[1:])"
     argv = [sys.executable, "-c", code, *(f"--{name}={value}" for name, value in options.items())]
     environment = {**os.environ, "PYTHONPATH": str(Path(prepare_c4.__file__).parent)}
