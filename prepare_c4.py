@@ -157,12 +157,12 @@ def check_same(out, plan, earlier):
     options = plan["options"]
     # Before there was --strip_accents, an uncased new vocabulary implied it.
     before = {"strip_accents": bool(options["train_tokenizer"]) and not options["cased"], **earlier["options"]}
-    differing = [name for name, value in options.items() if before.get(name) != value]
+    differing = [f"{name} was {before.get(name)!r} and is {value!r}" for name, value in options.items() if before.get(name) != value]
     changed = changed_files(earlier.get("modified", {}), plan["modified"])
     if earlier["sources"] != plan["sources"] or changed:
-        differing.append(f"source files{f': {changed[0]} was changed' if changed else ''}")
+        differing.append(f"{changed[0]} was changed" if changed else "other source files")
     if differing:
-        raise UserError(f"{out}: made with other {', '.join(differing)} (choose another --out, or remove it)")
+        raise UserError(f"{out}: holds shards that differ: {', '.join(differing)} (choose another --out, or remove it)")
 
 
 def modification_times(segments):

@@ -213,18 +213,18 @@ def test_bad_tasks(corpus, monkeypatch, capsys):
     prepare(**corpus, task="1/2")
     before = state_of("out")
     other = {**corpus, "shard_tokens": 200}
-    assert "out: made with other shard_tokens" in prepare_fails(capsys, **other, task="2/2")
-    assert "out: made with other shard_tokens" in prepare_fails(capsys, **other, join=True)
+    assert "out: holds shards that differ: shard_tokens was 150 and is 200 (" in prepare_fails(capsys, **other, task="2/2")
+    assert "out: holds shards that differ: shard_tokens was 150 and is 200 (" in prepare_fails(capsys, **other, join=True)
     with monkeypatch.context() as patch:  # two tasks that began at the same moment: neither saw the other's plan
         read_plan, unseen = prepare_c4.read_plan, [(None, False)]
         patch.setattr(prepare_c4, "read_plan", lambda out: unseen.pop() if unseen else read_plan(out))
-        assert "out: made with other shard_tokens" in prepare_fails(capsys, **other, task="2/2")
+        assert "out: holds shards that differ: shard_tokens was 150 and is 200 (" in prepare_fails(capsys, **other, task="2/2")
     assert state_of("out") == before
     with monkeypatch.context() as patch, interrupted():  # before it wrote anything but hashes
         patch.setattr(prepare_c4, "val_threshold", raise_interrupt)
         prepare(**corpus, task="1/2", out="hashed")
     before = state_of("hashed")
-    assert "hashed: made with other shard_tokens" in prepare_fails(capsys, **other, task="2/2", out="hashed")
+    assert "hashed: holds shards that differ: shard_tokens was 150 and is 200 (" in prepare_fails(capsys, **other, task="2/2", out="hashed")
     assert state_of("hashed") == before
     lock = os.open("out", os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_SH)  # as a live task holds it
@@ -267,20 +267,23 @@ def test_another_option_is_refused(corpus, monkeypatch, capsys, finished, option
             prepare(**corpus)
     before = state_of("out")
     error = prepare_fails(capsys, **{**corpus, option: value})
-    assert error.startswith("error: out: made with other ") and option in error and state_of("out") == before
+    was = {"cased": False, "doc_sep": "line", "text_key": "text", "tokenizer": "vocab.txt", **corpus}.get(option, 0)
+    assert error.startswith("error: out: holds shards that differ: ") and f"{option} was {was!r} and is {value!r}" in error
+    assert state_of("out") == before
 
 
 @pytest.mark.parametrize("change", ["grown", "added", "removed"])
 def test_other_source_files_are_refused(corpus, capsys, change):
     prepare(**corpus)
     before = state_of("out")
+    says = "3.txt was changed" if change == "grown" else "other source files"
     if change == "grown":
         write_texts("3.txt", make_texts(31, seed=3))
     elif change == "added":
         write_texts("4.txt", ["w1"])
     else:
         os.remove("3.txt")
-    assert prepare_fails(capsys, **corpus).startswith("error: out: made with other source files")
+    assert prepare_fails(capsys, **corpus).startswith(f"error: out: holds shards that differ: {says} (")
     assert state_of("out") == before
 
 

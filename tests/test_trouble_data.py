@@ -255,7 +255,7 @@ def test_a_source_edited_to_the_same_size_is_another_source(capsys):
     prepare(source="a.txt", val_fraction=0)
     write_texts("a.txt", ["w1", "w3"])
     os.utime("a.txt", ns=(1, 10**18))  # the clock of the file system may be coarse
-    assert prepare_fails(capsys, source="a.txt", val_fraction=0).startswith("error: out: made with other source files: a.txt was changed")
+    assert prepare_fails(capsys, source="a.txt", val_fraction=0).startswith("error: out: holds shards that differ: a.txt was changed (")
 
 
 def test_a_source_edited_while_it_is_read_is_an_error(monkeypatch, capsys):
