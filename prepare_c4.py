@@ -22,6 +22,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -104,9 +105,8 @@ class PrepareConfig:
         if self.strip_accents and not self.train_tokenizer:
             raise UserError("strip_accents: only with --train_tokenizer (an existing vocabulary has its own rule)")
         if self.train_tokenizer and self.tokenizer != PrepareConfig.tokenizer:
-            raise UserError("--train_tokenizer and --tokenizer exclude each other (a second one to compare: --compare_tokenizer)")
-        texts = (self.tokenizer, self.compare_tokenizer)
-        if self.cased and not (self.train_tokenizer or any(name.endswith(".txt") for name in texts)):
+            raise UserError("--train_tokenizer and --tokenizer exclude each other (one to compare: --compare_tokenizer)")
+        if self.cased and not (self.train_tokenizer or ".txt" in (self.tokenizer[-4:], self.compare_tokenizer[-4:])):
             raise UserError("cased: only with --train_tokenizer or a vocab.txt (a tokenizer.json has its own rule)")
         task = re.fullmatch(r"(\d{1,9})/(\d{1,9})", self.task or "1/1")
         if not (task and 1 <= int(task[1]) <= int(task[2])):
@@ -157,7 +157,8 @@ def check_same(out, plan, earlier):
     options = plan["options"]
     # Before there was --strip_accents, an uncased new vocabulary implied it.
     before = {"strip_accents": bool(options["train_tokenizer"]) and not options["cased"], **earlier["options"]}
-    differing = [f"{name} was {before.get(name)!r} and is {value!r}" for name, value in options.items() if before.get(name) != value]
+    names = [name for name, value in options.items() if before.get(name) != value]
+    differing = [f"{name} was {before.get(name)!r} and is {options[name]!r}" for name in names]
     changed = changed_files(earlier.get("modified", {}), plan["modified"])
     if earlier["sources"] != plan["sources"] or changed:
         differing.append(f"{changed[0]} was changed" if changed else "other source files")
@@ -666,7 +667,7 @@ EXPLAINED = {
 }
 
 
-def print_report(report):
+def print_report(report, cfg):
     for name, value in report.items():
         if name == "skipped":
             value = by_file(value, report["bad_lines_skipped"])
@@ -676,8 +677,11 @@ def print_report(report):
             plain = isinstance(item, (int, float)) and not isinstance(item, bool)
             text = f"{item:,}" if plain else item if isinstance(item, str) else json.dumps(item, ensure_ascii=False)
             print(f"{name:26s} {text}{f'  ({EXPLAINED[name]})' if name in EXPLAINED and number == 0 else ''}")
+    hint = "one for this text: --train_tokenizer"
+    if cfg.train_tokenizer:
+        hint = "a new vocabulary needs more entries, or more text"
     for name, reason in (
-        ("unknown_characters_percent", "are hidden by [UNK] (see decoded; a tokenizer for this text: --train_tokenizer)"),
+        ("unknown_characters_percent", f"are unknown to the tokenizer, and hidden by [UNK] (see decoded; {hint})"),
         ("changed_characters_percent", "lose accents, vowel signs or other marks (see decoded)"),
     ):
         if report[name] >= WARN_PERCENT:
@@ -745,10 +749,11 @@ def prepare(cfg, plan, units):
     if unknown > MAX_UNKNOWN and not done:
         with contextlib.suppress(FileNotFoundError):  # another task came to the same end
             os.remove(tokenizer_path)  # the command can be repeated with another one
-        raise UserError(
-            f"{cfg.source}: {unknown:.0%} of the characters are unknown to the tokenizer, and become [UNK] "
-            "(choose another --tokenizer, or make one of the text's own pieces: --train_tokenizer=8192)"
-        )
+        hint = "choose another --tokenizer, or make one of the text's own pieces: --train_tokenizer=8192"
+        if cfg.train_tokenizer:
+            hint = "a new vocabulary needs more entries, or more text; or choose an existing --tokenizer"
+        reason = f"{unknown:.0%} of the characters are unknown to the tokenizer, and become [UNK]"
+        raise UserError(f"{cfg.source}: {reason} ({hint})")
     check_disk(out, estimate)
 
     if done:
@@ -788,7 +793,7 @@ def prepare(cfg, plan, units):
     print(f"checking {gigabytes(sum(entry['bytes'] for entry in manifest['shards']))} of shards", flush=True)
     verify(out)
     shutil.rmtree(work_path(out, ""))
-    print_report(report)
+    print_report(report, cfg)
     print(f"{out}: finished (after copying it: python -m tools.verify {out})")
 
 
@@ -819,6 +824,7 @@ def main(argv):
         hint = "wait for the tasks, or run them again: nothing is done twice"
         raise UserError(f"{cfg.out}: {len(missing)} of {len(units)} units of work are missing ({hint})")
     lock = lock_directory(cfg.out, shared=bool(cfg.task))
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         enter_output(cfg.out, plan, earlier is not None, cfg.task)
         prepare(cfg, plan, units)
@@ -828,6 +834,7 @@ def main(argv):
     except OSError as error:
         raise UserError(f"{cfg.out}: {error.strerror} (finished units are kept; the same command resumes)") from None
     finally:
+        signal.signal(signal.SIGTERM, previous)
         os.close(lock)
 
 

@@ -796,7 +796,8 @@ def test_a_failing_worker_stops_the_others(corpus, capsys):
 
 def start(out, workers, **options):
     """Start prepare_c4.py as a user would, in a process group of its own."""
-    options = {**({} if "train_tokenizer" in options else {"tokenizer": "vocab.txt"}), "out": out, "workers": workers, **options}
+    tokenizer = {} if "train_tokenizer" in options else {"tokenizer": "vocab.txt"}
+    options = {**tokenizer, "out": out, "workers": workers, **options}
     code = "import prepare_c4, sys; prepare_c4.UNIT_BYTES = 1; prepare_c4.main(sys.argv[1:])"
     argv = [sys.executable, "-c", code, *(f"--{name}={value}" for name, value in options.items())]
     environment = {**os.environ, "PYTHONPATH": str(Path(prepare_c4.__file__).parent)}

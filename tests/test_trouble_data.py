@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -16,7 +17,7 @@ from tokenizers import Tokenizer
 
 import prepare_c4
 from common import sources, vocabulary, workers
-from tests.corpus import VOCAB, ids, interrupted, make_texts, prepare, prepare_fails, raise_interrupt, stored, text_report, texts_of, workplace, write_files, write_texts, write_vocab  # noqa: F401
+from tests.corpus import VOCAB, ids, interrupted, make_texts, prepare, prepare_fails, stored, text_report, texts_of, workplace, write_files, write_texts, write_vocab  # noqa: F401
 from tests.toy import SPECIAL, make_tokenizer
 
 SCRIPTS = ["मैंने उससे कहा", "かぎ と ガイド", "กรุณา รอ สักครู่", "й и Ёлка", "má mạ ma", "École naïve"]
@@ -81,7 +82,24 @@ def test_lost_characters_are_reported_not_only_tokens(capsys):
     report = text_report()
     assert report["unknown_percent"] == round(100 / 7, 4)
     assert report["unknown_characters_percent"] == round(100 * 120 / 132, 4)
-    assert "warning: 90.9 % of the characters are hidden by [UNK]" in capsys.readouterr().out
+    says = "are unknown to the tokenizer, and hidden by [UNK] (see decoded; one for this text: --train_tokenizer)"
+    assert f"warning: 90.9 % of the characters {says}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [1, 50])
+def test_a_new_vocabulary_that_knows_little_is_not_told_to_be_trained(capsys, words):
+    """The held-out text is in another script."""
+    texts = ["".join(map(chr, range(0x4E00, 0x4E00 + 80))), "w1 w2 " * words]
+    while prepare_c4.text_hash(texts[0]) > prepare_c4.text_hash(texts[1]):
+        texts[1] += "a"
+    write_texts("a.txt", texts)
+    options = {"source": "a.txt", "train_tokenizer": 100, "val_docs": 1}
+    if words > 1:
+        prepare(**options)
+        assert "hidden by [UNK] (see decoded; a new vocabulary needs more entries, or more text)" in capsys.readouterr().out
+    else:
+        hint = "a new vocabulary needs more entries, or more text; or choose an existing --tokenizer"
+        assert f"and become [UNK] ({hint})" in prepare_fails(capsys, **options)
 
 
 @pytest.mark.parametrize("letters", ["กขคงจฉชซ", "ACGT"])
@@ -494,6 +512,18 @@ def test_what_is_no_text_is_named(capsys, contents, says):
     assert [3 + len(SPECIAL)] in stored()
 
 
+def test_old_mac_line_ends_are_named(capsys):
+    """Such a file counted as one document."""
+    write_files({"d/a.txt": b"w1\nw2\n", "d/b.txt": b"w3\rw4\rw5\r", "d/c.txt": b"w6\r"})
+    says = "d/b.txt: a single line, with \\r inside: old Mac line ends (convert it: tr '\\r' '\\n' < FILE > NEW; or --doc_sep=file; --sk"
+    for doc_sep in ("line", "blank"):
+        assert prepare_fails(capsys, source="d", val_fraction=0, doc_sep=doc_sep).startswith(f"error: {says}")
+    prepare(source="d", val_fraction=0, skip_bad_lines=1)
+    assert texts_of(stored()) == ["w1", "w2", "w6"] and text_report()["skipped"][0].startswith("d/b.txt: a single line, with \\r")
+    prepare(source="d", val_fraction=0, doc_sep="file", out="files")
+    assert texts_of(stored(out="files")) == ["w1 w2", "w3 w4 w5", "w6"]
+
+
 def test_skipped_lines_are_printed_by_file(capsys):
     skipped = [f"a.jsonl:{i}: bad (worse)" for i in range(7, 12)] + ["b.json: record 3: null", "c.txt: looks like a PDF (no)"]
     assert prepare_c4.by_file(skipped, 9) == [
@@ -522,9 +552,10 @@ def test_a_damaged_finished_directory_is_not_called_finished(capsys):
     prepare(source="a.txt", val_docs=2)
 
 
-def test_ctrl_c_says_what_is_kept(monkeypatch, capsys):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_says_what_is_kept(monkeypatch, capsys, number):
     write_texts("a.txt", make_texts(20))
-    monkeypatch.setattr(prepare_c4, "process_unit", raise_interrupt)
+    monkeypatch.setattr(prepare_c4, "process_unit", lambda *_: signal.raise_signal(number))
     with interrupted():
         prepare(source="a.txt")
     assert capsys.readouterr().err == "stopped; the same command goes on from 0 of 1 units of work\n"
