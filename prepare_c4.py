@@ -710,16 +710,21 @@ def no_text(cfg, stats):
 # The run
 
 
-def prepare(cfg, plan, units):
-    """Fill the output directory, from wherever an earlier run stopped."""
+def given_tokenizers(cfg):
+    """{path: contents} of the tokenizers to copy that the output doesn't have yet. Raises: UserError."""
+    names = {
+        os.path.join(cfg.out, "tokenizer.json"): "" if cfg.train_tokenizer else cfg.tokenizer,
+        work_path(cfg.out, "other.json"): cfg.compare_tokenizer,
+    }
+    wanted = {path: name for path, name in names.items() if name and not os.path.exists(path)}
+    return {path: read_tokenizer(name, cfg.cased, beside=True) for path, name in wanted.items()}
+
+
+def prepare(cfg, plan, units, given):
+    """Fill the output directory, from wherever an earlier run stopped. given: given_tokenizers."""
     start, own = time.perf_counter(), share_of(cfg, len(units))
     out, tokenizer_path = cfg.out, os.path.join(cfg.out, "tokenizer.json")
     unit_bytes = [sum(segment.size for segment in unit) for unit in units]
-    given = other = None  # what is wrong with them is said before any work
-    if not (cfg.train_tokenizer or os.path.exists(tokenizer_path)):
-        given = read_tokenizer(cfg.tokenizer, cfg.cased, beside=True)
-    if cfg.compare_tokenizer and not os.path.exists(work_path(out, "other.json")):
-        other = read_tokenizer(cfg.compare_tokenizer, cfg.cased, beside=True)
     little = cfg.max_docs or sum(unit_bytes) <= HASHED_BYTES
     little = little and not any(segment.split for segment in plan["sources"])
     hashed = bool(cfg.val_docs or cfg.dedup or little)
@@ -736,19 +741,18 @@ def prepare(cfg, plan, units):
             with whole_file(work_path(out, f"dropped_{number:05d}.npy")) as file:
                 np.save(file, indices)
     threshold = val_threshold(len(units) if cfg.val_docs or little else 0, cfg)
-    if given:
-        write_once(tokenizer_path, given)
-    elif not os.path.exists(tokenizer_path):  # a resumed run keeps it, as training a tokenizer is not deterministic
+    for path, text in given.items():
+        write_once(path, text)
+    if not os.path.exists(tokenizer_path):  # a resumed run keeps it, as training a tokenizer is not deterministic
         texts = functools.partial(training_texts, units, cfg, threshold, TOKENIZER_TRAIN_CHARS)
         write_once(tokenizer_path, train_tokenizer(texts, cfg.train_tokenizer, cfg.cased, cfg.strip_accents))
-    if other:
-        write_once(work_path(out, "other.json"), other)
     tokenizer, _ = load_tokenizer(tokenizer_path)
     done = [number for number in range(len(units)) if os.path.exists(unit_path(out, number))]
     estimate, unknown = inspect_sample(units, cfg, tokenizer)
     if unknown > MAX_UNKNOWN and not done:
-        with contextlib.suppress(FileNotFoundError):  # another task came to the same end
-            os.remove(tokenizer_path)  # the command can be repeated with another one
+        for path in (tokenizer_path, work_path(out, "other.json")):  # the command can be repeated with others
+            with contextlib.suppress(FileNotFoundError):  # another task came to the same end
+                os.remove(path)
         hint = "choose another --tokenizer, or make one of the text's own pieces: --train_tokenizer=8192"
         if cfg.train_tokenizer:
             hint = "a new vocabulary needs more entries, or more text; or choose an existing --tokenizer"
@@ -823,11 +827,12 @@ def main(argv):
     if cfg.join and (missing := missing_units(cfg.out, units)):
         hint = "wait for the tasks, or run them again: nothing is done twice"
         raise UserError(f"{cfg.out}: {len(missing)} of {len(units)} units of work are missing ({hint})")
+    given = given_tokenizers(cfg)  # what is wrong with them is said before any work
     lock = lock_directory(cfg.out, shared=bool(cfg.task))
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         enter_output(cfg.out, plan, earlier is not None, cfg.task)
-        prepare(cfg, plan, units)
+        prepare(cfg, plan, units, given)
     except KeyboardInterrupt:
         done = len(units) - len(missing_units(cfg.out, units))
         raise KeyboardInterrupt(f"the same command goes on from {done} of {len(units)} units of work") from None

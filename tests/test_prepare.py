@@ -650,13 +650,15 @@ def test_compare_tokenizer(capsys):
     assert "tokens_per_word" in capsys.readouterr().out and not os.path.exists("out/.work")
 
 
-def test_a_second_tokenizer_that_is_not_there_is_said_before_any_work(capsys):
+@pytest.mark.parametrize("task", [{}, {"task": "1/1"}], ids=str)
+def test_a_second_tokenizer_that_is_not_there_is_said_before_any_work(capsys, task):
     """It was said after training a tokenizer, and the directory could not be used again."""
     write_texts("a.txt", make_texts(100))
-    options = {"source": "a.txt", "train_tokenizer": 200, "val_docs": 5}
-    error = prepare_fails(capsys, **options, compare_tokenizer="/typo")
-    assert error.startswith("error: /typo: no such tokenizer (") and os.listdir("out/.work") == ["plan.json"]
-    prepare(**options, compare_tokenizer="vocab.txt")
+    options = {"source": "a.txt", "train_tokenizer": 200, "val_docs": 5, "compare_tokenizer": "vocab.txt"}
+    error = prepare_fails(capsys, **options | {"compare_tokenizer": "/typo"}, **task)
+    assert error.startswith("error: /typo: no such tokenizer (") and not os.path.exists("out")
+    prepare(**options, **task)
+    prepare(**options, join=True)
     assert text_report()["compared"]["with"] == "vocab.txt"
 
 

@@ -130,7 +130,7 @@ def test_a_new_vocabulary_reads_only_some_of_much_text_without_blanks(monkeypatc
 def test_text_that_is_nearly_all_unknown_is_refused_and_can_be_prepared_otherwise(capsys):
     """DNA with BERT's vocabulary: unknown_percent was 100, the status 0."""
     write_texts("a.txt", ["".join(random.Random(i).choices("ACGT", k=300)) for i in range(50)])
-    error = prepare_fails(capsys, source="a.txt", val_docs=5)
+    error = prepare_fails(capsys, source="a.txt", val_docs=5, compare_tokenizer="vocab.txt", out="new")
     assert error.startswith("error: a.txt: 100% of the characters are unknown to the tokenizer, and become [UNK] (choose another")
     assert "--train_tokenizer=" in error and not list(Path().rglob("*.bin"))
     prepare(source="a.txt", val_fraction=0.1, train_tokenizer=100, out="new")
@@ -568,7 +568,7 @@ def test_a_tokenizer_of_the_hub_without_a_connection(monkeypatch, capsys):
     write_texts("a.txt", make_texts(20))
     error = prepare_fails(capsys, source="a.txt", tokenizer="someone/nothing")
     assert error.startswith("error: someone/nothing: no such file, and cannot be read from the hub: OSError: no network (--tok")
-    assert "--train_tokenizer=30000" in error and os.listdir("out/.work") == ["plan.json"]
+    assert "--train_tokenizer=30000" in error and not os.path.exists("out")
 
 
 def test_a_dictionary_in_parquet_takes_bounded_memory(monkeypatch, capsys):
