@@ -67,6 +67,14 @@ def read_manifest(directory):
     return read_json(os.path.join(directory, "manifest.json"), f"did you mean {near}?" if near else hint)
 
 
+def digest_of(path):
+    """sha256 of a shard directory's file, in hexadecimal. Raises: UserError."""
+    try:
+        return file_digest(path)
+    except OSError as error:
+        raise damaged(path, error.strerror) from None
+
+
 def write_shard(path, documents, bytes_per_token, tokenizer_digest):
     """Write token arrays as one shard.
 
@@ -271,8 +279,9 @@ class Samples:
         manifest = read_manifest(directory)
         self.directory, self.split, self.seq_length, self.chunk, self.padded = directory, split, seq_length, chunk, padded
         self.tokenizer_path = os.path.join(directory, "tokenizer.json")
+        self.tokenizer_sha256 = digest_of(self.tokenizer_path)
         tokenizer, self.special = load_tokenizer(self.tokenizer_path)
-        self.vocab_size, self.tokenizer_sha256 = tokenizer.get_vocab_size(), file_digest(self.tokenizer_path)
+        self.vocab_size = tokenizer.get_vocab_size()
         with open(self.tokenizer_path, encoding="utf-8") as file:
             self.tokenizer_text = file.read()
         self.is_special = np.zeros(self.vocab_size, bool)
@@ -453,7 +462,7 @@ def verify(data_dir):
     Raises: UserError at the first fault.
     """
     manifest = read_manifest(data_dir)
-    if file_digest(os.path.join(data_dir, "tokenizer.json")) != manifest.get("tokenizer_sha256"):
+    if digest_of(os.path.join(data_dir, "tokenizer.json")) != manifest.get("tokenizer_sha256"):
         raise damaged(f"{data_dir}/tokenizer.json", "digest differs from the manifest's")
     for split in ("train", "val"):
         samples = Samples(data_dir, split, seq_length=128)
@@ -485,6 +494,8 @@ def open_samples(data_dir, split, seq_length, chunk=False, padded=False, whole_w
             weights.append(0.0)
         if not directory or not 0 < weights[-1] < float("inf"):
             raise UserError(f"data_dir={data_dir}: {part.strip()!r} is not DIRECTORY:WEIGHT (e.g. a:0.7,b:0.3)")
+        if os.path.realpath(directory) in map(os.path.realpath, directories):
+            raise UserError(f"data_dir={data_dir}: {directory!r} is listed twice (list it once, with the sum of its weights)")
         directories.append(directory)
     sources = [Samples(directory, split, seq_length, chunk, padded, whole_words) for directory in directories]
     return Mixture(sources, weights) if len(sources) > 1 else sources[0]

@@ -22,6 +22,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -103,6 +104,10 @@ class PrepareConfig:
             raise UserError(f"train_tokenizer={self.train_tokenizer}: a vocabulary needs at least 100 entries (0: none)")
         if self.strip_accents and not self.train_tokenizer:
             raise UserError("strip_accents: only with --train_tokenizer (an existing vocabulary has its own rule)")
+        if self.train_tokenizer and self.tokenizer != PrepareConfig.tokenizer:
+            raise UserError("--train_tokenizer and --tokenizer exclude each other (one to compare: --compare_tokenizer)")
+        if self.cased and not (self.train_tokenizer or ".txt" in (self.tokenizer[-4:], self.compare_tokenizer[-4:])):
+            raise UserError("cased: only with --train_tokenizer or a vocab.txt (a tokenizer.json has its own rule)")
         task = re.fullmatch(r"(\d{1,9})/(\d{1,9})", self.task or "1/1")
         if not (task and 1 <= int(task[1]) <= int(task[2])):
             raise UserError(f"task={self.task}: not i/N with i from 1 to N (Slurm: --array=1-N, --task=$SLURM_ARRAY_TASK_ID/N)")
@@ -152,12 +157,13 @@ def check_same(out, plan, earlier):
     options = plan["options"]
     # Before there was --strip_accents, an uncased new vocabulary implied it.
     before = {"strip_accents": bool(options["train_tokenizer"]) and not options["cased"], **earlier["options"]}
-    differing = [name for name, value in options.items() if before.get(name) != value]
+    names = [name for name, value in options.items() if before.get(name) != value]
+    differing = [f"{name} was {before.get(name)!r} and is {options[name]!r}" for name in names]
     changed = changed_files(earlier.get("modified", {}), plan["modified"])
     if earlier["sources"] != plan["sources"] or changed:
-        differing.append(f"source files{f': {changed[0]} was changed' if changed else ''}")
+        differing.append(f"{changed[0]} was changed" if changed else "other source files")
     if differing:
-        raise UserError(f"{out}: made with other {', '.join(differing)} (choose another --out, or remove it)")
+        raise UserError(f"{out}: holds shards that differ: {', '.join(differing)} (choose another --out, or remove it)")
 
 
 def modification_times(segments):
@@ -285,27 +291,37 @@ def load_hashes(out, number):
 def val_threshold(num_units, cfg):
     """Documents with a hash below this are held out. num_units: of units whose hashes are known, 0 or all.
 
-    If they are known and none is below the share, every 20th is held out, those with the smallest hashes, but at least one
-    and at most MANY_ENOUGH. Raises: UserError if none would be left.
+    If they are known and none is below the share, one in 20 of the distinct texts is held out, those with the smallest
+    hashes, but at least one and at most MANY_ENOUGH. Raises: UserError if none would be left.
     """
     share, wanted = int(cfg.val_fraction * 2**64), cfg.val_docs or MANY_ENOUGH * (cfg.val_fraction > 0)
-    smallest, count = np.empty(0, np.uint64), 0
+    smallest, threshold = np.empty(0, np.uint64), share
     for number in range(num_units):
         hashes, by_hash = load_hashes(cfg.out, number)
-        smallest, count = np.unique(np.concatenate([smallest, hashes[by_hash]]))[:wanted], count + len(hashes)
-    if 0 < count <= cfg.val_docs:
-        text = f"no text to train on: val_docs={cfg.val_docs} holds out all {count} documents"
-        raise UserError(f"{cfg.source}: {text} (lower it)")
+        smallest = np.unique(np.concatenate([smallest, hashes[by_hash]]))[:wanted]
     if cfg.val_docs:
-        return int(smallest[-1]) + 1 if len(smallest) else 0
-    if not len(smallest) or smallest[0] < share:
-        return share
-    if len(smallest) == 1:
-        hint = "one is always held out; a line is a document unless --doc_sep says otherwise"
-        raise UserError(f"{cfg.source}: no text to train on: there is a single text ({hint})")
-    smallest = smallest[: max(1, count // 20)]
-    print(f"val_fraction={cfg.val_fraction} of {count:,} documents held out none: {len(smallest)} with the smallest hashes are")
-    return int(smallest[-1]) + 1
+        threshold = int(smallest[-1]) + 1 if len(smallest) else 0
+    elif len(smallest) and smallest[0] >= share:
+        distinct = num_distinct(cfg.out, num_units)
+        smallest = smallest[: max(1, distinct // 20)]
+        threshold = int(smallest[-1]) + 1
+        instead = f"held out instead: {len(smallest)}, with the smallest hashes"
+        print(f"val_fraction={cfg.val_fraction} holds out none of {distinct:,} distinct texts; {instead}")
+    hashed = (load_hashes(cfg.out, number) for number in range(num_units))
+    if len(smallest) and not any((hashes >= threshold).any() or not by_hash.all() for hashes, by_hash in hashed):
+        distinct, option = num_distinct(cfg.out, num_units), "val_docs" if cfg.val_docs else "val_fraction"
+        reason = f"{option}={getattr(cfg, option)} holds out all {distinct:,} distinct texts (lower it)"
+        if distinct == 1:
+            hint = "one is always held out; a line is a document unless --doc_sep says otherwise"
+            reason = f"there is a single distinct text ({hint})"
+        raise UserError(f"{cfg.source}: no text to train on: {reason}")
+    return threshold
+
+
+def num_distinct(out, num_units):
+    """How many different documents there are."""
+    documents = sum(len(load_hashes(out, number)[0]) for number in range(num_units))
+    return documents - sum(map(len, find_duplicates(out, num_units)))
 
 
 def find_duplicates(out, num_units):
@@ -651,7 +667,7 @@ EXPLAINED = {
 }
 
 
-def print_report(report):
+def print_report(report, cfg):
     for name, value in report.items():
         if name == "skipped":
             value = by_file(value, report["bad_lines_skipped"])
@@ -661,8 +677,11 @@ def print_report(report):
             plain = isinstance(item, (int, float)) and not isinstance(item, bool)
             text = f"{item:,}" if plain else item if isinstance(item, str) else json.dumps(item, ensure_ascii=False)
             print(f"{name:26s} {text}{f'  ({EXPLAINED[name]})' if name in EXPLAINED and number == 0 else ''}")
+    hint = "one for this text: --train_tokenizer"
+    if cfg.train_tokenizer:
+        hint = "a new vocabulary needs more entries, or more text"
     for name, reason in (
-        ("unknown_characters_percent", "are hidden by [UNK] (see decoded; a tokenizer for this text: --train_tokenizer)"),
+        ("unknown_characters_percent", f"are unknown to the tokenizer, and hidden by [UNK] (see decoded; {hint})"),
         ("changed_characters_percent", "lose accents, vowel signs or other marks (see decoded)"),
     ):
         if report[name] >= WARN_PERCENT:
@@ -691,14 +710,21 @@ def no_text(cfg, stats):
 # The run
 
 
-def prepare(cfg, plan, units):
-    """Fill the output directory, from wherever an earlier run stopped."""
+def given_tokenizers(cfg):
+    """{path: contents} of the tokenizers to copy that the output doesn't have yet. Raises: UserError."""
+    names = {
+        os.path.join(cfg.out, "tokenizer.json"): "" if cfg.train_tokenizer else cfg.tokenizer,
+        work_path(cfg.out, "other.json"): cfg.compare_tokenizer,
+    }
+    wanted = {path: name for path, name in names.items() if name and not os.path.exists(path)}
+    return {path: read_tokenizer(name, cfg.cased, beside=True) for path, name in wanted.items()}
+
+
+def prepare(cfg, plan, units, given):
+    """Fill the output directory, from wherever an earlier run stopped. given: given_tokenizers."""
     start, own = time.perf_counter(), share_of(cfg, len(units))
     out, tokenizer_path = cfg.out, os.path.join(cfg.out, "tokenizer.json")
     unit_bytes = [sum(segment.size for segment in unit) for unit in units]
-    given = None
-    if not (cfg.train_tokenizer or os.path.exists(tokenizer_path)):
-        given = read_tokenizer(cfg.tokenizer, cfg.cased, beside=True)  # what is wrong with it is said before any work
     little = cfg.max_docs or sum(unit_bytes) <= HASHED_BYTES
     little = little and not any(segment.split for segment in plan["sources"])
     hashed = bool(cfg.val_docs or cfg.dedup or little)
@@ -715,23 +741,23 @@ def prepare(cfg, plan, units):
             with whole_file(work_path(out, f"dropped_{number:05d}.npy")) as file:
                 np.save(file, indices)
     threshold = val_threshold(len(units) if cfg.val_docs or little else 0, cfg)
-    if given:
-        write_once(tokenizer_path, given)
-    elif not os.path.exists(tokenizer_path):  # a resumed run keeps it, as training a tokenizer is not deterministic
+    for path, text in given.items():
+        write_once(path, text)
+    if not os.path.exists(tokenizer_path):  # a resumed run keeps it, as training a tokenizer is not deterministic
         texts = functools.partial(training_texts, units, cfg, threshold, TOKENIZER_TRAIN_CHARS)
         write_once(tokenizer_path, train_tokenizer(texts, cfg.train_tokenizer, cfg.cased, cfg.strip_accents))
-    if cfg.compare_tokenizer and not os.path.exists(work_path(out, "other.json")):
-        write_once(work_path(out, "other.json"), read_tokenizer(cfg.compare_tokenizer, cfg.cased, beside=True))
     tokenizer, _ = load_tokenizer(tokenizer_path)
     done = [number for number in range(len(units)) if os.path.exists(unit_path(out, number))]
     estimate, unknown = inspect_sample(units, cfg, tokenizer)
     if unknown > MAX_UNKNOWN and not done:
-        with contextlib.suppress(FileNotFoundError):  # another task came to the same end
-            os.remove(tokenizer_path)  # the command can be repeated with another one
-        raise UserError(
-            f"{cfg.source}: {unknown:.0%} of the characters are unknown to the tokenizer, and become [UNK] "
-            "(choose another --tokenizer, or make one of the text's own pieces: --train_tokenizer=8192)"
-        )
+        for path in (tokenizer_path, work_path(out, "other.json")):  # the command can be repeated with others
+            with contextlib.suppress(FileNotFoundError):  # another task came to the same end
+                os.remove(path)
+        hint = "choose another --tokenizer, or make one of the text's own pieces: --train_tokenizer=8192"
+        if cfg.train_tokenizer:
+            hint = "a new vocabulary needs more entries, or more text; or choose an existing --tokenizer"
+        reason = f"{unknown:.0%} of the characters are unknown to the tokenizer, and become [UNK]"
+        raise UserError(f"{cfg.source}: {reason} ({hint})")
     check_disk(out, estimate)
 
     if done:
@@ -771,7 +797,7 @@ def prepare(cfg, plan, units):
     print(f"checking {gigabytes(sum(entry['bytes'] for entry in manifest['shards']))} of shards", flush=True)
     verify(out)
     shutil.rmtree(work_path(out, ""))
-    print_report(report)
+    print_report(report, cfg)
     print(f"{out}: finished (after copying it: python -m tools.verify {out})")
 
 
@@ -801,16 +827,19 @@ def main(argv):
     if cfg.join and (missing := missing_units(cfg.out, units)):
         hint = "wait for the tasks, or run them again: nothing is done twice"
         raise UserError(f"{cfg.out}: {len(missing)} of {len(units)} units of work are missing ({hint})")
+    given = given_tokenizers(cfg)  # what is wrong with them is said before any work
     lock = lock_directory(cfg.out, shared=bool(cfg.task))
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         enter_output(cfg.out, plan, earlier is not None, cfg.task)
-        prepare(cfg, plan, units)
+        prepare(cfg, plan, units, given)
     except KeyboardInterrupt:
         done = len(units) - len(missing_units(cfg.out, units))
         raise KeyboardInterrupt(f"the same command goes on from {done} of {len(units)} units of work") from None
     except OSError as error:
         raise UserError(f"{cfg.out}: {error.strerror} (finished units are kept; the same command resumes)") from None
     finally:
+        signal.signal(signal.SIGTERM, previous)
         os.close(lock)
 
 

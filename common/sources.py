@@ -369,6 +369,13 @@ def stdlib_segment(stats):
 
 def text_documents(segment, cfg, stats):
     lines = numbered_lines(segment.path, cfg, stats, segment.start, segment.end)
+    if cfg.doc_sep != "file" and not segment.start:
+        beginning = list(itertools.islice(lines, 2))
+        if len(beginning) == 1 and "\r" in beginning[0][1]:
+            hint = "convert it: tr '\\r' '\\n' < FILE > NEW; or --doc_sep=file"
+            skip_or_fail(cfg, stats, f"{segment.path}: a single line, with \\r inside: old Mac line ends ({hint})")
+            return
+        lines = itertools.chain(beginning, lines)
     if cfg.doc_sep == "line":
         yield from (line for _, line in lines)
         return

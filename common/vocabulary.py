@@ -12,7 +12,7 @@ import unicodedata
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from common.files import read_json
+from common.files import read_json, similar
 from common.options import UserError
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -27,6 +27,7 @@ CUT_WORDS = pre_tokenizers.FixedLength(length=100)
 DROP_WORDS = pre_tokenizers.Split(Regex("^.{101,}$"), "removed")
 UNSPACED_WORD, UNSPACED_SHARE, UNSPACED_CHARS = 32, 0.1, 50 * 10**6
 SPACE = re.compile(r"[ \t\n\r]")  # where every BERT tokenizer splits; its normalizer removes \f and \x85
+HUB_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")  # [owner/]name
 # Their tokenizers read a vocab.txt as BERT's does.
 BERT_CLASSES = {"BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "PreTrainedTokenizer", "TokenizersBackend"}
 
@@ -119,6 +120,10 @@ def read_tokenizer(name, cased=False, beside=False):
         with open(name, encoding="utf-8") as file:
             return file.read()
     if not name.endswith(".txt"):
+        if not HUB_ID.fullmatch(name):
+            near = similar(name)
+            hint = f"did you mean {near}?" if near else "a tokenizer.json or its directory, a vocab.txt, or a hub id"
+            raise UserError(f"{name}: no such tokenizer ({hint})")
         return hub_tokenizer(name)
     try:
         with open(name, encoding="utf-8", newline="\n") as file:

@@ -48,8 +48,8 @@ def make_texts(count, seed=0):
 
 
 def prepare(**options):
-    """Run prepare_c4.py in this process. Options that are None are left out."""
-    options = {"tokenizer": "vocab.txt", "workers": 1, "out": "out", **options}
+    """Run prepare_c4.py in this process, with vocab.txt unless it trains a tokenizer. Options that are None are left out."""
+    options = {"tokenizer": None if options.get("train_tokenizer") else "vocab.txt", "workers": 1, "out": "out", **options}
     prepare_c4.main([f"--{name}={value}" for name, value in options.items() if value is not None])
 
 

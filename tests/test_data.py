@@ -339,7 +339,7 @@ def test_a_mixture_gives_each_source_its_share_and_its_own_order(two):
 
 def test_what_the_order_of_a_mixture_depends_on(two):
     """On the seed and the source's position in the list; the weights only count relative to each other."""
-    (a, b), _ = two
+    (a, b), (only_a, _) = two
     mixed = data.open_samples(f"{a}:0.7,{b}:0.3", "train", 32)
     positions = np.arange(3000)
     order = mixed.order(positions, 4)[0]
@@ -347,7 +347,7 @@ def test_what_the_order_of_a_mixture_depends_on(two):
     assert (mixed.order(positions[1234:1300], 4)[0] == order[1234:1300]).all()  # any position, without those before it
     assert (mixed.order(positions, 5)[0] != order).mean() > 0.9
     assert (data.open_samples(f"{b}:0.3,{a}:0.7", "train", 32).order(positions, 4)[0] != order).mean() > 0.9
-    twice = data.open_samples(f"{a}:1,{a}:1", "train", 32)  # the same documents twice: different orders and masks
+    twice = data.Mixture([only_a, only_a], [1, 1])  # the same documents twice: different orders and masks
     first, second = (twice.micro_batch(np.array([number]), np.array([0]), 1, 0.5) for number in (7, 307))
     assert sequences(first) == sequences(second) and first.masked_positions.tolist() != second.masked_positions.tolist()
 
@@ -391,7 +391,7 @@ def test_bad_mixtures_are_refused(two, tmp_path):
         (f"{a}:-1,{b}:1", "is not"), (f"{a}:nan,{b}:1", "is not"), (f"{a}:inf,{b}:1", "is not"), (f"{a}:1,", "'' is not"),
         (f"{a}:1,nowhere:1", "nowhere/manifest.json"), (f"{a}:1,{b}:1e-6", "a share below 1 of"),
         (f"{a}:1,{other}:1", "other/tokenizer.json: a different tokenizer from that of .*prepare it with --tokenizer="),
-        (f"{a}:1,{empty}:1", "empty: no training samples"),
+        (f"{a}:1,{empty}:1", "empty: no training samples"), (f"{a}:0.7,{b}:1,{a}/:0.3", "a/' is listed twice .list it once"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=says):
             data.open_samples(text, "train", 32)
@@ -399,8 +399,9 @@ def test_bad_mixtures_are_refused(two, tmp_path):
 
 def test_the_digest_of_a_mixture_depends_on_shares_order_and_data(two):
     (a, b), (only_a, _) = two
-    texts = [f"{a}:1,{b}:1", f"{b}:1,{a}:1", f"{a}:2,{b}:1", f"{a}:1,{a}:1"]
+    texts = [f"{a}:1,{b}:1", f"{b}:1,{a}:1", f"{a}:2,{b}:1"]
     digests = {data.open_samples(text, "train", 32).digest for text in texts}
+    digests.add(data.Mixture([only_a, only_a], [1, 1]).digest)
     assert len(digests | {only_a.digest}) == 5
     assert data.open_samples(f"{a}:0.5,{b}:0.5", "train", 32).digest in digests
     assert data.open_samples(f"{a}:1", "train", 32).digest == only_a.digest

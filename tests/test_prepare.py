@@ -213,18 +213,18 @@ def test_bad_tasks(corpus, monkeypatch, capsys):
     prepare(**corpus, task="1/2")
     before = state_of("out")
     other = {**corpus, "shard_tokens": 200}
-    assert "out: made with other shard_tokens" in prepare_fails(capsys, **other, task="2/2")
-    assert "out: made with other shard_tokens" in prepare_fails(capsys, **other, join=True)
+    assert "out: holds shards that differ: shard_tokens was 150 and is 200 (" in prepare_fails(capsys, **other, task="2/2")
+    assert "out: holds shards that differ: shard_tokens was 150 and is 200 (" in prepare_fails(capsys, **other, join=True)
     with monkeypatch.context() as patch:  # two tasks that began at the same moment: neither saw the other's plan
         read_plan, unseen = prepare_c4.read_plan, [(None, False)]
         patch.setattr(prepare_c4, "read_plan", lambda out: unseen.pop() if unseen else read_plan(out))
-        assert "out: made with other shard_tokens" in prepare_fails(capsys, **other, task="2/2")
+        assert "out: holds shards that differ: shard_tokens was 150 and is 200 (" in prepare_fails(capsys, **other, task="2/2")
     assert state_of("out") == before
     with monkeypatch.context() as patch, interrupted():  # before it wrote anything but hashes
         patch.setattr(prepare_c4, "val_threshold", raise_interrupt)
         prepare(**corpus, task="1/2", out="hashed")
     before = state_of("hashed")
-    assert "hashed: made with other shard_tokens" in prepare_fails(capsys, **other, task="2/2", out="hashed")
+    assert "hashed: holds shards that differ: shard_tokens was 150 and is 200 (" in prepare_fails(capsys, **other, task="2/2", out="hashed")
     assert state_of("hashed") == before
     lock = os.open("out", os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_SH)  # as a live task holds it
@@ -267,20 +267,23 @@ def test_another_option_is_refused(corpus, monkeypatch, capsys, finished, option
             prepare(**corpus)
     before = state_of("out")
     error = prepare_fails(capsys, **{**corpus, option: value})
-    assert error.startswith("error: out: made with other ") and option in error and state_of("out") == before
+    was = {"cased": False, "doc_sep": "line", "text_key": "text", "tokenizer": "vocab.txt", **corpus}.get(option, 0)
+    assert error.startswith("error: out: holds shards that differ: ") and f"{option} was {was!r} and is {value!r}" in error
+    assert state_of("out") == before
 
 
 @pytest.mark.parametrize("change", ["grown", "added", "removed"])
 def test_other_source_files_are_refused(corpus, capsys, change):
     prepare(**corpus)
     before = state_of("out")
+    says = "3.txt was changed" if change == "grown" else "other source files"
     if change == "grown":
         write_texts("3.txt", make_texts(31, seed=3))
     elif change == "added":
         write_texts("4.txt", ["w1"])
     else:
         os.remove("3.txt")
-    assert prepare_fails(capsys, **corpus).startswith("error: out: made with other source files")
+    assert prepare_fails(capsys, **corpus).startswith(f"error: out: holds shards that differ: {says} (")
     assert state_of("out") == before
 
 
@@ -540,6 +543,11 @@ PACKED = random.Random(0).randbytes(5000).hex().encode()  # text that does not c
         ({}, {"workers": 0}, "workers=0: must be at least 1"),
         ({}, {"train_tokenizer": 99}, "train_tokenizer=99: a vocabulary needs at least 100"),
         ({}, {"train_tokenizer": -1}, "train_tokenizer=-1: a vocabulary needs at least 100"),
+        ({}, {"train_tokenizer": 500, "tokenizer": "vocab.txt"}, "--train_tokenizer and --tokenizer exclude each other"),
+        ({}, {"cased": True, "tokenizer": "unmasked.json"}, "cased: only with --train_tokenizer or a vocab.txt (a tok"),
+        ({}, {"cased": True, "tokenizer": None}, "cased: only with --train_tokenizer or a vocab.txt (a tok"),
+        ({"toks/v.txt": b""}, {"tokenizer": "./tokz"}, "./tokz: no such tokenizer (did you mean ./toks?)"),
+        ({}, {"tokenizer": "/typo/v1"}, "/typo/v1: no such tokenizer (a tokenizer.json or its directory, a vocab.txt, or a"),
         ({}, {"doc_sep": "page"}, "--doc_sep: 'page' is not one of line, blank, file"),
         ({}, {"sauce": "a.txt"}, "--sauce: unknown option (did you mean source?)"),
     ],
@@ -640,6 +648,18 @@ def test_compare_tokenizer(capsys):
     }  # fmt: skip
     assert compared["this"]["tokens_per_word"] < 1.5 and text_report()["tokens"] == 6
     assert "tokens_per_word" in capsys.readouterr().out and not os.path.exists("out/.work")
+
+
+@pytest.mark.parametrize("task", [{}, {"task": "1/1"}], ids=str)
+def test_a_second_tokenizer_that_is_not_there_is_said_before_any_work(capsys, task):
+    """It was said after training a tokenizer, and the directory could not be used again."""
+    write_texts("a.txt", make_texts(100))
+    options = {"source": "a.txt", "train_tokenizer": 200, "val_docs": 5, "compare_tokenizer": "vocab.txt"}
+    error = prepare_fails(capsys, **options | {"compare_tokenizer": "/typo"}, **task)
+    assert error.startswith("error: /typo: no such tokenizer (") and not os.path.exists("out")
+    prepare(**options, **task)
+    prepare(**options, join=True)
+    assert text_report()["compared"]["with"] == "vocab.txt"
 
 
 def test_a_text_in_parts_has_the_same_tokens(monkeypatch):
@@ -778,7 +798,8 @@ def test_a_failing_worker_stops_the_others(corpus, capsys):
 
 def start(out, workers, **options):
     """Start prepare_c4.py as a user would, in a process group of its own."""
-    options = {"tokenizer": "vocab.txt", "out": out, "workers": workers, **options}
+    tokenizer = {} if "train_tokenizer" in options else {"tokenizer": "vocab.txt"}
+    options = {**tokenizer, "out": out, "workers": workers, **options}
     code = "import prepare_c4, sys; prepare_c4.UNIT_BYTES = 1; prepare_c4.main(sys.argv[1:])"
     argv = [sys.executable, "-c", code, *(f"--{name}={value}" for name, value in options.items())]
     environment = {**os.environ, "PYTHONPATH": str(Path(prepare_c4.__file__).parent)}

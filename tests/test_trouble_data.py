@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -16,7 +17,7 @@ from tokenizers import Tokenizer
 
 import prepare_c4
 from common import sources, vocabulary, workers
-from tests.corpus import VOCAB, ids, interrupted, make_texts, prepare, prepare_fails, raise_interrupt, stored, text_report, texts_of, workplace, write_files, write_texts, write_vocab  # noqa: F401
+from tests.corpus import VOCAB, ids, interrupted, make_texts, prepare, prepare_fails, stored, text_report, texts_of, workplace, write_files, write_texts, write_vocab  # noqa: F401
 from tests.toy import SPECIAL, make_tokenizer
 
 SCRIPTS = ["मैंने उससे कहा", "かぎ と ガイド", "กรุณา รอ สักครู่", "й и Ёлка", "má mạ ma", "École naïve"]
@@ -81,7 +82,24 @@ def test_lost_characters_are_reported_not_only_tokens(capsys):
     report = text_report()
     assert report["unknown_percent"] == round(100 / 7, 4)
     assert report["unknown_characters_percent"] == round(100 * 120 / 132, 4)
-    assert "warning: 90.9 % of the characters are hidden by [UNK]" in capsys.readouterr().out
+    says = "are unknown to the tokenizer, and hidden by [UNK] (see decoded; one for this text: --train_tokenizer)"
+    assert f"warning: 90.9 % of the characters {says}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [1, 50])
+def test_a_new_vocabulary_that_knows_little_is_not_told_to_be_trained(capsys, words):
+    """The held-out text is in another script."""
+    texts = ["".join(map(chr, range(0x4E00, 0x4E00 + 80))), "w1 w2 " * words]
+    while prepare_c4.text_hash(texts[0]) > prepare_c4.text_hash(texts[1]):
+        texts[1] += "a"
+    write_texts("a.txt", texts)
+    options = {"source": "a.txt", "train_tokenizer": 100, "val_docs": 1}
+    if words > 1:
+        prepare(**options)
+        assert "hidden by [UNK] (see decoded; a new vocabulary needs more entries, or more text)" in capsys.readouterr().out
+    else:
+        hint = "a new vocabulary needs more entries, or more text; or choose an existing --tokenizer"
+        assert f"and become [UNK] ({hint})" in prepare_fails(capsys, **options)
 
 
 @pytest.mark.parametrize("letters", ["กขคงจฉชซ", "ACGT"])
@@ -112,7 +130,7 @@ def test_a_new_vocabulary_reads_only_some_of_much_text_without_blanks(monkeypatc
 def test_text_that_is_nearly_all_unknown_is_refused_and_can_be_prepared_otherwise(capsys):
     """DNA with BERT's vocabulary: unknown_percent was 100, the status 0."""
     write_texts("a.txt", ["".join(random.Random(i).choices("ACGT", k=300)) for i in range(50)])
-    error = prepare_fails(capsys, source="a.txt", val_docs=5)
+    error = prepare_fails(capsys, source="a.txt", val_docs=5, compare_tokenizer="vocab.txt", out="new")
     assert error.startswith("error: a.txt: 100% of the characters are unknown to the tokenizer, and become [UNK] (choose another")
     assert "--train_tokenizer=" in error and not list(Path().rglob("*.bin"))
     prepare(source="a.txt", val_fraction=0.1, train_tokenizer=100, out="new")
@@ -255,7 +273,7 @@ def test_a_source_edited_to_the_same_size_is_another_source(capsys):
     prepare(source="a.txt", val_fraction=0)
     write_texts("a.txt", ["w1", "w3"])
     os.utime("a.txt", ns=(1, 10**18))  # the clock of the file system may be coarse
-    assert prepare_fails(capsys, source="a.txt", val_fraction=0).startswith("error: out: made with other source files: a.txt was changed")
+    assert prepare_fails(capsys, source="a.txt", val_fraction=0).startswith("error: out: holds shards that differ: a.txt was changed (")
 
 
 def test_a_source_edited_while_it_is_read_is_an_error(monkeypatch, capsys):
@@ -421,15 +439,48 @@ def test_of_a_small_corpus_the_smallest_hashes_are_held_out(capsys):
     write_texts("a.txt", texts[:40])
     write_texts("b.txt", texts[40:])
     prepare(source="a.txt,b.txt", val_fraction=1e-9)
-    assert "of 60 documents held out none: 3 with the smallest hashes are" in capsys.readouterr().out
+    says = "val_fraction=1e-09 holds out none of 60 distinct texts; held out instead: 3, with the smallest hashes\n"
+    assert says in capsys.readouterr().out
     assert set(texts_of(stored("val"))) == set(sorted(texts, key=prepare_c4.text_hash)[:3]) and len(stored()) == 57
     prepare(source="a.txt,b.txt", val_docs=3, out="same", workers=2)
     assert [stored(split, "same") for split in ("train", "val")] == [stored(split) for split in ("train", "val")]
     prepare(source="a.txt,b.txt", val_fraction=0.2, out="by_share")  # where the hash holds some out, nothing changes
     assert set(texts_of(stored("val", "by_share"))) == {text for text in texts if prepare_c4.text_hash(text) < 0.2 * 2**64}
     write_texts("c.txt", texts[:1])
-    assert "c.txt: no text to train on: there is a single text (one is always held out" in prepare_fails(capsys, source="c.txt", out="no")
+    assert "c.txt: no text to train on: there is a single distinct text (one is always held out" in prepare_fails(capsys, source="c.txt", out="no")
     assert not list(Path("no").rglob("*.bin"))
+
+
+@pytest.mark.parametrize("copies", [1, 12, 20, 200])
+def test_copies_of_a_text_hold_out_no_others(copies):
+    """Of 30 texts 20 times each, all were held out."""
+    texts = make_texts(45)
+    write_texts("a.txt", texts * copies)
+    prepare(source="a.txt", val_fraction=1e-9)
+    held_out = set(sorted(texts, key=prepare_c4.text_hash)[:2])
+    assert set(texts_of(stored("val"))) == held_out and set(texts_of(stored())) == set(texts) - held_out
+    assert len(stored("val")) == 2 * copies
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ({"val_docs": 3}, "val_docs=3 holds out all 3 distinct texts (lower it)"),
+        ({"val_docs": 9}, "val_docs=9 holds out all 3 distinct texts (lower it)"),
+        ({"val_fraction": 0.9999}, "val_fraction=0.9999 holds out all 3 distinct texts (lower it)"),
+        ({"source": "b.txt"}, "there is a single distinct text (one is always held out; a line is"),
+        ({"source": "b.txt", "val_docs": 1}, "there is a single distinct text (one is always held out; a line is"),
+    ],
+)  # fmt: skip
+def test_a_split_that_leaves_nothing_to_train_on_is_refused(capsys, options, says):
+    """Before a tokenizer is trained: the error blamed that."""
+    write_texts("a.txt", ["w1", "w2", "w3"] * 4)
+    write_texts("b.txt", ["w1"] * 12)
+    options = {"source": "a.txt", "train_tokenizer": 100, "tokenizer": None, **options}
+    assert prepare_fails(capsys, **options).startswith(f"error: {options['source']}: no text to train on: {says}")
+    assert not Path("out/tokenizer.json").exists()
+    prepare(source="a.txt", val_docs=2)
+    assert len(stored()) == 4 and len(stored("val")) == 8
 
 
 def test_what_became_of_all_documents_is_said_when_none_is_left(capsys):
@@ -461,6 +512,18 @@ def test_what_is_no_text_is_named(capsys, contents, says):
     assert [3 + len(SPECIAL)] in stored()
 
 
+def test_old_mac_line_ends_are_named(capsys):
+    """Such a file counted as one document."""
+    write_files({"d/a.txt": b"w1\nw2\n", "d/b.txt": b"w3\rw4\rw5\r", "d/c.txt": b"w6\r"})
+    says = "d/b.txt: a single line, with \\r inside: old Mac line ends (convert it: tr '\\r' '\\n' < FILE > NEW; or --doc_sep=file; --sk"
+    for doc_sep in ("line", "blank"):
+        assert prepare_fails(capsys, source="d", val_fraction=0, doc_sep=doc_sep).startswith(f"error: {says}")
+    prepare(source="d", val_fraction=0, skip_bad_lines=1)
+    assert texts_of(stored()) == ["w1", "w2", "w6"] and text_report()["skipped"][0].startswith("d/b.txt: a single line, with \\r")
+    prepare(source="d", val_fraction=0, doc_sep="file", out="files")
+    assert texts_of(stored(out="files")) == ["w1 w2", "w3 w4 w5", "w6"]
+
+
 def test_skipped_lines_are_printed_by_file(capsys):
     skipped = [f"a.jsonl:{i}: bad (worse)" for i in range(7, 12)] + ["b.json: record 3: null", "c.txt: looks like a PDF (no)"]
     assert prepare_c4.by_file(skipped, 9) == [
@@ -489,9 +552,10 @@ def test_a_damaged_finished_directory_is_not_called_finished(capsys):
     prepare(source="a.txt", val_docs=2)
 
 
-def test_ctrl_c_says_what_is_kept(monkeypatch, capsys):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_says_what_is_kept(monkeypatch, capsys, number):
     write_texts("a.txt", make_texts(20))
-    monkeypatch.setattr(prepare_c4, "process_unit", raise_interrupt)
+    monkeypatch.setattr(prepare_c4, "process_unit", lambda *_: signal.raise_signal(number))
     with interrupted():
         prepare(source="a.txt")
     assert capsys.readouterr().err == "stopped; the same command goes on from 0 of 1 units of work\n"
@@ -504,7 +568,7 @@ def test_a_tokenizer_of_the_hub_without_a_connection(monkeypatch, capsys):
     write_texts("a.txt", make_texts(20))
     error = prepare_fails(capsys, source="a.txt", tokenizer="someone/nothing")
     assert error.startswith("error: someone/nothing: no such file, and cannot be read from the hub: OSError: no network (--tok")
-    assert "--train_tokenizer=30000" in error and os.listdir("out/.work") == ["plan.json"]
+    assert "--train_tokenizer=30000" in error and not os.path.exists("out")
 
 
 def test_a_dictionary_in_parquet_takes_bounded_memory(monkeypatch, capsys):

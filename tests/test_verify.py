@@ -12,14 +12,16 @@ def test_verify(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == [
         f"{path}: 3 shards, all digests, offsets and tokens are right" for path in (a, b)
     ]
-    for argv in ([a, b], [a, "--data-dir", b]):  # as people type it
+    for argv in ([a, b], [a, "--data-dir", b], [f"{a},{b}"], [f"{a}/manifest.json", b]):  # as people type it
         verify.main(argv)
         assert capsys.readouterr().out.count("3 shards, all digests") == 2
     path = tmp_path / "b" / "train_00001.bin"
     contents = bytearray(path.read_bytes())
     contents[-2] ^= 1  # still a token of the vocabulary: only the digest can tell
     path.write_bytes(contents)
-    for argv, says in (([b], f"{path}: digest differs"), ([], "--data_dir: not given")):
+    (tmp_path / "a" / "tokenizer.json").unlink()
+    missing = f"{a}/tokenizer.json: No such file or directory (damaged: copy it again, or remove {a} and prepare it again)"
+    for argv, says in (([b], f"{path}: digest differs"), ([], "--data_dir: not given"), ([a], missing)):
         with pytest.raises(SystemExit) as stopped:
             verify.main(argv)
         error = capsys.readouterr().err

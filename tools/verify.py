@@ -6,6 +6,7 @@ Opening a directory checks headers and sizes, and every token of a small corpus;
 copied a directory: a token that became another one has no other trace.
 """
 
+import os
 from dataclasses import dataclass
 
 from common.options import UserError, command, load_config, split_argv
@@ -14,17 +15,19 @@ from data import verify
 
 @dataclass
 class VerifyConfig:
-    data_dir: str = ""  # shard directory, or several, comma-separated; also without --data_dir=
+    data_dir: str = ""  # shard directory or its manifest.json, or several, comma-separated; also without --data_dir=
 
 
 @command
 def main(argv):
     bare, options = split_argv(VerifyConfig, argv)
     cfg = load_config(VerifyConfig, [f"--{name}={value}" for name, value in options.items()])
-    directories = [*bare, *filter(None, cfg.data_dir.split(","))]
+    directories = [name.strip() for word in [*bare, cfg.data_dir] for name in word.split(",") if name.strip()]
     if not directories:
         raise UserError("--data_dir: not given (a directory made by prepare_c4.py)")
-    for directory in map(str.strip, directories):
+    for directory in directories:
+        if os.path.basename(directory) == "manifest.json":
+            directory = os.path.dirname(directory) or "."
         print(f"{directory}: {verify(directory)} shards, all digests, offsets and tokens are right")
 
 
