@@ -37,7 +37,7 @@ def result(directory, run):
     earlier = records[0]["identity"]
     names = [name for name in earlier | run.identity if earlier.get(name) != run.identity.get(name)]
     if names:
-        raise UserError(f"{log_path(directory, run)}: holds a run with another {', '.join(names)} (choose another --out)")
+        raise UserError(f"{log_path(directory, run)}: holds a run with different {', '.join(names)} (choose another --out)")
     if run.artifact and not os.path.exists(run.artifact):  # nobody asked for it then, or it has been removed
         return None
     return records[-1]

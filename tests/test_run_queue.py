@@ -78,7 +78,7 @@ def test_only_what_is_unfinished_is_done(tmp_path, done):
     assert result(str(tmp_path), runs[2]) and not result(str(tmp_path), kept)
     work(str(tmp_path), [kept], Worker)
     assert done == ["b", "c"] and result(str(tmp_path), kept)
-    with pytest.raises(UserError, match="c.jsonl: holds a run with another number"):
+    with pytest.raises(UserError, match="c.jsonl: holds a run with different number"):
         work(str(tmp_path), [Run("c", number=1)], Worker)
 
 

@@ -125,6 +125,18 @@ def test_what_a_run_leaves_out_or_replaces_is_said(pretrained, tmp_path, files, 
         assert f"predictions.tsv: 13 predictions{replaced}\n" in printed
 
 
+def test_attention_that_cannot_fit_is_refused(pretrained, tmp_path, files, capfd, monkeypatch):
+    """Two layers of two heads, and texts of 5,002 tokens: 4 * 2 * 2 * 5002^2 bytes = 400.3 MB."""
+    monkeypatch.setattr(finetune_glue, "train", lambda *_: (_ for _ in ()).throw(UserError("training starts")))
+    with open(tmp_path / "a.csv", "a") as file:
+        file.write("w1 " * 5000 + ",yes\n")
+    argv = own(pretrained, tmp_path, "--max_length=8192", "--batch_size=1")
+    for memory, says in ((401e6, "training starts"), (400e6, "max_length=8192: texts of up to 5,002 tokens take 400.3 MB")):
+        monkeypatch.setattr(finetune_glue, "memory_of", lambda device: memory)
+        assert says in fails(main, argv, capfd)
+    assert "max_length=100000: must be at most 8192" in fails(main, [*argv, "--max_length=100000"], capfd)
+
+
 def test_a_class_of_the_validation_file_only(pretrained, tmp_path, files, capfd):
     text = (tmp_path / "b.csv").read_text()
     (tmp_path / "b.csv").write_text(text + "w1,perhaps\n")
@@ -304,7 +316,7 @@ def test_renamed_labels(pretrained, tmp_path, files, capfd):
     for name in ("a.csv", "b.csv"):
         path = tmp_path / name
         path.write_text(path.read_text().replace(",no\n", ",never\n"))
-    assert "another labels" in fails(main, own(pretrained, tmp_path), capfd)
+    assert "different labels" in fails(main, own(pretrained, tmp_path), capfd)
     assert "no\t" in (tmp_path / "out/predictions/own.seed19.tsv").read_text()
 
 
@@ -319,7 +331,7 @@ def test_one_average_is_of_one_kind_of_run(pretrained, tmp_path, option, name, c
     suite(pretrained, data, out, "--tasks=cola", "--seeds=1")
     argv = [f"--checkpoint={pretrained}", f"--data_dir={data}", f"--out={out}", "--epochs=1", "--seeds=1", *CPU]
     error = fails(finetune_glue.main, [*argv, "--tasks=rte", option], capfd)
-    assert f"holds results with another {name} (choose another --out)" in error
+    assert f"holds results with different {name} (choose another --out)" in error
     assert set(suite(pretrained, data, out, "--tasks=rte", "--seeds=1")["tasks"]) == {"cola", "rte"}
 
 
@@ -328,7 +340,7 @@ def test_one_average_has_one_start(pretrained, tmp_path, capfd):
     suite(pretrained, data, out, "--tasks=rte", "--seeds=1")
     argv = [f"--checkpoint={pretrained}", f"--data_dir={data}", f"--out={out}", "--epochs=1", "--seeds=1", *CPU]
     error = fails(finetune_glue.main, [*argv, "--tasks=mnli,mrpc"], capfd)
-    assert "holds results with another start of RTE, MRPC or STS-B" in error
+    assert "holds results with different starts of RTE, MRPC or STS-B" in error
     assert set(suite(pretrained, data, out, "--tasks=mnli", "--seeds=1")["tasks"]) == {"mnli", "rte"}
 
 

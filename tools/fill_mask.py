@@ -29,7 +29,7 @@ LONGEST = 8192  # tokens of a text; plain attention takes 3 * 12 heads * 8192^2 
 class FillMaskConfig:
     checkpoint: str = ""  # run or step_* directory
     text: str = ""  # text with one or more [MASK]: prints the top tokens for each, with probabilities
-    embed: str = ""  # UTF-8 file, also .gz or .xz, one text a line: writes a vector for each, the mean over its tokens or as converted
+    embed: str = ""  # UTF-8 file, also .gz, one text a line: writes a vector for each, the mean over its tokens or as converted
     out: str = ""  # .npy file for the vectors, (lines, hidden_size) float32
     normalize: bool = False  # scale vectors to length 1
 
