@@ -76,7 +76,9 @@ def test_what_is_guessed_is_said_with_its_reason(tmp_path, capsys, labels, says)
 
 def test_near_equal_and_rare_labels_are_warned_about(tmp_path, capsys):
     guess(tmp_path, ["1"] * 9 + ["1.0"] * 2 + ["2"] * 9)
-    assert "labels '1' and '1.0' (lines 11, 12) are different classes" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "labels '1' and '1.0' (lines 11, 12) are different classes" in printed
+    assert "the labels are 2 different whole numbers, spelled in 3 ways (or" in printed
     guess(tmp_path, ["pos"] * 9 + [" pos", "Pos"] + ["neg"] * 9)
     printed = capsys.readouterr().out
     assert "labels 'pos' and ' pos' (line 11) are" in printed and "labels 'pos' and 'Pos' (line 12) are" in printed
@@ -85,6 +87,37 @@ def test_near_equal_and_rare_labels_are_warned_about(tmp_path, capsys):
     assert "label 'NA' (lines 11, 12, 13 and 6 more) is taken as a class" in capsys.readouterr().out
     guess(tmp_path, ["pos"] * 9 + ["neg"] * 9)
     assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "first, second, says",
+    [
+        ("negative", "negatve", "'negative' and 'negatve'"),
+        ("negative", "negaitve", "'negative' and 'negaitve'"),
+        ("negativ", "negative", "'negativ' and 'negative'"),
+        ("very negative", "very negatife", "'very negative' and 'very negatife'"),
+        ("pos", "pos\u200b", r"'pos' and 'pos\u200b'"),
+        ("pos", "p\u043es", r"'pos' and 'p\u043es'"),
+        ("caf\u00e9", "cafe\u0301", r"'café' and 'cafe\u0301'"),
+        ("class_a", "class_b", ""),
+        ("group a, left", "group b, left", ""),
+        ("typical", "atypical", ""),
+        ("top10", "top20", ""),
+        ("10001", "10011", ""),
+        ("male", "mole", ""),
+        ("positive", "negative", ""),
+    ],
+)
+def test_misspelled_labels_are_named(tmp_path, capsys, first, second, says):
+    guess(tmp_path, [first] * 10 + [second] * 10)
+    printed = capsys.readouterr().out
+    assert "warning" not in printed if not says else f"labels {says} (lines 12, 13, 14 and 7 more) are different" in printed
+
+
+def test_many_misspelled_labels_are_a_few_lines(tmp_path, capsys):
+    guess(tmp_path, [f"negative{'x' * i}" for i in range(20)] * 5)
+    printed = capsys.readouterr().out
+    assert printed.count("warning") == 6 and "14 more labels are spelled almost as another" in printed
 
 
 def own(pretrained, tmp_path, *options, out="out"):

@@ -13,6 +13,7 @@ Read next: finetune_glue.py, whose parts this uses
 
 import dataclasses
 import os
+import re
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ FOR_TRAINING = (  # options that mean nothing with a --predict_file alone
     "random_weights",
 )  # fmt: skip
 RARE = 5  # labels with fewer rows are warned about
+LATIN_LOOK = str.maketrans("аеорсухіјѕ", "aeopcyxijs")  # Cyrillic letters, and the Latin ones that look the same
 MISSING = {"na", "n/a", "nan", "nil", "none", "null", "-", "?"}  # what others write where a label is missing
 
 
@@ -107,7 +109,8 @@ def guess(cfg, rows):
     different, whole = len(set(numbers)), all(number.is_integer() for number in numbers)
     if len(numbers) <= len(rows) / 2 or (whole and different <= MAX_CLASSES):
         if all(NUMBER.fullmatch(row.cells[-1]) for row in rows):
-            return False, f"the labels are {different} different whole numbers (or --problem=regression)"
+            spelled = f", spelled in {words} ways" if (words := len({row.cells[-1] for row in rows})) > different else ""
+            return False, f"the labels are {different} different whole numbers{spelled} (or --problem=regression)"
         return False, "the labels are words"
     for row in rows:
         if not NUMBER.fullmatch(row.cells[-1]):
@@ -119,15 +122,20 @@ def guess(cfg, rows):
 
 def warn_about(path, rows):
     """Report classes that may be mistakes: spelled almost as another, like a missing label, or with few rows."""
-    lines, alike = {}, {}
+    lines, alike = {}, []
     for row in rows:
         lines.setdefault(row.cells[-1], []).append(row.line)
+    seen = {}  # what a spelling has in common with others: the most frequent label with it
     for word in sorted(lines, key=lambda word: -len(lines[word])):
-        alike.setdefault(essence(word), []).append(word)
-    for first, *others in alike.values():
-        for other in others:
-            text = f"labels {first!r} and {other!r} ({places(lines[other])}) are different classes"
-            print(f"warning: {path}: {text} (if they mean the same, correct the file)", flush=True)
+        first = next((seen[key] for key in spellings(word) if key in seen and look_alike(seen[key], word)), word)
+        for key in spellings(word):
+            seen.setdefault(key, word)
+        if first != word:
+            alike.append(f"labels {shown(first)} and {shown(word)} ({places(lines[word])}) are different classes")
+    for text in alike[:RARE]:
+        print(f"warning: {path}: {text} (if they mean the same, correct the file)", flush=True)
+    if len(alike) > RARE:
+        print(f"warning: {path}: {len(alike) - RARE} more labels are spelled almost as another", flush=True)
     for word in lines:
         if word.strip().casefold() in MISSING:
             text = f"label {word!r} ({places(lines[word])}) is taken as a class (if it means no label, remove these rows)"
@@ -143,7 +151,35 @@ def essence(word):
     """What labels have in common that a person would take for the same: "1" and "1.0", "pos" and " Pos"."""
     if NUMBER.fullmatch(word):
         return float(word)
-    return " ".join(unicodedata.normalize("NFKC", word).casefold().split())
+    visible = "".join(c for c in unicodedata.normalize("NFKC", word) if unicodedata.category(c) != "Cf")  # no zero widths
+    return " ".join(visible.casefold().translate(LATIN_LOOK).split())
+
+
+def spellings(word):
+    """A label's essence, and those with one of its letters left out, which a misspelled label shares with the right one.
+
+    The first letter is never left out: it tells typical from atypical.
+    """
+    whole = essence(word)
+    short = isinstance(whole, str) and 5 <= len(whole) <= 50
+    return [whole, *(whole[:i] + whole[i + 1 :] for i in range(1, len(whole)))] if short else [whole]
+
+
+def look_alike(first, second):
+    """Whether labels that share one of their `spellings` may be meant as the same: for words of five letters or more."""
+    a, b = essence(first), essence(second)
+    if a == b:
+        return True
+    if a[:-1] == b[:-1] or re.findall(r"\d", a) != re.findall(r"\d", b):  # class_a and class_b, top10 and top20
+        return False
+    a, b = (re.findall(r"[^\W\d_]+", text) for text in (a, b))
+    return len(a) != len(b) or all(min(len(x), len(y)) >= 5 for x, y in zip(a, b) if x != y)
+
+
+def shown(word):
+    """A label in quotes; escaped if it has letters that look like others."""
+    odd = re.search("[a-z]", word, re.IGNORECASE) and word.casefold().translate(LATIN_LOOK) != word.casefold()
+    return ascii(word) if odd or unicodedata.normalize("NFKC", word) != word else repr(word)
 
 
 def print_labels(path, examples, task):
