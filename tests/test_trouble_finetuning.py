@@ -31,7 +31,7 @@ def fails(command, argv, capfd):
     with pytest.raises(SystemExit) as status:
         command(argv)
     error = capfd.readouterr().err
-    assert status.value.code == 2 and error.count("\n") == 1, error
+    assert status.value.code == 2 and error.count("\n") - error.count("checkpoint skipped\n") == 1, error
     return error
 
 
@@ -170,6 +170,21 @@ def test_attention_that_cannot_fit_is_refused(pretrained, tmp_path, files, capfd
     assert "max_length=100000: must be at most 8192" in fails(main, [*argv, "--max_length=100000"], capfd)
 
 
+def test_contradicting_labels_are_counted(pretrained, tmp_path, files, capfd):
+    with open(tmp_path / "a.csv", "a") as file:
+        file.write("w1,yes\nw2,no\nw1,no\nw1,no\nw2,yes\nw3,no\nw3,no\n")
+    main(own(pretrained, tmp_path, "--dry_run"))
+    printed = capfd.readouterr().out
+    assert f"warning: {tmp_path}/a.csv: 2 texts have contradicting labels, as on lines 42, 44, 45 (" in printed
+
+
+def test_a_replaced_classifier_is_said(pretrained, tmp_path, files, capfd):
+    main(own(pretrained, tmp_path))
+    assert "before" not in capfd.readouterr().out
+    main(own(f"{tmp_path}/out/model", tmp_path, "--dry_run", out="next"))
+    assert f"{tmp_path}/out/model: fine-tuned on labels no, yes before: that classifier is left" in capfd.readouterr().out
+
+
 def test_a_class_of_the_validation_file_only(pretrained, tmp_path, files, capfd):
     text = (tmp_path / "b.csv").read_text()
     (tmp_path / "b.csv").write_text(text + "w1,perhaps\n")
@@ -225,6 +240,15 @@ def test_a_long_text_in_quotes(tmp_path, capsys):
     path.write_text('label,text\nyes,"a\nb"\nno,"c\nd"\nno,e\n')  # first lines with all columns and a label
     assert [len(read_rows(str(path), ("text",), column, settings())) for column in ("label", "")] == [3, 3]
     assert capsys.readouterr().out == ""
+
+
+def test_a_label_in_two_lines(tmp_path, capsys):
+    """Also beside a row without a label, which made every line with other columns look like a row."""
+    path = tmp_path / "a.csv"
+    path.write_text('text,label\na,"pos\nitive"\nb,\nc,neg\n"d\ne",neg\n')
+    rows = read_rows(str(path), ("text",), "label", settings(skip_bad_lines=1))
+    assert [row.cells for row in rows] == [["a", "pos\nitive"], ["c", "neg"], ["d\ne", "neg"]]
+    assert capsys.readouterr().out == f"skipped {path}:4: the label is empty\n"
 
 
 @pytest.mark.parametrize(
@@ -326,6 +350,7 @@ def test_columns_of_the_file_to_label(pretrained, tmp_path, files, capfd):
         ("OUT/smok", r"out/smok: no such directory \(did you mean .*/out/smoke\?\)"),
         ("OUT/nothing/at/all", "no such directory"),
         ("OUT/smoke", "no undamaged checkpoint here"),
+        ("OUT/labels/model", r"every checkpoint here is damaged \(restore one from a copy, or remove them all\)"),
         ("OUT/labels", r"no undamaged checkpoint here \(did you mean .*/out/labels/model\?\)"),
     ],
 )
@@ -336,7 +361,7 @@ def test_a_checkpoint_that_is_none(pretrained, tmp_path, capfd, path, says):
     (tmp_path / "out/labels/glue.json").write_text("{}")
     path = path.replace("RUN", pretrained).replace("OUT", str(tmp_path / "out"))
     argv = [f"--checkpoint={path}", f"--out={tmp_path}/glue", "--tasks=cola", *CPU]
-    error = fails(finetune_glue.main, argv, capfd)
+    error = fails(finetune_glue.main, argv, capfd).splitlines(keepends=True)[-1]
     assert re.search(says, error), error
 
 

@@ -167,7 +167,7 @@ def main(argv):
             np.save(file, vectors)
     except OSError as error:
         raise UserError(f"{cfg.out}: {error.strerror}") from None
-    print(f"{cfg.out}: {vectors.shape[0]} vectors of {vectors.shape[1]}")
+    print(f"{cfg.out}: {len(vectors)} vector{'s' * (len(vectors) > 1)} of {vectors.shape[1]}")
 
 
 if __name__ == "__main__":

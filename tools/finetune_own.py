@@ -70,6 +70,8 @@ class OwnConfig(FineTuneConfig):
                 raise UserError(f"--{field.name}: needs --train_file (a model predicts as it was trained)")
         if len(self.text_columns.split(",")) > 2:
             raise UserError(f"text_columns={self.text_columns}: one column, or two for pairs")
+        if len(set(self.columns())) < len(self.columns()):
+            raise UserError(f"text_columns={self.text_columns}: the same column twice (name two for pairs, or one)")
         if self.train_file and self.label_column in self.columns():
             raise UserError(f"label_column={self.label_column}: is a text column too (the model would read the label)")
 
@@ -195,6 +197,20 @@ def print_labels(path, examples, task):
         print(f"{path}: {len(x):,} labels {spread}", flush=True)
 
 
+def warn_of_contradictions(path, rows):
+    """Report texts that have different labels in different rows."""
+    first, contradicting = {}, {}
+    for row in rows:
+        *texts, label = row.cells
+        earlier = first.setdefault(tuple(texts), row)
+        if label != earlier.cells[-1]:
+            contradicting.setdefault(tuple(texts), [earlier.line]).append(row.line)
+    if contradicting:
+        texts = f"{len(contradicting):,} texts have" if len(contradicting) > 1 else "a text has"
+        lines = places(next(iter(contradicting.values())))
+        print(f"warning: {path}: {texts} contradicting labels, as on {lines} (correct them, or the score suffers)", flush=True)
+
+
 def warn_of_overlap(paths, examples):
     """Report texts to score on that are trained on, too. paths, examples: by split."""
     known = set(examples["train"].texts)
@@ -238,7 +254,7 @@ def predict_own(cfg, path, rows=None):
     target = os.path.join(cfg.out, "predictions.tsv")
     replaced = " (in place of those that were there)" * os.path.exists(target)
     write_table(target, ("index", "prediction", *["probability"] * bool(task.labels), *columns), lines)
-    print(f"{target}: {len(rows):,} predictions{replaced}")
+    print(f"{target}: {len(rows):,} prediction{'s' * (len(rows) > 1)}{replaced}")
 
 
 @command
@@ -254,8 +270,13 @@ def main(argv):
     examples = {split: to_examples(rows[split], path, task.labels) for split, path in paths.items()}
     for split, path in paths.items():
         print_labels(path, examples[split], task)
+    if task.labels:
+        warn_of_contradictions(paths["train"], rows["train"])
     warn_of_overlap(paths, examples)
     pretrained, model = load_pretrained(cfg.checkpoint, cfg.out), os.path.join(cfg.out, "model")
+    if earlier := pretrained.config.get("task"):
+        into = f"on labels {', '.join(earlier['labels'])[:200]}" if earlier["labels"] else "on numbers"
+        print(f"{cfg.checkpoint}: fine-tuned {into} before: that classifier is left out, and a new one is trained", flush=True)
     plan = make_runs(cfg, pretrained, task, examples, RECIPES[cfg.recipe], cfg.seeds, keep=model)
     if fine_tune(cfg, pretrained, plan, {task: examples}.get) is None:
         return
