@@ -118,7 +118,7 @@ def finish(directory, runs, make_worker, jobs):
     except KeyboardInterrupt:
         finished = sum(bool(result(directory, run)) for run in runs)
         kept = "finished runs are kept; the others start again with the same command"
-        raise KeyboardInterrupt(f"{finished} of {len(runs)} runs are finished ({kept})") from None
+        raise KeyboardInterrupt(f"{finished} of {len(runs)} runs finished", kept) from None
     finally:
         signal.signal(signal.SIGTERM, handler)
 

@@ -139,5 +139,5 @@ def test_a_signal_ends_jobs_in_one_line(tmp_path, number):
     (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and output.splitlines()[1:] == [
-        "stopped; 1 of 3 runs are finished (finished runs are kept; the others start again with the same command)"
+        "stopped; 1 of 3 runs finished; finished runs are kept; the others start again with the same command"
     ]

@@ -45,7 +45,7 @@ def token_ids(model, tokenizer, special, texts, config, longest=None):
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         sequences.append(np.array([special["[CLS]"], *ids[: longest - 2], special["[SEP]"]]))
         lengths.append(len(ids) + 2)
-    trained = config["task"]["max_length"] if "task" in config else config.get("seq_length", longest)
+    trained = config["task"]["max_length"] if "task" in config else config.get("seq_length", np.inf)
     for limit, what in ((longest, "{} tokens, and truncated"), (trained, "the {} tokens that the model was trained on")):
         if count := sum(length > limit for length in lengths):
             are = "is" if count == 1 else "are"
