@@ -442,7 +442,10 @@ def predict(model, encoded, process):
     model.eval()
     order = np.argsort(encoded.lengths, kind="stable")
     scores = []
-    batch_size = max(1, EVAL_TOKENS // int(encoded.lengths.max()))
+    longest = int(encoded.lengths.max())
+    batch_size = max(1, EVAL_TOKENS // longest)
+    if not kernels.uses_triton(process.device):  # plain attention takes 3 * 12 heads * 4 bytes * LONGEST^2 = 10 GB for these
+        batch_size = max(1, min(batch_size, LONGEST**2 // longest**2))
     for start in range(0, len(order), batch_size):
         with process.autocast():
             scores.append(model(encoded.batch(order[start : start + batch_size], process.device)).float())

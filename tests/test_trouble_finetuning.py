@@ -7,11 +7,13 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
 
 import checkpoint
 import finetune_glue
 from common.labelled import read_rows
 from common.options import UserError
+from common.processes import Process
 from finetune_glue import load_classifier, load_pretrained, make_classifier, pretraining_cost
 from tests import toy
 from tests.test_finetune_glue import CPU, sentences, suite, write_glue
@@ -168,6 +170,25 @@ def test_attention_that_cannot_fit_is_refused(pretrained, tmp_path, files, capfd
         monkeypatch.setattr(finetune_glue, "memory_of", lambda device: memory)
         assert says in fails(main, argv, capfd)
     assert "max_length=100000: must be at most 8192" in fails(main, [*argv, "--max_length=100000"], capfd)
+
+
+@pytest.mark.parametrize("length, sizes", [(512, [64, 16]), (2048, [16] * 5), (4096, [4] * 20), (8192, [1] * 80)])
+def test_long_texts_are_scored_a_few_at_a_time(length, sizes):
+    """Plain attention for n texts of this length takes n * length^2 numbers per head."""
+    found, starts = [], np.arange(80) * length
+    ids, labels = np.zeros(80 * length, np.int32), np.zeros(80, np.int64)
+    encoded = finetune_glue.Encoded(ids, ids, starts, np.full(80, length), labels, range(80))
+
+    class Model:
+        def eval(self):
+            pass
+
+        def __call__(self, batch):
+            found.append(len(batch.cu_seqlens) - 1)
+            return torch.zeros(found[-1], 2)
+
+    finetune_glue.predict(Model(), encoded, Process(0, 1, torch.device("cpu"), torch.float32))
+    assert found == sizes
 
 
 def test_contradicting_labels_are_counted(pretrained, tmp_path, files, capfd):
