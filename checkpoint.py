@@ -323,6 +323,8 @@ def find(path):
     if found is None:
         if os.path.isfile(path):
             raise UserError(f"{path}: a file (give its directory, or that of its run)")
+        if steps(path):  # `newest` has named what is wrong with each
+            raise UserError(f"{path}: every checkpoint here is damaged (restore one from a copy, or remove them all)")
         there = "no undamaged checkpoint here" if os.path.isdir(path) else "no such directory"
         if near := run_inside(path) if os.path.isdir(path) else similar(path):
             raise UserError(f"{path}: {there} (did you mean {near}?)")

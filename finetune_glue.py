@@ -35,7 +35,7 @@ import kernels
 from common import run_queue
 from common.batch import Batch, pack, round_up
 from common.cuda_graphs import GraphedStep
-from common.files import file_digest, hash_of, read_json, write_text
+from common.files import file_digest, gigabytes, hash_of, read_json, write_text
 from common.glue import GLUE_TASKS, Task, read_task
 from common.labelled import write_table
 from common.metrics import METRICS, as_text, ci95
@@ -48,6 +48,7 @@ from model import MAX_POSITIONS, ModelConfig, SequenceClassifier, choose_kernels
 
 ADAM = {"betas": (0.9, 0.98), "eps": 1e-6}
 EVAL_TOKENS = 32768  # per batch when scoring
+LONGEST = 8192  # tokens that --max_length may ask for
 STEP_COST = 1000  # fixed cost of a step, in tokens: for the order of the runs and the ETA
 LOG_SECONDS = 10
 
@@ -85,6 +86,8 @@ class FineTuneConfig:
                 raise UserError(f"{name}={getattr(self, name)}: must be at least {least}")
         if self.max_length < 5:
             raise UserError(f"max_length={self.max_length}: must be at least 5")
+        if self.max_length > LONGEST:
+            raise UserError(f"max_length={self.max_length}: must be at most {LONGEST} (attention grows with its square)")
         if not 0 <= self.lr <= 1:
             raise UserError(f"lr={self.lr}: must be between 0 and 1")
         for name in ("warmup_fraction", "dropout"):
@@ -316,8 +319,8 @@ def encode(examples, pretrained, max_length, name="texts"):
             types.append(np.array(encoding.type_ids, np.int32))
             truncated += bool(encoding.overflowing)
     if truncated:
-        count = f"{truncated:,} of {len(ids):,}"
-        print(f"{name}: {count} are longer than {limit} tokens, and truncated (max_length, set in training)", flush=True)
+        are = f"{truncated:,} of {len(ids):,} {'is' if truncated == 1 else 'are'}"
+        print(f"{name}: {are} longer than {limit} tokens, and truncated (max_length, set in training)", flush=True)
     lengths = np.array([len(row) for row in ids])
     starts, index = np.cumsum(lengths) - lengths, range(len(ids)) if examples.index is None else examples.index
     return Encoded(np.concatenate(ids), np.concatenate(types), starts, lengths, examples.labels, index)
@@ -439,7 +442,10 @@ def predict(model, encoded, process):
     model.eval()
     order = np.argsort(encoded.lengths, kind="stable")
     scores = []
-    batch_size = max(1, EVAL_TOKENS // int(encoded.lengths.max()))
+    longest = int(encoded.lengths.max())
+    batch_size = max(1, EVAL_TOKENS // longest)
+    if not kernels.uses_triton(process.device):  # plain attention takes 3 * 12 heads * 4 bytes * LONGEST^2 = 10 GB for these
+        batch_size = max(1, min(batch_size, LONGEST**2 // longest**2))
     for start in range(0, len(order), batch_size):
         with process.autocast():
             scores.append(model(encoded.batch(order[start : start + batch_size], process.device)).float())
@@ -458,6 +464,13 @@ def write_predictions(path, task, predictions, encoded):
     write_table(path, ("index", "label", "prediction"), zip(encoded.index, *columns))
 
 
+def memory_of(device):
+    """Bytes of memory, those in use included."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 class Worker:
     """What a process keeps between runs: device, pretrained weights, last task's tokens. read(task): {split: Examples}"""
 
@@ -471,14 +484,28 @@ class Worker:
         self.process = Process(0, 1, device, self.dtype)
         self.task = self.data = None
 
-    def encoded(self, task):
-        """{split: Encoded} of a task."""
-        if self.task != task:
+    def encoded(self, run):
+        """{split: Encoded} of a run's task. Raises: UserError if its training cannot fit into memory."""
+        if self.task != (task := run.task):
             examples = self.read(task)
             limit, name = self.cfg.max_length, task.name
             self.data = {split: encode(part, self.pretrained, limit, f"{name} {split}") for split, part in examples.items()}
             self.task = task
+        self.check_memory(self.data["train"].lengths, run.settings.batch_size)
         return self.data
+
+    def check_memory(self, lengths, batch_size):
+        """Raises: UserError if plain attention, which saves n x n numbers per text, head and layer, surely does not fit."""
+        model_cfg, device = self.pretrained.model_cfg, self.process.device
+        if model_cfg.model == "bert" or kernels.uses_triton(device):  # at most 512 tokens, or nothing of size n x n
+            return
+        squares = np.square(lengths, dtype=np.float64)
+        pairs = max(squares.max(), squares.mean() * min(batch_size, len(lengths)))  # no less in the largest batch
+        needed = 4 * model_cfg.num_layers * model_cfg.num_heads * pairs
+        if (memory := memory_of(device)) < needed:
+            sizes = f"{gigabytes(needed)} for attention, and there are {gigabytes(memory)}"
+            hint = "lower --max_length or --batch_size"
+            raise UserError(f"max_length={self.cfg.max_length}: texts of up to {lengths.max():,} tokens take {sizes} ({hint})")
 
     def classifier(self, run):
         """The model of a run before its first step."""
@@ -496,7 +523,7 @@ class Worker:
 
     def run(self, run, log, say):
         """Train and score, with records in `log`; returns the scores in one line."""
-        data, model = self.encoded(run.task), self.classifier(run)
+        data, model = self.encoded(run), self.classifier(run)
         write_record(
             log, "start", identity=run.identity, **versions(), device=device_name(self.process.device),
             dtype=str(self.process.dtype).removeprefix("torch."), jobs=self.cfg.jobs, num_steps=run.num_steps,
@@ -610,7 +637,7 @@ def print_plan(plan):
     for run in {run.task: run for run in plan}.values():
         settings, seeds = run.settings, sum(other.task == run.task for other in plan)
         epochs, seeds = (f"{count} {what}{'s' * (count > 1)}" for count, what in ((settings.epochs, "epoch"), (seeds, "seed")))
-        steps = f"{epochs}, {run.num_steps:,} steps of {settings.batch_size}, peak lr {settings.lr:g}"
+        steps = f"{epochs}, {run.num_steps:,} step{'s' * (run.num_steps > 1)} of {settings.batch_size}, peak lr {settings.lr:g}"
         steps += f", warm-up {settings.warmup_fraction:.0%}" + (f", dropout {settings.dropout:g}" if settings.dropout >= 0 else "")
         print(f"{run.task.name}: {run.num_examples:,} examples, {steps}, {seeds}, from {run.init}", flush=True)
         if settings.batch_size > run.num_examples:
@@ -674,9 +701,9 @@ def earlier_results(cfg, pretrained, plan):
     names = [name for name in options if earlier.get(name, options[name]) != options[name]]  # missing: older code
     starts = {task["init"] for name, task in earlier["tasks"].items() if name in FROM_MNLI}
     if len(starts | {run.init for run in plan if run.task.name in FROM_MNLI}) > 1:
-        names.append("start of RTE, MRPC or STS-B, with and without mnli among the --tasks")
+        names.append("starts of RTE, MRPC or STS-B, with and without mnli among the --tasks")
     if names:
-        raise UserError(f"{path}: holds results with another {', '.join(names)} (choose another --out)")
+        raise UserError(f"{path}: holds results with different {', '.join(names)} (choose another --out)")
     return earlier
 
 
@@ -709,7 +736,7 @@ def print_estimate(plan, worker):
     """How long the plan will take: some steps of each task are timed on this device."""
     total, device = 0.0, worker.process.device
     for run in {run.task: run for run in plan}.values():  # any seed will do
-        data, model = worker.encoded(run.task)["train"], worker.classifier(dataclasses.replace(run, init="random"))
+        data, model = worker.encoded(run)["train"], worker.classifier(dataclasses.replace(run, init="random"))
         train_step, times = Steps(model, run.settings, worker.process), []
         for batch in batches(data, run.settings, run.seed, device):
             start = time.perf_counter()

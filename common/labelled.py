@@ -58,7 +58,8 @@ def read_rows(path, text_columns, label_column, cfg, default_header=None):
     texts.update(numbered_lines(path, cfg, unread))
     lines = [(number, texts.get(number)) for number in range(1, len(texts) + unread["bad lines"] + 1)]
     rows, faults, blank, columns = [], {}, [], [*text_columns, *([label_column] if label_column else [])]
-    for number, cells in READERS[kind](path, lines, columns, len(text_columns), default_header):
+    see = f"; see --text_columns{' and --label_column' * bool(label_column)}" if hasattr(cfg, "label_column") else ""
+    for number, cells in READERS[kind](path, lines, columns, len(text_columns), default_header, see):
         if cells == []:
             blank.append(number)
         elif fault := cells if isinstance(cells, str) else fault_of(cells, label_column):
@@ -101,8 +102,11 @@ def places(lines):
     return f"line{'s' * (len(lines) > 1)} {', '.join(map(str, lines[:3]))}{more}"
 
 
-def read_table(path, lines, columns, num_texts, default_header):
-    """Yield (line number, cells of `columns`, or the reason why there are none) of each row of a table."""
+def read_table(path, lines, columns, num_texts, default_header, see):
+    """Yield (line number, cells of `columns`, or the reason why there are none) of each row of a table.
+
+    see: a hint for columns that are not there.
+    """
     own = TABLES[split_suffixes(path)[0]]
     layouts = [own] if default_header else [own, *((mark, True) for mark in SEPARATORS if mark != own[0])]
     firsts = {layout: next((row for row in table_rows(lines, *layout) if row.cells or row.fault), None) for layout in layouts}
@@ -117,13 +121,15 @@ def read_table(path, lines, columns, num_texts, default_header):
         raise UserError(f"{path}:{first.first}: {first.fault} (expected the names of the columns)")
     headless = default_header and columns[0] not in first.cells and len(first.cells) == len(default_header)
     header = default_header if headless else first.cells
-    wanted = [position(header, name, f"{path}:{first.first}") for name in columns]
+    wanted = [position(header, name, f"{path}:{first.first}", see) for name in columns]
     rows = list(table_rows(lines, *layout))
     if len(columns) > num_texts and any(row.last > row.first for row in rows):
         rows = list(table_rows(lines, *layout, row_test(rows, layout[0], len(header), wanted[-1])))
+    texts = dict(lines)
     for row in rows:
         if headless or row.first != first.first:
-            yield row.first, row.fault or [row.cells[j] for j in wanted if row.cells]
+            other = other_separator(texts[row.first], layout[0], len(header)) if row.fault else ""
+            yield row.first, other or row.fault or [row.cells[j] for j in wanted if row.cells]
     odd = [row for row in rows if not row.fault and (row.suspect or row.last - row.first >= LONG_ROW)]
     odd = [f"lines {row.first} to {row.last}" for row in odd]
     if odd:
@@ -131,9 +137,17 @@ def read_table(path, lines, columns, num_texts, default_header):
         print(f"warning: {path}: one row holds {odd[0]} (is a quote not closed?){more}", flush=True)
 
 
+def other_separator(text, own, columns):
+    """What is wrong with a row that has all columns if another character separates them, or ""."""
+    for mark, name in SEPARATORS.items():
+        if text and mark != own and own not in text and text.count(mark) == columns - 1:
+            return f"a {name} between columns, unlike the first line's {SEPARATORS[own]} (use one of them in the whole file)"
+    return ""
+
+
 def row_test(rows, separator, columns, position):
     """A function that says whether a line is surely a row: it has all columns, and a label that rows of one line have."""
-    known = {*[row.cells[position] for row in rows if row.cells and row.first == row.last][1:]}  # the first is the header
+    known = {*[row.cells[position] for row in rows if row.cells and row.first == row.last][1:]} - {""}  # [0] is the header
     numbers = bool(known) and all(map(NUMBER.fullmatch, known))
 
     def is_row(text):
@@ -144,29 +158,30 @@ def row_test(rows, separator, columns, position):
     return is_row
 
 
-def position(header, name, where):
+def position(header, name, where, see):
     """The index of a column. Raises: UserError unless there is exactly one."""
     if header.count(name) > 1:
         raise UserError(f"{where}: {header.count(name)} columns are named {name!r} (rename all but one)")
     if name not in header:
-        raise UserError(f"{where}: no column {name!r} (the first row has {', '.join(header)[:200]})")
+        found = ", ".join(cell if cell == cell.strip() and cell.isprintable() else repr(cell) for cell in header)
+        raise UserError(f"{where}: no column {name!r} (the first row has {found[:200]}{see})")
     return header.index(name)
 
 
-def read_json_lines(path, lines, columns, num_texts, _):
+def read_json_lines(path, lines, columns, num_texts, _, see):
     """Yield (line number, cells of `columns`, or the reason why there are none) of each JSON object, one per line."""
     for number, line in lines:
-        yield number, "not UTF-8" if line is None else json_cells(line, columns, num_texts) if line.strip() else []
+        yield number, "not UTF-8" if line is None else json_cells(line, columns, num_texts, see) if line.strip() else []
 
 
-def json_cells(line, columns, num_texts):
+def json_cells(line, columns, num_texts, see):
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         return f"not valid JSON: {error} (expected one object per line)"
     if not isinstance(record, dict) or not set(columns) <= set(record):
         is_object = isinstance(record, dict)
-        found = f"keys: {', '.join(record)[:200]}" if is_object else f"a {type(record).__name__}; one object per line"
+        found = f"keys: {', '.join(record)[:200]}{see}" if is_object else f"a {type(record).__name__}; one object per line"
         return f"not an object with {', '.join(map(repr, columns))} ({found})"
     cells = [record[name] for name in columns]
     for i, (name, cell) in enumerate(zip(columns, cells)):
@@ -190,10 +205,16 @@ READERS = {".csv": read_table, ".tsv": read_table, ".jsonl": read_json_lines, ".
 
 
 def to_examples(rows, path, labels):
-    """Examples of Rows. labels: the valid words, or () for numbers. Raises: UserError naming file and line."""
+    """Examples of Rows. labels: the valid words, or () for numbers. Raises: UserError naming file and line.
+
+    A number is also valid in another spelling, as 1.0 is for 1.
+    """
     values, numbers = [], {word: i for i, word in enumerate(labels)}
+    by_value = {float(word): word for word in labels if NUMBER.fullmatch(word)}
     for row in rows:
         cell = row.cells[-1]
+        if cell not in numbers and by_value and NUMBER.fullmatch(cell):
+            cell = by_value.get(float(cell), cell)
         if labels and cell not in numbers:
             raise UserError(f"{path}:{row.line}: unknown label {cell!r} (expected one of {', '.join(labels)[:200]})")
         values.append(numbers[cell] if labels else to_number(cell, f"{path}:{row.line}"))

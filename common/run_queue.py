@@ -37,7 +37,7 @@ def result(directory, run):
     earlier = records[0]["identity"]
     names = [name for name in earlier | run.identity if earlier.get(name) != run.identity.get(name)]
     if names:
-        raise UserError(f"{log_path(directory, run)}: holds a run with another {', '.join(names)} (choose another --out)")
+        raise UserError(f"{log_path(directory, run)}: holds a run with different {', '.join(names)} (choose another --out)")
     if run.artifact and not os.path.exists(run.artifact):  # nobody asked for it then, or it has been removed
         return None
     return records[-1]
@@ -108,15 +108,19 @@ def job(directory, runs, make_worker, jobs, errors):
 def finish(directory, runs, make_worker, jobs):
     """`work`, in as many processes as `jobs`. The first one that fails ends them all.
 
-    Raises: its UserError or OSError; SystemExit if it printed a traceback; after Ctrl-C, KeyboardInterrupt with what is kept.
+    Raises: its UserError or OSError; SystemExit if it printed a traceback; after Ctrl-C, KeyboardInterrupt with what is kept,
+    and the same after SIGTERM.
     """
     os.makedirs(directory, exist_ok=True)
+    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)  # which raises KeyboardInterrupt
     try:
         return work(directory, runs, make_worker) if jobs == 1 else work_in_processes(directory, runs, make_worker, jobs)
     except KeyboardInterrupt:
         finished = sum(bool(result(directory, run)) for run in runs)
-        kept = [f"the same command resumes, {finished} of {len(runs)} runs are finished"] if finished else []
-        raise KeyboardInterrupt(*kept) from None
+        kept = "finished runs are kept; the others start again with the same command"
+        raise KeyboardInterrupt(f"{finished} of {len(runs)} runs finished", kept) from None
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def work_in_processes(directory, runs, make_worker, jobs):

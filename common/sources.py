@@ -526,7 +526,7 @@ def table_rows(lines, separator, quotes, is_row=None):
             return
         columns = columns or len(cells)
         if cells and len(cells) != columns:
-            fault = f"{len(cells)} columns, expected {columns} (is a {SEPARATORS[separator]} outside quotes?)"
+            fault = f"{len(cells)} column{'s' * (len(cells) > 1)}, expected {columns} (is a {SEPARATORS[separator]} outside quotes?)"
         several = len(row) > 1 and columns > 1 and not fault
         inside = [line for cell in cells for line in cell.split("\n")] if several else []
         rows_inside = sum(is_row(line) if is_row else line.count(separator) == columns - 1 for line in inside)

@@ -1,5 +1,9 @@
 """fill_mask.py on a toy checkpoint: guesses, vectors, and errors."""
 
+import gzip
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +11,7 @@ import torch
 from checkpoint import load_model
 from common.batch import Batch
 from common.vocabulary import load_tokenizer
-from tests.toy import make_run
+from tests.toy import make_run, reseal
 from tools import fill_mask
 
 
@@ -57,6 +61,54 @@ def test_vectors_are_means_of_hidden_states(run_dir, tmp_path, monkeypatch):
     np.testing.assert_allclose(unit, vectors / np.linalg.norm(vectors, axis=1, keepdims=True), rtol=1e-4, atol=1e-5)
 
 
+def test_long_texts_are_truncated_and_counted(run_dir, tmp_path, capsys, monkeypatch):
+    """Attention's memory grows with the square of the length: a line of 100,000 words asked for 7 TB."""
+    monkeypatch.setattr(fill_mask, "LONGEST", 16)
+    (tmp_path / "texts.txt").write_text("w1 w2\n" + "w3 " * 100 + "\n" + "w3 " * 14 + "\n" + "w3 " * 14 + "\n")
+    fill_mask.main([f"--checkpoint={run_dir}", f"--embed={tmp_path}/texts.txt", f"--out={tmp_path}/v.npy"])
+    assert capsys.readouterr().out.splitlines()[:-1] == ["1 of 4 texts is longer than 16 tokens, and truncated"]
+    vectors = np.load(tmp_path / "v.npy")
+    np.testing.assert_allclose(vectors[1:3], vectors[[3, 3]], rtol=1e-4, atol=1e-5)
+    fill_mask.main([f"--checkpoint={run_dir}", "--text=[MASK] " + "w1 " * 50])
+    assert "1 of 1 texts is longer than 16 tokens" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        fill_mask.main([f"--checkpoint={run_dir}", "--text=" + "w1 " * 5000 + "[MASK]"])
+    error = capsys.readouterr().err
+    assert "no [MASK] in the 16 tokens of 'w1 " in error and len(error) < 400
+
+
+def test_texts_longer_than_in_training_are_said(tmp_path, capsys):
+    run, step = make_run(tmp_path / "run"), tmp_path / "run/step_00000001"
+    config = json.loads((step / "config.json").read_text())
+    (tmp_path / "texts.txt").write_text("w1\n" + "w2 " * 70 + "\n" + "w2 " * 80 + "\n")
+    for trained in ({"seq_length": 64}, {"task": {"max_length": 64}}):
+        (step / "config.json").write_text(json.dumps(config | trained))
+        reseal(step)
+        fill_mask.main([f"--checkpoint={run}", f"--embed={tmp_path}/texts.txt", f"--out={tmp_path}/v.npy"])
+        assert "2 of 3 texts are longer than the 64 tokens that the model was trained on\n" in capsys.readouterr().out
+
+
+def test_compressed_texts(run_dir, tmp_path):
+    vectors = []
+    for name, data in (("a.txt", b"\xef\xbb\xbfw1\nw2 w3\n"), ("b.txt.gz", gzip.compress(b"w1\r\nw2 w3"))):
+        (tmp_path / name).write_bytes(data)
+        fill_mask.main([f"--checkpoint={run_dir}", f"--embed={tmp_path / name}", f"--out={tmp_path}/v.npy"])
+        vectors.append(np.load(tmp_path / "v.npy"))
+    np.testing.assert_array_equal(*vectors)
+
+
+def test_out_is_checked_before_any_work(run_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(fill_mask, "embed", None)
+    (tmp_path / "a.txt").write_text("w1\n")
+    for out, says in (("v.txt", "not a .npy file"), ("no/v.npy", "No such directory"), ("d.npy", "a directory")):
+        (tmp_path / "d.npy").mkdir(exist_ok=True)
+        with pytest.raises(SystemExit):
+            fill_mask.main([f"--checkpoint={run_dir}", f"--embed={tmp_path}/a.txt", f"--out={tmp_path / out}"])
+        error = capsys.readouterr().err
+        assert says in error and error.count("\n") == 1
+    assert sorted(path.name for path in Path(tmp_path).iterdir()) == ["a.txt", "d.npy"]
+
+
 @pytest.mark.parametrize(
     "arguments, says",
     [
@@ -66,13 +118,22 @@ def test_vectors_are_means_of_hidden_states(run_dir, tmp_path, monkeypatch):
         (["--checkpoint=RUN", "--text=no mask"], "no [MASK]"),
         (["--checkpoint=RUN", "--embed=nowhere.txt", "--out=x.npy"], "nowhere.txt: No such file"),
         (["--checkpoint=RUN", "--embed=BINARY", "--out=x.npy"], "not UTF-8"),
+        (["--checkpoint=RUN", "--embed=UTF16", "--out=x.npy"], "looks like UTF-16, not UTF-8 text"),
+        (["--checkpoint=RUN", "--embed=PDF", "--out=x.npy"], "looks like a PDF, not UTF-8 text"),
+        (["--checkpoint=RUN", "--embed=ZIPPED", "--out=x.npy"], "looks like a .gz file, not UTF-8 text"),
+        (["--checkpoint=RUN", "--embed=LATIN", "--out=x.npy"], "LATIN:2: not UTF-8: "),
+        (["--checkpoint=RUN", "--embed=a.csv", "--out=x.npy"], "a.csv: a .csv file (expected plain text, one text a line"),
         (["--checkpoint=RUN", "--embed=EMPTY", "--out=x.npy"], "empty"),
         (["--checkpoint=RUN", "--embed=TEXT"], "--out"),
         (["--checkpoint=RUN", "--embed=TEXT", "--out=/nowhere/x.npy"], "/nowhere/x.npy: No such"),
     ],
 )
 def test_mistakes(run_dir, tmp_path, capsys, arguments, says):
-    for name, contents in (("BINARY", b"\xff\xfe\n"), ("EMPTY", b""), ("TEXT", b"w1\n")):
+    files = {
+        "BINARY": b"\xff\xfe\n", "EMPTY": b"", "TEXT": b"w1\n", "UTF16": "w1".encode("utf-16-le"), "PDF": b"%PDF-1.4\n",
+        "ZIPPED": gzip.compress(b"w1"), "LATIN": b"w1 w2 w3\ncaf\xe9\n",
+    }  # fmt: skip
+    for name, contents in files.items():
         (tmp_path / name).write_bytes(contents)
         arguments = [argument.replace(name, str(tmp_path / name)) for argument in arguments]
     arguments = [argument.replace("RUN", run_dir) for argument in arguments]

@@ -224,7 +224,7 @@ def test_goes_on_where_it_was_and_jobs_do_not_matter(pretrained, tmp_path, monke
     assert trained == ["cola.seed19"]
     with pytest.raises(SystemExit) as status:
         suite(pretrained, data, out, "--tasks=cola,stsb", "--lr=1e-3")
-    assert status.value.code == 2 and "another lr" in capsys.readouterr().err
+    assert status.value.code == 2 and "different lr" in capsys.readouterr().err
 
 
 def test_ranks_share_the_runs(pretrained, tmp_path):

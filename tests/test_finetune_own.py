@@ -89,12 +89,17 @@ def test_json_labels_and_pairs(tmp_path):
         ("a.csv", "text,label\na,yes\n", ":1", "no column 'sentence'"),
         ("a.tsv", "text\tlabel\na\tyes\n", ":1", "no column 'sentence'"),
         ("a.jsonl", '{"sentence": "a", "label": 1}\n{"text": "a", "label": 1}\n', ":2",
-         "not an object with 'sentence', 'label' (keys: text, label; "),
+         "not an object with 'sentence', 'label' (keys: text, label; see --text_columns and --label_column; "),
         ("a.json", '[{"sentence": "a", "label": 1}]', ":1", "(a list; one object per line; no row can be used)"),
         ("a.jsonl", '{"sentence": "a", "label": 1}\n{"sentence": \n', ":2", "not valid JSON"),
         ("a.jsonl", '"sentence"\n', ":1", "not an object"),
         ("a.csv", 'sentence,label\na,yes\n"b,no\nc,yes\n', ":3", "quote not closed"),
-        ("a.csv", "satz;label\na;yes\n", ":1", "no column 'sentence' (the first row has satz;label)"),
+        ("a.csv", "satz;label\na;yes\n", ":1", "no column 'sentence' (the first row has satz;label; see --text_columns and --"),
+        ("a.csv", " sentence,sentence ,\u200blabel\na,b,yes\n".encode().decode("latin-1"), ":1",
+         "the first row has ' sentence', 'sentence ', '\\u200blabel'; see"),
+        ("a.csv", "sentence,label\na;yes\nb;no\n", ":2",
+         "a semicolon between columns, unlike the first line's comma (use one of them in the whole file; no row can be used)"),
+        ("a.csv", "sentence,label\na,yes\nb\tno\n", ":3", "a tab between columns, unlike the first line's comma"),
         ("a.csv", "sentence,sentence,label\na,b,yes\n", ":1", "2 columns are named 'sentence'"),
         ("a.jsonl", '{"sentence": {"en": "a"}, "label": 1}\n', ":1", "'sentence' is dict, expected a string"),
         ("a.jsonl", '{"sentence": "a", "label": [1]}\n', ":1", "'label' is list, expected a string or a number"),
@@ -135,6 +140,14 @@ def test_wrong_own_labels(tmp_path):
     path.write_text("text,label\na,yes\nb,yes\n")
     with pytest.raises(UserError, match=r"a\.csv: the only label in 'label' is 'yes'"):
         own_task(settings(train_file=str(path)), read_rows(str(path), ("text",), "label", settings()))
+
+
+def test_equal_numbers_are_the_same_label(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\na,1\nb,2.0\nc, 2\n")
+    rows = read_rows(str(path), ("text",), "label", settings())
+    assert to_examples(rows, str(path), ("1.0", "2", "x")).labels.tolist() == [0, 1, 1]
+    assert to_examples(rows, str(path), (" 2", "1", "2.0")).labels.tolist() == [1, 2, 0]  # spelled so, if there are several
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -189,6 +202,7 @@ def test_own_numbers_are_regression(pretrained, tmp_path, capsys):
         ("--predict_file=a.csv --epochs=3", "--epochs: needs --train_file (a model predicts as it was trained)"),
         ("--predict_file=a.csv --max_length=64", "--max_length: needs --train_file"),
         ("--predict_file=a.csv --text_columns=a,b,c", "two for pairs"),
+        ("--predict_file=a.csv --text_columns=a,a", "text_columns=a,a: the same column twice"),
         ("--train_file=a.csv --val_file=a.csv --text_columns=label", "is a text column too"),
     ],
 )

@@ -215,7 +215,7 @@ def test_wrong_files(tmp_path, case):
 
 def test_bad_lines_are_counted_per_file(tmp_path):
     path = write_lines(tmp_path / "SST-2" / "train.tsv", [["sentence", "label"], ["a"], ["b", "1"], ["c"]])
-    with pytest.raises(UserError, match=r"train\.tsv:2: 1 columns.*also line 4"):
+    with pytest.raises(UserError, match=r"train\.tsv:2: 1 column,.*also line 4"):
         read_split(GLUE_TASKS["sst2"], "train", settings(tmp_path, skip_bad_lines=1))
     assert path.exists()
     assert read_split(GLUE_TASKS["sst2"], "train", settings(tmp_path, skip_bad_lines=2)).texts == [("b",)]

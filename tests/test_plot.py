@@ -219,7 +219,7 @@ def test_errors(tmp_path, capsys):
     nothing = tmp_path / "nothing.json"
     nothing.write_text('{"device": "x", "rows": [{"row": "a", "entry": "b", "not_measured": "c"}]}')
     assert "no operators and no steps" in fails(capsys, f"--kernels={nothing}")
-    assert "2 labels for 1 files" in fails(capsys, f"--glue={good}", "--labels=a,b")
+    assert "--labels: 2 given, and 1 needed (" in fails(capsys, f"--glue={good}", "--labels=a,b")
     assert "unknown suffix" in fails(capsys, f"--glue={good}", "--out=a.gif")
     assert "not for --pareto" in fails(capsys, f"--pareto={good}", "--x=tokens")
     no_price = write_results(tmp_path / "b", dollars=None)

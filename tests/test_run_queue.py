@@ -78,7 +78,7 @@ def test_only_what_is_unfinished_is_done(tmp_path, done):
     assert result(str(tmp_path), runs[2]) and not result(str(tmp_path), kept)
     work(str(tmp_path), [kept], Worker)
     assert done == ["b", "c"] and result(str(tmp_path), kept)
-    with pytest.raises(UserError, match="c.jsonl: holds a run with another number"):
+    with pytest.raises(UserError, match="c.jsonl: holds a run with different number"):
         work(str(tmp_path), [Run("c", number=1)], Worker)
 
 
@@ -118,7 +118,8 @@ def hear_ctrl_c():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def test_ctrl_c_ends_jobs_in_one_line(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_jobs_in_one_line(tmp_path, number):
     code = (
         "from common.options import command; from common.run_queue import finish\n"
         "from tests.test_run_queue import Run, Worker\n"
@@ -134,8 +135,9 @@ def test_ctrl_c_ends_jobs_in_one_line(tmp_path):
     while not (tmp_path / "runs" / "slower.jsonl").exists():
         assert process.poll() is None
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to all of them
+    # A terminal sends Ctrl-C to all of them, `kill` SIGTERM to one.
+    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and output.splitlines()[1:] == [
-        "stopped; the same command resumes, 1 of 3 runs are finished"
+        "stopped; 1 of 3 runs finished; finished runs are kept; the others start again with the same command"
     ]

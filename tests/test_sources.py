@@ -210,7 +210,7 @@ def test_a_file_without_permission(capsys, name, contents):
     "files, options, says",
     [
         ({"b.csv": b"w1"}, {"source": "b.csv"}, "b.csv:1: no column 'text' (found: w1; see --text_key)"),
-        ({"b.tsv": b"id\ttext\n1\n"}, {"source": "b.tsv"}, "b.tsv:2: 1 columns, expected 2 (is a tab outside quotes?; --skip_bad_lines=100 skips such lines)"),
+        ({"b.tsv": b"id\ttext\n1\n"}, {"source": "b.tsv"}, "b.tsv:2: 1 column, expected 2 (is a tab outside quotes?; --skip_bad_lines=100 skips such lines)"),
         ({"b.csv": b"id,text\n1,w1,w2\n"}, {"source": "b.csv"}, "b.csv:2: 3 columns, expected 2 (is a comma outside quotes?; --skip_bad_lines=100 skips"),
         ({"b.csv": b'text\nw1\n"w2\nw3\n'}, {"source": "b.csv"}, "b.csv:3: unexpected end of data, up to line 4 (is a quote not closed?;"),
         ({"b.csv": b"text\nw1\nw\xff\n"}, {"source": "b.csv"}, "b.csv:3: not UTF-8: "),

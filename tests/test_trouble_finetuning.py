@@ -7,11 +7,13 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
 
 import checkpoint
 import finetune_glue
 from common.labelled import read_rows
 from common.options import UserError
+from common.processes import Process
 from finetune_glue import load_classifier, load_pretrained, make_classifier, pretraining_cost
 from tests import toy
 from tests.test_finetune_glue import CPU, sentences, suite, write_glue
@@ -31,7 +33,7 @@ def fails(command, argv, capfd):
     with pytest.raises(SystemExit) as status:
         command(argv)
     error = capfd.readouterr().err
-    assert status.value.code == 2 and error.count("\n") == 1, error
+    assert status.value.code == 2 and error.count("\n") - error.count("checkpoint skipped\n") == 1, error
     return error
 
 
@@ -76,7 +78,9 @@ def test_what_is_guessed_is_said_with_its_reason(tmp_path, capsys, labels, says)
 
 def test_near_equal_and_rare_labels_are_warned_about(tmp_path, capsys):
     guess(tmp_path, ["1"] * 9 + ["1.0"] * 2 + ["2"] * 9)
-    assert "labels '1' and '1.0' (lines 11, 12) are different classes" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "labels '1' and '1.0' (lines 11, 12) are different classes" in printed
+    assert "the labels are 2 different whole numbers, spelled in 3 ways (or" in printed
     guess(tmp_path, ["pos"] * 9 + [" pos", "Pos"] + ["neg"] * 9)
     printed = capsys.readouterr().out
     assert "labels 'pos' and ' pos' (line 11) are" in printed and "labels 'pos' and 'Pos' (line 12) are" in printed
@@ -85,6 +89,37 @@ def test_near_equal_and_rare_labels_are_warned_about(tmp_path, capsys):
     assert "label 'NA' (lines 11, 12, 13 and 6 more) is taken as a class" in capsys.readouterr().out
     guess(tmp_path, ["pos"] * 9 + ["neg"] * 9)
     assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "first, second, says",
+    [
+        ("negative", "negatve", "'negative' and 'negatve'"),
+        ("negative", "negaitve", "'negative' and 'negaitve'"),
+        ("negativ", "negative", "'negativ' and 'negative'"),
+        ("very negative", "very negatife", "'very negative' and 'very negatife'"),
+        ("pos", "pos\u200b", r"'pos' and 'pos\u200b'"),
+        ("pos", "p\u043es", r"'pos' and 'p\u043es'"),
+        ("caf\u00e9", "cafe\u0301", r"'café' and 'cafe\u0301'"),
+        ("class_a", "class_b", ""),
+        ("group a, left", "group b, left", ""),
+        ("typical", "atypical", ""),
+        ("top10", "top20", ""),
+        ("10001", "10011", ""),
+        ("male", "mole", ""),
+        ("positive", "negative", ""),
+    ],
+)
+def test_misspelled_labels_are_named(tmp_path, capsys, first, second, says):
+    guess(tmp_path, [first] * 10 + [second] * 10)
+    printed = capsys.readouterr().out
+    assert "warning" not in printed if not says else f"labels {says} (lines 12, 13, 14 and 7 more) are different" in printed
+
+
+def test_many_misspelled_labels_are_a_few_lines(tmp_path, capsys):
+    guess(tmp_path, [f"negative{'x' * i}" for i in range(20)] * 5)
+    printed = capsys.readouterr().out
+    assert printed.count("warning") == 6 and "14 more labels are spelled almost as another" in printed
 
 
 def own(pretrained, tmp_path, *options, out="out"):
@@ -123,6 +158,52 @@ def test_what_a_run_leaves_out_or_replaces_is_said(pretrained, tmp_path, files, 
         assert "1 seed, from pretrained" in printed and "average of 1" not in printed
         assert "score: the mean of accuracy and macro_f1\n" in printed
         assert f"predictions.tsv: 13 predictions{replaced}\n" in printed
+
+
+def test_attention_that_cannot_fit_is_refused(pretrained, tmp_path, files, capfd, monkeypatch):
+    """Two layers of two heads, and texts of 5,002 tokens: 4 * 2 * 2 * 5002^2 bytes = 400.3 MB."""
+    monkeypatch.setattr(finetune_glue, "train", lambda *_: (_ for _ in ()).throw(UserError("training starts")))
+    with open(tmp_path / "a.csv", "a") as file:
+        file.write("w1 " * 5000 + ",yes\n")
+    argv = own(pretrained, tmp_path, "--max_length=8192", "--batch_size=1")
+    for memory, says in ((401e6, "training starts"), (400e6, "max_length=8192: texts of up to 5,002 tokens take 400.3 MB")):
+        monkeypatch.setattr(finetune_glue, "memory_of", lambda device: memory)
+        assert says in fails(main, argv, capfd)
+    assert "max_length=100000: must be at most 8192" in fails(main, [*argv, "--max_length=100000"], capfd)
+
+
+@pytest.mark.parametrize("length, sizes", [(512, [64, 16]), (2048, [16] * 5), (4096, [4] * 20), (8192, [1] * 80)])
+def test_long_texts_are_scored_a_few_at_a_time(length, sizes):
+    """Plain attention for n texts of this length takes n * length^2 numbers per head."""
+    found, starts = [], np.arange(80) * length
+    ids, labels = np.zeros(80 * length, np.int32), np.zeros(80, np.int64)
+    encoded = finetune_glue.Encoded(ids, ids, starts, np.full(80, length), labels, range(80))
+
+    class Model:
+        def eval(self):
+            pass
+
+        def __call__(self, batch):
+            found.append(len(batch.cu_seqlens) - 1)
+            return torch.zeros(found[-1], 2)
+
+    finetune_glue.predict(Model(), encoded, Process(0, 1, torch.device("cpu"), torch.float32))
+    assert found == sizes
+
+
+def test_contradicting_labels_are_counted(pretrained, tmp_path, files, capfd):
+    with open(tmp_path / "a.csv", "a") as file:
+        file.write("w1,yes\nw2,no\nw1,no\nw1,no\nw2,yes\nw3,no\nw3,no\n")
+    main(own(pretrained, tmp_path, "--dry_run"))
+    printed = capfd.readouterr().out
+    assert f"warning: {tmp_path}/a.csv: 2 texts have contradicting labels, as on lines 42, 44, 45 (" in printed
+
+
+def test_a_replaced_classifier_is_said(pretrained, tmp_path, files, capfd):
+    main(own(pretrained, tmp_path))
+    assert "before" not in capfd.readouterr().out
+    main(own(f"{tmp_path}/out/model", tmp_path, "--dry_run", out="next"))
+    assert f"{tmp_path}/out/model: fine-tuned on labels no, yes before: that classifier is left" in capfd.readouterr().out
 
 
 def test_a_class_of_the_validation_file_only(pretrained, tmp_path, files, capfd):
@@ -180,6 +261,15 @@ def test_a_long_text_in_quotes(tmp_path, capsys):
     path.write_text('label,text\nyes,"a\nb"\nno,"c\nd"\nno,e\n')  # first lines with all columns and a label
     assert [len(read_rows(str(path), ("text",), column, settings())) for column in ("label", "")] == [3, 3]
     assert capsys.readouterr().out == ""
+
+
+def test_a_label_in_two_lines(tmp_path, capsys):
+    """Also beside a row without a label, which made every line with other columns look like a row."""
+    path = tmp_path / "a.csv"
+    path.write_text('text,label\na,"pos\nitive"\nb,\nc,neg\n"d\ne",neg\n')
+    rows = read_rows(str(path), ("text",), "label", settings(skip_bad_lines=1))
+    assert [row.cells for row in rows] == [["a", "pos\nitive"], ["c", "neg"], ["d\ne", "neg"]]
+    assert capsys.readouterr().out == f"skipped {path}:4: the label is empty\n"
 
 
 @pytest.mark.parametrize(
@@ -281,6 +371,7 @@ def test_columns_of_the_file_to_label(pretrained, tmp_path, files, capfd):
         ("OUT/smok", r"out/smok: no such directory \(did you mean .*/out/smoke\?\)"),
         ("OUT/nothing/at/all", "no such directory"),
         ("OUT/smoke", "no undamaged checkpoint here"),
+        ("OUT/labels/model", r"every checkpoint here is damaged \(restore one from a copy, or remove them all\)"),
         ("OUT/labels", r"no undamaged checkpoint here \(did you mean .*/out/labels/model\?\)"),
     ],
 )
@@ -291,7 +382,7 @@ def test_a_checkpoint_that_is_none(pretrained, tmp_path, capfd, path, says):
     (tmp_path / "out/labels/glue.json").write_text("{}")
     path = path.replace("RUN", pretrained).replace("OUT", str(tmp_path / "out"))
     argv = [f"--checkpoint={path}", f"--out={tmp_path}/glue", "--tasks=cola", *CPU]
-    error = fails(finetune_glue.main, argv, capfd)
+    error = fails(finetune_glue.main, argv, capfd).splitlines(keepends=True)[-1]
     assert re.search(says, error), error
 
 
@@ -304,7 +395,7 @@ def test_renamed_labels(pretrained, tmp_path, files, capfd):
     for name in ("a.csv", "b.csv"):
         path = tmp_path / name
         path.write_text(path.read_text().replace(",no\n", ",never\n"))
-    assert "another labels" in fails(main, own(pretrained, tmp_path), capfd)
+    assert "different labels" in fails(main, own(pretrained, tmp_path), capfd)
     assert "no\t" in (tmp_path / "out/predictions/own.seed19.tsv").read_text()
 
 
@@ -319,7 +410,7 @@ def test_one_average_is_of_one_kind_of_run(pretrained, tmp_path, option, name, c
     suite(pretrained, data, out, "--tasks=cola", "--seeds=1")
     argv = [f"--checkpoint={pretrained}", f"--data_dir={data}", f"--out={out}", "--epochs=1", "--seeds=1", *CPU]
     error = fails(finetune_glue.main, [*argv, "--tasks=rte", option], capfd)
-    assert f"holds results with another {name} (choose another --out)" in error
+    assert f"holds results with different {name} (choose another --out)" in error
     assert set(suite(pretrained, data, out, "--tasks=rte", "--seeds=1")["tasks"]) == {"cola", "rte"}
 
 
@@ -328,7 +419,7 @@ def test_one_average_has_one_start(pretrained, tmp_path, capfd):
     suite(pretrained, data, out, "--tasks=rte", "--seeds=1")
     argv = [f"--checkpoint={pretrained}", f"--data_dir={data}", f"--out={out}", "--epochs=1", "--seeds=1", *CPU]
     error = fails(finetune_glue.main, [*argv, "--tasks=mnli,mrpc"], capfd)
-    assert "holds results with another start of RTE, MRPC or STS-B" in error
+    assert "holds results with different starts of RTE, MRPC or STS-B" in error
     assert set(suite(pretrained, data, out, "--tasks=mnli", "--seeds=1")["tasks"]) == {"mnli", "rte"}
 
 

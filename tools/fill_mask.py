@@ -6,6 +6,7 @@
 Read next: README.md, for what else a checkpoint is good for
 """
 
+import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,40 +16,54 @@ import checkpoint
 import kernels
 from common.batch import Batch, pack
 from common.options import UserError, command, load_config
+from common.sources import COMPRESSIONS, decompress, not_text, not_utf8, read_error, read_errors, split_suffixes
 from common.vocabulary import load_tokenizer
 from model import MAX_POSITIONS
 
 NUM_GUESSES = 5
 BATCH_TOKENS = 16384  # a batch of texts is full once it has this many
+LONGEST = 8192  # tokens of a text; plain attention takes 3 * 12 heads * 8192^2 * 4 bytes = 10 GB for so many in a base model
 
 
 @dataclass
 class FillMaskConfig:
     checkpoint: str = ""  # run or step_* directory
     text: str = ""  # text with one or more [MASK]: prints the top tokens for each, with probabilities
-    embed: str = ""  # UTF-8 file, one text a line: writes a vector for each, the mean over its tokens or as converted
+    embed: str = ""  # UTF-8 file, also .gz, one text a line: writes a vector for each, the mean over its tokens or as converted
     out: str = ""  # .npy file for the vectors, (lines, hidden_size) float32
     normalize: bool = False  # scale vectors to length 1
 
 
-def token_ids(model, tokenizer, special, text, longest=None):
-    """[CLS] text [SEP] as a list of ids, truncated to `longest` and to BERT's positions; MosaicBERT has no limit."""
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
-    if model.cfg.model == "bert":
-        longest = min(longest or MAX_POSITIONS, MAX_POSITIONS)
-    return [special["[CLS]"], *(ids[: longest - 2] if longest else ids), special["[SEP]"]]
+def token_ids(model, tokenizer, special, texts, config, longest=None):
+    """[CLS] text [SEP] of each text as an int64 array of ids, truncated to `longest`, BERT's positions, or LONGEST.
+
+    Prints how many were, or are longer than those that the model was trained on. config: the checkpoint's.
+    """
+    longest = min(longest or LONGEST, MAX_POSITIONS if model.cfg.model == "bert" else LONGEST)
+    sequences, lengths = [], []
+    for text in texts:
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        sequences.append(np.array([special["[CLS]"], *ids[: longest - 2], special["[SEP]"]]))
+        lengths.append(len(ids) + 2)
+    trained = config["task"]["max_length"] if "task" in config else config.get("seq_length", np.inf)
+    for limit, what in ((longest, "{} tokens, and truncated"), (trained, "the {} tokens that the model was trained on")):
+        if count := sum(length > limit for length in lengths):
+            are = "is" if count == 1 else "are"
+            print(f"{count:,} of {len(lengths):,} texts {are} longer than {what.format(f'{limit:,}')}")
+    return sequences
 
 
-def fill_mask(model, tokenizer, special, text, device):
+def fill_mask(model, tokenizer, special, text, device, config):
     """Print the NUM_GUESSES most likely tokens for each [MASK] of the text, with their probabilities."""
     encoding = tokenizer.encode(text, add_special_tokens=False)
     unknown = [text[slice(*place)] for token, place in zip(encoding.ids, encoding.offsets) if token == special["[UNK]"]]
     if unknown:
         print(f"not in the vocabulary, so the model sees [UNK]: {', '.join(unknown)}")
-    ids = torch.tensor([token_ids(model, tokenizer, special, text)], device=device)
+    ids = torch.from_numpy(token_ids(model, tokenizer, special, [text], config)[0])[None].to(device)
     positions = (ids[0] == special["[MASK]"]).nonzero().flatten().tolist()
     if not positions:
-        raise UserError(f"--text: no [MASK] in {text!r} (write [MASK] for the word to guess)")
+        text = text if len(text) < 200 else f"{text[:200]}..."
+        raise UserError(f"--text: no [MASK] in the {ids.shape[1]:,} tokens of {text!r} (write [MASK] for the word to guess)")
     probabilities = model.logits(ids, torch.ones_like(ids))[0].softmax(-1)
     for number, position in enumerate(positions, 1):
         print(text if len(positions) == 1 else f"{text}  ([MASK] {number} of {len(positions)})")
@@ -58,19 +73,20 @@ def fill_mask(model, tokenizer, special, text, device):
 
 
 @torch.no_grad()
-def embed(model, tokenizer, special, texts, device, normalize, pooling="mean", longest=None):
-    """(len(texts), hidden_size) float32 array: the mean of each text's last hidden states, [CLS] and [SEP] included.
+def embed(model, sequences, device, normalize, pooling="mean"):
+    """(len(sequences), hidden_size) float32 array: the mean of each one's last hidden states, [CLS] and [SEP] included.
 
-    pooling="cls" takes the state of [CLS] instead.
+    sequences: as token_ids returns them. pooling="cls" takes the state of [CLS] instead.
     """
     vectors, batch = [], []
-    for number, text in enumerate(texts, 1):
-        batch.append(token_ids(model, tokenizer, special, text, longest))
-        if sum(map(len, batch)) < BATCH_TOKENS and number < len(texts):
-            continue
+    for number, ids in enumerate(sequences, 1):
+        batch.append(ids)
         lengths = np.array([len(ids) for ids in batch])
+        # Texts of the same length share attention's memory, the squares of their lengths.
+        if lengths.sum() < BATCH_TOKENS and (lengths**2).sum() < LONGEST**2 and number < len(sequences):
+            continue
         cu_seqlens, _ = pack(lengths, int(lengths.max()))
-        ids = torch.tensor([token for ids in batch for token in ids])
+        ids = torch.from_numpy(np.concatenate(batch))
         hidden = model.bert(Batch(ids, torch.from_numpy(cu_seqlens), int(lengths.max()), windows=None).to(device))
         vectors += [part[0] if pooling == "cls" else part.mean(0) for part in hidden.split(lengths.tolist())]
         batch = []
@@ -80,24 +96,39 @@ def embed(model, tokenizer, special, texts, device, normalize, pooling="mean", l
     return vectors.float().cpu().numpy()
 
 
-def utf8(data, where):
-    """Bytes as text. Raises: UserError."""
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8: {error.reason} at byte {error.start + 1} (convert it first)") from None
-
-
 def read_lines(path):
-    """The lines of a text file. Raises: UserError if it is missing, empty or not UTF-8."""
+    """The lines of a text file, also compressed. Raises: UserError if it is missing, empty or no UTF-8 text."""
+    kind, compression = split_suffixes(path)
+    if kind in (".csv", ".tsv", ".json", ".jsonl", ".parquet"):
+        raise UserError(f"{path}: a {kind} file (expected plain text, one text a line: write its column of texts into one)")
     try:
-        with open(path, "rb") as file:
-            lines = [utf8(line.rstrip(b"\r\n"), f"{path}:{number}") for number, line in enumerate(file, 1)]
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror} (expected a text file)") from None
+        with open(path, "rb") as raw, decompress(raw, compression) as file:
+            lines = [line.rstrip(b"\r\n") for line in file]
+    except read_errors(path) as error:
+        raise read_error(path, error, path) from None
     if not lines:
         raise UserError(f"{path}: empty (expected one text a line)")
-    return lines
+    if found := not_text(lines[0][:4096]):
+        also = ", ".join(COMPRESSIONS)
+        raise UserError(f"{path}: looks like {found}, not UTF-8 text (convert it; a compressed file ends in {also})")
+    texts = []
+    for number, line in enumerate(lines, 1):
+        try:
+            texts.append(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}:{number}: {not_utf8(line, error)}") from None
+    return texts
+
+
+def check_out(path):
+    """Raises: UserError, before any work, unless a .npy file can be written there."""
+    directory = os.path.dirname(path) or "."
+    if not path.endswith(".npy"):
+        raise UserError(f"--out={path}: not a .npy file (np.load reads it; expected a name that ends in .npy)")
+    if os.path.isdir(path) or not os.path.isdir(directory):
+        raise UserError(f"{path}: {'a directory' if os.path.isdir(path) else f'No such directory: {directory}'}")
+    if not os.access(path if os.path.exists(path) else directory, os.W_OK):
+        raise UserError(f"{path}: Permission denied")
 
 
 @command
@@ -109,7 +140,13 @@ def main(argv):
         raise UserError("give either --text or --embed")
     if cfg.embed and not cfg.out:
         raise UserError("--out: not given (a .npy file for the vectors)")
-    utf8(cfg.text.encode(errors="surrogatepass"), "--text")
+    if cfg.embed:
+        check_out(cfg.out)
+    try:
+        cfg.text.encode()
+    except UnicodeEncodeError:  # the command line's bytes
+        raise UserError("--text: not UTF-8 (is it the terminal's encoding?)") from None
+    texts = read_lines(cfg.embed) if cfg.embed else []
     config, tensors, tokenizer_text = checkpoint.load(cfg.checkpoint)
     how = {"pooling": "mean", "normalize": False, "max_tokens": None, **config.get("sentence_vectors", {})}
     if cfg.embed and how["pooling"] not in ("mean", "cls"):
@@ -120,17 +157,17 @@ def main(argv):
     kernels.set_backend("torch")  # float32 and any head size; speed matters less here
     model = checkpoint.make_masked_lm(config, tensors, cfg.checkpoint, encoder_only=bool(cfg.embed)).to(device)
     if cfg.text:
-        return fill_mask(model, tokenizer, special, cfg.text, device)
-    normalize, texts = cfg.normalize or how["normalize"], read_lines(cfg.embed)
-    vectors = embed(model, tokenizer, special, texts, device, normalize, how["pooling"], how["max_tokens"])
-    if unknown := sum(special["[UNK]"] in token_ids(model, tokenizer, special, text, how["max_tokens"]) for text in texts):
+        return fill_mask(model, tokenizer, special, cfg.text, device, config)
+    sequences = token_ids(model, tokenizer, special, texts, config, how["max_tokens"])
+    if unknown := sum(special["[UNK]"] in ids for ids in sequences):
         print(f"{unknown:,} of {len(texts):,} texts have words that are not in the vocabulary: the model sees [UNK]")
+    vectors = embed(model, sequences, device, cfg.normalize or how["normalize"], how["pooling"])
     try:
         with open(cfg.out, "wb") as file:
             np.save(file, vectors)
     except OSError as error:
         raise UserError(f"{cfg.out}: {error.strerror}") from None
-    print(f"{cfg.out}: {vectors.shape[0]} vectors of {vectors.shape[1]}")
+    print(f"{cfg.out}: {len(vectors)} vector{'s' * (len(vectors) > 1)} of {vectors.shape[1]}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ Read next: finetune_glue.py, whose parts this uses
 
 import dataclasses
 import os
+import re
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ FOR_TRAINING = (  # options that mean nothing with a --predict_file alone
     "random_weights",
 )  # fmt: skip
 RARE = 5  # labels with fewer rows are warned about
+LATIN_LOOK = str.maketrans("аеорсухіјѕ", "aeopcyxijs")  # Cyrillic letters, and the Latin ones that look the same
 MISSING = {"na", "n/a", "nan", "nil", "none", "null", "-", "?"}  # what others write where a label is missing
 
 
@@ -68,6 +70,8 @@ class OwnConfig(FineTuneConfig):
                 raise UserError(f"--{field.name}: needs --train_file (a model predicts as it was trained)")
         if len(self.text_columns.split(",")) > 2:
             raise UserError(f"text_columns={self.text_columns}: one column, or two for pairs")
+        if len(set(self.columns())) < len(self.columns()):
+            raise UserError(f"text_columns={self.text_columns}: the same column twice (name two for pairs, or one)")
         if self.train_file and self.label_column in self.columns():
             raise UserError(f"label_column={self.label_column}: is a text column too (the model would read the label)")
 
@@ -107,7 +111,8 @@ def guess(cfg, rows):
     different, whole = len(set(numbers)), all(number.is_integer() for number in numbers)
     if len(numbers) <= len(rows) / 2 or (whole and different <= MAX_CLASSES):
         if all(NUMBER.fullmatch(row.cells[-1]) for row in rows):
-            return False, f"the labels are {different} different whole numbers (or --problem=regression)"
+            spelled = f", spelled in {words} ways" if (words := len({row.cells[-1] for row in rows})) > different else ""
+            return False, f"the labels are {different} different whole numbers{spelled} (or --problem=regression)"
         return False, "the labels are words"
     for row in rows:
         if not NUMBER.fullmatch(row.cells[-1]):
@@ -119,15 +124,20 @@ def guess(cfg, rows):
 
 def warn_about(path, rows):
     """Report classes that may be mistakes: spelled almost as another, like a missing label, or with few rows."""
-    lines, alike = {}, {}
+    lines, alike = {}, []
     for row in rows:
         lines.setdefault(row.cells[-1], []).append(row.line)
+    seen = {}  # what a spelling has in common with others: the most frequent label with it
     for word in sorted(lines, key=lambda word: -len(lines[word])):
-        alike.setdefault(essence(word), []).append(word)
-    for first, *others in alike.values():
-        for other in others:
-            text = f"labels {first!r} and {other!r} ({places(lines[other])}) are different classes"
-            print(f"warning: {path}: {text} (if they mean the same, correct the file)", flush=True)
+        first = next((seen[key] for key in spellings(word) if key in seen and look_alike(seen[key], word)), word)
+        for key in spellings(word):
+            seen.setdefault(key, word)
+        if first != word:
+            alike.append(f"labels {shown(first)} and {shown(word)} ({places(lines[word])}) are different classes")
+    for text in alike[:RARE]:
+        print(f"warning: {path}: {text} (if they mean the same, correct the file)", flush=True)
+    if len(alike) > RARE:
+        print(f"warning: {path}: {len(alike) - RARE} more labels are spelled almost as another", flush=True)
     for word in lines:
         if word.strip().casefold() in MISSING:
             text = f"label {word!r} ({places(lines[word])}) is taken as a class (if it means no label, remove these rows)"
@@ -143,7 +153,35 @@ def essence(word):
     """What labels have in common that a person would take for the same: "1" and "1.0", "pos" and " Pos"."""
     if NUMBER.fullmatch(word):
         return float(word)
-    return " ".join(unicodedata.normalize("NFKC", word).casefold().split())
+    visible = "".join(c for c in unicodedata.normalize("NFKC", word) if unicodedata.category(c) != "Cf")  # no zero widths
+    return " ".join(visible.casefold().translate(LATIN_LOOK).split())
+
+
+def spellings(word):
+    """A label's essence, and those with one of its letters left out, which a misspelled label shares with the right one.
+
+    The first letter is never left out: it tells typical from atypical.
+    """
+    whole = essence(word)
+    short = isinstance(whole, str) and 5 <= len(whole) <= 50
+    return [whole, *(whole[:i] + whole[i + 1 :] for i in range(1, len(whole)))] if short else [whole]
+
+
+def look_alike(first, second):
+    """Whether labels that share one of their `spellings` may be meant as the same: for words of five letters or more."""
+    a, b = essence(first), essence(second)
+    if a == b:
+        return True
+    if a[:-1] == b[:-1] or re.findall(r"\d", a) != re.findall(r"\d", b):  # class_a and class_b, top10 and top20
+        return False
+    a, b = (re.findall(r"[^\W\d_]+", text) for text in (a, b))
+    return len(a) != len(b) or all(min(len(x), len(y)) >= 5 for x, y in zip(a, b) if x != y)
+
+
+def shown(word):
+    """A label in quotes; escaped if it has letters that look like others."""
+    odd = re.search("[a-z]", word, re.IGNORECASE) and word.casefold().translate(LATIN_LOOK) != word.casefold()
+    return ascii(word) if odd or unicodedata.normalize("NFKC", word) != word else repr(word)
 
 
 def print_labels(path, examples, task):
@@ -157,6 +195,20 @@ def print_labels(path, examples, task):
         x = examples.labels
         spread = f"from {x.min():g} to {x.max():g}, mean {x.mean():g}, standard deviation {x.std():g}"
         print(f"{path}: {len(x):,} labels {spread}", flush=True)
+
+
+def warn_of_contradictions(path, rows):
+    """Report texts that have different labels in different rows."""
+    first, contradicting = {}, {}
+    for row in rows:
+        *texts, label = row.cells
+        earlier = first.setdefault(tuple(texts), row)
+        if label != earlier.cells[-1]:
+            contradicting.setdefault(tuple(texts), [earlier.line]).append(row.line)
+    if contradicting:
+        texts = f"{len(contradicting):,} texts have" if len(contradicting) > 1 else "a text has"
+        lines = places(next(iter(contradicting.values())))
+        print(f"warning: {path}: {texts} contradicting labels, as on {lines} (correct them, or the score suffers)", flush=True)
 
 
 def warn_of_overlap(paths, examples):
@@ -202,7 +254,7 @@ def predict_own(cfg, path, rows=None):
     target = os.path.join(cfg.out, "predictions.tsv")
     replaced = " (in place of those that were there)" * os.path.exists(target)
     write_table(target, ("index", "prediction", *["probability"] * bool(task.labels), *columns), lines)
-    print(f"{target}: {len(rows):,} predictions{replaced}")
+    print(f"{target}: {len(rows):,} prediction{'s' * (len(rows) > 1)}{replaced}")
 
 
 @command
@@ -218,8 +270,13 @@ def main(argv):
     examples = {split: to_examples(rows[split], path, task.labels) for split, path in paths.items()}
     for split, path in paths.items():
         print_labels(path, examples[split], task)
+    if task.labels:
+        warn_of_contradictions(paths["train"], rows["train"])
     warn_of_overlap(paths, examples)
     pretrained, model = load_pretrained(cfg.checkpoint, cfg.out), os.path.join(cfg.out, "model")
+    if earlier := pretrained.config.get("task"):
+        into = f"on labels {', '.join(earlier['labels'])[:200]}" if earlier["labels"] else "on numbers"
+        print(f"{cfg.checkpoint}: fine-tuned {into} before: that classifier is left out, and a new one is trained", flush=True)
     plan = make_runs(cfg, pretrained, task, examples, RECIPES[cfg.recipe], cfg.seeds, keep=model)
     if fine_tune(cfg, pretrained, plan, {task: examples}.get) is None:
         return

@@ -165,7 +165,7 @@ def labels_for(cfg, paths, default):
     """A label for each path: from --labels, else default(path). Raises: UserError for too many."""
     labels = cfg.labels.split(",") if cfg.labels else [default(path) for path in paths]
     if len(labels) != len(paths):
-        raise UserError(f"--labels: {len(labels)} labels for {len(paths)} files ({', '.join(paths)[:200]})")
+        raise UserError(f"--labels: {len(labels)} given, and {len(paths)} needed ({', '.join(paths)[:200]})")
     if len(set(labels)) > 16:
         raise UserError(f"{len(set(labels))} labels, at most 16 can be told apart (give --labels)")
     return labels
