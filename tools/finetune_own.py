@@ -232,7 +232,7 @@ def predict_own(cfg, path, rows=None):
     fine_tuned = load_pretrained(path, cfg.out)
     saved = fine_tuned.config.get("task")
     if not saved:
-        hint = "give --train_file and --val_file, or the OUT/model of an earlier training"
+        hint = "give the OUT/model of an earlier training; an export loses its classifier when it is read back"
         raise UserError(f"{path}: not fine-tuned, so it predicts nothing ({hint})")
     columns = cfg.columns() if cfg.text_columns else tuple(saved["text_columns"])
     if len(columns) != len(saved["text_columns"]):
