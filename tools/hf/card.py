@@ -121,7 +121,6 @@ def model_card(cfg, config, labels, task="fill-mask", notes=()):
         "tokens seen": known(step and state.get("tokens"), "{:,}"),
         "steps": known(step, "{:,}") + known(options.get("global_batch_size"), " of {:,} samples", ""),
         "sequence length": known(options.get("seq_length")),
-        **({"longest text": f"{config['task']['max_length']} tokens (give a pipeline truncation=True)"} if "task" in config else {}),
         "held-out loss, 15 % masked": known(held_out.get("loss"), "{:.4f}"),
         "held-out accuracy": known(held_out.get("accuracy"), "{:.1%}"),
         "hardware": known(start.get("device")) + known(start.get("world_size"), ", {} process(es)", ""),
@@ -134,6 +133,8 @@ def model_card(cfg, config, labels, task="fill-mask", notes=()):
         "license": cfg.license or unknown,
         **dict(notes),
     }
+    if "task" in config:
+        rows["longest text"] = f"{config['task']['max_length']} tokens (give a pipeline truncation=True)"
     if labels:
         rows |= {"labels, in the order of the outputs": ", ".join(labels).replace("|", "\\|")}
     data = ModelCardData(
