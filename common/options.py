@@ -126,8 +126,8 @@ def split_argv(cls, argv):
             if re.match("--|-[A-Za-z]", value):  # -1 is a value
                 hint = f"if it is the value, write {typed}={value}"
                 raise UserError(f"{typed}: no value given, as {value} looks like an option ({hint})")
-        if name in flags:
-            print(f"{typed}: given twice; the last one, {value}, counts", file=sys.stderr)
+        if name in flags and os.environ.get("RANK", "0") == "0":
+            print(f"{typed}: given twice; the last one, {value}, counts", flush=True)
         flags[name] = convert(value, types[name], typed)
     return words, flags
 

@@ -167,4 +167,4 @@ def test_command_prints_one_line_and_exits_with_2(capsys, monkeypatch):
 
 def test_an_option_given_twice_is_said(capsys):
     assert load_config(Options, ["--steps=1", "--steps", "2"]).steps == 2
-    assert capsys.readouterr().err == "--steps: given twice; the last one, 2, counts\n"
+    assert capsys.readouterr().out == "--steps: given twice; the last one, 2, counts\n"
