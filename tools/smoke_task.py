@@ -41,7 +41,7 @@ def windows(data_dir, split):
 def main(argv):
     cfg = load_config(SmokeTaskConfig, argv)
     tokenizer, special = load_tokenizer(os.path.join(cfg.data_dir, "tokenizer.json"))
-    rng = np.random.default_rng(cfg.seed)
+    rng, seen = np.random.default_rng(cfg.seed), set()
     os.makedirs(cfg.out, exist_ok=True)
     for split in ("train", "val"):
         tokens = rng.permutation(windows(cfg.data_dir, split))[: cfg.examples]
@@ -51,12 +51,13 @@ def main(argv):
         for i in np.flatnonzero(replaced):
             positions = rng.choice(WINDOW, REPLACED, replace=False)
             tokens[i, positions] = rng.integers(len(special), tokenizer.get_vocab_size(), REPLACED)
-        texts = tokenizer.decode_batch(tokens.tolist())
+        texts = [" ".join(text.split()) for text in tokenizer.decode_batch(tokens.tolist())]
+        rows = [(text, changed) for text, changed in zip(texts, replaced) if text not in seen]  # val: none of train's
+        seen.update(texts)
         with open(os.path.join(cfg.out, f"{split}.tsv"), "w", encoding="utf-8") as file:
             file.write("text\tlabel\n")
-            for text, changed in zip(texts, replaced):
-                file.write(f"{' '.join(text.split())}\t{'replaced' if changed else 'genuine'}\n")
-        print(f"{cfg.out}/{split}.tsv: {len(texts):,} texts, half of them with {REPLACED} of {WINDOW} tokens replaced")
+            file.writelines(f"{text}\t{'replaced' if changed else 'genuine'}\n" for text, changed in rows)
+        print(f"{cfg.out}/{split}.tsv: {len(rows):,} texts, half of them with {REPLACED} of {WINDOW} tokens replaced")
 
 
 if __name__ == "__main__":
