@@ -120,6 +120,8 @@ class TrainConfig(ModelConfig):
         if self.schedule == "wsd" and (self.warmup_steps / self.max_steps or self.warmup_fraction) + self.decay_fraction > 1:
             if not budget.seconds_of(self, world_size):
                 raise UserError("the warm-up and decay_fraction are more than max_steps together (shorten one of them)")
+        if self.schedule == "linear" and self.decay_fraction != TrainConfig.decay_fraction:
+            raise UserError("decay_fraction: means nothing with schedule=linear (only with wsd)")
         if not self.out_dir:
             raise UserError("out_dir: empty (the directory for log and checkpoints)")
         trace.first_and_last(self.profile)

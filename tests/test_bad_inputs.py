@@ -183,7 +183,7 @@ OPTIONS = [
     ("--lr=0", "lr=0"), ("--lr=fast", "fast"), ("--lr=nan", "nan"), ("--lr=inf", "inf"), ("--lr", "--lr"), ("--lr=2", "lr=2"),
     ("--seed=-1", "seed=-1"), ("--seed=1.5", "1.5"), ("--max_steps=0", "max_steps=0"), ("--max_steps=1e400", "max_steps"),
     ("--mask_prob=0", "mask_prob=0"), ("--mask_prob=1.01", "mask_prob=1.01"), ("--warmup_fraction=-0.1", "warmup_fraction"),
-    ("--schedule=cosine", "linear, wsd"), ("--schedule=wsd --warmup_fraction=0.9", "the warm-up and decay_fraction"),
+    ("--schedule=cosine", "linear, wsd"), ("--decay_fraction=0.9", "only with wsd"), ("--schedule=wsd --warmup_fraction=0.9", "the warm-up and decay_fraction"),
     ("--global_batch_size=0", "global_batch_size=0"), ("--micro_batch_tokens=8", "seq_length=32"), ("--seq_length=2", "seq_length=2"),
     ("--num_heads=3", "num_heads=3"), ("--hidden_size=-8", "hidden_size"), ("--beta1=1", "beta1=1"), ("--adam_eps=0", "adam_eps=0"),
     ("--keep_checkpoints=0", "keep_checkpoints=0"), ("--checkpoint_interval=0", "checkpoint_interval=0"),

@@ -583,6 +583,8 @@ def main(argv):
     chosen = [draw for name, draw in kinds.items() if getattr(cfg, name)]
     if len(chosen) != 1:
         raise UserError(f"give one of {', '.join(f'--{name}' for name in kinds)}")
+    if cfg.tasks and not cfg.pareto:
+        raise UserError("--tasks: means nothing without --pareto")
     for path in cfg.out.split(","):
         if not path.endswith((".svg", ".png", ".pdf")):
             raise UserError(f"{path}: unknown suffix (expected .svg, .png or .pdf)")
