@@ -16,6 +16,7 @@ import datetime
 import math
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -200,7 +201,8 @@ def add_gradients(model, process, batch, num_masked):
     """
     with process.autocast():
         share = model(batch) / num_masked
-    (share * process.world_size).backward()  # DDP averages over processes, and we want the sum
+    with torch.autocast(process.device.type, enabled=False):  # backward uses the dtypes of forward
+        (share * process.world_size).backward()  # DDP averages over processes, and we want the sum
     return share.detach()
 
 
@@ -211,12 +213,14 @@ def forward_backward(model, batches, num_masked, cfg, process, step, graphed=Non
     """
     gradients = graphed or partial(add_gradients, model, process)
     loss = torch.zeros((), device=process.device)
-    for micro_step, batch in enumerate(batches):
-        # All dropout follows from this seed, so a resumed run draws what an unbroken one would have drawn.
-        torch.manual_seed(int(hash64(cfg.seed, step, process.rank, micro_step)[0] >> np.uint64(1)))
-        # DDP all-reduces gradients in the backward pass of a forward pass that saw this flag set: the last one.
-        model.require_backward_grad_sync = micro_step == len(batches) - 1
-        loss += gradients(batch.to(process.device), num_masked)
+    # Around all micro-steps, so that the weights are cast once; but a graph casts its own, at each replay.
+    with nullcontext() if graphed else process.autocast():
+        for micro_step, batch in enumerate(batches):
+            # All dropout follows from this seed, so a resumed run draws what an unbroken one would have drawn.
+            torch.manual_seed(int(hash64(cfg.seed, step, process.rank, micro_step)[0] >> np.uint64(1)))
+            # DDP all-reduces gradients in the backward pass of a forward pass that saw this flag set: the last one.
+            model.require_backward_grad_sync = micro_step == len(batches) - 1
+            loss += gradients(batch.to(process.device), num_masked)
     return loss
 
 
@@ -575,9 +579,9 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
         say(started)
 
     dtype, name = str(process.dtype).removeprefix("torch."), processes.device_name(device)
-    fp8 = " and FP8 (mfu is of the bfloat16 peak)" if cfg.fp8 else ""
+    also = " and FP8 (mfu is of the bfloat16 peak)" if cfg.fp8 else ""
     say(
-        f"{cfg.model}, {num_params:,} parameters, on {world_size} x {name}: {dtype}{fp8}, {backend} kernels, "
+        f"{cfg.model}, {num_params:,} parameters, on {world_size} x {name}: {dtype}{also}, {backend} kernels, "
         f"micro-batches of at most {micro_batch_tokens:,} tokens"
     )
     if resumed_from:
@@ -597,8 +601,9 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
         return
     print_warnings(cfg, process, num_params, len(train_samples))
     model = wrap(raw_model, cfg, process, train_samples)
-    if cfg.fp8:
-        raw_model.bert.fp8.restore(state.get("fp8_largest"))
+    scales = raw_model.bert.fp8 if cfg.fp8 else None
+    if scales:
+        scales.restore(state.get("fp8_largest"))
     model.train()
     graphed = graph_gradients(model, cfg, process, backend, micro_batch_tokens)
     model.register_forward_hook(watchdog.progress)
@@ -636,8 +641,8 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
     for step, batches in prefetch(next_batches, steps_after(state["step"], cfg)):
         watchdog.at(step)
         tracer.at(step)
-        asked, fp8 = watchdog.signal > 0, getattr(raw_model.bert, "fp8", None)
-        loss, grad_norm, asked = train_step(model, optimizers, batches, cfg, process, step, asked, graphed, fp8)
+        asked = watchdog.signal > 0
+        loss, grad_norm, asked = train_step(model, optimizers, batches, cfg, process, step, asked, graphed, scales)
         report.add(cfg, vocab_size, batches, loss, grad_norm)
 
         last, stop = step == cfg.max_steps, watchdog.all_stop(asked)
@@ -675,8 +680,8 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
         if save_now or stop:
             checkpoint.compare_parameters(raw_model, process, step)
             count_time(state, started_at, process)
-            if cfg.fp8:
-                state["fp8_largest"] = raw_model.bert.fp8.largest.tolist()
+            if scales:
+                state["fp8_largest"] = scales.largest.tolist()
             saver.save(state, raw_model, optimizers, saved_config(cfg, train_samples), train_samples.tokenizer_text)
         if planner.saves(step) and not stop:
             planner.time_rest(evaluation, num_val, saver)

@@ -63,6 +63,22 @@ def test_a_run_learns_and_writes_what_the_interface_promises(data_dir, tmp_path,
     assert "finished" in capsys.readouterr().out and (out / "log.jsonl").read_bytes() == before
 
 
+def test_casting_weights_once_a_step_changes_no_bit(data_dir):
+    """In bf16: all micro-batches of a step in one autocast region, and each in its own."""
+    cfg = train.TrainConfig(**TOY_SIZE, hidden_dropout=0.0)
+    batches = Samples(data_dir, "train", 32).train_step(0, 16, 0, 0.3, 128)
+    assert len(batches) > 2
+    process = Process(0, 1, torch.device("cpu"), torch.bfloat16)
+    models = []
+    for groups in ([batches], [[batch] for batch in batches]):
+        torch.manual_seed(0)
+        models.append(train.MaskedLM(cfg, 100))
+        for group in groups:
+            train.forward_backward(models[-1], group, torch.tensor(7.0), cfg, process, 1)
+    for together, apart in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(together.grad, apart.grad) if together.grad is not None else apart.grad is None
+
+
 def test_logged_speed_includes_the_wait_for_the_gpu(data_dir, tmp_path, monkeypatch):
     """Python runs ahead of a GPU, and the collective before a report waits for it: part of the time of the reported steps."""
     gather = Process.gather
