@@ -32,8 +32,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from common.files import file_digest, gigabytes, read_json, similar, sync, write_file
-from common.options import UserError
+from common.files import file_digest, gigabytes, read_json, sync, write_file
+from common.options import UserError, similar
 from common.vocabulary import load_tokenizer
 from model import MaskedLM, ModelConfig
 

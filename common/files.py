@@ -8,7 +8,7 @@ import os
 import resource
 import time
 
-from common.options import UserError, similar  # noqa: F401, similar: for those who import it from here
+from common.options import UserError
 
 
 @contextlib.contextmanager

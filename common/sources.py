@@ -23,8 +23,8 @@ import sysconfig
 import zlib
 from typing import NamedTuple
 
-from common.files import gigabytes, similar
-from common.options import UserError
+from common.files import gigabytes
+from common.options import UserError, similar
 
 SEGMENT_BYTES = 64 * 2**20  # a plain file with a document per line is split into byte ranges of this size
 READ_AHEAD = 2**24  # bytes per request to the hub

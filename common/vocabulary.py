@@ -12,8 +12,8 @@ import unicodedata
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from common.files import read_json, similar
-from common.options import UserError
+from common.files import read_json
+from common.options import UserError, similar
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 PART_CHARS = 2**20  # longer texts are tokenized in parts: 50 MB at once would take gigabytes

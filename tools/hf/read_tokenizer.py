@@ -6,8 +6,8 @@ import re
 
 from tokenizers import AddedToken, Tokenizer, normalizers
 
-from common.files import read_json, similar
-from common.options import UserError
+from common.files import read_json
+from common.options import UserError, similar
 from common.vocabulary import SPECIAL_TOKENS, finish, read_tokenizer, wordpiece
 
 # transformers' classes: the first two build the tokenizer from the vocabulary and their settings, whatever the rest of
