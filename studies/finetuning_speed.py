@@ -4,8 +4,8 @@
 
 One epoch of a classifier on random words: the same weights, texts, batch size, learning rate and float32, no dropout. Texts
 vary in length as real ones do (log-normal). Trainer pads each batch to its longest text, with the texts in random order, or
-sorted by length among some hundred neighbours (group_by_length). Reading, tokenizing and scoring are left out on both sides. Seconds are those of the
-process on its core, so that other work on the machine changes little. Writes OUT/speed.json.
+sorted by length among some hundred neighbours (group_by_length). Reading, tokenizing and scoring are left out on both sides.
+Seconds are those of the process on its core, so that other work on the machine changes little. Writes OUT/speed.json.
 """
 
 import io
@@ -111,7 +111,8 @@ def main(argv):
     lengths = [2 + len(text.split()) for (text,) in examples.texts]
     about = {"mean_length": round(float(np.mean(lengths)), 1), "longest": max(lengths), **versions()}
     about["versions"]["transformers"] = transformers.__version__
-    Path(cfg.out, "speed.json").write_text(json.dumps({"config": vars(cfg), **about, "seconds": seconds}, indent=1) + "\n")
+    config = {name: value for name, value in vars(cfg).items() if name != "out"}
+    Path(cfg.out, "speed.json").write_text(json.dumps({"config": config, **about, "seconds": seconds}, indent=1) + "\n")
     for name, took in seconds.items():
         ratio = median(took) / median(seconds["ours"])
         print(f"{name}: {median(took):.1f} s ({min(took):.1f} to {max(took):.1f}), {ratio:.2f} times ours")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from common.vocabulary import finish, wordpiece
+from studies import finetuning_speed
 from tests.toy import ROOT, SPECIAL, VOCAB_SIZE, make_run
 from tools import convert_hf, fill_mask
 
@@ -199,3 +200,28 @@ def test_lora(run):
     trained = names["trainer"].model.eval()
     with torch.no_grad():
         torch.testing.assert_close(merged(ids).logits, trained(ids).logits, rtol=0, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Speed
+
+
+def test_the_speed_is_that_of_the_log():
+    found = json.loads((ROOT / "results/finetuning_speed.json").read_text())
+    times = {name: np.median(seconds) for name, seconds in found["seconds"].items()}
+    text = " ".join(PAGE.read_text().partition("\n## Speed\n")[2].split())
+    cells = [f"{times[name]:.1f} s | {times[name] / times['ours']:.1f} |" for name in times]
+    assert len(cells) == 3 and not [cell for cell in cells if cell not in text]
+    sizes = found["config"]
+    about = f"{sizes['num_layers']} layers of {sizes['hidden_size']}, {sizes['texts']:,} texts of {found['mean_length']:.0f} tokens"
+    assert f"{about} on average and at most {found['longest']}, batches of {sizes['batch_size']}" in text
+    assert f"transformers {found['versions']['transformers']}" in text and len(found["seconds"]["ours"]) == sizes["turns"]
+
+
+@pytest.mark.slow
+def test_the_study_of_speed(tmp_path):
+    pytest.importorskip("accelerate")
+    small = ["--texts=64", "--hidden_size=32", "--num_layers=1", "--num_heads=2", "--turns=1"]
+    finetuning_speed.main([f"--out={tmp_path / 'out'}", *small])
+    seconds = json.loads((tmp_path / "out/speed.json").read_text())["seconds"]
+    assert {name: len(took) for name, took in seconds.items()} == {"ours": 1, "trainer": 1, "trainer, by length": 1}
