@@ -78,17 +78,21 @@ def quantize_kernel(
     q_ptr,  # (num_rows, C) FP8: written
     q_t_ptr,  # (C, num_rows) FP8: written
     amax_ptr,  # (AMAX_SLOTS,) int32: raised
+    partial_ptr,  # (blocks of rows, C) fp32: written, each block's sums over rows; or None
     num_rows,
     C: tl.constexpr,
     BLOCK_R: tl.constexpr,  # rows of one program
     BLOCK_C: tl.constexpr,  # columns of one program
 ):
     PARTS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    offs_r = (tl.program_id(0) // PARTS * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
+    block = tl.program_id(0) // PARTS
+    offs_r = (block * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     offs_c = tl.program_id(0) % PARTS * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = (offs_r < num_rows)[:, None] & (offs_c < C)[None, :]
     x = tl.load(x_ptr + offs_r[:, None] * C + offs_c[None, :], mask=mask, other=0.0).to(tl.float32)  # (BLOCK_R, BLOCK_C)
     add_amax(x, amax_ptr)
+    if partial_ptr is not None:
+        tl.store(partial_ptr + block.to(tl.int64) * C + offs_c, tl.sum(x, 0), mask=offs_c < C)
     store_fp8(x, scale_ptr, q_ptr, q_t_ptr, offs_r, offs_c, offs_c < C, num_rows, C)
 
 
@@ -164,11 +168,17 @@ def tiles(num_rows, C, cfg):
 
 def quantize(x, dtype, scaled, cfg=None):
     """x, (num_rows, C) contiguous, in FP8: itself, and transposed. dtype: E4M3 or E5M2."""
+    return quantize_and_sum(x, dtype, scaled, cfg, sums=False)[:2]
+
+
+def quantize_and_sum(x, dtype, scaled, cfg=None, sums=True):
+    """quantize(x, dtype, scaled), and x's sum over rows, (C,) fp32, which costs no other pass over x."""
     num_rows, C = x.shape
     q, q_t = empty_fp8(x, num_rows, C, dtype)
     cfg = cfg or launch_config_fp8(C)
-    quantize_kernel[tiles(num_rows, C, cfg)](x, scaled.scale, q, q_t, scaled.slots, num_rows, **cfg)
-    return q, q_t
+    partial = x.new_empty((triton.cdiv(num_rows, cfg["BLOCK_R"]), C), dtype=torch.float32) if sums else None
+    quantize_kernel[tiles(num_rows, C, cfg)](x, scaled.scale, q, q_t, scaled.slots, partial, num_rows, **cfg)
+    return q, q_t, partial.sum(0) if sums else None
 
 
 def product(a, b, of_a, of_b, dtype, fast=True):

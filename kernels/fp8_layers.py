@@ -12,7 +12,7 @@ Read next: kernels/cross_entropy.py
 
 import torch
 
-from kernels.fp8 import E4M3, E5M2, product, quantize
+from kernels.fp8 import E4M3, E5M2, product, quantize, quantize_and_sum
 from kernels.geglu import geglu_backward_fp8, geglu_fp8
 
 LINEAR = ("activation", "weight", "gradient")  # kinds of the tensors that fp8_linear scales: x, weight, dy
@@ -34,9 +34,9 @@ class Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         (x8_t, weight8_t), (of_x, of_weight, of_dy) = ctx.saved_tensors, ctx.scaled
-        dy8, dy8_t = quantize(dy.contiguous(), E5M2, of_dy)
+        dy8, dy8_t, dbias = quantize_and_sum(dy.contiguous(), E5M2, of_dy)
         dx = product(dy8, weight8_t, of_dy, of_weight, dy.dtype)
-        return dx, product(dy8_t, x8_t, of_dy, of_x, dy.dtype), dy.sum(0), None
+        return dx, product(dy8_t, x8_t, of_dy, of_x, dy.dtype), dbias, None
 
 
 class FeedForward(torch.autograd.Function):
