@@ -139,17 +139,18 @@ def test_linear_is_within_the_formats_rounding(device):
     assert torch.allclose(got[3], want[3], atol=1e-4)
 
 
+def plain_feed_forward(x, gated, down):
+    gate, value = F.linear(x, gated).chunk(2, -1)
+    return F.linear(F.gelu(gate) * value, down)
+
+
 def test_feed_forward_is_as_exact_as_fp8_allows(device):
     x, gated, weight = (torch.randn(shape, device=device) for shape in ((96, 64), (96, 64), (64, 48)))
     gated, weight, dy = gated / 8, weight / 7, torch.randn(96, 64, device=device)
 
-    def exact(x, gated, weight):
-        gate, value = F.linear(x, gated).chunk(2, -1)
-        return F.linear(F.gelu(gate) * value, weight)
-
     of = [scaled(2.0**4, device) for _ in kernels.FEED_FORWARD]
     got = gradients(lambda *args: fp8_feed_forward(*args, 0.0, of), (x, gated, weight), dy)
-    want = gradients(exact, (x, gated, weight), dy)
+    want = gradients(plain_feed_forward, (x, gated, weight), dy)
     for ours, theirs in zip(got, want):
         assert 0.01 < (ours - theirs).norm() / theirs.norm() < 0.15
     assert all(amax(each) > 0 for each in of)
@@ -289,3 +290,65 @@ def test_resuming_in_fp8_changes_no_bit(tmp_path, monkeypatch):
     (tmp_path / "out" / "step_00000003").rmdir()
     assert run(3) == whole
     assert np.array(whole[-1]).min() > 0
+
+
+# Of the size that trains: only these tests' tiles are full, and only a GPU orders its atomic operations differently.
+
+
+def base_layer_inputs():
+    """x (4096, 768) and dy in bf16, and the fp32 weights of a layer of Base."""
+    x, dy = (torch.randn(4096, 768, device="cuda").bfloat16() for _ in range(2))
+    shapes = ((2304, 768), (2304,), (6144, 768), (768, 3072))
+    return x, dy * 1e-3, [torch.randn(shape, device="cuda") * 0.03 for shape in shapes]
+
+
+@pytest.mark.gpu
+def test_base_layers_are_within_the_formats_rounding():
+    x, dy, (weight, bias, gated, down) = base_layer_inputs()
+    of_linear, of_ffn = [scaled(2.0**k, "cuda") for k in (3, 8, 14)], [scaled(2.0**k, "cuda") for k in (3, 8, 3, 8, 14, 14)]
+    dqkv = dy.repeat(1, 3)
+    got = gradients(lambda *args: fp8_linear(*args, of_linear), (x, weight, bias), dqkv)
+    want = gradients(F.linear, (x.float(), weight, bias), dqkv.float())
+    got += gradients(lambda *args: fp8_feed_forward(*args, 0.0, of_ffn), (x, gated, down), dy)
+    want += gradients(plain_feed_forward, (x.float(), gated, down), dy.float())
+    for ours, exact, largest in zip(got, want, (0.045, 0.07, 0.07, 0.01, 0.08, 0.09, 0.12, 0.09), strict=True):
+        assert (ours.float() - exact).norm() < largest * exact.norm()
+
+
+@pytest.mark.gpu
+def test_base_tiles_are_transposed_right():
+    x, _, _ = base_layer_inputs()
+    for dtype in (E4M3, E5M2):
+        q, q_t = quantize(x, dtype, scaled(4, "cuda"))
+        assert same_bits(q, rounded(x, 4, dtype)) and same_bits(q_t, q.t())
+    seed, wide = torch.tensor([7], device="cuda"), torch.randn(4096, 6144, device="cuda").bfloat16()
+    for q, q_t in (
+        geglu.geglu_fp8(wide, seed, 0.1, scaled(16, "cuda")),
+        geglu.geglu_backward_fp8(wide[:, :3072].contiguous(), wide, seed, 0.1, scaled(16, "cuda")),
+    ):
+        assert same_bits(q_t, q.t())
+
+
+@pytest.mark.gpu
+def test_100_repeats_are_bitwise_equal():
+    x, dy, (weight, bias, gated, down) = base_layer_inputs()
+
+    def numbers():
+        torch.manual_seed(1)
+        of_linear, of_ffn = [scaled(8, "cuda") for _ in kernels.LINEAR], [scaled(8, "cuda") for _ in kernels.FEED_FORWARD]
+        results = gradients(lambda *args: fp8_linear(*args, of_linear), (x, weight, bias), dy.repeat(1, 3))
+        results += gradients(lambda *args: fp8_feed_forward(*args, 0.1, of_ffn), (x, gated, down), dy)
+        return [*results, *(each.slots.amax() for each in (*of_linear, *of_ffn))]
+
+    first = numbers()
+    for _ in range(100):
+        assert all(torch.equal(*pair) for pair in zip(first, numbers(), strict=True))
+
+
+@pytest.mark.gpu
+def test_a_gradient_beyond_the_format_saturates():
+    x, dy, (weight, bias, _, _) = base_layer_inputs()
+    of = [scaled(8, "cuda"), scaled(256, "cuda"), scaled(2.0**40, "cuda")]
+    dx, dweight, _ = gradients(lambda *args: fp8_linear(*args, of), (x, weight, bias), dy.repeat(1, 3))[1:]
+    assert dx.isfinite().all() and dweight.isfinite().all()
+    assert amax(of[2]) == dy.abs().max().item()
