@@ -97,7 +97,10 @@ def quantize_kernel(
 
 
 class Scaled(NamedTuple):
-    """What a tensor in FP8 comes with: its scale, 1 / scale, both () fp32, and its (AMAX_SLOTS,) int32 maxima."""
+    """What a tensor in FP8 comes with: its scale, 1 / scale, both () fp32, and its (AMAX_SLOTS,) int32 maxima.
+
+    1 / scale lies at a multiple of 16 bytes: otherwise cuBLAS answers CUBLAS_STATUS_NOT_SUPPORTED.
+    """
 
     scale: Tensor
     inverse: Tensor
@@ -116,7 +119,8 @@ class Scales(nn.Module):
         first = torch.tensor([self.FIRST[kind] for kind in kinds]).repeat(num_layers, 1)
         # Not in the state dict, which holds the published weights' names: train.py saves `largest`.
         self.register_buffer("scale", first, persistent=False)  # (num_layers, len(kinds)), as are these:
-        self.register_buffer("inverse", 1 / first, persistent=False)
+        # 4 equal numbers each, 16 bytes
+        self.register_buffer("inverse", (1 / first)[..., None].repeat(1, 1, 4), persistent=False)
         self.register_buffer("largest", torch.zeros_like(first), persistent=False)  # 0: not seen yet
         self.register_buffer("limit", torch.tensor([self.LIMIT[kind] for kind in kinds]), persistent=False)
         slots = torch.zeros(*first.shape, AMAX_SLOTS.value, dtype=torch.int32)
@@ -124,7 +128,7 @@ class Scales(nn.Module):
 
     def of_layer(self, layer):
         """A Scaled for each tensor."""
-        return [Scaled(*each) for each in zip(self.scale[layer], self.inverse[layer], self.slots[layer])]
+        return [Scaled(*each) for each in zip(self.scale[layer], self.inverse[layer, :, 0], self.slots[layer])]
 
     def update(self, reduce):
         """After a step: scales for the next. Returns whether every magnitude was finite, on the device.
@@ -148,7 +152,7 @@ class Scales(nn.Module):
         self.largest.copy_(largest)
         exponent = torch.floor(torch.log2(self.limit / self.largest)).clamp(-100, 100)
         self.scale.copy_(torch.where(self.largest > 0, torch.exp2(exponent), self.scale))
-        self.inverse.copy_(1 / self.scale)
+        self.inverse.copy_((1 / self.scale)[..., None])
 
 
 # Not timed yet: a tile is 64 bytes of each of 64 columns.
@@ -181,11 +185,12 @@ def quantize_and_sum(x, dtype, scaled, cfg=None, sums=True):
     return q, q_t, partial.sum(0) if sums else None
 
 
-def product(a, b, of_a, of_b, dtype, fast=True):
-    """a @ b.T of the tensors that a (m, k) and b (n, k), both contiguous FP8, stand for. of_a, of_b: Scaled.
+def product(a, b, of_a, of_b, dtype, fast=True, bias=None):
+    """a @ b.T + bias of the tensors that a (m, k) and b (n, k), both contiguous FP8, stand for. of_a, of_b: Scaled.
 
-    The product is rounded to bf16, whatever dtype is.
+    bias: (n,) or None; it and the result are rounded to bf16, whatever dtype is.
     fast: the matrix units add up in their own registers, of about 14 bits of mantissa, instead of fp32's 24.
     """
-    scales = {"scale_a": of_a.inverse, "scale_b": of_b.inverse}
-    return torch._scaled_mm(a, b.t(), **scales, out_dtype=torch.bfloat16, use_fast_accum=fast).to(dtype)
+    bias = None if bias is None else bias.bfloat16()
+    options = {"bias": bias, "out_dtype": torch.bfloat16, "use_fast_accum": fast}
+    return torch._scaled_mm(a, b.t(), of_a.inverse, of_b.inverse, **options).to(dtype)

@@ -28,8 +28,7 @@ class Linear(torch.autograd.Function):
         x8, x8_t = quantize(x, E4M3, of_x)
         weight8, weight8_t = quantize(weight, E4M3, of_weight)
         ctx.save_for_backward(x8_t, weight8_t)
-        # Not a bias of the product itself: with one, cuBLAS 13.0 on an H200 answers CUBLAS_STATUS_NOT_SUPPORTED.
-        return product(x8, weight8, of_x, of_weight, x.dtype).add_(bias)
+        return product(x8, weight8, of_x, of_weight, x.dtype, bias=bias)
 
     @staticmethod
     def backward(ctx, dy):

@@ -172,8 +172,14 @@ def test_scales_follow_the_largest_magnitude():
     see(scales, 1.0)
     assert scales.update(lambda t: t)
     assert scales.scale.tolist() == [[64, 512]] * 2  # the powers of two at or below 448 / 4 and 57344 / 64
-    assert scales.inverse.tolist() == [[1 / 64, 1 / 512]] * 2
+    assert scales.inverse[..., 0].tolist() == [[1 / 64, 1 / 512]] * 2
     assert not scales.slots.any()
+
+
+def test_scales_lie_where_cublas_wants_them():
+    """At multiples of 16 bytes; the CPU's product takes any address."""
+    for layer in range(2):
+        assert all(each.inverse.data_ptr() % 16 == 0 for each in Scales(2, ("activation",) * 3).of_layer(layer))
 
 
 def test_a_spike_is_forgotten_and_an_infinity_ignored():
@@ -204,6 +210,7 @@ def test_restored_scales_are_the_same():
     scales.update(lambda t: t)
     see(again, 7.0)  # forgotten
     again.restore(scales.largest.tolist())
+    assert again.inverse[..., 0].tolist() == (1 / again.scale).tolist()
     for name in ("largest", "scale", "inverse", "slots"):
         assert torch.equal(getattr(scales, name), getattr(again, name))
 
