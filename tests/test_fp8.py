@@ -318,8 +318,13 @@ def test_base_layers_are_within_the_formats_rounding():
     want = gradients(F.linear, (x.float(), weight, bias), dqkv.float())
     got += gradients(lambda *args: fp8_feed_forward(*args, 0.0, of_ffn), (x, gated, down), dy)
     want += gradients(plain_feed_forward, (x.float(), gated, down), dy.float())
-    for ours, exact, largest in zip(got, want, (0.045, 0.07, 0.07, 0.01, 0.08, 0.09, 0.12, 0.09), strict=True):
-        assert (ours.float() - exact).norm() < largest * exact.norm()
+    a, g = 0.026, 0.052  # root mean square errors of e4m3 and e5m2, which add up as independent ones do
+    hidden = math.hypot(a, a, a, a)  # of GeGLU's result: two products' errors, before it is rounded itself
+    dgated = math.hypot(g, a, hidden, g)
+    expected = [math.hypot(a, a), math.hypot(g, a), math.hypot(g, a), 0.002]
+    expected += [math.hypot(hidden, a, a), math.hypot(dgated, a), math.hypot(dgated, a), math.hypot(hidden, a, g)]
+    for ours, exact, error in zip(got, want, expected, strict=True):
+        assert (ours.float() - exact).norm() < 1.15 * error * exact.norm()
 
 
 @pytest.mark.gpu
