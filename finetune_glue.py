@@ -708,7 +708,7 @@ def earlier_results(cfg, pretrained, plan):
 
 
 def pretraining_cost(path):
-    """Steps, seconds, GPU-hours and dollars behind a checkpoint of train.py; None for weights from elsewhere."""
+    """Steps, seconds, hours of all processes and dollars behind a checkpoint of train.py; None for weights from elsewhere."""
     starts = [record for _, record in read_log(os.path.dirname(path)) if record.get("event") == "start"]
     if not starts or not os.path.exists(os.path.join(path, "state.json")):
         return None

@@ -100,3 +100,8 @@ def read_log(out_dir):
 def was_evaluated(out_dir, step):
     """Whether the log has this step's evaluation."""
     return any(record.get("event") == "eval" and record.get("step") == step for _, record in read_log(out_dir))
+
+
+def hours_of(device):
+    """What the log's gpu_hours are, by the name of the device: "GPU-hours", or "CPU-hours" of processes that had no GPU."""
+    return "CPU-hours" if re.match("x86|i.86|amd64|intel|arm|aarch|ppc|riscv", device or "", re.I) else "GPU-hours"

@@ -191,6 +191,22 @@ def test_figures_are_drawn_and_equal_inputs_give_equal_bytes(tmp_path, capsys):
     capsys.readouterr()
 
 
+@pytest.mark.parametrize("devices, hours", [(["x86_64"], "CPU-hours"), (["NVIDIA H200", "aarch64"], "GPU-hours and CPU-hours")])
+def test_cpu_time_is_not_called_gpu_time(tmp_path, devices, hours):
+    scores, logs = [], []
+    for device in devices:
+        scores.append(write_results(tmp_path / device, device=device))
+        logs.append(str(tmp_path / device / "log.jsonl"))
+        text = "".join(json.dumps(record) + "\n" for record in (
+            {"event": "start", "device": device, "config": {}}, {"event": "train", "step": 1, "loss": 2.0, "gpu_hours": 1.0},
+        ))  # fmt: skip
+        Path(logs[-1]).write_text(text)
+    for argv in (f"--pareto={','.join(scores)}", f"--loss={','.join(logs)}"):
+        for x, words in (("gpu_hours", hours), ("gpu_minutes", hours.replace("hours", "minutes"))):
+            plot.main([argv, f"--x={x}", f"--out={tmp_path}/figure.svg"])
+            assert f">{words}{' of pretraining' * ('pareto' in argv)}<" in (tmp_path / "figure.svg").read_text()
+
+
 def test_task_names_are_those_of_fine_tuning():
     from common.glue import GLUE_TASKS
 

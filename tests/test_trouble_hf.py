@@ -406,6 +406,8 @@ def test_a_card_is_of_its_checkpoint(tmp_path, capsys):
     for row in ("tokens seen | 1,234", f"steps | {step:,} of 16", "masked | 3.2500", "GPU-hours | 2.00", "dollars | 5.00"):
         assert row in card
     assert "| data | here |" in card and "| hardware | then, 2 process(es) |" in card
+    write_log(run, [{**log[0], "device": "x86_64"}])
+    assert "| CPU-hours | 2.00 |" in card_of(run, path, str(tmp_path / "exported"))
     write_log(run, [*log, *later])
     card = card_of(run, path, str(tmp_path / "exported"))
     assert "masked | not known" in card and "held-out accuracy | not known" in card and "| hardware | then" in card

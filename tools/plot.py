@@ -26,6 +26,7 @@ from typing import Literal
 import numpy as np
 
 from common.options import UserError, command, load_config
+from common.run_directory import hours_of
 
 # MosaicML's numbers (README of mosaicml/examples, benchmarks/bert, and the blog's figure): means over eight tasks, on
 # eight A100-80GB at $2.50 a GPU-hour. The steps are read off the points' spacing, 70,000 for the last.
@@ -59,9 +60,7 @@ BENCH_WORDS = {  # in the names of studies.bench's rows and entries
     "t2": ", tuned more", "eager": "not compiled", "liger": "Liger", "vocab": "vocabulary", "torch": "PyTorch",
     "bert": "transformers' BERT", "padded": ", padded",
 }  # fmt: skip
-X_LABELS = {
-    "step": "steps", "tokens": "tokens", "gpu_hours": "GPU-hours", "gpu_minutes": "GPU-minutes", "dollars": "US dollars",
-}  # fmt: skip
+X_LABELS = {"step": "steps", "tokens": "tokens", "dollars": "US dollars"}
 COLORS = ("#1f4e79", "#d98c2b", "#8e3b63", "#6fc2a8")  # in grayscale 30, 60, 45 and 75 % bright
 MARKERS, LINES, HATCHES = "os^D", ("-", "--", "-.", ":"), ("", "///", "...", "xxx")
 GRAY = "#555555"  # published results
@@ -222,6 +221,14 @@ def x_of(record, x, path):
     return record[x]
 
 
+def x_label(x, devices):
+    """The x axis's name, by the names of the devices that trained."""
+    if x in X_LABELS:
+        return X_LABELS[x]
+    hours = " and ".join(sorted({hours_of(device) for device in devices}, reverse=True))
+    return hours.replace("hours", "minutes") if x == "gpu_minutes" else hours
+
+
 def published_x(x, step, hours):
     gpu_hours = hours * PUBLISHED_GPUS
     costs = {"gpu_hours": gpu_hours, "gpu_minutes": 60 * gpu_hours, "dollars": gpu_hours * PUBLISHED_PRICE}
@@ -291,6 +298,7 @@ def plot_pareto(cfg, pyplot):
     if not common:
         raise UserError("--pareto: no task that all results have")
     panels = [common, *([task] for task in common if cfg.tasks)]
+    devices = [(results["pretraining"] or {}).get("device") for results in found.values()]
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     size = (4.0 * columns, 3.3 * rows) if len(panels) > 1 else (6.4, 4.2)
@@ -304,11 +312,12 @@ def plot_pareto(cfg, pyplot):
             axes.vlines(place, low, high, color=color, linewidth=1)
         for (label, points), face in zip(published_points(x, tasks).items(), (GRAY, "none")):
             axes.plot(*zip(*points), "*", color=GRAY, markerfacecolor=face, markersize=7, label=label)
-        finish(axes, f"{X_LABELS[x]} of pretraining", "score", ", ".join(TASK_NAMES[task] for task in tasks), log=10)
+        finish(axes, f"{x_label(x, devices)} of pretraining", "score", ", ".join(TASK_NAMES[task] for task in tasks), log=10)
     grid[0, 0].set_title(f"mean of {len(common)} tasks" if len(panels) > 1 else cfg.title)
     if len(panels) == 1:
         grid[0, 0].set_ylabel(f"mean of {', '.join(TASK_NAMES[task] for task in common)}")
-    add_dollars(grid[0, 0], x, found.values())
+    if x_label(x, devices).startswith("GPU"):
+        add_dollars(grid[0, 0], x, found.values())
     for axes in grid.flat[len(panels) :]:
         axes.axis("off")
     figure.suptitle(cfg.title if len(panels) > 1 else None)
@@ -318,9 +327,9 @@ def plot_pareto(cfg, pyplot):
 
 def add_dollars(axes, x, found):
     """A scale in dollars above GPU time, if all runs had the price of the published ones."""
-    per_hour = {"gpu_hours": 1, "gpu_minutes": 60}.get(x)
+    per_hour = {"gpu_hours": 1, "gpu_minutes": 60}[x]
     costs = [results["pretraining"] for results in found]
-    if not per_hour or any(round((cost["dollars"] or 0) / cost["gpu_hours"], 4) != PUBLISHED_PRICE for cost in costs):
+    if any(round((cost["dollars"] or 0) / cost["gpu_hours"], 4) != PUBLISHED_PRICE for cost in costs):
         return
     scale = PUBLISHED_PRICE / per_hour
     top = axes.secondary_xaxis("top", functions=(lambda value: value * scale, lambda value: value / scale))
@@ -371,10 +380,11 @@ def plot_loss(cfg, pyplot):
     paths = find(cfg.loss, "log.jsonl")
     paths, labels = bert_last(paths, labels_for(cfg, paths, model_of_log if cfg.held_out else file_label))
     figure, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
-    order = list(dict.fromkeys(labels))
+    order, devices = list(dict.fromkeys(labels)), []
     for i, (path, label) in enumerate(zip(paths, labels)):
         records, first = read_log(path), label not in labels[:i]  # once in the legend
         color, marker, line, _ = style(order.index(label))
+        devices += [record.get("device") for record in records if record["event"] == "start"]
         train = [record for record in records if record["event"] == "train"]
         held_out = [record for record in records if record["event"] == "eval"]
         places = [x_of(record, x, path) for record in train]
@@ -390,7 +400,7 @@ def plot_loss(cfg, pyplot):
             name = f"{label}, held out (15 % masked)" if first else None
             axes.plot(at, held, marker, color=color, markeredgecolor="black", markersize=6, label=name)
     y = "held-out loss, 15 % masked (nats)" if cfg.held_out else "masked-language-model loss (nats)"
-    finish(axes, X_LABELS[x], y, cfg.title)
+    finish(axes, x_label(x, devices), y, cfg.title)
     legend_below(figure, axes)
     return figure
 
