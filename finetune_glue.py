@@ -28,13 +28,13 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers.processors import TemplateProcessing
 
 import checkpoint
 import kernels
 from common import run_queue
-from common.batch import Batch, pack, round_up
+from common.batch import round_up
 from common.cuda_graphs import GraphedStep
+from common.encoded import encode
 from common.files import file_digest, gigabytes, hash_of, read_json, write_text
 from common.glue import GLUE_TASKS, Task, read_task
 from common.labelled import write_table
@@ -191,6 +191,11 @@ class Pretrained:
     special: dict  # {"[CLS]": id, ...}
     digest: str  # of tensors and tokenizer
 
+    def encode(self, examples, max_length, name="texts"):
+        """Encoded examples; BERT has no more than its positions."""
+        limit = min(max_length, MAX_POSITIONS) if self.model_cfg.model == "bert" else max_length
+        return encode(examples, self.tokenizer, self.special, limit, name)
+
 
 def load_pretrained(path, out):
     """The Pretrained in a run or checkpoint directory. Weights in Hugging Face form are converted into OUT first."""
@@ -267,63 +272,6 @@ def load_classifier(path):
     model = SequenceClassifier(checkpoint.model_config(config), config["vocab_size"], num_labels, special["[PAD]"])
     checkpoint.load_weights(model, tensors, path)
     return model
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokens
-
-
-@dataclass
-class Encoded:
-    """Tokenized examples, end to end, without padding."""
-
-    ids: np.ndarray  # (num_tokens,) int32
-    types: np.ndarray  # (num_tokens,) int32: 1 in the second text and its [SEP]
-    starts: np.ndarray  # (n,) int64
-    lengths: np.ndarray  # (n,) int64
-    labels: np.ndarray | None
-    index: list | range  # of their rows in the file
-
-    def batch(self, which, device):
-        """The Batch of examples `which`, an int64 array."""
-        lengths = self.lengths[which]
-        cu_seqlens, windows = pack(lengths, int(lengths.max()))
-        index = np.repeat(self.starts[which] - cu_seqlens[:-1], lengths) + np.arange(cu_seqlens[-1])
-        multiple = 64 if len(index) < 2048 else 256  # whole tiles, and few shapes
-        padding = np.zeros(round_up(len(index), multiple) - len(index), np.int32)  # belongs to no example: any id
-        batch = Batch(
-            input_ids=torch.from_numpy(np.concatenate([self.ids[index], padding])),
-            cu_seqlens=torch.from_numpy(cu_seqlens),
-            max_seqlen=int(lengths.max()),
-            windows=None if windows is None else torch.from_numpy(windows),
-            token_type_ids=torch.from_numpy(np.concatenate([self.types[index], padding])),
-            labels=None if self.labels is None else torch.from_numpy(self.labels[which]),
-        )
-        return batch.pinned_for(device).to(device)
-
-
-def encode(examples, pretrained, max_length, name="texts"):
-    """Encoded examples: [CLS] text [SEP], or [CLS] text [SEP] second text [SEP]; the longer text is truncated first.
-
-    name: of the examples, to report how many were truncated.
-    """
-    tokenizer, special = pretrained.tokenizer, [(name, pretrained.special[name]) for name in ("[CLS]", "[SEP]")]
-    tokenizer.post_processor = TemplateProcessing("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", special)
-    limit = min(max_length, MAX_POSITIONS) if pretrained.model_cfg.model == "bert" else max_length
-    tokenizer.enable_truncation(limit, strategy="longest_first")
-    ids, types, truncated = [], [], 0
-    for start in range(0, len(examples.texts), 10_000):  # the library's results take a hundred bytes per token
-        texts = [text if len(text) == 2 else text[0] for text in examples.texts[start : start + 10_000]]
-        for encoding in tokenizer.encode_batch_fast(texts):
-            ids.append(np.array(encoding.ids, np.int32))
-            types.append(np.array(encoding.type_ids, np.int32))
-            truncated += bool(encoding.overflowing)
-    if truncated:
-        are = f"{truncated:,} of {len(ids):,} {'is' if truncated == 1 else 'are'}"
-        print(f"{name}: {are} longer than {limit} tokens, and truncated (max_length, set in training)", flush=True)
-    lengths = np.array([len(row) for row in ids])
-    starts, index = np.cumsum(lengths) - lengths, range(len(ids)) if examples.index is None else examples.index
-    return Encoded(np.concatenate(ids), np.concatenate(types), starts, lengths, examples.labels, index)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -489,7 +437,7 @@ class Worker:
         if self.task != (task := run.task):
             examples = self.read(task)
             limit, name = self.cfg.max_length, task.name
-            self.data = {split: encode(part, self.pretrained, limit, f"{name} {split}") for split, part in examples.items()}
+            self.data = {split: self.pretrained.encode(part, limit, f"{name} {split}") for split, part in examples.items()}
             self.task = task
         self.check_memory(self.data["train"].lengths, run.settings.batch_size)
         return self.data

@@ -11,6 +11,7 @@ import torch
 
 import checkpoint
 import finetune_glue
+from common.encoded import Encoded
 from common.labelled import read_rows
 from common.options import UserError
 from common.processes import Process
@@ -177,7 +178,7 @@ def test_long_texts_are_scored_a_few_at_a_time(length, sizes):
     """Plain attention for n texts of this length takes n * length^2 numbers per head."""
     found, starts = [], np.arange(80) * length
     ids, labels = np.zeros(80 * length, np.int32), np.zeros(80, np.int64)
-    encoded = finetune_glue.Encoded(ids, ids, starts, np.full(80, length), labels, range(80))
+    encoded = Encoded(ids, ids, starts, np.full(80, length), labels, range(80))
 
     class Model:
         def eval(self):
