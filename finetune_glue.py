@@ -11,14 +11,12 @@ Read next: common/glue.py, the tasks, or common/run_queue.py
 import common  # noqa: F401, I001, before anything that may be missing
 
 import dataclasses
-import difflib
 import functools
 import glob
 import hashlib
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 import time
@@ -37,6 +35,7 @@ from common.cuda_graphs import GraphedStep
 from common.encoded import encode
 from common.files import file_digest, gigabytes, hash_of, read_json, write_text
 from common.glue import GLUE_TASKS, Task, read_task
+from common.hub import check_hub_id
 from common.labelled import write_table
 from common.metrics import METRICS, as_text, ci95
 from common.options import UserError, command, load_config
@@ -222,13 +221,11 @@ def convert(path, out):
 
     Rank 0 converts. converted/source.sha256, written last, tells the others that it is complete, and from what.
     """
-    parent, name = os.path.split(path.rstrip("/"))
+    parent = os.path.dirname(path)
     if os.path.exists(os.path.join(parent, checkpoint.DIGESTS)):
         raise UserError(f"{path}: a file of a checkpoint (give its directory, {parent})")
-    if not os.path.exists(path) and (os.path.isdir(parent) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path)):
-        nearest = difflib.get_close_matches(name, os.listdir(parent) if os.path.isdir(parent) else [], n=1)
-        hint = f"did you mean {os.path.join(parent, nearest[0])}?" if nearest else "expected a run, or a model's directory"
-        raise UserError(f"{path}: no such directory ({hint})")
+    if not os.path.exists(path):
+        check_hub_id(path, "directory", "expected a run, or a model's directory")
     run = os.path.join(out, "converted")
     finished, root = os.path.join(run, "source.sha256"), os.path.dirname(os.path.abspath(__file__))
     files = [path] if os.path.isfile(path) else sorted(filter(os.path.isfile, glob.glob(f"{glob.escape(path)}/*")))
@@ -313,15 +310,19 @@ def batches(encoded, settings, seed, device):
             yield encoded.batch(order[start : start + settings.batch_size], device)
 
 
+def holds_squares(model_cfg, device):
+    """Whether attention holds n x n numbers for a text of n tokens: MosaicBERT's in PyTorch. BERT reads at most 512."""
+    return model_cfg.model != "bert" and not kernels.uses_triton(device)
+
+
 class Steps:
     """The optimizer steps of one run, on GPUs as CUDA graphs."""
 
     def __init__(self, model, settings, process):
         self.model, self.process, self.lr = model, process, settings.lr
-        on_gpu, bert = process.device.type == "cuda", model.cfg.model == "bert"
-        use_graphs = on_gpu and (bert or kernels.uses_triton(process.device))  # plain attention waits for the lengths
+        use_graphs = process.device.type == "cuda" and not holds_squares(model.cfg, process.device)  # it waits for the lengths
         self.graphed = GraphedStep(self.step) if use_graphs else None
-        self.seqlen_multiple = 32 if bert else 128  # fewer shapes: bert pads to max_seqlen; to the kernels it is a bound
+        self.seqlen_multiple = 32 if model.cfg.model == "bert" else 128  # fewer shapes: bert pads to max_seqlen; to the kernels it is a bound
         if use_graphs:
             self.lr = torch.zeros((), device=process.device)  # graphs read its value at replay
         self.optimizer = torch.optim.AdamW(
@@ -392,7 +393,7 @@ def predict(model, encoded, process):
     scores = []
     longest = int(encoded.lengths.max())
     batch_size = max(1, EVAL_TOKENS // longest)
-    if not kernels.uses_triton(process.device):  # plain attention takes 3 * 12 heads * 4 bytes * LONGEST^2 = 10 GB for these
+    if holds_squares(model.cfg, process.device):  # 3 * 12 heads * 4 bytes * LONGEST^2 = 10 GB for these
         batch_size = max(1, min(batch_size, LONGEST**2 // longest**2))
     for start in range(0, len(order), batch_size):
         with process.autocast():
@@ -443,9 +444,9 @@ class Worker:
         return self.data
 
     def check_memory(self, lengths, batch_size):
-        """Raises: UserError if plain attention, which saves n x n numbers per text, head and layer, surely does not fit."""
+        """Raises: UserError if the n x n numbers that attention saves per text, head and layer surely do not fit."""
         model_cfg, device = self.pretrained.model_cfg, self.process.device
-        if model_cfg.model == "bert" or kernels.uses_triton(device):  # at most 512 tokens, or nothing of size n x n
+        if not holds_squares(model_cfg, device):
             return
         squares = np.square(lengths, dtype=np.float64)
         pairs = max(squares.max(), squares.mean() * min(batch_size, len(lengths)))  # no less in the largest batch

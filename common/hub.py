@@ -8,15 +8,20 @@ from common.options import UserError, similar
 HUB_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")  # [owner/]name
 
 
-def download(name, files, what, hint, revision=""):
-    """The local directory with some files of a hub repository, or without a connection those downloaded before.
-
-    files: names, or patterns. what, hint: for the error, such as "tokenizer". Raises: UserError.
-    """
+def check_hub_id(name, what, hint):
+    """Raises: UserError for what is no hub id but a path that does not exist, to a `what` such as "tokenizer"."""
     is_hub_id = HUB_ID.fullmatch(name) and not os.path.isdir(os.path.dirname(name))  # as in out/smok
     near = similar(name)
     if near or not is_hub_id or name.endswith((".json", ".txt")):
         raise UserError(f"{name}: no such {what} ({f'did you mean {near}?' if near else hint})")
+
+
+def download(name, files, what, hint, revision=""):
+    """The local directory with some files of a hub repository, or without a connection those downloaded before.
+
+    files: names, or patterns. Raises: UserError, also as check_hub_id does.
+    """
+    check_hub_id(name, what, hint)
     from huggingface_hub import HfApi, snapshot_download  # comes with datasets
 
     reason = ""

@@ -16,6 +16,7 @@ from common.labelled import read_rows
 from common.options import UserError
 from common.processes import Process
 from finetune_glue import load_classifier, load_pretrained, make_classifier, pretraining_cost
+from model import ModelConfig
 from tests import toy
 from tests.test_finetune_glue import CPU, sentences, suite, write_glue
 from tests.test_finetune_own import settings, write_labelled
@@ -181,6 +182,8 @@ def test_long_texts_are_scored_a_few_at_a_time(length, sizes):
     encoded = Encoded(ids, ids, starts, np.full(80, length), labels, range(80))
 
     class Model:
+        cfg = ModelConfig()
+
         def eval(self):
             pass
 
