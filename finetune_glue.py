@@ -39,8 +39,8 @@ from common.hub import check_hub_id
 from common.labelled import write_table
 from common.metrics import METRICS, as_text, ci95
 from common.options import UserError, command, load_config
-from common.processes import Process, device_name, pick_device
-from common.run_directory import RunDirectory, read_log
+from common.processes import Process, device_name, memory_of, pick_device
+from common.run_directory import RunDirectory, pretraining_cost
 from common.versions import versions
 from common.vocabulary import load_tokenizer
 from model import MAX_POSITIONS, ModelConfig, SequenceClassifier, choose_kernels
@@ -83,10 +83,8 @@ class FineTuneConfig:
         for name, least in {"seeds": 0, "epochs": 0, "batch_size": 0, "skip_bad_lines": 0, "jobs": 1}.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name}={getattr(self, name)}: must be at least {least}")
-        if self.max_length < 5:
-            raise UserError(f"max_length={self.max_length}: must be at least 5")
-        if self.max_length > LONGEST:
-            raise UserError(f"max_length={self.max_length}: must be at most {LONGEST} (attention grows with its square)")
+        if not 5 <= self.max_length <= LONGEST:
+            raise UserError(f"max_length={self.max_length}: must be 5 to {LONGEST} (attention grows with its square)")
         if not 0 <= self.lr <= 1:
             raise UserError(f"lr={self.lr}: must be between 0 and 1")
         for name in ("warmup_fraction", "dropout"):
@@ -322,7 +320,8 @@ class Steps:
         self.model, self.process, self.lr = model, process, settings.lr
         use_graphs = process.device.type == "cuda" and not holds_squares(model.cfg, process.device)  # it waits for the lengths
         self.graphed = GraphedStep(self.step) if use_graphs else None
-        self.seqlen_multiple = 32 if model.cfg.model == "bert" else 128  # fewer shapes: bert pads to max_seqlen; to the kernels it is a bound
+        # Fewer shapes: bert pads to max_seqlen; to the kernels it is a bound.
+        self.seqlen_multiple = 32 if model.cfg.model == "bert" else 128
         if use_graphs:
             self.lr = torch.zeros((), device=process.device)  # graphs read its value at replay
         self.optimizer = torch.optim.AdamW(
@@ -411,13 +410,6 @@ def write_predictions(path, task, predictions, encoded):
     if task.labels:
         columns = [[task.labels[value] for value in column] for column in columns]
     write_table(path, ("index", "label", "prediction"), zip(encoded.index, *columns))
-
-
-def memory_of(device):
-    """Bytes of memory, those in use included."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 class Worker:
@@ -654,19 +646,6 @@ def earlier_results(cfg, pretrained, plan):
     if names:
         raise UserError(f"{path}: holds results with different {', '.join(names)} (choose another --out)")
     return earlier
-
-
-def pretraining_cost(path):
-    """Steps, seconds, hours of all processes and dollars behind a checkpoint of train.py; None for weights from elsewhere."""
-    starts = [record for _, record in read_log(os.path.dirname(path)) if record.get("event") == "start"]
-    if not starts or not os.path.exists(os.path.join(path, "state.json")):
-        return None
-    state, start = read_json(os.path.join(path, "state.json"), "not a checkpoint of train.py"), starts[-1]
-    gpu_hours = state.get("gpu_seconds", state["seconds"] * start["world_size"]) / 3600
-    price = start["config"]["price_per_gpu_hour"]
-    budget = {name: start["config"].get(name, 0) for name in ("budget_minutes", "budget_dollars")}
-    dollars = gpu_hours * price if price else None
-    return {**state, "gpu_hours": gpu_hours, "dollars": dollars, **budget, "device": start["device"]}
 
 
 def print_table(results):
