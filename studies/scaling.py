@@ -1,9 +1,8 @@
-"""How training speeds up with more GPUs: measured on this machine's, predicted for more.
+"""How training speeds up with more GPUs.
 
     python -m studies.scaling                                                # on 1, 2, 4 and 8 GPUs, if there are as many
     python -m studies.scaling --gpus=2 --models=base
     torchrun --nnodes=2 ... -m studies.scaling --out=out/scaling_16.json     # on torchrun's processes, several nodes too
-    python -m studies.scaling --predict=out/scaling.json --node_gbits=1600   # only predict, for another network
     python -m tools.plot --scaling=out/scaling.json --out=scaling.svg
 
 A step is train.py's own, from data.py's micro-batches, made during the step before, to fused AdamW, on random tokens with
@@ -15,13 +14,11 @@ take turns, so that all see the same clocks and temperatures:
     and both on each GPU alone, while all others are busy too: the speed that counts as 100 % efficiency
 
 A block is a number of consecutive steps after two untimed ones; figures are medians over blocks. Exposed communication is a
-step's time minus that of the same step without DistributedDataParallel, in ms. The time in NCCL kernels comes from a
-trace, and includes waiting for slower GPUs.
+step's time minus that of the same step without DistributedDataParallel, in ms.
 
-Read next: studies/step_time.py, for the prediction, or tools/plot.py
+Read next: tools/plot.py
 """
 
-import contextlib
 import datetime
 import gc
 import json
@@ -48,7 +45,6 @@ from common.versions import versions
 from data import prefetch
 from model import MaskedLM, choose_kernels, matrix_flops
 from studies.bench_steps import Data
-from studies.step_time import NETWORK_SHARE, SAMPLED_STEPS, imbalance, padded_rows, predict
 from tools import plot
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,15 +59,13 @@ TOY = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "intermediate_size": 
 TURNS = 3  # blocks of each kind
 BLOCK_SECONDS = 1.0
 MAX_STEPS = 20  # in a block
-TRACED_STEPS = 3
 UNTIMED_STEPS = 2  # before each block
-SMALLEST_BATCH = 8  # samples on a GPU when 512 share 4,096
 FIRST_STEP = 1000  # past the learning rate of 0
 
 
 @dataclass
 class ScalingConfig:
-    # Measurement
+    # Options
     gpus: str = "1,2,4,8"  # numbers of GPUs; those beyond this machine's are skipped
     models: str = "base,large,bert"  # MosaicBERT-Base and -Large, and the BERT baseline, compiled
     global_batch_size: int = 4096  # samples, shared by all GPUs
@@ -79,10 +73,6 @@ class ScalingConfig:
     micro_batch_tokens: int = 0  # as in train.py; 0: by the GPU's memory
     out: str = "out/scaling.json"  # results, rewritten after each model
     toy: bool = False  # a tiny model on the CPU: tests the code, times mean nothing
-    # Prediction
-    predict: str = ""  # results to predict from, instead of measuring
-    gpus_per_node: int = 8  # of the predicted machines
-    node_gbits: float = 3200.0  # Gbit/s of a node's network, per direction: eight 400 Gbit/s adapters
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -94,11 +84,10 @@ class Kind:
     """One kind of steps, and its measurements."""
 
     name: str  # alone, together, without_reduction
-    batch: str  # "global", "per_gpu", or "curve": on one GPU, for the prediction
+    batch: str  # "global" or "per_gpu"
     model: torch.nn.Module
     process: Process
     samples: int  # in a step, over all its processes
-    turns: int = TURNS
 
     def __post_init__(self):
         self.blocks = []  # for each block, what `run` returned in each process
@@ -121,11 +110,10 @@ class Bench:
         # Compiled once for both: the model under DistributedDataParallel works by itself too.
         self.model_alone = train.wrap(raw_model, self.train_cfg, self.alone, samples)
         self.model = train.wrap(self.model_alone, replace(self.train_cfg, compile=False), process, samples)
-        self.clocks = []
         self.kinds = self.make_kinds()
 
     def make_kinds(self):
-        """Alone, together and without reduction, for both kinds of batch; then smaller batches alone."""
+        """Alone, together and without reduction, for both kinds of batch."""
         kinds = []
         for batch, size in (("global", self.cfg.global_batch_size), ("per_gpu", self.cfg.per_gpu)):
             kinds.append(Kind("alone", batch, self.model_alone, self.alone, size))
@@ -133,13 +121,7 @@ class Bench:
                 size = size if batch == "global" else size * self.gpus
                 kinds.append(Kind("together", batch, self.model, self.together, size))
                 kinds.append(Kind("without_reduction", batch, self.model_alone, self.together, size))
-        size = self.cfg.global_batch_size // 2
-        while size >= SMALLEST_BATCH and self.name != "bert":
-            checked = size * self.gpus == self.cfg.global_batch_size  # checks the prediction
-            if size != self.cfg.per_gpu:
-                kinds.append(Kind("alone", "curve", self.model_alone, self.alone, size, turns=TURNS if checked else 1))
-            size //= 2
-        return kinds
+        return {(kind.batch, kind.name): kind for kind in kinds}
 
     def micro_batch_tokens(self, kind):
         """What train.py would choose for this batch and number of processes."""
@@ -156,11 +138,10 @@ class Bench:
         process = kind.process if kind.batch == "global" else self.together
         return kind.samples * process.world_size // kind.process.world_size, process
 
-    def run(self, kind, num_steps, turn=0, trace=None):
-        """[seconds, tokens, FLOPs, calls of cudaMalloc] per step of this process, averaged after two untimed steps.
+    def run(self, kind, num_steps, turn=0):
+        """[seconds, tokens, FLOPs] per step of this process, averaged after two untimed steps.
 
-        turn: kinds with equally many samples use the same ones in the same turn. trace: a torch.profiler.profile of the
-        timed steps.
+        turn: kinds with equally many samples use the same ones in the same turn.
         """
         cfg, process, most = self.train_cfg, kind.process, self.micro_batch_tokens(kind)
         samples, part = self.part(kind)
@@ -177,10 +158,7 @@ class Bench:
             timed = step >= first + UNTIMED_STEPS
             if step == first + UNTIMED_STEPS:
                 self.synchronize()
-                if trace:
-                    trace.start()
-                    dist.barrier()  # processes take different times to start it
-                allocations, start = self.allocations(), time.perf_counter()
+                start = time.perf_counter()
             self.watchdog.at(step)
             _, _, asked = train.train_step(kind.model, [self.optimizer], batches, cfg, process, step)
             if process.world_size > 1:
@@ -192,12 +170,7 @@ class Bench:
                     for b in batches
                 )
         self.synchronize()
-        sums = [time.perf_counter() - start, tokens, flops, self.allocations() - allocations]
-        return [value / num_steps for value in sums]
-
-    def allocations(self):
-        """How often PyTorch has asked the GPU for memory; steady training never does."""
-        return torch.cuda.memory_stats()["num_device_alloc"] if self.device.type == "cuda" else 0
+        return [value / num_steps for value in (time.perf_counter() - start, tokens, flops)]
 
     def synchronize(self):
         if self.device.type == "cuda":
@@ -206,26 +179,22 @@ class Bench:
     def measure(self):
         """The rows of the result."""
         counts = {}  # {samples in a step: steps in a block}
-        for kind in self.kinds:  # compiles, allocates, and finds how many steps make a block
+        for kind in self.kinds.values():  # compiles, allocates, and finds how many steps make a block
             seconds = max(row[0] for row in self.together.gather(self.run(kind, 1)))
             count = 1 if self.cfg.toy else max(1, min(MAX_STEPS, round(BLOCK_SECONDS / seconds)))
             samples, _ = self.part(kind)
             counts[samples] = max(count, counts.get(samples, 1))
             self.together.say(f"{TITLES[self.name]}, {kind.samples} samples, {kind.name}: first {1e3 * seconds:,.1f} ms")
         for turn in range(1, 1 + TURNS):
-            for kind in self.kinds:
-                if turn <= kind.turns:
-                    with self.clocks_noted(kind):
-                        block = self.run(kind, counts[self.part(kind)[0]], turn)
-                    kind.blocks.append(self.together.gather(block))
-        by_name = {(kind.batch, kind.name): kind for kind in self.kinds if kind.batch != "curve"}
-        alone = {batch: self.alone_row(by_name[batch, "alone"]) for batch in ("global", "per_gpu")}
+            for kind in self.kinds.values():
+                kind.blocks.append(self.together.gather(self.run(kind, counts[self.part(kind)[0]], turn)))
+        alone = {batch: self.alone_row(self.kinds[batch, "alone"]) for batch in ("global", "per_gpu")}
         rows = list(alone.values())
         if self.gpus > 1:
             for batch in alone:
-                kind, without = by_name[batch, "together"], by_name[batch, "without_reduction"]
+                kind, without = self.kinds[batch, "together"], self.kinds[batch, "without_reduction"]
                 rows.append(self.together_row(kind, without, alone[batch]))
-        return rows + [self.alone_row(kind) for kind in self.kinds if kind.batch == "curve"]
+        return rows
 
     def alone_row(self, kind):
         """The mean over GPUs that work independently."""
@@ -244,13 +213,11 @@ class Bench:
             "efficiency": row["tokens_per_second"] / (self.gpus * alone["tokens_per_second"]),
             "without_reduction_ms": without["ms"],
             "communication_ms": row["ms"] - without["ms"],
-            "nccl_ms": self.nccl_ms(kind),
         }
 
     def row(self, kind, blocks, gpus):
         """A row of the result: medians over blocks of what `run` returns."""
         peak, most = estimate.peak_flops(self.device), self.micro_batch_tokens(kind)
-        work = padded_rows(self.samples, self.train_cfg, kind.samples, most, gpus)
         seconds = statistics.median(block[0] for block in blocks)
         flops = statistics.median(block[2] / block[0] for block in blocks)  # per second
         return {
@@ -267,71 +234,8 @@ class Bench:
             "flops_per_second": flops,
             "mfu": flops / gpus / peak if peak else None,
             "micro_batch_tokens": most,
-            "micro_steps": len(work) / SAMPLED_STEPS,
-            "imbalance": imbalance(work),
-            "allocations": max(block[3] for block in blocks),
             "memory_gb": torch.cuda.max_memory_reserved() / 1e9 if self.device.type == "cuda" else None,  # so far
         }
-
-    def nccl_ms(self, kind):
-        """Milliseconds per step in NCCL kernels, on rank 0; None on a CPU."""
-        if self.device.type == "cpu":
-            return None
-        trace = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
-        self.run(kind, TRACED_STEPS, trace=trace)
-        trace.stop()
-        found = [event.self_device_time_total for event in trace.key_averages() if "nccl" in event.key.lower()]
-        return sum(found) / 1e3 / TRACED_STEPS
-
-    def buckets(self):
-        """Bytes of DistributedDataParallel's all-reduce buckets, in the order they become ready."""
-        return [int(size) for size in self.model._get_ddp_logging_data()["rebuilt_bucket_sizes"].split(",")]
-
-    def link(self):
-        """How fast the GPUs all-reduce gradients: bytes and number of buckets, seconds for them, and for 8 bytes."""
-        gradients = [torch.zeros(size // 4, device=self.device) for size in self.buckets()]
-        few = [torch.zeros(2, device=self.device)]
-
-        def seconds(tensors, repeats):
-            times = []
-            for _ in range(repeats + 2):
-                dist.barrier()
-                self.synchronize()
-                start = time.perf_counter()
-                for tensor in tensors:
-                    dist.all_reduce(tensor)
-                self.synchronize()
-                times.append(time.perf_counter() - start)
-            return statistics.median(times[2:])
-
-        return {
-            "gpus": self.gpus,
-            "bytes": 4 * self.num_params,
-            "groups": len(gradients),
-            "seconds": seconds(gradients, 2 if self.cfg.toy else 10),
-            "latency": seconds(few, 2 if self.cfg.toy else 50),
-        }
-
-    def facts(self):
-        """What the prediction needs besides the rows. In the file buckets are called groups, as before there was DDP."""
-        if self.gpus == 1:
-            return {"link": None, "clocks": self.clocks}
-        buckets = self.buckets()
-        return {"groups": len(buckets), "last_bytes": buckets[-1], "link": self.link(), "clocks": self.clocks}
-
-    @contextlib.contextmanager
-    def clocks_noted(self, kind):
-        """Ask nvidia-smi for this machine's clocks (MHz) and power (W) while recipe batches run."""
-        query = None
-        if self.rank == 0 and self.device.type == "cuda" and kind.batch == "global":
-            argv = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits"]
-            with contextlib.suppress(OSError):
-                query = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        yield
-        if query:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                lines = query.communicate(timeout=30)[0].splitlines()
-                self.clocks.append({"kind": kind.name, "mhz_and_watts": lines})
 
 
 def slowest(kind):
@@ -364,7 +268,6 @@ def measure_here(cfg, names):
         for name in names:
             bench = Bench(cfg, name, process, watchdog, samples)
             results["rows"] += bench.measure()
-            results["models"][f"{name} {process.world_size}"] = bench.facts()
             if process.rank == 0:
                 write_results(cfg.out, results)
             del bench
@@ -385,7 +288,6 @@ def about(cfg):
         "global_batch_size": cfg.global_batch_size,
         "per_gpu": cfg.per_gpu,
         "rows": [],
-        "models": {},
     }
 
 
@@ -394,19 +296,12 @@ def write_results(path, results):
     write_text(path, json.dumps(results, indent=1))
 
 
-def names_of(text, known, option):
-    """The names in a comma-separated list. Raises: UserError for an unknown one."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
+def requested(cfg):
+    """(models, numbers of GPUs). Raises: UserError."""
+    names = cfg.models.split(",")
     for name in names:
-        if name not in known:
-            raise UserError(f"--{option}={text}: no {name!r} (known: {', '.join(known)})")
-    if not names:
-        raise UserError(f"--{option}: empty (known: {', '.join(known)})")
-    return names
-
-
-def numbers_of(cfg):
-    """The requested numbers of GPUs. Raises: UserError."""
+        if name not in CONFIGS:
+            raise UserError(f"--models={cfg.models}: no {name!r} (known: {', '.join(CONFIGS)})")
     try:
         numbers = sorted({int(number) for number in cfg.gpus.split(",")})
     except ValueError:
@@ -415,80 +310,33 @@ def numbers_of(cfg):
         raise UserError(f"--gpus={cfg.gpus}: expected numbers of GPUs (as --gpus=1,2)")
     if cfg.global_batch_size % max(numbers):
         raise UserError(f"--global_batch_size={cfg.global_batch_size} is not a multiple of {max(numbers)} GPUs")
-    return numbers
-
-
-def batch_of(row):
-    return f"{row['samples']:,}" if row["batch"] == "global" else f"{row['samples'] // row['gpus']:,} a GPU"
+    return names, numbers
 
 
 def percent(value):
     return "n/a" if value is None else f"{100 * value:.1f} %"
 
 
-def number(value):
-    return "n/a" if value is None else f"{value:,.1f}"
-
-
 def table(results):
     """The measured rows, in Markdown."""
     lines = [
-        "| model | batch | GPUs | samples/s | tokens/s | MFU | efficiency | ms a step (blocks) | exposed | NCCL |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| model | batch | GPUs | samples/s | tokens/s | MFU | efficiency | ms a step (blocks) | exposed |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in results["rows"]:
         if "not_measured" in row:
-            lines.append(f"| {TITLES[row['model']]} | | {row['gpus']} | not measured: {row['not_measured']} |||||||")
-            continue
-        if row["batch"] == "curve":
+            lines.append(f"| {TITLES[row['model']]} | | {row['gpus']} | not measured: {row['not_measured']} ||||||")
             continue
         gpus = f"1, beside {row['beside'] - 1} more" if row["gpus"] < row["beside"] else row["gpus"]
+        batch = f"{row['samples']:,}" if row["batch"] == "global" else f"{row['samples'] // row['gpus']:,} a GPU"
+        exposed = f"{row['communication_ms']:,.1f}" if "communication_ms" in row else "n/a"
         blocks = f"{min(row['blocks_ms']):,.1f} to {max(row['blocks_ms']):,.1f}"
         lines.append(
-            f"| {TITLES[row['model']]} | {batch_of(row)} | {gpus} | {row['samples_per_second']:,.0f} | "
+            f"| {TITLES[row['model']]} | {batch} | {gpus} | {row['samples_per_second']:,.0f} | "
             f"{row['tokens_per_second']:,.0f} | {percent(row['mfu'])} | {percent(row.get('efficiency'))} | "
-            f"{row['ms']:,.1f} ({blocks}) | {number(row.get('communication_ms'))} | {number(row.get('nccl_ms'))} |"
+            f"{row['ms']:,.1f} ({blocks}) | {exposed} |"
         )
     return "\n".join(lines)
-
-
-def predicted_table(results, cfg):
-    """The predictions: against the measurements, then for more GPUs."""
-    lines = ["Predicted step times against the measured ones:", ""]
-    for row in results["predicted"]:
-        if row["measured_ms"] and row["gpus"] > 1:
-            off = row["ms"] / row["measured_ms"] - 1
-            lines.append(
-                f"    {TITLES[row['model']]}, {row['batch']}, {row['gpus']} GPUs: {row['ms']:,.1f} ms predicted, "
-                f"{row['measured_ms']:,.1f} ms measured ({100 * off:+.1f} %)"
-            )
-    lines += [
-        "",
-        f"Predicted, not measured: nodes of {cfg.gpus_per_node} GPUs, {cfg.node_gbits:,.0f} Gbit/s a node at "
-        f"{NETWORK_SHARE:.0%} utilization:",
-        "",
-        "| model | batch | GPUs | samples/s | MFU | efficiency | ms a step |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in results["predicted"]:
-        if row["measured_ms"] is None:
-            lines.append(
-                f"| {TITLES[row['model']]} | {batch_of(row)} | {row['gpus']} | {row['samples_per_second']:,.0f} | "
-                f"{percent(row['mfu'])} | {percent(row['efficiency'])} | {row['ms']:,.1f} |"
-            )
-    return "\n".join(lines)
-
-
-def show(results, cfg):
-    """Predict, print, and write."""
-    with tempfile.TemporaryDirectory() as directory:
-        train_configs = {name: train_config(cfg, name) for name in CONFIGS}
-        samples = make_samples(directory, cfg.toy)
-        results["predicted"] = predict(results, train_configs, samples, cfg.gpus_per_node, cfg.node_gbits)
-    results["node_gbits"], results["gpus_per_node"] = cfg.node_gbits, cfg.gpus_per_node
-    print(f"\n{table(results)}\n\n{predicted_table(results, cfg)}")
-    write_results(cfg.out, results)
-    print(f"written to {cfg.out}")
 
 
 def launch(cfg, gpus, name, part):
@@ -507,14 +355,7 @@ def main(argv):
     cfg = load_config(ScalingConfig, argv)
     if cfg.toy:
         cfg.global_batch_size, cfg.per_gpu = 64, 16
-    names = names_of(cfg.models, CONFIGS, "models")
-    numbers = numbers_of(cfg)
-    if cfg.predict:
-        results = plot.read_scaling(cfg.predict)
-        if any(facts["link"] and "groups" not in facts["link"] for facts in results["models"].values()):
-            raise UserError(f"{cfg.predict}: from an older version, which recorded too little to predict (measure again)")
-        cfg.toy = results["toy"]
-        return show(results, cfg)
+    names, numbers = requested(cfg)
     if "RANK" in os.environ:  # started by torchrun, the user's or `launch`
         return measure_here(cfg, names)
     here = 2 if cfg.toy else torch.cuda.device_count()
@@ -536,13 +377,12 @@ def main(argv):
                     measured = plot.read_scaling(part)
                     results["device"] = measured["device"]
                     results["rows"] += measured["rows"]
-                    results["models"] |= measured["models"]
                 else:
                     failed = True
                     results["rows"].append({"model": name, "gpus": gpus, "not_measured": f"ended with status {status}"})
                 print(f"{TITLES[name]} on {gpus}: {time.perf_counter() - start:.0f} s", flush=True)
                 write_results(cfg.out, results)
-    show(results, cfg)
+    print(f"\n{table(results)}\n\nwritten to {cfg.out}")
     if failed:
         raise SystemExit(1)
 

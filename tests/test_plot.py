@@ -64,7 +64,7 @@ def write_scaling(path, predicted=True):
         for gpus in (1, 2)
     ]
     rows.append({"model": "large", "gpus": 2, "not_measured": "ended with status 1"})
-    results = {"device": "Some GPU", "toy": False, "global_batch_size": 64, "per_gpu": 16, "rows": rows, "models": {}}
+    results = {"device": "Some GPU", "toy": False, "global_batch_size": 64, "per_gpu": 16, "rows": rows}
     if predicted:
         results["predicted"] = [
             scaling_row("base", "global", 2, 64, measured_ms=90.0, samples_per_second=1),
@@ -86,15 +86,16 @@ def test_scaling(tmp_path, capsys):
     assert labels[:2] == ["MosaicBERT-Base", "BERT-Base, compiled"] and "published" in labels[2]
     assert figure.axes[2].get_ylabel() == "efficiency (%)"  # this GPU's peak is unknown
     pyplot.close(figure)
-    line = fails(capsys, f"--scaling={write_scaling(tmp_path / 'measured.json', predicted=False)}")
-    assert "no prediction" in line and "python -m studies.scaling --predict=" in line
+    figure = plot.plot_scaling(plot.PlotConfig(scaling=write_scaling(tmp_path / "measured.json", predicted=False)), pyplot)
+    assert {line.get_linestyle() for axes in figure.axes for line in axes.get_lines()} <= {"-", "None"}
+    pyplot.close(figure)
 
 
 def test_what_one_file_measured_another_does_not_predict(tmp_path):
     """Four GPUs, predicted in the first file, are measured in the second."""
     from matplotlib import pyplot
 
-    more = {"device": "x", "toy": False, "models": {}, "rows": [scaling_row("base", "global", n, 64) for n in (2, 4)]}
+    more = {"device": "x", "toy": False, "rows": [scaling_row("base", "global", n, 64) for n in (2, 4)]}
     more["rows"][0]["samples_per_second"] = 1  # the first file's counts
     (tmp_path / "more.json").write_text(json.dumps(more))
     files = f"{write_scaling(tmp_path / 'scaling.json')},{tmp_path}/more.json"

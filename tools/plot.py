@@ -126,7 +126,7 @@ def read_scaling(path):
     """The JSON of studies.scaling as a dictionary."""
 
     def interpret(results):
-        [row["model"] for row in results["rows"]], results["models"], results["device"], results["toy"]
+        [row["model"] for row in results["rows"]], results["device"], results["toy"]
         return results
 
     return read_result(path, "result of python -m studies.scaling", interpret)
@@ -498,16 +498,11 @@ def plot_kernels(cfg, pyplot):
 def plot_scaling(cfg, pyplot):
     """Samples/s, and MFU (or efficiency, if the GPU's peak is unknown), against GPUs, for a shared batch and one per GPU.
 
-    Of several files the first that measured a number of GPUs counts, and the first prediction. Solid lines and filled
-    markers are measured, dashed lines and empty markers predicted, for more GPUs than were measured. Gray: perfect scaling
-    from one GPU's rate.
+    Of several files the first that measured a number of GPUs counts. Gray: perfect scaling from one GPU's rate. Results of
+    earlier code also predict more GPUs than were measured: dashed lines and empty markers.
     """
-    paths = find(cfg.scaling, "scaling.json")
-    files = [read_scaling(path) for path in paths]
-    results = next((results for results in files if "predicted" in results), None)
-    if not results:
-        hint = f"python -m studies.scaling --predict={paths[0]} --out={paths[0]}"
-        raise UserError(f"{paths[0]}: no prediction ({hint})")
+    files = [read_scaling(path) for path in find(cfg.scaling, "scaling.json")]
+    results = files[0]
     measured = {}  # {(model, batch): {GPUs: row}}
     for results_of_file in files:
         found = {}
@@ -517,7 +512,7 @@ def plot_scaling(cfg, pyplot):
         for key, rows in found.items():
             measured[key] = {**rows, **measured.get(key, {})}
     predicted = {key: [] for key in measured}
-    for row in results["predicted"]:
+    for row in results.get("predicted", []):
         key = row["model"], row["batch"]
         if key in measured and row["gpus"] > max(measured[key]):
             predicted[key].append(row)
@@ -538,7 +533,8 @@ def plot_scaling(cfg, pyplot):
         step, hours, _ = points[-1]
         rate, label = step * PUBLISHED_BATCH / hours / 3600, f"{name}, published: A100, with evaluation"
         grid[0, 0].plot(PUBLISHED_GPUS, rate, "*", color=GRAY, markerfacecolor=face, markersize=9, label=label)
-    figure.suptitle(cfg.title or f"{results['device']}; solid: measured, dashed: predicted, gray: perfect")
+    lines = "solid: measured, dashed: predicted" if any(predicted.values()) else "lines: measured"
+    figure.suptitle(cfg.title or f"{results['device']}; {lines}, gray: perfect")
     legend_below(figure, grid[0, 0])
     return figure
 
@@ -550,10 +546,11 @@ def draw_scaling(upper, below, measured, predicted, lower, label, color, marker)
     upper.plot([1, most], [rate, rate * most], color="#bbbbbb", linewidth=0.8)
     for axes, key, factor in ((upper, "samples_per_second", 1), (below, lower, 100)):
         points = [(row["gpus"], factor * (row.get(key) or 1)) for row in measured]  # one GPU has no efficiency: it is 1
-        dashed = [points[-1], *((row["gpus"], factor * row[key]) for row in predicted)]
         axes.plot(*zip(*points), "-", color=color, marker=marker, label=label)
-        axes.plot(*zip(*dashed), "--", color=color, linewidth=1)
-        axes.plot(*zip(*dashed[1:]) if predicted else ((), ()), marker, color=color, markerfacecolor="white", markersize=4)
+        if predicted:
+            dashed = [points[-1], *((row["gpus"], factor * row[key]) for row in predicted)]
+            axes.plot(*zip(*dashed), "--", color=color, linewidth=1)
+            axes.plot(*zip(*dashed[1:]), marker, color=color, markerfacecolor="white", markersize=4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
