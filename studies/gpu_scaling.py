@@ -12,7 +12,6 @@ runs train at the same time, side by side on the same GPUs.
 import json
 import os
 import signal
-import subprocess
 import tempfile
 import time
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from common.processes import device_name
 from common.versions import versions
 from data import Samples
 from tests.ranks import descendants
-from tests.toy import TOY_SIZE, flags, make_documents, make_shards, read_log, train_command
+from tests.toy import TOY_SIZE, flags, make_documents, make_shards, read_log, start_train
 
 CHECKPOINT, KILLED_AFTER = 40, 50  # steps: of the checkpoint to resume from, and of the kill at the earliest
 SUMS_IN_FP32 = 1e-6  # relative: where everything is fp32, splits may agree by chance
@@ -51,12 +50,9 @@ class Run:
             "micro_batch_tokens": max(128, tokens), "hidden_dropout": 0, "lr": 1e-4, "warmup_fraction": 0.3,
             "eval_interval": 0, "eval_samples": 64, "checkpoint_interval": 1000, **toy, **options,
         }  # fmt: skip
-        argv = train_command(flags(options), len(visible))
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ",".join(map(str, visible))}
         out.parent.mkdir(parents=True, exist_ok=True)
         self.output = out.with_suffix(".txt")
-        with open(self.output, "w") as file:
-            self.process = subprocess.Popen(argv, env=environment, stdout=file, stderr=file)
+        self.process = start_train(flags(options), visible, self.output)
 
     def kill(self):
         for pid in [self.process.pid, *descendants(self.process.pid)]:
