@@ -29,7 +29,7 @@ import data
 from common.options import UserError, command, load_config
 from common.sources import documents, list_segments
 from common.vocabulary import read_tokenizer
-from tests.toy import make_tokenizer
+from tests.toy import anonymous_mb, make_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 C4_DOCS, C4_TOKENS, C4_SHARDS = 364_868_892, 156e9, 2048  # allenai/c4 en, training split; tokens of T5's vocabulary
@@ -130,12 +130,6 @@ def time_batches(samples, steps=60, warm_up=10):
         seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
         rows.append((batch.num_tokens / seconds, batch.num_tokens / cpu_seconds, seconds, cpu_seconds))
     return np.median(rows[warm_up:], axis=0).tolist()
-
-
-def anonymous_mb():
-    """Memory of this process without mapped files, whose pages are page cache, in MB."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
-    return int(line.split()[1]) / 1000
 
 
 def measure(cfg):

@@ -133,3 +133,9 @@ def reseal(path):
     files = {file.name: file.read_bytes() for file in Path(path).iterdir() if file.name != checkpoint.DIGESTS}
     entries = {name: checkpoint.digest_entry(len(b), hashlib.sha256(b).hexdigest()) for name, b in files.items()}
     (Path(path) / checkpoint.DIGESTS).write_text(checkpoint.digests_text(entries))
+
+
+def anonymous_mb():
+    """Memory of this process in MB, without mapped files, whose pages are page cache."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024 / 1e6

@@ -87,7 +87,6 @@ class PlotConfig:
     tasks: bool = False  # with --pareto: add a panel for each task
     held_out: bool = False  # with --loss: held-out losses only, one curve a run, runs of a model in one style
     labels: str = ""  # one for each file, comma-separated; files with equal labels form one curve
-    title: str = ""  # of the figure
     out: str = "figure.svg"  # .svg, .png or .pdf files, comma-separated
 
 
@@ -313,14 +312,13 @@ def plot_pareto(cfg, pyplot):
         for (label, points), face in zip(published_points(x, tasks).items(), (GRAY, "none")):
             axes.plot(*zip(*points), "*", color=GRAY, markerfacecolor=face, markersize=7, label=label)
         finish(axes, f"{x_label(x, devices)} of pretraining", "score", ", ".join(TASK_NAMES[task] for task in tasks), log=10)
-    grid[0, 0].set_title(f"mean of {len(common)} tasks" if len(panels) > 1 else cfg.title)
+    grid[0, 0].set_title(f"mean of {len(common)} tasks" if len(panels) > 1 else "")
     if len(panels) == 1:
         grid[0, 0].set_ylabel(f"mean of {', '.join(TASK_NAMES[task] for task in common)}")
     if x_label(x, devices).startswith("GPU"):
         add_dollars(grid[0, 0], x, found.values())
     for axes in grid.flat[len(panels) :]:
         axes.axis("off")
-    figure.suptitle(cfg.title if len(panels) > 1 else None)
     legend_below(figure, grid[0, 0])
     return figure
 
@@ -362,7 +360,7 @@ def plot_glue(cfg, pyplot):
             if spread is not None:
                 axes.errorbar(center, score, spread, color="black", capsize=3, linewidth=1)
             axes.annotate(f"{score:.1f}", (center, max(score, 0) + (spread or 0) + 1), ha="center", fontsize="small")
-    finish(axes, "", "score (bars: 95 % interval over seeds)", cfg.title, grid="y")
+    finish(axes, "", "score (bars: 95 % interval over seeds)", grid="y")
     axes.set_xticks(range(len(names)), [TASK_NAMES.get(name, "own labels" if name == "own" else name) for name in names])
     axes.set_xlim(-0.6, len(names) - 0.4)
     axes.set_ylim(min(0, axes.get_ylim()[0]), max(107, axes.get_ylim()[1]))
@@ -400,7 +398,7 @@ def plot_loss(cfg, pyplot):
             name = f"{label}, held out (15 % masked)" if first else None
             axes.plot(at, held, marker, color=color, markeredgecolor="black", markersize=6, label=name)
     y = "held-out loss, 15 % masked (nats)" if cfg.held_out else "masked-language-model loss (nats)"
-    finish(axes, x_label(x, devices), y, cfg.title)
+    finish(axes, x_label(x, devices), y)
     legend_below(figure, axes)
     return figure
 
@@ -426,7 +424,7 @@ def plot_at_lengths(cfg, pyplot):
         axes.plot(lengths, means, color=color, marker=marker, linestyle=line, label=label)
         beside = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "fontsize": "small"}
         axes.annotate(f"{minutes:g} min", (lengths[-1], means[-1]), **beside)
-    finish(axes, "tokens in a piece of text, at most", "held-out loss, 15 % masked (nats)", cfg.title, log=2)
+    finish(axes, "tokens in a piece of text, at most", "held-out loss, 15 % masked (nats)", log=2)
     axes.margins(x=0.12)
     legend_below(figure, axes)
     return figure
@@ -491,7 +489,7 @@ def plot_kernels(cfg, pyplot):
         axes.set_ylim(len(records) - 0.4, -0.6)
         axes.margins(x=0.15)
         axes.set_title(bench_name(name), fontsize="medium")
-    figure.suptitle(cfg.title or device)
+    figure.suptitle(device)
     return figure
 
 
@@ -534,7 +532,7 @@ def plot_scaling(cfg, pyplot):
         rate, label = step * PUBLISHED_BATCH / hours / 3600, f"{name}, published: A100, with evaluation"
         grid[0, 0].plot(PUBLISHED_GPUS, rate, "*", color=GRAY, markerfacecolor=face, markersize=9, label=label)
     lines = "solid: measured, dashed: predicted" if any(predicted.values()) else "lines: measured"
-    figure.suptitle(cfg.title or f"{results['device']}; {lines}, gray: perfect")
+    figure.suptitle(f"{results['device']}; {lines}, gray: perfect")
     legend_below(figure, grid[0, 0])
     return figure
 
@@ -574,7 +572,7 @@ def plot_lengths(cfg, pyplot):
         total = sum(report.values())
         shares = [100 * report.get(bounds, 0) / total for bounds in bins]
         draw_bars(axes, i, len(paths), range(len(bins)), shares, f"{label}: {total:,} documents")
-    finish(axes, "tokens in a document, from this number to twice it", "% of documents", cfg.title, grid="y")
+    finish(axes, "tokens in a document, from this number to twice it", "% of documents", grid="y")
     axes.set_xticks(range(len(bins)), [f"{low:,}" for low, _ in bins], rotation=45, ha="right", rotation_mode="anchor")
     legend_below(figure, axes)
     return figure
