@@ -577,13 +577,20 @@ def print_plan(plan):
     """What each task is trained with."""
     for run in {run.task: run for run in plan}.values():
         settings, seeds = run.settings, sum(other.task == run.task for other in plan)
-        epochs, seeds = (f"{count} {what}{'s' * (count > 1)}" for count, what in ((settings.epochs, "epoch"), (seeds, "seed")))
-        steps = f"{epochs}, {run.num_steps:,} step{'s' * (run.num_steps > 1)} of {settings.batch_size}, peak lr {settings.lr:g}"
-        steps += f", warm-up {settings.warmup_fraction:.0%}" + (f", dropout {settings.dropout:g}" if settings.dropout >= 0 else "")
-        print(f"{run.task.name}: {run.num_examples:,} examples, {steps}, {seeds}, from {run.init}", flush=True)
+        print(
+            f"{run.task.name}: {run.num_examples:,} examples, {plural(settings.epochs, 'epoch')}, "
+            f"{plural(run.num_steps, 'step')} of {settings.batch_size}, peak lr {settings.lr:g}, "
+            f"warm-up {settings.warmup_fraction:.0%}{f', dropout {settings.dropout:g}' if settings.dropout >= 0 else ''}, "
+            f"{plural(seeds, 'seed')}, from {run.init}",
+            flush=True,
+        )
         if settings.batch_size > run.num_examples:
             text = f"batch_size={settings.batch_size} is more than the {run.num_examples:,} examples of {run.task.name}"
             print(f"warning: {text}: an epoch is one step, {run.num_steps} in all (lower --batch_size)", flush=True)
+
+
+def plural(count, what):
+    return f"{count:,} {what}{'s' * (count > 1)}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -198,7 +198,8 @@ def bench_scale(cfg):
         if chunk:  # the first run makes the index and keeps it for the next
             start = time.perf_counter()
             this_script(*argv)
-            print(json.dumps({"bench": "index", "corpus": path.name, "first_run_seconds": round(time.perf_counter() - start, 2)}))
+            seconds = round(time.perf_counter() - start, 2)
+            print(json.dumps({"bench": "index", "corpus": path.name, "first_run_seconds": seconds}))
         print(json.dumps(this_script(*argv)), flush=True)
 
 

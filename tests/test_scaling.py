@@ -9,7 +9,7 @@ from studies import scaling
 
 def test_rows(monkeypatch):
     """Medians of a log's lines, means over GPUs that train alone, and what several reach of that."""
-    rates = {(64, 1): [(10, 20, 30), (20, 30, 40)], (64, 2): [(44, 44, 50)], (16, 1): [(10, 10, 10)] * 2, (32, 2): [(15, 15, 15)]}
+    rates = {(64, 1): [(10, 20, 30), (20, 30, 40)], (64, 2): [(44, 44, 50)], (16, 1): [(10,)] * 2, (32, 2): [(15,)]}
 
     def run(cfg, name, samples, groups, data):
         records = [
