@@ -58,10 +58,10 @@ def test_the_whole_command(tmp_path, capfd):
 
 @pytest.mark.slow
 def test_several_processes_against_one_and_a_kill(tmp_path):
-    """studies/gpu_scaling.py at toy size: samples, masks, 100 losses, and a run of two killed and resumed with one."""
+    """studies/gpu_scaling.py at toy size: tokens, 100 losses, and a run of two killed and resumed with one."""
     from studies import gpu_scaling
 
     gpu_scaling.main(["--toy", f"--out={tmp_path}/checked"])
     results = json.loads((tmp_path / "checked.json").read_text())
-    assert results["samples_and_masks_equal"] and results["processes"] == [2, 1]
+    assert results["tokens_equal"] and results["processes"] == [2, 1]
     assert results["last_loss"] < results["first_loss"] - 0.5
