@@ -7,6 +7,7 @@ function from faults.py that a rank calls before it starts training.
 import contextlib
 import faulthandler
 import functools
+import importlib
 import multiprocessing
 import os
 import signal
@@ -17,7 +18,6 @@ from pathlib import Path
 
 import torch
 
-import train
 from tests.toy import ROOT
 
 
@@ -29,8 +29,8 @@ def context():
     return context
 
 
-def rank_main(argv, rank, world_size, port, output, fault, gpus):
-    """One rank: train.main(argv) in the environment that torchrun would set, with its output in a file."""
+def rank_main(argv, rank, world_size, port, output, fault, script, gpus):
+    """One rank: `script`.main(argv) in the environment that torchrun would set, with its output in a file."""
     sys.stdout = sys.stderr = open(output, "w", buffering=1)
     os.dup2(sys.stdout.fileno(), 1)
     os.dup2(sys.stdout.fileno(), 2)
@@ -40,13 +40,13 @@ def rank_main(argv, rank, world_size, port, output, fault, gpus):
     torch.set_num_threads(1)
     if fault:
         fault()
-    train.main(argv)
+    importlib.import_module(script).main(argv)
 
 
 class Ranks:
     """A run of `world_size` processes, started. faults: {rank: function to call before training}. gpus: which they see."""
 
-    def __init__(self, argv, world_size, directory, faults=None, gpus=""):
+    def __init__(self, argv, world_size, directory, faults=None, script="train", gpus=""):
         Path(directory).mkdir(parents=True, exist_ok=True)
         with contextlib.closing(socket.socket()) as free:
             free.bind(("127.0.0.1", 0))
@@ -57,7 +57,7 @@ class Ranks:
         self.processes = [
             context().Process(
                 target=rank_main,
-                args=(argv, rank, world_size, port, output, (faults or {}).get(rank), gpus),
+                args=(argv, rank, world_size, port, output, (faults or {}).get(rank), script, gpus),
                 daemon=True,
             )
             for rank, output in enumerate(self.outputs)
