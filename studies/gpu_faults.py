@@ -8,6 +8,7 @@ tests use, does not.
 """
 
 import json
+import os
 import signal
 import tempfile
 import time
@@ -68,7 +69,8 @@ def main(argv):
             }  # fmt: skip
             by_signal = isinstance(what, signal.Signals)
             fault = {} if by_signal else {1: what}
-            ranks = Ranks(flags(options), 2, Path(scratch) / f"{number}_output", fault, gpus="" if cfg.toy else "0,1")
+            gpus = "" if cfg.toy else os.environ.get("CUDA_VISIBLE_DEVICES", "0,1")
+            ranks = Ranks(flags(options), 2, Path(scratch) / f"{number}_output", fault, gpus=gpus)
             begun = time.monotonic()
             while all(process.is_alive() for process in ranks.processes) and time.monotonic() - begun < 120:
                 if by_signal and steps_logged(out) >= AT_STEP:
