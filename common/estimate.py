@@ -6,7 +6,7 @@ import torch
 from common import budget
 from common.files import gigabytes
 from common.options import UserError
-from common.processes import device_name
+from common.processes import device_name, memory_of
 
 GPU_MICRO_BATCH_TOKENS = 131072  # at most, unless asked for: on an H100 more is no faster, and 184,320 ran out of memory
 CPU_MICRO_BATCH_TOKENS = 8192  # small enough for activations to stay near the caches
@@ -92,8 +92,7 @@ def choose_micro_batch_tokens(cfg, process, backend, num_params, vocab_size):
         return cfg.micro_batch_tokens
     most = CPU_MICRO_BATCH_TOKENS
     if process.device.type == "cuda":
-        memory = torch.cuda.get_device_properties(process.device).total_memory
-        memory = min(row[0] for row in process.gather([memory]))
+        memory = min(row[0] for row in process.gather([memory_of(process.device)]))
         most = fitting_tokens(cfg, process.dtype, backend == "triton", num_params, vocab_size, memory)
         if most < cfg.seq_length:
             raise UserError(f"{device_name(process.device)}: too little memory for this model (try a smaller one)")

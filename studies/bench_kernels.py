@@ -1,4 +1,4 @@
-"""Single operators for studies/bench.py: matrix products, attention, LayerNorm, GeGLU and the head's loss.
+"""Single operators for studies/bench.py: attention, LayerNorm, GeGLU and the head with its loss.
 
 An operator's inputs are those of a micro-batch of the base model, 131,072 tokens in bf16. Parameters are fp32 for our
 kernels, as in training, and bf16 for peers. The floors below are counted by hand: tensors that must be read or written
@@ -17,17 +17,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
 from common.batch import round_up
-from kernels.cross_entropy import cross_entropy_
 from kernels.layernorm import DROPOUT_LEVELS
 from model import LAYER_NORM_EPS, VOCAB_MULTIPLE, alibi_slopes
 from studies import peers
 from studies.bench_steps import first_batch
-from studies.peers import NotMeasured, WrongNumbers
+from studies.peers import WrongNumbers
 
 DROPOUT = 0.1
 OUR_DROPOUT = round(DROPOUT * DROPOUT_LEVELS) / DROPOUT_LEVELS
 INPUT_SETS = 2  # each far larger than the 50 MB cache
-PRODUCT_ERROR = 2**-8  # half a unit in the last place of a bf16 result with fp32 sums
 
 
 @dataclass
@@ -181,25 +179,6 @@ def our_geglu(x):
     return kernels.geglu(x, DROPOUT)
 
 
-def our_cross_entropy(device):
-    """The kernel alone. It overwrites the logits with their gradient, so backward has nothing left to do."""
-    if not kernels.uses_triton(device):
-        raise NotMeasured("the kernel needs a GPU")
-
-    class CrossEntropy(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, logits, labels):
-            loss = cross_entropy_(logits, labels).sum()
-            ctx.save_for_backward(logits)
-            return loss
-
-        @staticmethod
-        def backward(ctx, dloss):  # 1 here; the fused head multiplies its small results by it
-            return *ctx.saved_tensors, None
-
-    return CrossEntropy.apply
-
-
 def our_head(device, dtype):
     """What model.MaskedLM does with the hidden states of masked tokens, under autocast as in training."""
 
@@ -208,56 +187,6 @@ def our_head(device, dtype):
             return kernels.linear_cross_entropy(*inputs)
 
     return head
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Matrix products
-
-
-def relative_error(got, exact):
-    return ((got.float() - exact).norm() / exact.norm()).item()
-
-
-def gemm(bench, row):
-    """The twelve products of a layer's four matrices: forward and both gradients, as autograd computes them."""
-    s = bench.sizes
-    shapes = {  # out features, in features
-        "Wqkv": (3 * s.hidden, s.hidden), "Wo": (s.hidden, s.hidden), "Wgate_up": (2 * s.width, s.hidden),
-        "Wdown": (s.hidden, s.width),
-    }  # fmt: skip
-    flops = seconds = 0
-    for name, (n, k) in shapes.items():
-        products = {
-            f"{name}_forward": lambda x, w, dy: x @ w.T,
-            f"{name}_dx": lambda x, w, dy: dy @ w,
-            f"{name}_dw": lambda x, w, dy: dy.T @ x,
-        }
-        entries = bench.choose(row, {part: Entry(product, None, seconds=1) for part, product in products.items()})
-        if not entries:
-            continue
-        shapes_of = ((s.tokens, k), (n, k), (s.tokens, n))
-        tensors = [torch.randn(shape, device=bench.device).to(bench.dtype) for shape in shapes_of]
-
-        def check_product(product, tensors=tensors):
-            bench.check_time(1)
-            error = relative_error(product(*tensors), product(*(x.float() for x in tensors)))
-            if not error <= PRODUCT_ERROR:
-                raise WrongNumbers(f"relative error {error:.1e} is over {PRODUCT_ERROR:.1e}")
-            return error
-
-        errors = {part: bench.attempt(row, part, e, partial(check_product, e.make)) for part, e in entries.items()}
-        errors = {part: error for part, error in errors.items() if error is not None}
-        times = bench.time_interleaved({part: lambda i, f=entries[part].make: f(*tensors) for part in errors})
-        for part, time_ in times.items():
-            rate = 2 * s.tokens * n * k / time_
-            share = rate / bench.results["ceilings"]["matrix_flops_per_second"]
-            text = f"{rate / 1e12:.0f} TFLOP/s, {100 * share:.0f} % of the ceiling"
-            bench.record(row, part, {"ms": 1e3 * time_, "rate": text, "value": rate, "error": errors[part]})
-            flops, seconds = flops + 2 * s.tokens * n * k, seconds + time_
-        del tensors
-    if seconds:
-        text = f"{flops / seconds / 1e12:.0f} TFLOP/s, {1e9 * seconds / s.tokens:.1f} ns/token and layer"
-        bench.record(row, "all", {"ms": 1e3 * seconds, "rate": text, "value": flops / seconds})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -432,34 +361,7 @@ def geglu(bench, row):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Cross-entropy, alone and with the head's matrix. Times are per token of the micro-batch.
-
-
-def cross_entropy_floors(bench, vocab):
-    """The logits are read once and their gradient is written once, in forward, which can compute it already."""
-    seconds = bench.floor(2 * 2 * bench.sizes.masked * vocab)
-    return {"forward": seconds, "both": seconds}
-
-
-def cross_entropy(bench, row):
-    s, device = bench.sizes, bench.device
-    vocab = round_up(s.vocab, VOCAB_MULTIPLE)
-
-    def inputs():
-        logits = torch.randn(s.masked, vocab, device=device).to(bench.dtype)
-        labels = torch.randint(s.vocab, (s.masked,), device=device)
-        return [logits.requires_grad_(), labels], [torch.ones((), device=device)]
-
-    def reference(keep, logits, labels):
-        return peers.cross_entropy(logits, labels)
-
-    entries = {
-        "ours": Entry(lambda: our_cross_entropy(device), reference),
-        "compiled": Entry(lambda: peers.compiled(peers.cross_entropy), reference, seconds=6),
-        "eager": Entry(lambda: peers.cross_entropy, reference),
-        "liger": Entry(lambda: partial(peers.liger("liger_cross_entropy"), reduction="sum"), reference),
-    }
-    compare(bench, row, entries, inputs, cross_entropy_floors(bench, vocab), s.tokens)
+# The head's matrix and cross-entropy. Times are per token of the micro-batch.
 
 
 def head_floors(bench, vocab):
@@ -497,13 +399,11 @@ def head(bench, row):
 def rows(data):
     """{row: function(bench, row)}, in the table's order."""
     return {
-        "gemm": gemm,
         "attention_full": partial(attention, samples=partial(data.samples, "full")),
         "attention_fill80": partial(attention, samples=partial(data.samples, "fill80")),
         "attention_512": partial(attention, samples=partial(data.samples, "full", 512)),
         "layernorm": partial(layernorm, num_gradients=1),
         "layernorm_two": partial(layernorm, num_gradients=2),
         "geglu": geglu,
-        "cross_entropy": cross_entropy,
         "head": head,
     }

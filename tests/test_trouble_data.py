@@ -165,7 +165,7 @@ def test_the_settings_beside_a_vocabulary_are_followed(settings, expected):
     transformers = pytest.importorskip("transformers")
     write_vocab([*SPECIAL, "W1", "e", "é", "中"], "d.txt")
     write_files({"d/vocab.txt": Path("d.txt").read_bytes(), "d/tokenizer_config.json": json.dumps(settings).encode()})
-    tokenizer = Tokenizer.from_str(vocabulary.read_tokenizer("d/vocab.txt", beside=True))
+    tokenizer = Tokenizer.from_str(vocabulary.read_tokenizer("d/vocab.txt"))
     assert tokenizer.encode("W1 é 中中", add_special_tokens=False).tokens[:3] == expected
     theirs = transformers.BertTokenizerFast.from_pretrained("d", **settings)
     assert tokenizer.encode("W1 é 中中").ids == theirs("W1 é 中中").input_ids
@@ -174,12 +174,12 @@ def test_the_settings_beside_a_vocabulary_are_followed(settings, expected):
 @pytest.mark.parametrize(
     "files, cased, says",
     [
-        ({"tokenizer_config.json": {"tokenizer_class": "BertJapaneseTokenizer"}}, False, "d/tokenizer_config.json: tokenizer_class is BertJ"),
+        ({"tokenizer_config.json": {"tokenizer_class": "BertJapaneseTokenizer"}}, False, "d/tokenizer_config.json: tokenizer_class is 'BertJ"),
         ({"tokenizer_config.json": {"do_basic_tokenize": False}}, False, "d/tokenizer_config.json: do_basic_tokenize is false"),
         ({"tokenizer_config.json": {"do_lower_case": True}}, True, "d/tokenizer_config.json: says do_lower_case, but --cased=true"),
         ({"tokenizer_config.json": []}, False, "d/tokenizer_config.json: holds a list"),
-        ({"added_tokens.json": {"[NEW]": 400}}, False, "d/vocab.txt: has no '[NEW]', a token that the files beside it add"),
-        ({"tokenizer_config.json": {"added_tokens_decoder": {"400": {"content": "[X]"}}}}, False, "d/vocab.txt: has no '[X]'"),
+        ({"added_tokens.json": {"[NEW]": 400}}, False, "d/tokenizer_config.json: added token '[NEW]' has id 400"),
+        ({"tokenizer_config.json": {"added_tokens_decoder": {"400": {"content": "[X]"}}}}, False, "d/tokenizer_config.json: added token '[X]' has id 400"),
     ],
 )  # fmt: skip
 def test_settings_that_are_not_followed_are_refused(capsys, files, cased, says):
@@ -189,13 +189,16 @@ def test_settings_that_are_not_followed_are_refused(capsys, files, cased, says):
 
 
 @pytest.mark.parametrize("setting", ["do_lower_case", "strip_accents", "tokenize_chinese_chars"])
-def test_settings_that_contradict_a_tokenizer_json_are_refused(capsys, setting):
-    write_files({"a.txt": b"w1\n", "d/tokenizer.json": vocabulary.read_tokenizer("vocab.txt").encode()})
-    write_files({"d/tokenizer_config.json": json.dumps({setting: True}).encode()})
-    prepare(source="a.txt", val_fraction=0, tokenizer="d")
+def test_settings_that_contradict_a_tokenizer_json_win(capsys, setting):
+    """As for tools.convert_hf --from_hf, which reads them by the same code."""
+    write_vocab([*SPECIAL, "w1", "W1", "e", "é", "中", "中中"], "v.txt")
+    write_files({"d/tokenizer.json": vocabulary.read_tokenizer("v.txt").encode(), "a.txt": "w1 W1 é 中中\n".encode()})
     write_files({"d/tokenizer_config.json": json.dumps({setting: False}).encode()})
-    error = prepare_fails(capsys, source="a.txt", tokenizer="d", out="no")
-    assert error.startswith(f"error: d/tokenizer_config.json: {setting} is False, but d/tokenizer.json does otherwise")
+    prepare(source="a.txt", val_fraction=0, tokenizer="d", out="other")
+    expected = {"do_lower_case": "w1 W1 é 中 中", "strip_accents": "w1 w1 é 中 中", "tokenize_chinese_chars": "w1 w1 e 中中"}
+    encoding = Tokenizer.from_file("other/tokenizer.json").encode("w1 W1 é 中中", add_special_tokens=False)
+    assert " ".join(encoding.tokens) == expected[setting]
+    assert "d/tokenizer.json: normalizer set as BertTokenizer has them: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("shift", ["gap", "double"])
@@ -567,7 +570,7 @@ def test_a_tokenizer_of_the_hub_without_a_connection(monkeypatch, capsys):
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
     write_texts("a.txt", make_texts(20))
     error = prepare_fails(capsys, source="a.txt", tokenizer="someone/nothing")
-    assert error.startswith("error: someone/nothing: no such file, and cannot be read from the hub: OSError: no network (--tok")
+    assert error.startswith("error: someone/nothing: no such tokenizer, and it cannot be read from the hub: OSError: no network (")
     assert "--train_tokenizer=30000" in error and not os.path.exists("out")
 
 

@@ -11,10 +11,13 @@ import torch
 
 import checkpoint
 import finetune_glue
+from common.encoded import Encoded
 from common.labelled import read_rows
 from common.options import UserError
 from common.processes import Process
-from finetune_glue import load_classifier, load_pretrained, make_classifier, pretraining_cost
+from common.run_directory import pretraining_cost
+from finetune_glue import load_classifier, load_pretrained, make_classifier
+from model import ModelConfig
 from tests import toy
 from tests.test_finetune_glue import CPU, sentences, suite, write_glue
 from tests.test_finetune_own import settings, write_labelled
@@ -169,7 +172,7 @@ def test_attention_that_cannot_fit_is_refused(pretrained, tmp_path, files, capfd
     for memory, says in ((401e6, "training starts"), (400e6, "max_length=8192: texts of up to 5,002 tokens take 400.3 MB")):
         monkeypatch.setattr(finetune_glue, "memory_of", lambda device: memory)
         assert says in fails(main, argv, capfd)
-    assert "max_length=100000: must be at most 8192" in fails(main, [*argv, "--max_length=100000"], capfd)
+    assert "max_length=100000: must be 5 to 8192" in fails(main, [*argv, "--max_length=100000"], capfd)
 
 
 @pytest.mark.parametrize("length, sizes", [(512, [64, 16]), (2048, [16] * 5), (4096, [4] * 20), (8192, [1] * 80)])
@@ -177,9 +180,11 @@ def test_long_texts_are_scored_a_few_at_a_time(length, sizes):
     """Plain attention for n texts of this length takes n * length^2 numbers per head."""
     found, starts = [], np.arange(80) * length
     ids, labels = np.zeros(80 * length, np.int32), np.zeros(80, np.int64)
-    encoded = finetune_glue.Encoded(ids, ids, starts, np.full(80, length), labels, range(80))
+    encoded = Encoded(ids, ids, starts, np.full(80, length), labels, range(80))
 
     class Model:
+        cfg = ModelConfig()
+
         def eval(self):
             pass
 

@@ -28,7 +28,6 @@ from common.processes import Process, pick_device
 from finetune_glue import (
     FineTuneConfig,
     Settings,
-    encode,
     fine_tune,
     load_classifier,
     load_pretrained,
@@ -243,7 +242,7 @@ def predict_own(cfg, path, rows=None):
     dtype = dtype if task.labels else torch.float32  # as in training
     choose_kernels(cfg.kernels, fine_tuned.model_cfg, device)
     texts = Examples([tuple(row.cells) for row in rows])
-    encoded = encode(texts, fine_tuned, saved["max_length"], cfg.predict_file)
+    encoded = fine_tuned.encode(texts, saved["max_length"], cfg.predict_file)
     scores = predict(load_classifier(path).to(device), encoded, Process(0, 1, device, dtype))
     best = torch.from_numpy(scores).softmax(1).max(1).values.tolist()
     lines = []
