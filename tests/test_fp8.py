@@ -274,6 +274,18 @@ def test_gpu_without_fp8(monkeypatch):
         check_fp8(train.TrainConfig(), "triton", "cuda")
 
 
+def test_estimate_for_a_gpu_elsewhere(tmp_path, capsys):
+    """On a machine without a GPU, from base.py's size and a speed that was measured."""
+    argv = ["configs/base.py", f"--data_dir={make_shards(tmp_path)}", f"--out_dir={tmp_path / 'run'}", "--device=cpu", "--fp8"]
+    train.main([*argv, "--budget_minutes=16", "--dry_run"])
+    assert "on 1 x H200 at 61.5% MFU (results/fp8_h200/fp8_17.jsonl): " in capsys.readouterr().out
+    train.main([*argv, "--dry_run"])
+    assert "on 1 x H100 at 60% MFU" in (printed := capsys.readouterr().out) and "A100" not in printed  # which has no FP8
+    with pytest.raises(SystemExit):
+        train.main([*argv, "--dry_run", "--model=bert"])
+    assert capsys.readouterr().err.startswith("error: --fp8: not for --model=bert")
+
+
 def test_estimate_knows_what_fp8_saves():
     sizes = [estimate.memory_bytes(train.TrainConfig(fp8=fp8), torch.bfloat16, True, 0, 30522, 1) for fp8 in (False, True)]
     assert sizes[0] - sizes[1] == 12 * (2 * 768 + 3072)  # bytes a token
