@@ -33,6 +33,7 @@ from common.corpus_report import FILL_LENGTHS, NUM_LONGEST, compare, inspect_cha
 from common.corpus_report import print_report  # noqa: I001
 from common.files import file_digest, gigabytes, lock_directory, read_json, whole_file, write_once, write_text
 from common.hashes import find_duplicates, hash_path, is_held_out, load_hashes, save_hashes, text_hash, val_threshold
+from common.lines import split_suffixes
 from common.options import UserError, command, load_config
 from common.sources import Segment, documents, list_segments, versions
 from common.vocabulary import (
@@ -107,6 +108,15 @@ class PrepareConfig:
             raise UserError(f"task={self.task}: not i/N with i from 1 to N (Slurm: --array=1-N, --task=$SLURM_ARRAY_TASK_ID/N)")
         if self.task and self.join:
             raise UserError("--task and --join exclude each other (join when every task has ended)")
+
+
+def check_used(cfg, segments):
+    """Raises: UserError for an option that no file of the source uses."""
+    kinds = {split_suffixes(segment.path)[0] for segment in segments}
+    if cfg.text_key != PrepareConfig.text_key and not kinds - {".txt", ""}:
+        raise UserError(f"text_key={cfg.text_key}: --source={cfg.source} has no keys or columns (.txt holds text alone)")
+    if cfg.doc_sep != PrepareConfig.doc_sep and ".txt" not in kinds:
+        raise UserError(f"doc_sep={cfg.doc_sep}: only for .txt, and --source={cfg.source} has none")
 
 
 # These don't change the shards, so a run may resume with other values.
@@ -551,6 +561,7 @@ def main(argv):
     cfg.check()
     earlier, finished = read_plan(cfg.out)
     segments = list_segments(cfg.source, cfg.doc_sep, earlier["sources"] if earlier else (), cfg.out)
+    check_used(cfg, segments)
     options = {name: value for name, value in asdict(cfg).items() if name not in FREE_OPTIONS}
     plan = {"options": options, "sources": segments, "modified": versions(segments)}
     if earlier:
