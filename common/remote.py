@@ -34,20 +34,25 @@ def connect(url):
 
 
 def list_remote(url):
-    """(whether it is a directory, the URLs of its files) of a file, a directory, or a pattern with *. Raises: UserError.
+    """(whether it is a directory, URLs) of a file, a directory, or a pattern with *; a directory inside ends with /.
 
-    On the web a directory ends with /, and its page links to the files.
+    On the web the page of a directory, which ends with /, links to its files; others list all that is below.
     """
     fs, path = connect(url)
     try:
         fs.invalidate_cache()
-        is_directory = url.endswith("/") or not (url.startswith("http") or "*" in path) and fs.isdir(path)
-        if is_directory or "*" in path:
-            found = with_retries(url, fs.find if is_directory else fs.glob, path, detail=True)
-            return is_directory, sorted(fs.unstrip_protocol(name) for name in found if found[name]["type"] == "file")
+        if "*" in path:
+            is_directory, found = False, with_retries(url, fs.glob, path, detail=True).values()
+        elif is_directory := url.startswith("http") and url.endswith("/"):
+            found = with_retries(url, fs.ls, path, detail=True)
+        elif is_directory := not url.startswith("http") and fs.isdir(path):
+            found = fs.find(path, detail=True).values()
+        else:
+            return False, [url]
     except Exception as error:  # whatever the scheme's package raises
         raise network_error(url, error) from None
-    return False, [url]
+    names = [item["name"].rstrip("/") + "/" * (item["type"] == "directory") for item in found]
+    return is_directory, sorted(map(fs.unstrip_protocol, names))
 
 
 def size_and_version(url, again=False):

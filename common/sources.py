@@ -84,8 +84,8 @@ def list_files(part, out=""):
     found = [path for path in found if not (out and os.path.realpath(path).startswith(inside_out))] or found
     paths, skipped = [], collections.Counter()
     for path in found:
-        if os.path.isdir(path):
-            skipped["directories"] += not is_directory and "**" not in part
+        if path.endswith("/") or os.path.isdir(path):
+            skipped["directories"] += "**" not in part
         elif is_directory and f"{os.sep}." in path[len(part.rstrip(os.sep)) :]:
             skipped["hidden"] += 1
         elif is_directory and split_suffixes(path)[0] not in FORMATS:
@@ -114,7 +114,8 @@ def list_local(part):
     """(whether it is a directory, the paths in it) of a path or pattern."""
     is_directory = os.path.isdir(part)
     pattern = os.path.join(glob.escape(part), "**", "*") if is_directory else part
-    return is_directory, [part] if os.path.isfile(part) else sorted(glob.glob(pattern, recursive=True, include_hidden=is_directory))
+    found = [part] if os.path.isfile(part) else sorted(glob.glob(pattern, recursive=True, include_hidden=is_directory))
+    return is_directory, [path for path in found if not (is_directory and os.path.isdir(path))]
 
 
 def check_format(name, where):

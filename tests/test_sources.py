@@ -330,6 +330,17 @@ def test_a_dataset_and_a_tokenizer_of_the_hub_from_a_downloaded_copy():
     check_refused(result, "someone/else: cannot be read: LocalEntryNotFoundError")
 
 
+def test_a_file_and_a_folder_of_the_hub_by_url():
+    """At the branch's commit of today: what changes with it is its blob."""
+    make_tokenizer("tokenizer.json")
+    with Hub("someone/some.texts", TEXTS) as hub:
+        environment = {"HF_ENDPOINT": hub.url, "NO_PROXY": "127.0.0.1"}
+        for source, out in (("en/train-0.jsonl", "file"), ("en", "folder")):
+            result = prepare_with_hub(environment, source=f"hf://datasets/someone/some.texts/{source}", tokenizer="tokenizer.json", out=out)
+            assert result.returncode == 0, result.stderr
+        assert stored(out="file") == [[6], [7]] and stored(out="folder") == [[6], [7], [8], [14]]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # C4, from a local server
 
