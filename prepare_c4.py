@@ -156,7 +156,7 @@ def check_same(out, plan, earlier):
     """Raises: UserError if the earlier run makes other shards."""
     options = plan["options"]
     # Before there was --strip_accents, an uncased new vocabulary implied it.
-    before = {"strip_accents": bool(options["train_tokenizer"]) and not options["cased"], **earlier["options"]}
+    before = {"strip_accents": bool(options.get("train_tokenizer")) and not options.get("cased"), **earlier["options"]}
     names = [name for name, value in options.items() if before.get(name) != value]
     differing = [f"{name} was {before.get(name)!r} and is {options[name]!r}" for name in names]
     changed = changed_files(earlier.get("modified", {}), plan["modified"])

@@ -19,7 +19,12 @@ def text_hash(text):
 
     Two of C4's 365 million documents collide with a probability of 0.4 %.
     """
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+    return content_hash(text.encode("utf-8", "surrogatepass"))
+
+
+def content_hash(data):
+    """The same of bytes."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 def is_held_out(segment, hashed, threshold):
