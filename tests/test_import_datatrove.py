@@ -1,7 +1,12 @@
 """tools/import_datatrove.py: token files in datatrove's layout, made by hand and by datatrove itself."""
 
+import gzip
 import json
 import os
+import random
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +15,11 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 import data
-from tests.corpus import VOCAB, files_of, ids, make_texts, prepare, stored, texts_of, workplace, write_texts  # noqa: F401
-from tests.toy import SPECIAL, make_tokenizer
+from tests.corpus import LETTERS, VOCAB, files_of, ids, make_texts, prepare, stored, texts_of, workplace, write_texts  # noqa: F401
+from tests.toy import ROOT, make_tokenizer
 from tools import import_datatrove
 
-PAD, UNK, CLS, SEP, MASK = (VOCAB.index(name) for name in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"))
+UNK, CLS, SEP = (VOCAB.index(name) for name in ("[UNK]", "[CLS]", "[SEP]"))
 
 
 @pytest.fixture(autouse=True)
@@ -140,3 +145,28 @@ def test_what_datatrove_writes(eos):
     assert len(list(Path("ds").glob("*.ds"))) == 2
     imported(tokenizer="bert.json")
     assert sorted(texts_of(stored())) == sorted(texts)
+
+
+@pytest.mark.slow
+def test_the_filters_of_the_docs():
+    """The script of docs/data.md, on 200 good texts, 20 of them twice with another word, and 20 without any sentence."""
+    for package in ("datatrove", "spacy", "nltk", "orjson"):
+        pytest.importorskip(package, reason="pip install -r requirements-slow.txt")
+    rng = random.Random(0)
+    words = [f"word{letter}{other}" for letter in LETTERS for other in LETTERS] + ["the", "of", "to", "with"] * 20
+    good = [" ".join(rng.choices(words, k=120)) + "." for _ in range(200)]
+    near = [text.replace(text.split()[50], "another") for text in good[:20]]
+    rows = [json.dumps({"text": text}) + "\n" for text in [*good, *near, *["bad bad"] * 20]]
+    Path("raw").mkdir()
+    for i in (0, 1):
+        Path(f"raw/{i}.jsonl").write_text("".join(rows[i::2]))
+    page = (ROOT / "docs/data.md").read_text()
+    code = page[page.index("    from datatrove.executor") : page.index("`raw` holds")]
+    Path("filters.py").write_text(textwrap.dedent(code))
+    result = subprocess.run([sys.executable, "filters.py"], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
+    kept = {json.loads(line)["text"] for path in Path("filtered").glob("*.gz") for line in gzip.open(path, "rt")}
+    assert not any({*pair} <= kept for pair in zip(good, near)) and {good[0], near[0]} & kept and len(kept & {*good}) > 100
+    assert kept <= {*good, *near}
+    prepare(source="filtered/", train_tokenizer=1000, val_fraction=0)
+    assert len(stored()) == len(kept)
