@@ -29,22 +29,14 @@ from typing import Literal
 
 import numpy as np
 
-from common.corpus_report import FILL_LENGTHS, NUM_LONGEST, compare, inspect_changes, make_report, most_changed, no_text
-from common.corpus_report import print_report  # noqa: I001
+from common import corpus_report
+from common.corpus_report import FILL_LENGTHS, NUM_LONGEST, most_changed, no_text
 from common.files import file_digest, gigabytes, lock_directory, read_json, whole_file, write_once, write_text
 from common.hashes import find_duplicates, hash_path, is_held_out, load_hashes, save_hashes, text_hash, val_threshold
 from common.lines import split_suffixes
 from common.options import UserError, command, load_config
 from common.sources import Segment, documents, list_segments, versions
-from common.vocabulary import (
-    beginning,
-    encode,
-    letters,
-    load_tokenizer,
-    read_tokenizer,
-    train_tokenizer,
-    unknown_characters,
-)
+from common.vocabulary import beginning, encode, letters, load_tokenizer, read_tokenizer, train_tokenizer, unknown_characters
 from common.workers import Progress, report_progress, run_jobs
 from data import Samples, prefetch, verify, write_shard
 
@@ -394,19 +386,15 @@ def process_unit(number, unit, cfg, threshold):
         return splits, paths, *encode(tokenizer, list(texts), cfg.max_doc_tokens), source_bytes
 
     def say_progress(source_bytes):
-        report_progress({
-            "documents": stats["documents train"] + stats["documents val"],
-            "tokens": stats["tokens train"] + stats["tokens val"],
-            "characters": stats["characters"],
-            "source bytes": source_bytes,
-            "shard bytes": writer.num_bytes(),
-        })  # fmt: skip
+        counts = {name: stats[f"{name} train"] + stats[f"{name} val"] for name in ("documents", "tokens")}
+        counts |= {"characters": stats["characters"], "source bytes": source_bytes, "shard bytes": writer.num_bytes()}
+        report_progress(counts)
 
     # The tokenizer runs in another thread, without the GIL.
     for splits, paths, texts, ids, source_bytes in prefetch(tokenize, batches()):
         if other and stats["compared characters"] < COMPARE_CHARS:
-            compare(stats, texts, ids, special, *other)
-        examples = most_changed(examples, inspect_changes(stats, paths, texts, tokenizer, special["[UNK]"]))
+            corpus_report.compare(stats, texts, ids, special, *other)
+        examples = most_changed(examples, corpus_report.inspect_changes(stats, paths, texts, tokenizer, special["[UNK]"]))
         for split, text, tokens in zip(splits, texts, ids):
             stats["tokens read"] += len(tokens)
             words = text.split()
@@ -538,7 +526,7 @@ def prepare(cfg, plan, units, given):
     stats["duplicates"] = sum(map(len, find_duplicates(out, len(units))))
     longest = heapq.nlargest(NUM_LONGEST, itertools.chain(*(result["longest"] for result in results)))
     examples = most_changed(*(result.get("examples", ()) for result in results))
-    report = make_report(stats, longest, examples, cfg, tokenizer.get_vocab_size(), time.perf_counter() - start)
+    report = corpus_report.make_report(stats, longest, examples, cfg, tokenizer.get_vocab_size(), time.perf_counter() - start)
     write_text(os.path.join(out, "report.json"), json.dumps(report, indent=1, ensure_ascii=False))
     manifest = {
         "format": 1,
@@ -551,7 +539,7 @@ def prepare(cfg, plan, units, given):
     print(f"checking {gigabytes(sum(entry['bytes'] for entry in manifest['shards']))} of shards", flush=True)
     verify(out)
     shutil.rmtree(work_path(out, ""))
-    print_report(report, cfg)
+    corpus_report.print_report(report, cfg)
     print(f"{out}: finished (after copying it: python -m tools.verify {out})")
 
 

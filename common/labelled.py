@@ -15,7 +15,7 @@ import numpy as np
 from common.files import write_text
 from common.lines import numbered_lines, split_suffixes
 from common.options import UserError
-from common.tables import SEPARATORS, cells_of, open_table, other_layout, parquet_records, parse_json, table_rows
+from common.tables import SEPARATORS, TABLES, open_table, parquet_records, record_cells, table_rows
 
 LONG_ROW = 20  # lines
 NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)  # float() also takes 1_0, nan and inf
@@ -53,13 +53,18 @@ def read_rows(path, text_columns, label_column, cfg, default_header=None):
     Raises: UserError naming file and line.
     """
     kind, compression = split_suffixes(path)
-    if kind not in READERS or kind == ".parquet" and compression:
+    if kind not in (*TABLES, ".jsonl", ".json", ".parquet") or kind == ".parquet" and compression:
         raise UserError(f"{path}: unknown suffix (expected .csv, .tsv or .jsonl, also with .gz, .xz or .zst, or .parquet)")
     columns = [*text_columns, *([label_column] if label_column else [])]
     own = hasattr(cfg, "label_column")  # not GLUE
     see = f"see --text_columns{' and --label_column' * bool(label_column)}" if own else "is it the right file?"
     rows, faults, blank = [], {}, []
-    for number, cells in READERS[kind](path, columns, label_column, cfg, see, default_header):
+    if kind in TABLES:
+        found = read_table(path, columns, label_column, cfg, see, default_header)
+    else:
+        records = parquet_records(path, columns, see, Counter()) if kind == ".parquet" else read_lines(path, cfg)
+        found = record_cells(records, columns, see, label_column)
+    for number, cells in found:
         if cells == []:
             blank.append(number)
         elif fault := cells if isinstance(cells, str) else fault_of(cells, label_column):
@@ -115,8 +120,8 @@ def read_table(path, columns, label_column, cfg, see, default_header):
     table = open_table(path, lines, columns, see, default_header)
     if not table:
         return
-    if other := other_layout(path, table.layout):
-        print(other, flush=True)
+    if table.note:
+        print(table.note, flush=True)
     width, trusted = len(table.header.cells), getattr(cfg, "trust_quotes", False)
     rows = list(table_rows(lines, *table.layout))
     if label_column and not trusted and any(row.last > row.first for row in rows):
@@ -152,24 +157,6 @@ def row_test(rows, separator, columns, position):
         return label in known or bool(numbers and NUMBER.fullmatch(label) and label == label.strip())  # not as in "Berlin, 5"
 
     return is_row
-
-
-def read_records(path, columns, label_column, cfg, see, _):
-    """Yield (number, cells of `columns`, or the reason why there are none) of each line's JSON object, or Parquet row."""
-    lines = split_suffixes(path)[0] != ".parquet"
-    for number, record in read_lines(path, cfg) if lines else parquet_records(path, columns, see, Counter()):
-        try:
-            if record is None:
-                yield number, "not UTF-8"
-            elif lines and not record.strip():
-                yield number, []
-            else:
-                yield number, cells_of(parse_json(record) if lines else record, columns, see, label_column)
-        except ValueError as error:
-            yield number, str(error)
-
-
-READERS = {".csv": read_table, ".tsv": read_table, ".jsonl": read_records, ".json": read_records, ".parquet": read_records}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

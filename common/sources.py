@@ -21,7 +21,7 @@ from common.files import gigabytes
 from common.lines import COMPRESSIONS, MAX_TEXT, location, numbered_lines, skip_or_fail, split_suffixes
 from common.options import UserError, similar
 from common.remote import is_remote, list_hub, list_remote, network_error, size_and_version
-from common.tables import cells_of, open_table, other_layout, parquet_records, parse_json, table_rows
+from common.tables import TABLES, open_table, parquet_records, parse_json, record_cells, table_rows
 
 SEGMENT_BYTES = 64 * 2**20  # a plain file with a document per line is split into byte ranges of this size
 C4 = "allenai/c4"
@@ -168,13 +168,9 @@ def documents(segment, cfg, stats):
     if segment.path == "stdlib":
         return stdlib_segment(stats)
     kind, _ = split_suffixes(segment.path)
-    if kind == ".parquet":
-        return parquet_documents(segment, cfg, stats)
-    if kind in (".csv", ".tsv"):
+    if kind in TABLES:
         return table_documents(segment, cfg, stats)
-    if kind == ".txt":
-        return text_documents(segment, cfg, stats)
-    return json_documents(segment, cfg, stats)
+    return text_documents(segment, cfg, stats) if kind == ".txt" else record_documents(segment, cfg, stats)
 
 
 @functools.cache
@@ -234,47 +230,43 @@ def text_documents(segment, cfg, stats):
         yield "\n".join(paragraph)
 
 
-def json_documents(segment, cfg, stats):
-    """One JSON object per line. A .json file may also hold a single array of objects; that is read whole."""
-    path = segment.path
-    lines = numbered_lines(path, cfg, stats, segment.start, segment.end)
-    if split_suffixes(path)[0] == ".json":
-        number, first = next(lines, (1, ""))
-        if first.lstrip().startswith("["):
-            parts, size = [first], len(first)
-            for _, line in lines:
-                parts.append(line)
-                size += len(line) + 1
-                if size > MAX_ARRAY:
-                    reason = f"an array of more than {gigabytes(MAX_ARRAY)} (write one object per line, .jsonl)"
-                    raise UserError(f"{path}: {reason}")
-            yield from array_documents("\n".join(parts), segment, cfg, stats)
-            return
-        lines = itertools.chain([(number, first)], lines)
-    for number, line in lines:
-        if not line.strip():
-            continue
-        try:
-            (text,) = cells_of(parse_json(line), [cfg.text_key], SEE)
-        except ValueError as error:
-            skip_or_fail(cfg, stats, f"{location(path, number, segment.start)}: {error}")
-        else:
-            yield text
+def record_documents(segment, cfg, stats):
+    """JSON objects, one per line or in a single array, or the rows of a Parquet file."""
+    path, kind = segment.path, split_suffixes(segment.path)[0]
+    if kind == ".parquet":
+        records = parquet_records(path, [cfg.text_key], SEE, stats)
+    else:
+        records = numbered_lines(path, cfg, stats, segment.start, segment.end)
+    if kind == ".json":
+        records = lines_or_array(segment, records, stats)
+    for number, cells in record_cells(records, [cfg.text_key], SEE):
+        if isinstance(cells, list) and len("".join(cells)) > MAX_TEXT:
+            cells = f"a text of more than {gigabytes(MAX_TEXT)} (split it)"
+        if isinstance(cells, str):
+            skip_or_fail(cfg, stats, f"{location(path, number, segment.start)}: {cells}")
+        elif cells:
+            yield cells[0]
 
 
-def array_documents(contents, segment, cfg, stats):
+def lines_or_array(segment, lines, stats):
+    """The (number, text) pairs of a .json, or ("record number", object) of the array that is all of it, and is read whole."""
+    number, first = next(lines, (1, ""))
+    if not first.lstrip().startswith("["):
+        yield from itertools.chain([(number, first)], lines)
+        return
+    parts, size = [first], len(first)
+    for _, line in lines:
+        parts.append(line)
+        size += len(line) + 1
+        if size > MAX_ARRAY:
+            raise UserError(f"{segment.path}: an array of more than {gigabytes(MAX_ARRAY)} (write one object per line, .jsonl)")
     try:
-        records = parse_json(contents)
+        records = parse_json("\n".join(parts))
     except ValueError as error:
         raise UserError(f"{segment.path}: {error}") from None
     for number, record in enumerate(records, 1):
-        try:
-            (text,) = cells_of(record, [cfg.text_key], SEE)
-        except ValueError as error:
-            skip_or_fail(cfg, stats, f"{segment.path}: record {number}: {error}")
-        else:
-            stats["segment bytes"] = segment.size * number // len(records)
-            yield text
+        stats["segment bytes"] = segment.size * number // len(records)
+        yield f" record {number}", record if isinstance(record, dict) else [record]
 
 
 def table_documents(segment, cfg, stats):
@@ -289,18 +281,5 @@ def table_documents(segment, cfg, stats):
             skip_or_fail(cfg, stats, f"{where}: {row.fault}")
         elif row.cells and row.first != table.header.first:
             yield row.cells[table.columns[0]]
-    if table and (other := other_layout(path, table.layout)):
-        stats[f"suspect {other}"] += 1
-
-
-def parquet_documents(segment, cfg, stats):
-    """One column of a Parquet file."""
-    for number, record in parquet_records(segment.path, [cfg.text_key], SEE, stats):
-        try:
-            (text,) = cells_of(record, [cfg.text_key], SEE)
-            if len(text) > MAX_TEXT:
-                raise ValueError(f"a cell of more than {gigabytes(MAX_TEXT)} (split it)")
-        except ValueError as error:
-            skip_or_fail(cfg, stats, f"{segment.path}:{number}: {error}")
-        else:
-            yield text
+    if table and table.note:
+        stats[f"suspect {table.note}"] += 1

@@ -15,6 +15,7 @@ from common.options import UserError
 
 MAX_BATCH = 2**30  # bytes of Parquet rows that are decoded at once, at most
 TABLES = {".csv": (",", True), ".tsv": ("\t", False)}  # separator, and whether quotes mean something
+TRUST = "if the quotes are right: --trust_quotes=true"
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}
 
 csv.field_size_limit(MAX_TEXT)  # the default rejects cells above 131,072 characters
@@ -33,6 +34,7 @@ class Table(NamedTuple):
     header: TableRow  # the first row
     columns: list  # indices of those wanted
     headless: bool  # whether the first row holds no names
+    note: str  # what to say of a separator that is not the suffix's, or ""
     lines: object  # iterator of all (number, text) pairs
 
 
@@ -58,13 +60,8 @@ def open_table(path, lines, columns, see, default_header=None):
         raise UserError(f"{where}: {first.fault} (expected the names of the columns)")
     headless = bool(default_header) and columns[0] not in first.cells and len(first.cells) == len(default_header)
     header = default_header if headless else first.cells
-    return Table(layout, first, [column_of(header, name, where, see) for name in columns], headless, lines)
-
-
-def other_layout(path, layout):
-    """What to say of a table whose separator is not its suffix's, or ""."""
-    named = f"{path}: read with a {SEPARATORS[layout[0]]} between columns, as in its first line"
-    return "" if layout == TABLES[split_suffixes(path)[0]] else named
+    note = "" if layout == own else f"{path}: read with a {SEPARATORS[layout[0]]} between columns, as in its first line"
+    return Table(layout, first, [column_of(header, name, where, see) for name in columns], headless, note, lines)
 
 
 def column_of(header, name, where, see):
@@ -120,14 +117,11 @@ def table_rows(lines, separator, quotes, is_row=None):
         rows_inside = sum(is_row(line) if is_row else line.count(separator) == columns - 1 for line in inside)
         suspect = 0 < len(row) - 1 <= 2 * rows_inside
         if suspect and is_row:
-            fault = f"one row up to line {row[-1][0]}, though its lines are rows (is a quote not closed? {TRUST_QUOTES})"
+            fault = f"one row up to line {row[-1][0]}, though its lines are rows (is a quote not closed? {TRUST})"
         yield TableRow(row[0][0], row[-1][0], [] if fault else cells, fault, suspect)
         if fault:
             again.extendleft(reversed(row[1:]))
             reader = records()
-
-
-TRUST_QUOTES = "If the quotes are right: --trust_quotes=true"
 
 
 def parse_json(text):
@@ -138,11 +132,24 @@ def parse_json(text):
         raise ValueError(f"not valid JSON: {error} (expected one object per line)") from None
 
 
-def cells_of(record, columns, see, label_column=""):
-    """The values of a JSON object as strings; the label may be a number.
+def record_cells(records, columns, see, label_column=""):
+    """Yield (number, values of `columns` as strings, or the reason why there are none) of (number, JSON object) pairs.
 
-    Raises: ValueError that says why there are none.
+    An object may be the text of one; a blank text has no values, and None is a line that could not be read. label_column:
+    one that may also hold a number. see: a hint for columns that are not there.
     """
+    for number, record in records:
+        try:
+            if record is None:
+                raise ValueError("not UTF-8")
+            blank = isinstance(record, str) and not record.strip()
+            record = parse_json(record) if isinstance(record, str) and not blank else record
+            yield number, [] if blank else cells_of(record, columns, see, label_column)
+        except ValueError as error:
+            yield number, str(error)
+
+
+def cells_of(record, columns, see, label_column):
     if not isinstance(record, dict):
         raise ValueError(f"a {type(record).__name__}, not an object (expected one object per line)")
     if missing := [name for name in columns if name not in record]:

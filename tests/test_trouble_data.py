@@ -601,4 +601,4 @@ def test_a_dictionary_in_parquet_takes_bounded_memory(monkeypatch, capsys):
     (segment,) = sources.list_segments("a.parquet")
     assert sum(1 for _ in sources.documents(segment, cfg, Counter())) == 300 and max(sizes) < 11_000
     monkeypatch.setattr(sources, "MAX_TEXT", 2_000)
-    assert "a.parquet:1: a cell of more than 0.0 MB (split it" in prepare_fails(capsys, source="a.parquet")
+    assert "a.parquet:1: a text of more than 0.0 MB (split it" in prepare_fails(capsys, source="a.parquet")

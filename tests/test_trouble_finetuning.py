@@ -253,7 +253,7 @@ def test_quotes_can_be_trusted(tmp_path, capsys):
     """A quoted table inside a cell looks like rows."""
     path, table = tmp_path / "a.csv", "x,1\ny,2\nz,1"
     path.write_text(f'text,label\n"{table}",1\nb,2\nc,1\n')
-    with pytest.raises(UserError, match="a.csv:2: one row up to line 4, .* If the quotes are right: --trust_quotes=true"):
+    with pytest.raises(UserError, match="a.csv:2: one row up to line 4, .* if the quotes are right: --trust_quotes=true"):
         read_rows(str(path), ("text",), "label", settings())
     rows = read_rows(str(path), ("text",), "label", settings(trust_quotes=True))
     assert [row.cells for row in rows] == [[table, "1"], ["b", "2"], ["c", "1"]] and capsys.readouterr().out == ""
