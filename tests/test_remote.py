@@ -27,10 +27,10 @@ TEXTS = [text for seed, count in enumerate((200, 300, 100, 50), 1) for text in m
 
 
 class FakeS3(MemoryFileSystem):
-    """Objects in memory, with an ETag as S3 gives them."""
+    """Objects in memory, with an ETag, and a memory of what it was told, as s3fs has them."""
 
     protocol = ("s3",)
-    store, pseudo_dirs = {}, [""]
+    store, pseudo_dirs, known = {}, [""], {}
 
     @classmethod
     def _strip_protocol(cls, path):
@@ -40,8 +40,13 @@ class FakeS3(MemoryFileSystem):
         return f"s3:/{name}"
 
     def info(self, path, **options):
-        found = super().info(path, **options)
-        return found | {"ETag": str(hash(self.cat(path)))} if found["type"] == "file" else found
+        if path not in self.known:
+            found = super().info(path, **options)
+            self.known[path] = found | ({"ETag": str(hash(self.cat(path)))} if found["type"] == "file" else {})
+        return self.known[path]
+
+    def invalidate_cache(self, path=None):
+        self.known.clear()
 
 
 @pytest.fixture
@@ -49,6 +54,7 @@ def bucket(monkeypatch):
     """A FakeS3 that holds FILES in s3://bucket/texts."""
     monkeypatch.setitem(_registry, "s3", FakeS3)
     FakeS3.store.clear()
+    FakeS3.known.clear()
     s3 = FakeS3()
     for name, contents in FILES.items():
         s3.pipe(f"s3://bucket/texts/{name}", contents)

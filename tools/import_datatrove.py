@@ -60,11 +60,11 @@ def open_tokens(path, tokenizer):
     if (ends[1:] < ends[:-1]).any() or size != width * num_tokens or num_tokens and width not in (2, 4):
         raise UserError(f"{path}: its {size:,} bytes are not the {num_tokens:,} tokens of its index (copy both again)")
     tokens = np.memmap(path, f"<u{width}", "r") if num_tokens else np.empty(0, "<u2")
-    hint = f"is it datatrove's tokenizer? Theirs: {made_with(path)}"
+    entries, hint = tokenizer.get_vocab_size(), f"is it datatrove's tokenizer? Theirs: {made_with(path)}"
     if num_tokens and width != bytes_per_token(tokenizer):
-        raise UserError(f"{path}: {width} bytes a token, unlike --tokenizer with {tokenizer.get_vocab_size():,} entries ({hint})")
-    if num_tokens and (highest := tokens.max()) >= tokenizer.get_vocab_size():
-        raise UserError(f"{path}: token id {highest:,}, but --tokenizer has {tokenizer.get_vocab_size():,} entries ({hint})")
+        raise UserError(f"{path}: {width} bytes a token, unlike --tokenizer with {entries:,} entries ({hint})")
+    if num_tokens and (highest := tokens.max()) >= entries:
+        raise UserError(f"{path}: token id {highest:,}, but --tokenizer has {entries:,} entries ({hint})")
     return tokens, ends
 
 
@@ -101,7 +101,7 @@ def write_shards(cfg, paths, tokenizer, digest):
     added = tokenizer.get_added_tokens_decoder().items()
     special = {token: entry.content for token, entry in added if entry.special and entry.content != "[UNK]"}
     for number, path in enumerate(paths):
-        hashes = [content_hash(document.astype("<u4")) for document in documents(path, tokenizer, special, Counter())]
+        hashes = list(map(content_hash, documents(path, tokenizer, special, Counter())))
         save_hashes(cfg.out, number, hashes, [True] * len(hashes))
     if not any(len(load_hashes(cfg.out, number)[0]) for number in range(len(paths))):
         raise UserError(f"{cfg.source}: no tokens to train on (its files are empty)")
@@ -171,7 +171,7 @@ def main(argv):
     for name, value in report.items():
         print(f"{name:26s} {value if name == 'decoded' else f'{value:,}'}")
     if counts["special tokens inside"]:
-        print("warning: special tokens inside documents: datatrove reads them where a text spells them, as in \"[SEP]\"")
+        print('warning: special tokens inside documents: datatrove reads them where a text spells them, as in "[SEP]"')
     print(f"{cfg.out}: finished, the tokens of {made_with(paths[0])} (after copying it: python -m tools.verify {cfg.out})")
     os.close(lock)
 
