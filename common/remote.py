@@ -50,7 +50,7 @@ def list_remote(url):
         else:
             return False, [url]
     except Exception as error:  # whatever the scheme's package raises
-        raise network_error(url, error) from None
+        raise network_error(url, error, "check the address, or try again") from None
     names = [item["name"].rstrip("/") + "/" * (item["type"] == "directory") for item in found]
     return is_directory, sorted(map(fs.unstrip_protocol, names))
 
@@ -63,7 +63,7 @@ def size_and_version(url, again=False):
             fs.invalidate_cache()
         info = with_retries(url, fs.info, path)
     except Exception as error:
-        raise network_error(url, error) from None
+        raise network_error(url, error, "check the address, or try again") from None
     if info["size"] is None:
         raise UserError(f"{url}: the server does not say how long it is (download it)")
     return info["size"], next((str(info[name]) for name in VERSIONS if info.get(name)), "")

@@ -15,7 +15,6 @@ from common.options import UserError
 
 MAX_BATCH = 2**30  # bytes of Parquet rows that are decoded at once, at most
 TABLES = {".csv": (",", True), ".tsv": ("\t", False)}  # separator, and whether quotes mean something
-TRUST = "if the quotes are right: --trust_quotes=true"
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}
 
 csv.field_size_limit(MAX_TEXT)  # the default rejects cells above 131,072 characters
@@ -111,13 +110,15 @@ def table_rows(lines, separator, quotes, is_row=None):
             return
         columns = columns or len(cells)
         if cells and len(cells) != columns:
-            fault = f"{len(cells)} column{'s' * (len(cells) > 1)}, expected {columns} (is a {SEPARATORS[separator]} outside quotes?)"
+            fault = f"{len(cells)} column{'s' * (len(cells) > 1)}, expected {columns}"
+            fault += f" (is a {SEPARATORS[separator]} outside quotes?)"
         several = len(row) > 1 and columns > 1 and not fault
         inside = [line for cell in cells for line in cell.split("\n")] if several else []
         rows_inside = sum(is_row(line) if is_row else line.count(separator) == columns - 1 for line in inside)
         suspect = 0 < len(row) - 1 <= 2 * rows_inside
         if suspect and is_row:
-            fault = f"one row up to line {row[-1][0]}, though its lines are rows (is a quote not closed? {TRUST})"
+            fault = f"one row up to line {row[-1][0]}, though its lines are rows (is a quote not closed?"
+            fault += " if the quotes are right: --trust_quotes=true)"
         yield TableRow(row[0][0], row[-1][0], [] if fault else cells, fault, suspect)
         if fault:
             again.extendleft(reversed(row[1:]))

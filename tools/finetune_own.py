@@ -73,6 +73,8 @@ class OwnConfig(FineTuneConfig):
             raise UserError(f"text_columns={self.text_columns}: one column, or two for pairs")
         if len(set(self.columns())) < len(self.columns()):
             raise UserError(f"text_columns={self.text_columns}: the same column twice (name two for pairs, or one)")
+        if self.trust_quotes and ".csv" not in f"{self.train_file} {self.val_file} {self.predict_file}":
+            raise UserError("trust_quotes: only for .csv files (in a .tsv quotes are literal)")
         if self.train_file and self.label_column in self.columns():
             raise UserError(f"label_column={self.label_column}: is a text column too (the model would read the label)")
 
