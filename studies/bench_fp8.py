@@ -463,7 +463,7 @@ def measure_ceilings(device, rounds, toy):
     source = torch.randn(size // 2, device=device, dtype=torch.bfloat16)
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
     a8, b8 = a.to(E4M3), b.to(E4M3)
-    one = fp8.Scaled(*torch.ones(3, device=device))
+    one = fp8.Scaled(*(torch.ones((), device=device) for _ in range(3)))
     out = torch.empty_like(source)
     functions = {"copy": lambda: out.copy_(source), False: lambda: a @ b.t(), True: lambda: product(a8, b8, one, one, a.dtype)}
     times = time_interleaved(functions, rounds, device)

@@ -322,6 +322,9 @@ def all_peers(fast=()):
         make = partial(peers.TransformersStep, setting=setting)
         note = "transformers' BertForMaskedLM, padded, " + ("compiled" if setting == "default" else "not compiled")
         entries[f"bert_{setting}"] = StepEntry(make, setting, note, False, seconds)
+    for recipe in ("tensorwise", "rowwise"):
+        make = partial(peers.TorchaoStep, kind="varlen", setting="t2", recipe=recipe)
+        entries[f"torchao_{recipe}"] = StepEntry(make, "t2", "varlen_t2 with torchao's FP8 training", False, 90)
     for name in fast:
         entries[name].default = True
     return entries

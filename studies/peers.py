@@ -382,6 +382,30 @@ class PlainStep:
         move([*self.masters, *self.weights], self.optimizer, device)
 
 
+class TorchaoStep(PlainStep):
+    """PlainStep with torchao's FP8 training in the matrices that ours has in FP8. recipe: "tensorwise" or "rowwise"."""
+
+    largest_error = 0.2  # as in bench_steps.OursInFp8
+
+    def __init__(self, work, kind, setting, recipe):
+        try:
+            from torchao import float8
+        except ImportError:
+            raise NotMeasured("needs the package torchao") from None
+        self.float8, self.recipe = float8, recipe
+        super().__init__(work, kind, setting)
+
+    def low_precision(self, master):
+        model = super().low_precision(master)
+        on_cpu = self.work.device.type == "cpu"
+        config = dataclasses.replace(self.float8.Float8LinearConfig.from_recipe_name(self.recipe), emulate=on_cpu)
+
+        def chosen(module, name):
+            return name.endswith(("Wqkv", "gated_layers", "wo"))
+
+        return self.float8.convert_to_float8_training(model, module_filter_fn=chosen, config=config)
+
+
 class TransformersStep(PlainStep):
     """transformers' BertForMaskedLM of the same size: padded, SDPA, the head on every token."""
 
