@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 import data
-from tests.corpus import LETTERS, VOCAB, files_of, ids, make_texts, prepare, stored, texts_of, workplace, write_texts  # noqa: F401
+from tests.corpus import LETTERS, VOCAB, files_of, ids, interrupted, make_texts, prepare, raise_interrupt, stored, texts_of, workplace, write_texts  # noqa: F401
 from tests.toy import ROOT, make_tokenizer
 from tools import import_datatrove
 
@@ -84,6 +84,17 @@ def test_the_shards_are_those_of_the_text(capsys):
     assert texts_of(stored("val", "again")) == texts_of(stored("val", "both")) and len(stored("val", "both")) == 30
     assert sorted(texts_of(stored()) + texts_of(stored("val"))) == sorted(texts) and 5 < len(stored("val")) < 100
     assert "w" in refused(capsys, val_docs=31) and "val_docs was 0 and is 31" in refused(capsys, val_docs=31)
+
+
+def test_an_interrupted_import_starts_again(monkeypatch):
+    write_tokens("ds/a.ds", [ids(text) for text in make_texts(50)])
+    imported(val_docs=5, out="whole")
+    with monkeypatch.context() as patch, interrupted():
+        patch.setattr(import_datatrove, "find_duplicates", raise_interrupt)
+        imported(val_docs=5)
+    assert os.path.exists("out/train_00000_000.bin") and not os.path.exists("out/manifest.json")
+    imported(val_docs=5)
+    assert files_of() == files_of("whole")
 
 
 def test_four_bytes_a_token():

@@ -125,30 +125,8 @@ def write_shards(cfg, paths, tokenizer, digest):
     return entries, counts, shown
 
 
-@command
-def main(argv):
-    cfg = load_config(ImportConfig, argv)
-    cfg.check()
-    paths = sorted(glob.glob(os.path.join(glob.escape(cfg.source), "**", "*.ds"), recursive=True))
-    if not paths:
-        raise UserError(f"{cfg.source}: no .ds file in it (expected datatrove's token files)")
-    text = read_tokenizer(cfg.tokenizer, beside=True)
-    tokenizer, _ = load_tokenizer(cfg.tokenizer, text)
-    for path in paths:
-        open_tokens(path, tokenizer)  # what is wrong with any is said before any work
-        if os.path.exists(f"{path}.loss"):
-            print(f"{path}.loss: not used: which tokens are predicted is drawn in training")
-    segments = [(path, 0, os.path.getsize(path), "") for path in paths]
-    options = {name: value for name, value in asdict(cfg).items() if name != "out"}
-    plan = {"options": options, "sources": segments, "modified": {path: os.stat(path).st_mtime_ns for path in paths}}
-    earlier, finished = read_plan(cfg.out)
-    if earlier:
-        check_same(cfg.out, plan, earlier)
-    if finished:
-        print(f"{cfg.out}: already finished, nothing to do (python -m tools.verify {cfg.out} checks every byte)")
-        return
-    lock = lock_directory(cfg.out)
-    enter_output(cfg.out, plan, earlier is not None, "")
+def write_output(cfg, plan, paths, tokenizer, text):
+    """Everything in the output directory. text: the contents of tokenizer.json."""
     tokenizer_path = os.path.join(cfg.out, "tokenizer.json")
     write_text(tokenizer_path, text)
     digest = file_digest(tokenizer_path)
@@ -173,7 +151,36 @@ def main(argv):
     if counts["special tokens inside"]:
         print('warning: special tokens inside documents: datatrove reads them where a text spells them, as in "[SEP]"')
     print(f"{cfg.out}: finished, the tokens of {made_with(paths[0])} (after copying it: python -m tools.verify {cfg.out})")
-    os.close(lock)
+
+
+@command
+def main(argv):
+    cfg = load_config(ImportConfig, argv)
+    cfg.check()
+    paths = sorted(glob.glob(os.path.join(glob.escape(cfg.source), "**", "*.ds"), recursive=True))
+    if not paths:
+        raise UserError(f"{cfg.source}: no .ds file in it (expected datatrove's token files)")
+    text = read_tokenizer(cfg.tokenizer, beside=True)
+    tokenizer, _ = load_tokenizer(cfg.tokenizer, text)
+    for path in paths:
+        open_tokens(path, tokenizer)  # what is wrong with any is said before any work
+        if os.path.exists(f"{path}.loss"):
+            print(f"{path}.loss: not used: which tokens are predicted is drawn in training")
+    segments = [(path, 0, os.path.getsize(path), "") for path in paths]
+    options = {name: value for name, value in asdict(cfg).items() if name != "out"}
+    plan = {"options": options, "sources": segments, "modified": {path: os.stat(path).st_mtime_ns for path in paths}}
+    earlier, finished = read_plan(cfg.out)
+    if earlier:
+        check_same(cfg.out, plan, earlier)
+    if finished:
+        print(f"{cfg.out}: already finished, nothing to do (python -m tools.verify {cfg.out} checks every byte)")
+        return
+    lock = lock_directory(cfg.out)
+    try:
+        enter_output(cfg.out, plan, earlier is not None, "")
+        write_output(cfg, plan, paths, tokenizer, text)
+    finally:
+        os.close(lock)
 
 
 if __name__ == "__main__":
