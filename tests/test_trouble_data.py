@@ -1,5 +1,6 @@
 """Other people's trouble with preparing data: text that is lost or changed, rows that are swallowed, bombs, sources that change."""
 
+import csv
 import gzip
 import json
 import os
@@ -16,7 +17,7 @@ import pytest
 from tokenizers import Tokenizer
 
 import prepare_c4
-from common import sources, vocabulary, workers
+from common import corpus_report, lines, sources, tables, vocabulary, workers
 from tests.corpus import VOCAB, ids, interrupted, make_texts, prepare, prepare_fails, stored, text_report, texts_of, workplace, write_files, write_texts, write_vocab  # noqa: F401
 from tests.toy import SPECIAL, make_tokenizer
 
@@ -245,6 +246,15 @@ def test_a_cell_that_may_have_swallowed_rows_is_named():
     assert text_report()["documents"] == 3
 
 
+@pytest.mark.parametrize("name, contents", [("a.csv", b"id;text\n1;w1\n2;w2\n"), ("a.tsv", b"id,text\n1,w1\n2,w2\n")])
+def test_another_separator_is_read_and_said(name, contents):
+    write_files({name: contents})
+    prepare(source=name, val_fraction=0)
+    assert texts_of(stored()) == ["w1", "w2"]
+    mark = "semicolon" if name == "a.csv" else "comma"
+    assert text_report()["suspect"] == [f"{name}: read with a {mark} between columns, as in its first line"]
+
+
 def test_every_row_is_kept_or_named():
     rng = random.Random(0)
     for trial in range(60):
@@ -327,9 +337,9 @@ def test_an_output_inside_the_source_is_not_read(capsys, source):
         ({"texts/a.txt": b"w1"}, {"source": "./textz"}, "./textz: no such source (did you mean ./texts?;"),
         ({}, {"source": "../textz"}, "../textz: no such source ("),
         ({"d/a.pdf": b"", "d/b.pdf": b"", "d/README.md": b""}, {"source": "d"}, "d: has no file that can be read: 2 .pdf, 1 .md (expected .txt,"),
-        ({"b.csv": b"id;text\n1;w1\n"}, {"source": "b.csv"}, "b.csv:1: no column 'text' (found: id;text; are columns separated by ';'? .csv takes commas, .tsv tabs; to convert: python -c \"import csv, sys; csv.writer("),
-        ({"b.tsv": b"id,text\n1,w1\n"}, {"source": "b.tsv"}, "b.tsv:1: no column 'text' (found: id,text; are columns separated by ','? "),
-        ({"b.jsonl": b'{"text": "w1"}\n{"text": null}\n'}, {"source": "b.jsonl"}, "b.jsonl:2: 'text' is NoneType (expected a string; --skip_bad_lines=100 skips such lines)"),
+        ({"b.csv": b"id;body\n1;w1\n"}, {"source": "b.csv"}, "b.csv:1: no column 'text' (the first row has id;body; see --text_key)"),
+        ({"b.csv": b"text,text\nw1,w2\n"}, {"source": "b.csv"}, "b.csv:1: 2 columns are named 'text' (rename all but one)"),
+        ({"b.jsonl": b'{"text": "w1"}\n{"text": null}\n'}, {"source": "b.jsonl"}, "b.jsonl:2: 'text' is null (--skip_bad_lines=100 skips such lines)"),
         ({"b.jsonl": b'{"text": ' + b"[" * 10**5}, {"source": "b.jsonl"}, "b.jsonl:1: not valid JSON: "),
         ({"b.json": b"[" * 10**5}, {"source": "b.json"}, "b.json: not valid JSON: "),
         ({b"d/\xff.txt".decode(errors="surrogateescape"): b"w1"}, {"source": "d"}, "'d/\\udcff.txt': the file name is not UTF-8 (rename it)"),
@@ -381,12 +391,13 @@ def test_the_time_left_counts_finished_text_and_is_never_zero(monkeypatch, capsy
 # H. Bombs
 
 
-@pytest.mark.parametrize("name", ["b.txt.gz", "b.jsonl.gz", "b.csv.gz", "b.tsv.gz"])
-@pytest.mark.parametrize("doc_sep", ["line", "file"])
+@pytest.mark.parametrize("name, doc_sep", [
+    ("b.txt.gz", "line"), ("b.txt.gz", "file"), ("b.jsonl.gz", "line"), ("b.csv.gz", "line"), ("b.tsv.gz", "line"),
+])  # fmt: skip
 def test_a_line_that_fills_any_memory_is_an_error(monkeypatch, capsys, name, doc_sep):
     """A 1 MB .gz that holds a line of 1 GB took 20 GB."""
-    monkeypatch.setattr(sources, "MAX_TEXT", 2**20)
-    sources.csv.field_size_limit(2**20)
+    monkeypatch.setattr(lines, "MAX_TEXT", 2**20)
+    csv.field_size_limit(2**20)
     first = {"b.jsonl.gz": b'{"text": "w1"}'}.get(name, b"text\nw1" if name[2] in "ct" and "txt" not in name else b"w1")
     write_files({name: gzip.compress(first + b"\n" + b"x" * 2**24 + b"\n" + first.split(b"\n")[-1] + b"\n")})
     error = prepare_fails(capsys, source=name, val_fraction=0, doc_sep=doc_sep, max_doc_tokens=126, out="no")
@@ -394,7 +405,7 @@ def test_a_line_that_fills_any_memory_is_an_error(monkeypatch, capsys, name, doc
     assert error.startswith(f"error: {name}:{number}: a line of more than 1.0 MB (split it; --skip_bad_lines=100 skips such lines)")
     prepare(source=name, val_fraction=0, doc_sep=doc_sep, skip_bad_lines=1)
     assert sum(stored(), []) == ids("w1 w1") and text_report()["bad_lines_skipped"] == 1
-    sources.csv.field_size_limit(sources.MAX_TEXT)
+    csv.field_size_limit(sources.MAX_TEXT)
 
 
 @pytest.mark.parametrize("doc_sep", ["blank", "file"])
@@ -529,7 +540,7 @@ def test_old_mac_line_ends_are_named(capsys):
 
 def test_skipped_lines_are_printed_by_file(capsys):
     skipped = [f"a.jsonl:{i}: bad (worse)" for i in range(7, 12)] + ["b.json: record 3: null", "c.txt: looks like a PDF (no)"]
-    assert prepare_c4.by_file(skipped, 9) == [
+    assert corpus_report.by_file(skipped, 9) == [
         "a.jsonl: 5 skipped, the first 7: bad (worse)", "b.json: 1 skipped, the first record 3: null",
         "c.txt: 1 skipped, the first looks like a PDF (no)", "and 2 more",
     ]  # fmt: skip
@@ -579,7 +590,7 @@ def test_a_dictionary_in_parquet_takes_bounded_memory(monkeypatch, capsys):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
-    monkeypatch.setattr(sources, "MAX_ARRAY", 10_000)
+    monkeypatch.setattr(tables, "MAX_BATCH", 10_000)
     parquet.write_table(pyarrow.table({"id": range(300), "text": ["w1 " * 1000] * 300}), "a.parquet")
     sizes, real = [], parquet.ParquetFile.iter_batches
 
@@ -593,4 +604,4 @@ def test_a_dictionary_in_parquet_takes_bounded_memory(monkeypatch, capsys):
     (segment,) = sources.list_segments("a.parquet")
     assert sum(1 for _ in sources.documents(segment, cfg, Counter())) == 300 and max(sizes) < 11_000
     monkeypatch.setattr(sources, "MAX_TEXT", 2_000)
-    assert "a.parquet:1: a cell of more than 0.0 MB (split it" in prepare_fails(capsys, source="a.parquet")
+    assert "a.parquet:1: a text of more than 0.0 MB (split it" in prepare_fails(capsys, source="a.parquet")

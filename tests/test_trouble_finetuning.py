@@ -254,6 +254,27 @@ def test_an_open_quote_takes_one_row_with_it(tmp_path, capsys):
         assert re.fullmatch(r"skipped .*:2(: .*\nskipped .*:|, )4: .*\n", capsys.readouterr().out)
 
 
+def test_quotes_can_be_trusted(tmp_path, capsys):
+    """A quoted table inside a cell looks like rows."""
+    path, table = tmp_path / "a.csv", "x,1\ny,2\nz,1"
+    path.write_text(f'text,label\n"{table}",1\nb,2\nc,1\n')
+    with pytest.raises(UserError, match="a.csv:2: one row up to line 4, .* if the quotes are right: --trust_quotes=true"):
+        read_rows(str(path), ("text",), "label", settings())
+    rows = read_rows(str(path), ("text",), "label", settings(trust_quotes=True))
+    assert [row.cells for row in rows] == [[table, "1"], ["b", "2"], ["c", "1"]] and capsys.readouterr().out == ""
+
+
+def test_parquet(tmp_path):
+    """As .jsonl: a number is a label, null is no text."""
+    pyarrow = pytest.importorskip("pyarrow")
+    path = tmp_path / "a.parquet"
+    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.table({"label": [1, 2, 3], "text": ["a", None, "c"]}), path)
+    with pytest.raises(UserError, match="a.parquet:2: 'text' is null"):
+        read_rows(str(path), ("text",), "label", settings())
+    rows = read_rows(str(path), ("text",), "label", settings(skip_bad_lines=1))
+    assert rows == [(0, 1, ["a", "1"]), (2, 3, ["c", "3"])]
+
+
 def test_a_long_text_in_quotes(tmp_path, capsys):
     """An e-mail with commas is no row, though its lines may have two cells; one of many lines is named."""
     path, letter = tmp_path / "a.csv", "Dear Ms. Li, hello\nNow, then\n" * 15
@@ -342,9 +363,9 @@ def test_predictions_are_of_the_files_rows(pretrained, tmp_path, capsys):
     "contents, says",
     [
         (None, "new.jsonl: No such file"),
-        ('{"text": "\\ud800"}\n', "new.jsonl:1: half a surrogate pair"),
-        ('{"text": {"a": "b"}}\n', "new.jsonl:1: 'text' is dict, expected a string"),
-        ('{"texts": "a"}\n', "new.jsonl:1: not an object with 'text'"),
+        ('{"text": "\\ud800"}\n', "new.jsonl:1: 'text' has half a surrogate pair"),
+        ('{"text": {"a": "b"}}\n', "new.jsonl:1: 'text' is dict (expected a string"),
+        ('{"texts": "a"}\n', "new.jsonl:1: no 'text' (keys: texts; see"),
         ("", "new.jsonl: no examples"),
     ],
 )

@@ -50,11 +50,12 @@ MISSING = {"na", "n/a", "nan", "nil", "none", "null", "-", "?"}  # what others w
 
 @dataclass
 class OwnConfig(FineTuneConfig):
-    # Your files: .csv, .tsv or .jsonl, also with .gz or .xz
+    # Your files: .csv, .tsv or .jsonl, also with .gz, .xz or .zst, or .parquet
     train_file: str = ""  # labelled texts to train on
     val_file: str = ""  # labelled texts to score on
     text_columns: str = ""  # column or key with the text; two, comma-separated, for pairs; empty: text, or the model's
     label_column: str = "label"  # column or key with the label
+    trust_quotes: bool = False  # a .csv's quotes are right, even where a cell's lines look like rows
     problem: Literal["auto", "classification", "regression"] = "auto"  # auto: decided by the labels, and printed
     predict_file: str = ""  # texts to label, after training or with the OUT/model of an earlier command
 
@@ -71,6 +72,8 @@ class OwnConfig(FineTuneConfig):
             raise UserError(f"text_columns={self.text_columns}: one column, or two for pairs")
         if len(set(self.columns())) < len(self.columns()):
             raise UserError(f"text_columns={self.text_columns}: the same column twice (name two for pairs, or one)")
+        if self.trust_quotes and ".csv" not in f"{self.train_file} {self.val_file} {self.predict_file}":
+            raise UserError("trust_quotes: only for .csv files (in a .tsv quotes are literal)")
         if self.train_file and self.label_column in self.columns():
             raise UserError(f"label_column={self.label_column}: is a text column too (the model would read the label)")
 
