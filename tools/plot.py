@@ -58,7 +58,8 @@ BENCH_WORDS = {  # in the names of studies.bench's rows and entries
     "off": ", one choice left out", "large": ", Large", "varlen": "varlen_attn, no ALiBi", "flex": "FlexAttention",
     "sdpa": "SDPA", "cudnn": ", cuDNN", "efficient": ", memory-efficient", "default": ", default", "t1": ", tuned",
     "t2": ", tuned more", "eager": "not compiled", "liger": "Liger", "vocab": "vocabulary", "torch": "PyTorch",
-    "bert": "transformers' BERT", "padded": ", padded",
+    "bert": "transformers' BERT", "padded": ", padded", "fp8": "ours, FP8", "torchao": "torchao's FP8",
+    "tensorwise": ", a scale per tensor", "rowwise": ", a scale per row",
 }  # fmt: skip
 X_LABELS = {"step": "steps", "tokens": "tokens", "dollars": "US dollars"}
 COLORS = ("#1f4e79", "#d98c2b", "#8e3b63", "#6fc2a8")  # in grayscale 30, 60, 45 and 75 % bright
@@ -453,12 +454,14 @@ def plot_kernels(cfg, pyplot):
                 rows.setdefault(record["row"], []).append({"entry": "", **record})
         return results["device"], {name: row for name, row in rows.items() if not all("not_measured" in r for r in row)}
 
-    path = find(cfg.kernels, "bench.json")[0]
-    device, rows = read_result(path, "result of python -m studies.bench", interpret)
+    rows = {}
+    for path in find(cfg.kernels, "bench.json"):
+        device, found = read_result(path, "result of python -m studies.bench", interpret)
+        rows |= found
     if not rows:
         raise UserError(f"{path}: no operators and no steps were measured")
     names = sorted(rows, key=lambda name: not any("both" in r for r in rows[name]))  # stable: else in the order measured
-    columns = min(3, len(names))
+    columns = min(3, math.ceil(len(names) ** 0.5))
     lines = [names[i : i + columns] for i in range(0, len(names), columns)]
     heights = [max(len(rows[name]) for name in line) + 2.2 for line in lines]
     figure, grid = pyplot.subplots(
@@ -471,7 +474,7 @@ def plot_kernels(cfg, pyplot):
         records = sorted(rows[name], key=lambda record: "not_measured" in record)
         operator = "both" in records[0]
         for place, record in enumerate(records):
-            color, value = COLORS[0 if record["entry"] == "ours" else 3], 0
+            color, value = COLORS[0 if record["entry"] in ("ours", "fp8") else 3], 0
             text = f" not measured: {record.get('not_measured')}"
             if "not_measured" not in record:
                 parts = [record[part]["ns_per_token"] for part in ("forward", "backward")] if operator else []
