@@ -348,3 +348,19 @@ def test_missing_packages_are_said(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     with pytest.raises(NotMeasured, match="transformers"):
         peers.TransformersStep(None, setting="eager")
+
+
+def test_fp8_beside_bf16(monkeypatch, triton_backend, right_rounding):
+    """Both rows in Triton's interpreter, in bf16; and numbers that FP8 doesn't explain are refused."""
+    monkeypatch.setattr(kernels, "geglu", lambda x: kernels.geglu_reference(x))  # the interpreter rounds bf16 downwards
+    run = toy(only="wqkv/fp8,feed_forward/fp8,feed_forward/compiled")
+    run.dtype, run.sizes = torch.bfloat16, bench.Sizes(tokens=64, hidden=32, width=48)
+    run.results["ceilings"] = {"copy_bytes_per_second": 1e9, "matrix_flops_per_second": 1e9}
+    for row in ("wqkv", "feed_forward"):
+        getattr(bench_kernels, row)(run, row)
+    found = {f"{row['row']}/{row['entry']}": row for row in run.results["rows"]}
+    assert set(found) == {"wqkv/ours", "wqkv/fp8", "feed_forward/ours", "feed_forward/fp8", "feed_forward/compiled"}
+    assert all(row["both"]["ms"] > 0 for row in found.values()) and 0.02 < found["feed_forward/fp8"]["error"] < 0.12
+    monkeypatch.setattr(bench_kernels, "FP8_ERROR", 0.01)
+    bench_kernels.wqkv(run, "wqkv")
+    assert "wrong numbers" in run.results["rows"][-2]["not_measured"] + run.results["rows"][-1].get("not_measured", "")

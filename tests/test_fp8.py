@@ -18,7 +18,6 @@ from common import estimate
 from common.batch import Batch
 from common.options import UserError
 from kernels import fp8, fp8_feed_forward, fp8_linear
-from kernels.backend import tl
 from kernels.fp8 import AMAX_SLOTS, E4M3, E5M2, Scaled, Scales, quantize
 from model import MaskedLM, ModelConfig, check_fp8
 from tests.toy import TOY_SIZE, make_shards, toy_argv
@@ -26,24 +25,6 @@ from tests.toy import TOY_SIZE, make_shards, toy_argv
 geglu = importlib.import_module("kernels.geglu")  # `kernels.geglu` is the function
 pytestmark = pytest.mark.usefixtures("triton_backend", "right_rounding", "poison_empty")
 HALF_STEP = {E4M3: 2**-4, E5M2: 2**-3}  # largest relative rounding error
-
-
-@pytest.fixture
-def right_rounding(monkeypatch):
-    """PyTorch's rounding in Triton's interpreter, whose own truncates to bf16 and loses FP8's carries: 1.99 becomes 1."""
-    if torch.cuda.is_available():
-        return
-    interpreter = importlib.import_module("triton.runtime.interpreter")
-    convert = interpreter._convert_float
-
-    def converted(x, source, target, rounding):
-        formats = {tl.bfloat16: (torch.bfloat16, np.uint16), tl.float8e4nv: (E4M3, np.uint8), tl.float8e5: (E5M2, np.uint8)}
-        if source != tl.float32 or target not in formats:
-            return convert(x, source, target, rounding)
-        dtype, bits = formats[target]
-        return torch.from_numpy(np.ascontiguousarray(x).view(np.float32)).to(dtype).view(torch.uint8).numpy().view(bits)
-
-    monkeypatch.setattr(interpreter, "_convert_float", converted)
 
 
 def scaled(scale, device):
