@@ -11,14 +11,12 @@ Read next: common/glue.py, the tasks, or common/run_queue.py
 import common  # noqa: F401, I001, before anything that may be missing
 
 import dataclasses
-import difflib
 import functools
 import glob
 import hashlib
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 import time
@@ -28,20 +26,21 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers.processors import TemplateProcessing
 
 import checkpoint
 import kernels
 from common import run_queue
-from common.batch import Batch, pack, round_up
+from common.batch import round_up
 from common.cuda_graphs import GraphedStep
+from common.encoded import encode
 from common.files import file_digest, gigabytes, hash_of, read_json, write_text
 from common.glue import GLUE_TASKS, Task, read_task
+from common.hub import check_hub_id
 from common.labelled import write_table
 from common.metrics import METRICS, as_text, ci95
 from common.options import UserError, command, load_config
-from common.processes import Process, device_name, pick_device
-from common.run_directory import RunDirectory, read_log
+from common.processes import Process, device_name, memory_of, pick_device
+from common.run_directory import RunDirectory, pretraining_cost
 from common.versions import versions
 from common.vocabulary import load_tokenizer
 from model import MAX_POSITIONS, ModelConfig, SequenceClassifier, choose_kernels
@@ -84,10 +83,8 @@ class FineTuneConfig:
         for name, least in {"seeds": 0, "epochs": 0, "batch_size": 0, "skip_bad_lines": 0, "jobs": 1}.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name}={getattr(self, name)}: must be at least {least}")
-        if self.max_length < 5:
-            raise UserError(f"max_length={self.max_length}: must be at least 5")
-        if self.max_length > LONGEST:
-            raise UserError(f"max_length={self.max_length}: must be at most {LONGEST} (attention grows with its square)")
+        if not 5 <= self.max_length <= LONGEST:
+            raise UserError(f"max_length={self.max_length}: must be 5 to {LONGEST} (attention grows with its square)")
         if not 0 <= self.lr <= 1:
             raise UserError(f"lr={self.lr}: must be between 0 and 1")
         for name in ("warmup_fraction", "dropout"):
@@ -191,6 +188,11 @@ class Pretrained:
     special: dict  # {"[CLS]": id, ...}
     digest: str  # of tensors and tokenizer
 
+    def encode(self, examples, max_length, name="texts"):
+        """Encoded examples; BERT has no more than its positions."""
+        limit = min(max_length, MAX_POSITIONS) if self.model_cfg.model == "bert" else max_length
+        return encode(examples, self.tokenizer, self.special, limit, name)
+
 
 def load_pretrained(path, out):
     """The Pretrained in a run or checkpoint directory. Weights in Hugging Face form are converted into OUT first."""
@@ -217,13 +219,11 @@ def convert(path, out):
 
     Rank 0 converts. converted/source.sha256, written last, tells the others that it is complete, and from what.
     """
-    parent, name = os.path.split(path.rstrip("/"))
+    parent = os.path.dirname(path)
     if os.path.exists(os.path.join(parent, checkpoint.DIGESTS)):
         raise UserError(f"{path}: a file of a checkpoint (give its directory, {parent})")
-    if not os.path.exists(path) and (os.path.isdir(parent) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path)):
-        nearest = difflib.get_close_matches(name, os.listdir(parent) if os.path.isdir(parent) else [], n=1)
-        hint = f"did you mean {os.path.join(parent, nearest[0])}?" if nearest else "expected a run, or a model's directory"
-        raise UserError(f"{path}: no such directory ({hint})")
+    if not os.path.exists(path):
+        check_hub_id(path, "directory", "expected a run, or a model's directory")
     run = os.path.join(out, "converted")
     finished, root = os.path.join(run, "source.sha256"), os.path.dirname(os.path.abspath(__file__))
     files = [path] if os.path.isfile(path) else sorted(filter(os.path.isfile, glob.glob(f"{glob.escape(path)}/*")))
@@ -270,63 +270,6 @@ def load_classifier(path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tokens
-
-
-@dataclass
-class Encoded:
-    """Tokenized examples, end to end, without padding."""
-
-    ids: np.ndarray  # (num_tokens,) int32
-    types: np.ndarray  # (num_tokens,) int32: 1 in the second text and its [SEP]
-    starts: np.ndarray  # (n,) int64
-    lengths: np.ndarray  # (n,) int64
-    labels: np.ndarray | None
-    index: list | range  # of their rows in the file
-
-    def batch(self, which, device):
-        """The Batch of examples `which`, an int64 array."""
-        lengths = self.lengths[which]
-        cu_seqlens, windows = pack(lengths, int(lengths.max()))
-        index = np.repeat(self.starts[which] - cu_seqlens[:-1], lengths) + np.arange(cu_seqlens[-1])
-        multiple = 64 if len(index) < 2048 else 256  # whole tiles, and few shapes
-        padding = np.zeros(round_up(len(index), multiple) - len(index), np.int32)  # belongs to no example: any id
-        batch = Batch(
-            input_ids=torch.from_numpy(np.concatenate([self.ids[index], padding])),
-            cu_seqlens=torch.from_numpy(cu_seqlens),
-            max_seqlen=int(lengths.max()),
-            windows=None if windows is None else torch.from_numpy(windows),
-            token_type_ids=torch.from_numpy(np.concatenate([self.types[index], padding])),
-            labels=None if self.labels is None else torch.from_numpy(self.labels[which]),
-        )
-        return batch.pinned_for(device).to(device)
-
-
-def encode(examples, pretrained, max_length, name="texts"):
-    """Encoded examples: [CLS] text [SEP], or [CLS] text [SEP] second text [SEP]; the longer text is truncated first.
-
-    name: of the examples, to report how many were truncated.
-    """
-    tokenizer, special = pretrained.tokenizer, [(name, pretrained.special[name]) for name in ("[CLS]", "[SEP]")]
-    tokenizer.post_processor = TemplateProcessing("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", special)
-    limit = min(max_length, MAX_POSITIONS) if pretrained.model_cfg.model == "bert" else max_length
-    tokenizer.enable_truncation(limit, strategy="longest_first")
-    ids, types, truncated = [], [], 0
-    for start in range(0, len(examples.texts), 10_000):  # the library's results take a hundred bytes per token
-        texts = [text if len(text) == 2 else text[0] for text in examples.texts[start : start + 10_000]]
-        for encoding in tokenizer.encode_batch_fast(texts):
-            ids.append(np.array(encoding.ids, np.int32))
-            types.append(np.array(encoding.type_ids, np.int32))
-            truncated += bool(encoding.overflowing)
-    if truncated:
-        are = f"{truncated:,} of {len(ids):,} {'is' if truncated == 1 else 'are'}"
-        print(f"{name}: {are} longer than {limit} tokens, and truncated (max_length, set in training)", flush=True)
-    lengths = np.array([len(row) for row in ids])
-    starts, index = np.cumsum(lengths) - lengths, range(len(ids)) if examples.index is None else examples.index
-    return Encoded(np.concatenate(ids), np.concatenate(types), starts, lengths, examples.labels, index)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # One run
 
 
@@ -365,15 +308,20 @@ def batches(encoded, settings, seed, device):
             yield encoded.batch(order[start : start + settings.batch_size], device)
 
 
+def holds_squares(model_cfg, device):
+    """Whether attention holds n x n numbers for a text of n tokens: MosaicBERT's in PyTorch. BERT reads at most 512."""
+    return model_cfg.model != "bert" and not kernels.uses_triton(device)
+
+
 class Steps:
     """The optimizer steps of one run, on GPUs as CUDA graphs."""
 
     def __init__(self, model, settings, process):
         self.model, self.process, self.lr = model, process, settings.lr
-        on_gpu, bert = process.device.type == "cuda", model.cfg.model == "bert"
-        use_graphs = on_gpu and (bert or kernels.uses_triton(process.device))  # plain attention waits for the lengths
+        use_graphs = process.device.type == "cuda" and not holds_squares(model.cfg, process.device)  # it waits for the lengths
         self.graphed = GraphedStep(self.step) if use_graphs else None
-        self.seqlen_multiple = 32 if bert else 128  # fewer shapes: bert pads to max_seqlen; to the kernels it is a bound
+        # Fewer shapes: bert pads to max_seqlen; to the kernels it is a bound.
+        self.seqlen_multiple = 32 if model.cfg.model == "bert" else 128
         if use_graphs:
             self.lr = torch.zeros((), device=process.device)  # graphs read its value at replay
         self.optimizer = torch.optim.AdamW(
@@ -444,7 +392,7 @@ def predict(model, encoded, process):
     scores = []
     longest = int(encoded.lengths.max())
     batch_size = max(1, EVAL_TOKENS // longest)
-    if not kernels.uses_triton(process.device):  # plain attention takes 3 * 12 heads * 4 bytes * LONGEST^2 = 10 GB for these
+    if holds_squares(model.cfg, process.device):  # 3 * 12 heads * 4 bytes * LONGEST^2 = 10 GB for these
         batch_size = max(1, min(batch_size, LONGEST**2 // longest**2))
     for start in range(0, len(order), batch_size):
         with process.autocast():
@@ -462,13 +410,6 @@ def write_predictions(path, task, predictions, encoded):
     if task.labels:
         columns = [[task.labels[value] for value in column] for column in columns]
     write_table(path, ("index", "label", "prediction"), zip(encoded.index, *columns))
-
-
-def memory_of(device):
-    """Bytes of memory, those in use included."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 class Worker:
@@ -489,15 +430,15 @@ class Worker:
         if self.task != (task := run.task):
             examples = self.read(task)
             limit, name = self.cfg.max_length, task.name
-            self.data = {split: encode(part, self.pretrained, limit, f"{name} {split}") for split, part in examples.items()}
+            self.data = {split: self.pretrained.encode(part, limit, f"{name} {split}") for split, part in examples.items()}
             self.task = task
         self.check_memory(self.data["train"].lengths, run.settings.batch_size)
         return self.data
 
     def check_memory(self, lengths, batch_size):
-        """Raises: UserError if plain attention, which saves n x n numbers per text, head and layer, surely does not fit."""
+        """Raises: UserError if the n x n numbers that attention saves per text, head and layer surely do not fit."""
         model_cfg, device = self.pretrained.model_cfg, self.process.device
-        if model_cfg.model == "bert" or kernels.uses_triton(device):  # at most 512 tokens, or nothing of size n x n
+        if not holds_squares(model_cfg, device):
             return
         squares = np.square(lengths, dtype=np.float64)
         pairs = max(squares.max(), squares.mean() * min(batch_size, len(lengths)))  # no less in the largest batch
@@ -639,13 +580,20 @@ def print_plan(plan):
     """What each task is trained with."""
     for run in {run.task: run for run in plan}.values():
         settings, seeds = run.settings, sum(other.task == run.task for other in plan)
-        epochs, seeds = (f"{count} {what}{'s' * (count > 1)}" for count, what in ((settings.epochs, "epoch"), (seeds, "seed")))
-        steps = f"{epochs}, {run.num_steps:,} step{'s' * (run.num_steps > 1)} of {settings.batch_size}, peak lr {settings.lr:g}"
-        steps += f", warm-up {settings.warmup_fraction:.0%}" + (f", dropout {settings.dropout:g}" if settings.dropout >= 0 else "")
-        print(f"{run.task.name}: {run.num_examples:,} examples, {steps}, {seeds}, from {run.init}", flush=True)
+        print(
+            f"{run.task.name}: {run.num_examples:,} examples, {plural(settings.epochs, 'epoch')}, "
+            f"{plural(run.num_steps, 'step')} of {settings.batch_size}, peak lr {settings.lr:g}, "
+            f"warm-up {settings.warmup_fraction:.0%}{f', dropout {settings.dropout:g}' if settings.dropout >= 0 else ''}, "
+            f"{plural(seeds, 'seed')}, from {run.init}",
+            flush=True,
+        )
         if settings.batch_size > run.num_examples:
             text = f"batch_size={settings.batch_size} is more than the {run.num_examples:,} examples of {run.task.name}"
             print(f"warning: {text}: an epoch is one step, {run.num_steps} in all (lower --batch_size)", flush=True)
+
+
+def plural(count, what):
+    return f"{count:,} {what}{'s' * (count > 1)}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -708,19 +656,6 @@ def earlier_results(cfg, pretrained, plan):
     if names:
         raise UserError(f"{path}: holds results with different {', '.join(names)} (choose another --out)")
     return earlier
-
-
-def pretraining_cost(path):
-    """Steps, seconds, GPU-hours and dollars behind a checkpoint of train.py; None for weights from elsewhere."""
-    starts = [record for _, record in read_log(os.path.dirname(path)) if record.get("event") == "start"]
-    if not starts or not os.path.exists(os.path.join(path, "state.json")):
-        return None
-    state, start = read_json(os.path.join(path, "state.json"), "not a checkpoint of train.py"), starts[-1]
-    gpu_hours = state.get("gpu_seconds", state["seconds"] * start["world_size"]) / 3600
-    price = start["config"]["price_per_gpu_hour"]
-    budget = {name: start["config"].get(name, 0) for name in ("budget_minutes", "budget_dollars")}
-    dollars = gpu_hours * price if price else None
-    return {**state, "gpu_hours": gpu_hours, "dollars": dollars, **budget, "device": start["device"]}
 
 
 def print_table(results):

@@ -15,7 +15,6 @@ import common  # noqa: F401, I001, before anything that may be missing
 import contextlib
 import functools
 import glob
-import hashlib
 import heapq
 import itertools
 import json
@@ -30,36 +29,24 @@ from typing import Literal
 
 import numpy as np
 
+from common import corpus_report
+from common.corpus_report import FILL_LENGTHS, NUM_LONGEST, most_changed, no_text
 from common.files import file_digest, gigabytes, lock_directory, read_json, whole_file, write_once, write_text
+from common.hashes import find_duplicates, hash_path, is_held_out, load_hashes, save_hashes, text_hash, val_threshold
+from common.lines import split_suffixes
 from common.options import UserError, command, load_config
-from common.sources import Segment, documents, list_segments
-from common.vocabulary import (
-    beginning,
-    changed_characters,
-    encode,
-    letters,
-    load_tokenizer,
-    read_tokenizer,
-    train_tokenizer,
-    unknown_characters,
-)
+from common.sources import Segment, documents, list_segments, versions
+from common.vocabulary import beginning, encode, letters, load_tokenizer, read_tokenizer, train_tokenizer, unknown_characters
 from common.workers import Progress, report_progress, run_jobs
 from data import Samples, prefetch, verify, write_shard
 
-MANY_ENOUGH = 100  # documents to hold out of a small corpus
 UNIT_BYTES = 64 * 2**20  # a unit takes segments up to this size on disk, and at least one
 HASHED_BYTES = 2**30  # of text, up to which all hashes are known before the split: it takes a few % of the time
 BATCH_CHARS = 2**20  # text per call of the tokenizer
 TOKENIZER_TRAIN_CHARS = 300 * 10**6  # text to train a tokenizer on, at most
 COMPARE_CHARS = 10**6  # text per unit for --compare_tokenizer
 SAMPLE_SEGMENTS, SAMPLE_CHARS = 4, 10**6  # text from which the size of the shards is estimated
-FILL_LENGTHS = (128, 512)  # sequence lengths for which the report says how full samples are
-NUM_LONGEST = 5  # longest documents listed in the report
-NUM_SKIPPED, NUM_PRINTED = 1000, 20  # skipped lines listed in report.json, and files named when it is printed
 MAX_UNKNOWN = 0.95  # share of unknown characters from which a tokenizer is refused
-WARN_PERCENT = 1  # of characters unknown or changed
-INSPECT_CHARS = 2**16  # text per batch whose normalization is compared with the original
-NUM_EXAMPLES, EXAMPLE_CHARS = 3, 80  # beginnings of documents shown beside what their tokens decode to
 
 
 @dataclass
@@ -115,6 +102,15 @@ class PrepareConfig:
             raise UserError("--task and --join exclude each other (join when every task has ended)")
 
 
+def check_used(cfg, segments):
+    """Raises: UserError for an option that no file of the source uses."""
+    kinds = {split_suffixes(segment.path)[0] for segment in segments}
+    if cfg.text_key != PrepareConfig.text_key and not kinds - {".txt", ""}:
+        raise UserError(f"text_key={cfg.text_key}: --source={cfg.source} has no keys or columns (.txt holds text alone)")
+    if cfg.doc_sep != PrepareConfig.doc_sep and ".txt" not in kinds:
+        raise UserError(f"doc_sep={cfg.doc_sep}: only for .txt, and --source={cfg.source} has none")
+
+
 # These don't change the shards, so a run may resume with other values.
 FREE_OPTIONS = ("out", "workers", "skip_bad_lines", "task", "join")
 
@@ -135,10 +131,6 @@ def missing_units(out, units):
     return [number for number in range(len(units)) if not os.path.exists(unit_path(out, number))]
 
 
-def hash_path(out, number):
-    return work_path(out, f"hashes_{number:05d}.npz")
-
-
 def read_plan(out):
     """(plan, finished) of the run that wrote `out`, or (None, False). A plan is {"options": ..., "sources": Segments}."""
     for path, finished in ((os.path.join(out, "manifest.json"), True), (work_path(out, "plan.json"), False)):
@@ -156,7 +148,7 @@ def check_same(out, plan, earlier):
     """Raises: UserError if the earlier run makes other shards."""
     options = plan["options"]
     # Before there was --strip_accents, an uncased new vocabulary implied it.
-    before = {"strip_accents": bool(options["train_tokenizer"]) and not options["cased"], **earlier["options"]}
+    before = {"strip_accents": bool(options.get("train_tokenizer")) and not options.get("cased"), **earlier["options"]}
     names = [name for name, value in options.items() if before.get(name) != value]
     differing = [f"{name} was {before.get(name)!r} and is {options[name]!r}" for name in names]
     changed = changed_files(earlier.get("modified", {}), plan["modified"])
@@ -164,12 +156,6 @@ def check_same(out, plan, earlier):
         differing.append(f"{changed[0]} was changed" if changed else "other source files")
     if differing:
         raise UserError(f"{out}: holds shards that differ: {', '.join(differing)} (choose another --out, or remove it)")
-
-
-def modification_times(segments):
-    """{path: nanoseconds} of the local files: cheaper than a digest of everything, and no edit keeps them."""
-    paths = dict.fromkeys(segment.path for segment in segments)
-    return {path: os.stat(path).st_mtime_ns for path in paths if path != "stdlib" and not path.startswith("hf://")}
 
 
 def changed_files(before, after):
@@ -246,24 +232,11 @@ def unit_documents(unit, cfg, stats):
         stats["source bytes"], stats["segment bytes"] = finished, 0
 
 
-def text_hash(text):
-    """64-bit content hash: decides the split and finds duplicates.
-
-    Two of C4's 365 million documents collide with a probability of 0.4 %.
-    """
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
-
-
-def is_held_out(segment, hashed, threshold):
-    return segment.split == "val" if segment.split else hashed < threshold
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Hashes of all documents, to hold some out and to find duplicates; where needed, or for little text, in a pass of its own
-
-
 def hash_unit(number, unit, cfg):
-    """Save the hashes of a unit's documents. Returns the number of bad lines."""
+    """Save the hashes of a unit's documents: a pass of its own where they are needed first, or for little text.
+
+    Returns the number of bad lines.
+    """
     hashes, by_hash, stats = [], [], Counter()
     if os.path.exists(hash_path(cfg.out, number)):  # another task has meanwhile
         return 0
@@ -274,77 +247,6 @@ def hash_unit(number, unit, cfg):
             report_progress({"documents": len(hashes), "source bytes": stats["source bytes"]})
     save_hashes(cfg.out, number, hashes, by_hash)
     return stats["bad lines"]
-
-
-def save_hashes(out, number, hashes, by_hash):
-    """by_hash: for each document whether its hash decides about the split."""
-    with whole_file(hash_path(out, number)) as file:
-        np.savez(file, hashes=np.array(hashes, np.uint64), by_hash=np.array(by_hash, bool))
-
-
-def load_hashes(out, number):
-    """(hashes, by_hash) of a unit."""
-    with np.load(hash_path(out, number)) as saved:
-        return saved["hashes"], saved["by_hash"]
-
-
-def val_threshold(num_units, cfg):
-    """Documents with a hash below this are held out. num_units: of units whose hashes are known, 0 or all.
-
-    If they are known and none is below the share, one in 20 of the distinct texts is held out, those with the smallest
-    hashes, but at least one and at most MANY_ENOUGH. Raises: UserError if none would be left.
-    """
-    share, wanted = int(cfg.val_fraction * 2**64), cfg.val_docs or MANY_ENOUGH * (cfg.val_fraction > 0)
-    smallest, threshold = np.empty(0, np.uint64), share
-    for number in range(num_units):
-        hashes, by_hash = load_hashes(cfg.out, number)
-        smallest = np.unique(np.concatenate([smallest, hashes[by_hash]]))[:wanted]
-    if cfg.val_docs:
-        threshold = int(smallest[-1]) + 1 if len(smallest) else 0
-    elif len(smallest) and smallest[0] >= share:
-        distinct = num_distinct(cfg.out, num_units)
-        smallest = smallest[: max(1, distinct // 20)]
-        threshold = int(smallest[-1]) + 1
-        instead = f"held out instead: {len(smallest)}, with the smallest hashes"
-        print(f"val_fraction={cfg.val_fraction} holds out none of {distinct:,} distinct texts; {instead}")
-    hashed = (load_hashes(cfg.out, number) for number in range(num_units))
-    if len(smallest) and not any((hashes >= threshold).any() or not by_hash.all() for hashes, by_hash in hashed):
-        distinct, option = num_distinct(cfg.out, num_units), "val_docs" if cfg.val_docs else "val_fraction"
-        reason = f"{option}={getattr(cfg, option)} holds out all {distinct:,} distinct texts (lower it)"
-        if distinct == 1:
-            hint = "one is always held out; a line is a document unless --doc_sep says otherwise"
-            reason = f"there is a single distinct text ({hint})"
-        raise UserError(f"{cfg.source}: no text to train on: {reason}")
-    return threshold
-
-
-def num_distinct(out, num_units):
-    """How many different documents there are."""
-    documents = sum(len(load_hashes(out, number)[0]) for number in range(num_units))
-    return documents - sum(map(len, find_duplicates(out, num_units)))
-
-
-def find_duplicates(out, num_units):
-    """For each unit, the indices of documents that occurred before, in the unit or an earlier one: a list of arrays.
-
-    Sorts the hashes in 16 passes by their top bits: 2.5 bytes of memory a document, and 8 more a duplicate.
-    """
-    starts = np.cumsum([0] + [len(load_hashes(out, number)[0]) for number in range(num_units)])
-    duplicates = [np.empty(0, np.int64)]
-    for top_bits in range(16):
-        hashes, indices = [], []
-        for number in range(num_units):
-            of_unit, _ = load_hashes(out, number)
-            here = np.flatnonzero(of_unit >> np.uint64(60) == top_bits)
-            hashes.append(of_unit[here])
-            indices.append(here + starts[number])
-        hashes, indices = np.concatenate(hashes), np.concatenate(indices)
-        order = np.argsort(hashes, kind="stable")
-        hashes = hashes[order]
-        duplicates.append(indices[order[1:][hashes[1:] == hashes[:-1]]])
-    duplicates = np.sort(np.concatenate(duplicates))
-    bounds = np.searchsorted(duplicates, starts)
-    return [duplicates[bounds[i] : bounds[i + 1]] - starts[i] for i in range(num_units)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -484,19 +386,15 @@ def process_unit(number, unit, cfg, threshold):
         return splits, paths, *encode(tokenizer, list(texts), cfg.max_doc_tokens), source_bytes
 
     def say_progress(source_bytes):
-        report_progress({
-            "documents": stats["documents train"] + stats["documents val"],
-            "tokens": stats["tokens train"] + stats["tokens val"],
-            "characters": stats["characters"],
-            "source bytes": source_bytes,
-            "shard bytes": writer.num_bytes(),
-        })  # fmt: skip
+        counts = {name: stats[f"{name} train"] + stats[f"{name} val"] for name in ("documents", "tokens")}
+        counts |= {"characters": stats["characters"], "source bytes": source_bytes, "shard bytes": writer.num_bytes()}
+        report_progress(counts)
 
     # The tokenizer runs in another thread, without the GIL.
     for splits, paths, texts, ids, source_bytes in prefetch(tokenize, batches()):
         if other and stats["compared characters"] < COMPARE_CHARS:
-            compare(stats, texts, ids, special, *other)
-        examples = most_changed(examples, inspect_changes(stats, paths, texts, tokenizer, special["[UNK]"]))
+            corpus_report.compare(stats, texts, ids, special, *other)
+        examples = most_changed(examples, corpus_report.inspect_changes(stats, paths, texts, tokenizer, special["[UNK]"]))
         for split, text, tokens in zip(splits, texts, ids):
             stats["tokens read"] += len(tokens)
             words = text.split()
@@ -527,47 +425,6 @@ def process_unit(number, unit, cfg, threshold):
     return stats["bad lines"]
 
 
-def inspect_changes(stats, paths, texts, tokenizer, unknown):
-    """Count the characters that normalization changes, in about INSPECT_CHARS of the texts; yields an example of each.
-
-    An example is (how many characters of it were changed or are unknown, how many are not ASCII, the original, what its
-    tokens decode to, its file).
-    """
-    chars, step = 0, -(-sum(map(len, texts)) // INSPECT_CHARS)
-    for path, text in zip(paths[::step], texts[::step]):
-        text = text[: INSPECT_CHARS - chars]
-        chars += len(text)
-        stats["letters inspected"] += letters(text)
-        stats["letters changed"] += changed_characters(tokenizer, text)
-        line = text[:EXAMPLE_CHARS]
-        differing = changed_characters(tokenizer, line) + unknown_characters(tokenizer, line, unknown)
-        ids = tokenizer.encode(line, add_special_tokens=False).ids
-        not_ascii = sum(not character.isascii() for character in line)
-        yield differing, not_ascii, line, tokenizer.decode(ids, skip_special_tokens=False), path
-        if chars >= INSPECT_CHARS:
-            return
-
-
-def most_changed(*examples):
-    """NUM_EXAMPLES of them: the most changed one of each file, then the next ones; of equals, the least English."""
-    ranked, rank_in_file = [], Counter()
-    for example in sorted(itertools.chain(*examples), key=lambda example: (-example[0], -example[1])):
-        ranked.append((rank_in_file[example[-1]], example))
-        rank_in_file[example[-1]] += 1
-    return [example for _, example in sorted(ranked, key=lambda pair: pair[0])[:NUM_EXAMPLES]]
-
-
-def compare(stats, texts, ids, special, other, other_special):
-    """Count the tokens that both tokenizers make of the same texts."""
-    _, other_ids = encode(other, texts)
-    stats["compared characters"] += sum(map(len, texts))
-    stats["compared words"] += sum(len(text.split()) for text in texts)
-    stats["compared bytes"] += sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
-    for name, of_texts, unknown in (("this", ids, special["[UNK]"]), ("other", other_ids, other_special["[UNK]"])):
-        stats[f"compared tokens {name}"] += sum(map(len, of_texts))
-        stats[f"compared unknown {name}"] += sum(tokens.count(unknown) for tokens in of_texts)
-
-
 def run_units(work, path_of, numbers, units, cfg, progress, *arguments):
     """Run work(number, unit, cfg, *arguments) for those of the units whose file, path_of(out, number), is missing."""
     jobs = [(number, units[number], cfg, *arguments) for number in numbers if not os.path.exists(path_of(cfg.out, number))]
@@ -592,121 +449,6 @@ def check_bad_lines(cfg, count):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The report
-
-
-def make_report(stats, longest, examples, cfg, vocab_size, seconds):
-    """What the corpus contains, as plain numbers; the last three depend on the machine."""
-    num_docs = stats["documents train"] + stats["documents val"]
-    num_tokens = stats["tokens train"] + stats["tokens val"]
-    bits = sorted(int(name.split("^")[1]) for name in stats if name.startswith("length"))
-    report = {
-        "documents": num_docs,
-        "documents_held_out": stats["documents val"],
-        "documents_empty": stats["empty documents"],
-        "documents_duplicate": stats["duplicates"],
-        "duplicates_removed": cfg.dedup,
-        "bad_lines_skipped": stats["bad lines"],
-        "skipped": names_of(stats, "skipped "),
-        "suspect": names_of(stats, "suspect "),
-        "files_without_text": names_of(stats, "without text "),
-        "tokens": num_tokens,
-        "tokens_held_out": stats["tokens val"],
-        "vocab_size": vocab_size,
-        "tokens_per_word": round(stats["tokens read"] / max(1, stats["words read"]), 4),
-        "bytes_per_token": round(stats["bytes read"] / max(1, stats["tokens read"]), 4),
-        "unknown_percent": round(100 * stats["unknown tokens"] / num_tokens, 4),
-        "unknown_characters_percent": round(100 * stats["unknown letters"] / max(1, stats["letters read"]), 4),
-        "changed_characters_percent": round(100 * stats["letters changed"] / max(1, stats["letters inspected"]), 4),
-        "decoded": [{"text": text, "tokens": decoded} for _, _, text, decoded, _ in examples],
-        **{f"fill_at_{n}": round(stats[f"fill {n}"] / num_docs / n, 4) for n in FILL_LENGTHS},
-        "lengths": {f"{2 ** (bit - 1)}-{2**bit - 1}": stats[f"length 2^{bit}"] for bit in bits},
-        "longest": [
-            {"characters": chars, "file": path, "from_byte": start, "document": number, "text": text}
-            for chars, path, start, number, text in longest
-        ],
-    }
-    if cfg.compare_tokenizer:
-        report["compared"] = {"with": cfg.compare_tokenizer, "bytes": stats["compared bytes"]}
-        for name in ("this", "other"):
-            tokens = max(1, stats[f"compared tokens {name}"])
-            report["compared"][name] = {
-                "tokens_per_word": round(tokens / max(1, stats["compared words"]), 4),
-                "bytes_per_token": round(stats["compared bytes"] / tokens, 4),
-                "unknown_percent": round(100 * stats[f"compared unknown {name}"] / tokens, 4),
-            }
-    return report | {
-        "characters": stats["characters"],
-        "seconds": round(seconds, 2),
-        "tokens_per_second": round(num_tokens / seconds),
-        "megabytes_per_second": round(stats["characters"] / seconds / 1e6, 2),
-    }
-
-
-def names_of(stats, prefix):
-    """What a Counter's names with this prefix say, NUM_SKIPPED of them at most."""
-    return [name.removeprefix(prefix) for name in itertools.islice((n for n in stats if n.startswith(prefix)), NUM_SKIPPED)]
-
-
-EXPLAINED = {
-    "documents_held_out": "for evaluation",
-    "documents_empty": "left out: they hold nothing but blanks",
-    "documents_duplicate": "texts that occurred before (--dedup=true removes them)",
-    "tokens_held_out": "for evaluation",
-    "unknown_percent": "of the tokens are [UNK]",
-    "unknown_characters_percent": "of the characters are hidden by [UNK]",
-    "changed_characters_percent": "of the characters are changed by the tokenizer's normalization, beyond case",
-    "fill_at_128": "share of a sample of 128 tokens that a document fills, on average",
-    "fill_at_512": "the same of 512 tokens",
-    "lengths": "how many documents have so many tokens",
-    "suspect": "read, but look at it",
-    "files_without_text": "gave no document",
-    "longest": "the longest documents",
-    "decoded": "a text, and what its tokens decode to",
-    "compared": "this tokenizer, and the one of --compare_tokenizer",
-}
-
-
-def print_report(report, cfg):
-    for name, value in report.items():
-        if name == "skipped":
-            value = by_file(value, report["bad_lines_skipped"])
-        if isinstance(value, list) and len(value) > NUM_PRINTED:
-            value = [*value[:NUM_PRINTED], f"and {len(value) - NUM_PRINTED:,} more, see report.json"]
-        for number, item in enumerate(value if isinstance(value, list) else [value]):
-            plain = isinstance(item, (int, float)) and not isinstance(item, bool)
-            text = f"{item:,}" if plain else item if isinstance(item, str) else json.dumps(item, ensure_ascii=False)
-            print(f"{name:26s} {text}{f'  ({EXPLAINED[name]})' if name in EXPLAINED and number == 0 else ''}")
-    hint = "one for this text: --train_tokenizer"
-    if cfg.train_tokenizer:
-        hint = "a new vocabulary needs more entries, or more text"
-    for name, reason in (
-        ("unknown_characters_percent", f"are unknown to the tokenizer, and hidden by [UNK] (see decoded; {hint})"),
-        ("changed_characters_percent", "lose accents, vowel signs or other marks (see decoded)"),
-    ):
-        if report[name] >= WARN_PERCENT:
-            print(f"warning: {report[name]:.1f} % of the characters {reason}")
-
-
-def by_file(skipped, count):
-    """One text for each file with skipped lines. count: of all, of which `skipped` may name only the first."""
-    files = {}
-    for text in skipped:
-        path, line, reason = re.fullmatch(r"(.+?): ?((?:record )?\d+)?(?:: )?(.*)", text).groups()
-        files.setdefault(path, []).append(f"{line}: {reason}" if line else reason)
-    lines = [f"{path}: {len(found):,} skipped, the first {found[0]}" for path, found in files.items()]
-    return lines + ([f"and {count - len(skipped):,} more"] if count > len(skipped) else [])
-
-
-def no_text(cfg, stats):
-    """The UserError for a source that leaves nothing to train on."""
-    kinds = {"documents val": "held out (see --val_fraction)", "empty documents": "empty", "bad lines": "skipped as unreadable"}
-    found = [f"{stats[kind]:,} {text}" for kind, text in kinds.items() if stats[kind]]
-    first = [f"the first was {text}" for text in names_of(stats, "skipped ")[:1]]
-    return UserError(f"{cfg.source}: no text to train on: {', '.join([*found, *first]) or 'its files are empty'}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The run
 
 
@@ -717,7 +459,7 @@ def given_tokenizers(cfg):
         work_path(cfg.out, "other.json"): cfg.compare_tokenizer,
     }
     wanted = {path: name for path, name in names.items() if name and not os.path.exists(path)}
-    return {path: read_tokenizer(name, cfg.cased, beside=True) for path, name in wanted.items()}
+    return {path: read_tokenizer(name, cfg.cased) for path, name in wanted.items()}
 
 
 def prepare(cfg, plan, units, given):
@@ -774,7 +516,7 @@ def prepare(cfg, plan, units, given):
     results = [read_json(unit_path(out, number), "remove the file to redo the unit") for number in range(len(units))]
     stats = sum((Counter(result["stats"]) for result in results), Counter())
     check_bad_lines(cfg, stats["bad lines"])
-    if changed := changed_files(plan["modified"], modification_times(plan["sources"])):
+    if changed := changed_files(plan["modified"], versions(plan["sources"], again=True)):
         raise UserError(f"{changed[0]}: was changed while it was read (remove {out}, and start again)")
     if not stats["documents train"]:
         raise no_text(cfg, stats)
@@ -784,7 +526,7 @@ def prepare(cfg, plan, units, given):
     stats["duplicates"] = sum(map(len, find_duplicates(out, len(units))))
     longest = heapq.nlargest(NUM_LONGEST, itertools.chain(*(result["longest"] for result in results)))
     examples = most_changed(*(result.get("examples", ()) for result in results))
-    report = make_report(stats, longest, examples, cfg, tokenizer.get_vocab_size(), time.perf_counter() - start)
+    report = corpus_report.make_report(stats, longest, examples, cfg, tokenizer.get_vocab_size(), time.perf_counter() - start)
     write_text(os.path.join(out, "report.json"), json.dumps(report, indent=1, ensure_ascii=False))
     manifest = {
         "format": 1,
@@ -797,7 +539,7 @@ def prepare(cfg, plan, units, given):
     print(f"checking {gigabytes(sum(entry['bytes'] for entry in manifest['shards']))} of shards", flush=True)
     verify(out)
     shutil.rmtree(work_path(out, ""))
-    print_report(report, cfg)
+    corpus_report.print_report(report, cfg)
     print(f"{out}: finished (after copying it: python -m tools.verify {out})")
 
 
@@ -807,8 +549,9 @@ def main(argv):
     cfg.check()
     earlier, finished = read_plan(cfg.out)
     segments = list_segments(cfg.source, cfg.doc_sep, earlier["sources"] if earlier else (), cfg.out)
+    check_used(cfg, segments)
     options = {name: value for name, value in asdict(cfg).items() if name not in FREE_OPTIONS}
-    plan = {"options": options, "sources": segments, "modified": modification_times(segments)}
+    plan = {"options": options, "sources": segments, "modified": versions(segments)}
     if earlier:
         try:
             check_same(cfg.out, plan, earlier)

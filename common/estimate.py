@@ -6,7 +6,7 @@ import torch
 from common import budget
 from common.files import gigabytes
 from common.options import UserError
-from common.processes import device_name
+from common.processes import device_name, memory_of
 
 GPU_MICRO_BATCH_TOKENS = 131072  # at most, unless asked for: on an H100 more is no faster, and 184,320 ran out of memory
 CPU_MICRO_BATCH_TOKENS = 8192  # small enough for activations to stay near the caches
@@ -28,17 +28,18 @@ PEAK_FLOPS = {
 }
 
 # Shares of a GPU's peak that training reached, by matrix FLOPs without padding (model.matrix_flops), and the
-# source: (part of the GPU's name, model, hidden_size, compile): (MFU, source). A100: what MosaicML published for eight,
+# source: (part of the GPU's name, model, hidden_size, "fp8", "compile" or ""): (MFU, source). A100: what MosaicML published for eight,
 # 1,032 and 903 samples/s each, taken as full samples of 128 tokens: 90.1 and 69.8 GFLOP.
 MEASURED_MFU = {
-    ("H200", "mosaicbert", 768, False): (0.48, "results/scaling_h200/scaling.json"),
-    ("H200", "mosaicbert", 1024, False): (0.527, "results/scaling_h200/scaling.json"),
-    ("H200", "bert", 768, True): (0.321, "results/scaling_h200/scaling.json"),
-    ("H100", "mosaicbert", 768, False): (0.464, "results/scaling_h100/scaling.json"),
-    ("H100", "mosaicbert", 1024, False): (0.495, "results/scaling_h100/scaling.json"),
-    ("H100", "bert", 768, True): (0.328, "results/race_settings/bert_512_5e-4.jsonl"),
-    ("A100", "mosaicbert", 768, False): (0.298, "published for the original's code"),
-    ("A100", "bert", 768, False): (0.202, "published for Hugging Face's BERT"),
+    ("H200", "mosaicbert", 768, "fp8"): (0.615, "results/fp8_h200/fp8_17.jsonl"),
+    ("H200", "mosaicbert", 768, ""): (0.48, "results/scaling_h200/scaling.json"),
+    ("H200", "mosaicbert", 1024, ""): (0.527, "results/scaling_h200/scaling.json"),
+    ("H200", "bert", 768, "compile"): (0.321, "results/scaling_h200/scaling.json"),
+    ("H100", "mosaicbert", 768, ""): (0.464, "results/scaling_h100/scaling.json"),
+    ("H100", "mosaicbert", 1024, ""): (0.495, "results/scaling_h100/scaling.json"),
+    ("H100", "bert", 768, "compile"): (0.328, "results/race_settings/bert_512_5e-4.jsonl"),
+    ("A100", "mosaicbert", 768, ""): (0.298, "published for the original's code"),
+    ("A100", "bert", 768, ""): (0.202, "published for Hugging Face's BERT"),
 }
 SAVED_BYTES_PER_SECOND = 0.38e9  # a checkpoint of 1.65 GB took 4.3 s on an H100's host (results/glue_h100/pretrain.jsonl)
 
@@ -92,8 +93,7 @@ def choose_micro_batch_tokens(cfg, process, backend, num_params, vocab_size):
         return cfg.micro_batch_tokens
     most = CPU_MICRO_BATCH_TOKENS
     if process.device.type == "cuda":
-        memory = torch.cuda.get_device_properties(process.device).total_memory
-        memory = min(row[0] for row in process.gather([memory]))
+        memory = min(row[0] for row in process.gather([memory_of(process.device)]))
         most = fitting_tokens(cfg, process.dtype, backend == "triton", num_params, vocab_size, memory)
         if most < cfg.seq_length:
             raise UserError(f"{device_name(process.device)}: too little memory for this model (try a smaller one)")
@@ -140,7 +140,7 @@ def print_estimate(cfg, process, backend, num_params, samples, num_val, micro_ba
     print(f"memory      about {gigabytes(memory)} for micro-batches of at most {micro_batch_tokens:,} tokens{where}")
     print(f"disk        about {gigabytes(12 * num_params * (cfg.keep_checkpoints + 1))} for checkpoints")
     here = {device_name(process.device): peak_flops(process.device)} if peak_flops(process.device) else {}
-    gpus = here or {"A100": PEAK_FLOPS["A100"], "H100": PEAK_FLOPS["H100"]}
+    gpus = here or {name: PEAK_FLOPS[name] for name in (("H100", "H200") if cfg.fp8 else ("A100", "H100"))}
     if budgeted:
         for gpu, peak in gpus.items():
             plan = expected_plan(cfg, process.world_size, gpu, peak, flops, num_val, num_params, seen)
@@ -149,7 +149,7 @@ def print_estimate(cfg, process, backend, num_params, samples, num_val, micro_ba
     flops *= cfg.max_steps * cfg.global_batch_size
     print(f"work        {flops:.3g} FLOP in matrix products{'' if here else '; on this device not estimated, on others:'}")
     for gpu, peak in gpus.items():
-        for mfu in (0.3, 0.4, 0.5):
+        for mfu in (0.4, 0.5, 0.6) if cfg.fp8 else (0.3, 0.4, 0.5):  # of the bf16 peak
             hours = flops / (peak * mfu) / 3600 / process.world_size
             print(f"time        {duration(hours)} on {process.world_size} x {gpu} at {mfu:.0%} MFU{price(hours)}")
 
@@ -160,8 +160,9 @@ def expected_plan(cfg, world_size, gpu, peak, sample_flops, num_val, num_params,
     sample_flops: of training on one sample; evaluating one of num_val takes a third of that. seen: see print_estimate.
     """
     where, seconds = f"{budget.text_of(cfg)} on {world_size} x {gpu}", budget.seconds_of(cfg, world_size)
-    for (name, model, hidden_size, compiled), (mfu, source) in MEASURED_MFU.items():
-        if name in gpu and (model, hidden_size, compiled) == (cfg.model, cfg.hidden_size, cfg.compile):
+    kind = "fp8" if cfg.fp8 else "compile" if cfg.compile else ""
+    for (name, *measured), (mfu, source) in MEASURED_MFU.items():
+        if name in gpu and measured == [cfg.model, cfg.hidden_size, kind]:
             rate = peak * mfu * world_size
             step, evaluation = sample_flops * cfg.global_batch_size / rate, sample_flops * num_val / 3 / rate
             costs = budget.Costs(step, evaluation, 12 * num_params / SAVED_BYTES_PER_SECOND)

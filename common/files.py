@@ -60,6 +60,11 @@ def read_json(path, hint):
     return value
 
 
+def read_if_there(path):
+    """The JSON object in a file, {} if there is no such file."""
+    return read_json(path, "fix or remove it") if os.path.exists(path) else {}
+
+
 def file_digest(path):
     """sha256 of a file, in hexadecimal."""
     with open(path, "rb") as file:

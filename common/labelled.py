@@ -1,4 +1,4 @@
-"""Labelled texts: rows of .csv, .tsv (where quotes are literal) and .jsonl files, also compressed.
+"""Labelled texts: rows of .csv, .tsv (where quotes are literal), .jsonl and .parquet files.
 
 Every row is kept, or named with its line; blank lines are not rows.
 """
@@ -13,8 +13,9 @@ from typing import NamedTuple
 import numpy as np
 
 from common.files import write_text
+from common.lines import numbered_lines, split_suffixes
 from common.options import UserError
-from common.sources import SEPARATORS, TABLES, numbered_lines, split_suffixes, table_rows
+from common.tables import SEPARATORS, TABLES, open_table, parquet_records, record_cells, table_rows
 
 LONG_ROW = 20  # lines
 NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)  # float() also takes 1_0, nan and inf
@@ -51,15 +52,19 @@ def read_rows(path, text_columns, label_column, cfg, default_header=None):
     cfg: has skip_bad_lines, how many bad rows to skip. default_header: column names of a table without a header.
     Raises: UserError naming file and line.
     """
-    kind, _ = split_suffixes(path)
-    if kind not in READERS:
-        raise UserError(f"{path}: unknown suffix (expected .csv, .tsv or .jsonl, also with .gz or .xz)")
-    texts, unread = {}, Counter()
-    texts.update(numbered_lines(path, cfg, unread))
-    lines = [(number, texts.get(number)) for number in range(1, len(texts) + unread["bad lines"] + 1)]
-    rows, faults, blank, columns = [], {}, [], [*text_columns, *([label_column] if label_column else [])]
-    see = f"; see --text_columns{' and --label_column' * bool(label_column)}" if hasattr(cfg, "label_column") else ""
-    for number, cells in READERS[kind](path, lines, columns, len(text_columns), default_header, see):
+    kind, compression = split_suffixes(path)
+    if kind not in (*TABLES, ".jsonl", ".json", ".parquet") or kind == ".parquet" and compression:
+        raise UserError(f"{path}: unknown suffix (expected .csv, .tsv or .jsonl, also with .gz, .xz or .zst, or .parquet)")
+    columns = [*text_columns, *([label_column] if label_column else [])]
+    own = hasattr(cfg, "label_column")  # not GLUE
+    see = f"see --text_columns{' and --label_column' * bool(label_column)}" if own else "is it the right file?"
+    rows, faults, blank = [], {}, []
+    if kind in TABLES:
+        found = read_table(path, columns, label_column, cfg, see, default_header)
+    else:
+        records = parquet_records(path, columns, see, Counter()) if kind == ".parquet" else read_lines(path, cfg)
+        found = record_cells(records, columns, see, label_column)
+    for number, cells in found:
         if cells == []:
             blank.append(number)
         elif fault := cells if isinstance(cells, str) else fault_of(cells, label_column):
@@ -102,35 +107,31 @@ def places(lines):
     return f"line{'s' * (len(lines) > 1)} {', '.join(map(str, lines[:3]))}{more}"
 
 
-def read_table(path, lines, columns, num_texts, default_header, see):
-    """Yield (line number, cells of `columns`, or the reason why there are none) of each row of a table.
+def read_lines(path, cfg):
+    """All (number, text) of a file's lines; the text is None where it is not UTF-8."""
+    texts, unread = {}, Counter()
+    texts.update(numbered_lines(path, cfg, unread))
+    return [(number, texts.get(number)) for number in range(1, len(texts) + unread["bad lines"] + 1)]
 
-    see: a hint for columns that are not there.
-    """
-    own = TABLES[split_suffixes(path)[0]]
-    layouts = [own] if default_header else [own, *((mark, True) for mark in SEPARATORS if mark != own[0])]
-    firsts = {layout: next((row for row in table_rows(lines, *layout) if row.cells or row.fault), None) for layout in layouts}
-    if not (first := firsts[own]):
+
+def read_table(path, columns, label_column, cfg, see, default_header):
+    """Yield (line number, cells of `columns`, or the reason why there are none) of each row of a table."""
+    lines = read_lines(path, cfg)
+    table = open_table(path, lines, columns, see, default_header)
+    if not table:
         return
-    # The suffix's, unless only another one gives the columns: spreadsheets write semicolons where one half is 0,5.
-    layout = next((way for way in layouts if set(columns) <= set(firsts[way].cells)), own)
-    if layout != own:
-        first = firsts[layout]
-        print(f"{path}: read with a {SEPARATORS[layout[0]]} between columns, as in its first line", flush=True)
-    if first.fault:
-        raise UserError(f"{path}:{first.first}: {first.fault} (expected the names of the columns)")
-    headless = default_header and columns[0] not in first.cells and len(first.cells) == len(default_header)
-    header = default_header if headless else first.cells
-    wanted = [position(header, name, f"{path}:{first.first}", see) for name in columns]
-    rows = list(table_rows(lines, *layout))
-    if len(columns) > num_texts and any(row.last > row.first for row in rows):
-        rows = list(table_rows(lines, *layout, row_test(rows, layout[0], len(header), wanted[-1])))
+    if table.note:
+        print(table.note, flush=True)
+    width, trusted = len(table.header.cells), getattr(cfg, "trust_quotes", False)
+    rows = list(table_rows(lines, *table.layout))
+    if label_column and not trusted and any(row.last > row.first for row in rows):
+        rows = list(table_rows(lines, *table.layout, row_test(rows, table.layout[0], width, table.columns[-1])))
     texts = dict(lines)
     for row in rows:
-        if headless or row.first != first.first:
-            other = other_separator(texts[row.first], layout[0], len(header)) if row.fault else ""
-            yield row.first, other or row.fault or [row.cells[j] for j in wanted if row.cells]
-    odd = [row for row in rows if not row.fault and (row.suspect or row.last - row.first >= LONG_ROW)]
+        if table.headless or row.first != table.header.first:
+            other = other_separator(texts[row.first], table.layout[0], width) if row.fault else ""
+            yield row.first, other or row.fault or [row.cells[j] for j in table.columns if row.cells]
+    odd = [row for row in rows if not row.fault and not trusted and (row.suspect or row.last - row.first >= LONG_ROW)]
     odd = [f"lines {row.first} to {row.last}" for row in odd]
     if odd:
         more = f", and {len(odd) - 1:,} more such rows" if len(odd) > 1 else ""
@@ -156,48 +157,6 @@ def row_test(rows, separator, columns, position):
         return label in known or bool(numbers and NUMBER.fullmatch(label) and label == label.strip())  # not as in "Berlin, 5"
 
     return is_row
-
-
-def position(header, name, where, see):
-    """The index of a column. Raises: UserError unless there is exactly one."""
-    if header.count(name) > 1:
-        raise UserError(f"{where}: {header.count(name)} columns are named {name!r} (rename all but one)")
-    if name not in header:
-        found = ", ".join(cell if cell == cell.strip() and cell.isprintable() else repr(cell) for cell in header)
-        raise UserError(f"{where}: no column {name!r} (the first row has {found[:200]}{see})")
-    return header.index(name)
-
-
-def read_json_lines(path, lines, columns, num_texts, _, see):
-    """Yield (line number, cells of `columns`, or the reason why there are none) of each JSON object, one per line."""
-    for number, line in lines:
-        yield number, "not UTF-8" if line is None else json_cells(line, columns, num_texts, see) if line.strip() else []
-
-
-def json_cells(line, columns, num_texts, see):
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return f"not valid JSON: {error} (expected one object per line)"
-    if not isinstance(record, dict) or not set(columns) <= set(record):
-        is_object = isinstance(record, dict)
-        found = f"keys: {', '.join(record)[:200]}{see}" if is_object else f"a {type(record).__name__}; one object per line"
-        return f"not an object with {', '.join(map(repr, columns))} ({found})"
-    cells = [record[name] for name in columns]
-    for i, (name, cell) in enumerate(zip(columns, cells)):
-        if cell is None:
-            return f"{name!r} is null"
-        if not isinstance(cell, str if i < num_texts else (str, int, float)):
-            return f"{name!r} is {type(cell).__name__}, expected a string{'' if i < num_texts else ' or a number'}"
-    cells = [cell if isinstance(cell, str) else json.dumps(cell) for cell in cells]
-    try:
-        "".join(cells).encode()
-    except UnicodeEncodeError:
-        return "half a surrogate pair, which is not Unicode text"
-    return cells
-
-
-READERS = {".csv": read_table, ".tsv": read_table, ".jsonl": read_json_lines, ".json": read_json_lines}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

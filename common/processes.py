@@ -159,3 +159,10 @@ def join(device, dtype, hang_timeout):
 
 def device_name(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+
+
+def memory_of(device):
+    """Bytes of memory, those in use included."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

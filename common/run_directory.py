@@ -8,7 +8,7 @@ import shutil
 import sys
 import threading
 
-from common.files import gigabytes, lock_directory, write_text
+from common.files import gigabytes, lock_directory, read_json, write_text
 from common.options import UserError
 
 
@@ -100,3 +100,21 @@ def read_log(out_dir):
 def was_evaluated(out_dir, step):
     """Whether the log has this step's evaluation."""
     return any(record.get("event") == "eval" and record.get("step") == step for _, record in read_log(out_dir))
+
+
+def pretraining_cost(path):
+    """Steps, seconds, hours of all processes and dollars behind a checkpoint of train.py; None for weights from elsewhere."""
+    starts = [record for _, record in read_log(os.path.dirname(path)) if record.get("event") == "start"]
+    if not starts or not os.path.exists(os.path.join(path, "state.json")):
+        return None
+    state, start = read_json(os.path.join(path, "state.json"), "not a checkpoint of train.py"), starts[-1]
+    gpu_hours = state.get("gpu_seconds", state["seconds"] * start["world_size"]) / 3600
+    price = start["config"]["price_per_gpu_hour"]
+    budget = {name: start["config"].get(name, 0) for name in ("budget_minutes", "budget_dollars")}
+    dollars = gpu_hours * price if price else None
+    return {**state, "gpu_hours": gpu_hours, "dollars": dollars, **budget, "device": start["device"]}
+
+
+def hours_of(device):
+    """What the log's gpu_hours are, by the name of the device: "GPU-hours", or "CPU-hours" of processes that had no GPU."""
+    return "CPU-hours" if re.match("x86|i.86|amd64|intel|arm|aarch|ppc|riscv", device or "", re.I) else "GPU-hours"

@@ -5,15 +5,17 @@ Read next: prepare_c4.py, which writes the ids to shards
 
 import collections
 import itertools
+import json
 import os
 import re
 import unicodedata
 
 import numpy as np
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from common.files import read_json
-from common.options import UserError, similar
+from common.files import read_if_there
+from common.hub import download
+from common.options import UserError
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 PART_CHARS = 2**20  # longer texts are tokenized in parts: 50 MB at once would take gigabytes
@@ -27,13 +29,19 @@ CUT_WORDS = pre_tokenizers.FixedLength(length=100)
 DROP_WORDS = pre_tokenizers.Split(Regex("^.{101,}$"), "removed")
 UNSPACED_WORD, UNSPACED_SHARE, UNSPACED_CHARS = 32, 0.1, 50 * 10**6
 SPACE = re.compile(r"[ \t\n\r]")  # where every BERT tokenizer splits; its normalizer removes \f and \x85
-HUB_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")  # [owner/]name
-# Their tokenizers read a vocab.txt as BERT's does.
-BERT_CLASSES = {"BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "PreTrainedTokenizer", "TokenizersBackend"}
+TOKENIZER_FILES = [  # the first that is there, and the settings beside it
+    "tokenizer.json", "vocab.txt", "tokenizer_config.json", "config.json", "special_tokens_map.json", "added_tokens.json",
+]  # fmt: skip
+TOKENIZER_HINT = "a tokenizer.json or its directory, a vocab.txt, or a hub id; --train_tokenizer=30000 makes one from your text"
+# transformers' classes: the first ones build the tokenizer from the vocabulary and these settings, whatever the rest of
+# tokenizer.json says; the others take tokenizer.json as it is.
+BERT_CLASSES = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer")
+PLAIN_CLASSES = ("PreTrainedTokenizer", "TokenizersBackend")
+BERT_SETTINGS = {"do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Reading and training
+# Training
 
 
 def wordpiece(cased, vocab=None, strip_accents=None, split_chinese=True):
@@ -105,111 +113,138 @@ def alphabet_size(texts, size):
     return max(MIN_ALPHABET, min(needed, size // 2))
 
 
-def read_tokenizer(name, cased=False, beside=False):
-    """The contents of a tokenizer.json. name: such a file, its directory, a BERT vocab.txt, or a hub id.
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
 
-    beside: follow the tokenizer_config.json beside a vocab.txt, and refuse one that contradicts a tokenizer.json.
-    Raises: UserError.
+
+def read_tokenizer(name, cased=False):
+    """The contents of a tokenizer.json that gives the tokens of transformers' AutoTokenizer.
+
+    name: a tokenizer.json, a BERT vocab.txt, a directory with one of them (shards, a checkpoint or a model), or a hub id.
+    cased: of a vocab.txt, unless the files beside it say so.
+    Raises: UserError, also for a setting that this project does not support.
     """
-    if os.path.isdir(name):  # shards, a checkpoint or a model
-        name = os.path.join(name, "tokenizer.json")
-    if name.endswith(".json"):
-        tokenizer, _ = load_tokenizer(name)
-        if beside:
-            check_settings(name, tokenizer)
-        with open(name, encoding="utf-8") as file:
-            return file.read()
-    if not name.endswith(".txt"):
-        if not HUB_ID.fullmatch(name):
-            near = similar(name)
-            hint = f"did you mean {near}?" if near else "a tokenizer.json or its directory, a vocab.txt, or a hub id"
-            raise UserError(f"{name}: no such tokenizer ({hint})")
-        return hub_tokenizer(name)
+    path = name if os.path.exists(name) else download(name, TOKENIZER_FILES, "tokenizer", TOKENIZER_HINT)
+    if os.path.isdir(path):
+        directory, files = path, [os.path.join(path, file) for file in TOKENIZER_FILES[:2]]
+        path = next(filter(os.path.exists, files), None)
+        if path is None:
+            raise UserError(f"{directory}: no tokenizer here (give --tokenizer; MosaicBERT's is google-bert/bert-base-uncased)")
+    if bare := path.endswith(".txt"):
+        text = read_vocabulary(path)
+    else:
+        load_tokenizer(path)
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    settings = os.path.join(os.path.dirname(path), "tokenizer_config.json")
+    about, model, extra, added = (read_if_there(os.path.join(os.path.dirname(path), file)) for file in TOKENIZER_FILES[2:])
+    if "added_tokens_decoder" in about:  # then transformers reads neither of these
+        extra = added = {}
+    is_bert = check_settings(settings, about, model, extra, bare)
+    if bare and cased and about.get("do_lower_case"):
+        raise UserError(f"{settings}: says do_lower_case, but --cased=true was given (leave it out, or change the file)")
+    tokenizer, before = Tokenizer.from_str(text), Tokenizer.from_str(text).to_str()
+    if is_bert:
+        tokenizer = as_bert_tokenizer(tokenizer, about, path, settings, lowercase=not (bare and cased))
+    add_tokens(tokenizer, json.loads(text), about, extra, added, settings)
+    return text if tokenizer.to_str() == before else tokenizer.to_str(pretty=True)
+
+
+def read_vocabulary(path):
+    """The contents of a tokenizer.json with the entries of a vocab.txt."""
     try:
-        with open(name, encoding="utf-8", newline="\n") as file:
+        with open(path, encoding="utf-8", newline="\n") as file:
             entries = [line.rstrip("\r\n") for line in file]
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{name}: {reason} (expected a vocabulary, one entry per line)") from None
+        raise UserError(f"{path}: {reason} (expected a vocabulary, one entry per line)") from None
     vocab = {entry: i for i, entry in enumerate(entries)}
     if len(vocab) < len(entries):
         line = next(i for i, entry in enumerate(entries) if vocab[entry] != i) + 1
-        raise UserError(f"{name}:{line}: {entries[line - 1]!r} is listed twice (an entry has one id)")
+        raise UserError(f"{path}:{line}: {entries[line - 1]!r} is listed twice (an entry has one id)")
     for token in SPECIAL_TOKENS:
         if token not in vocab:
-            raise UserError(f"{name}: has no {token} token (a BERT-style vocabulary is needed)")
-    tokenizer = wordpiece(vocab=vocab, **(bert_settings(name, cased, vocab) if beside else {"cased": cased}))
+            raise UserError(f"{path}: has no {token} token (a BERT-style vocabulary is needed)")
+    tokenizer = wordpiece(cased=False, vocab=vocab)
     finish(tokenizer)
     return tokenizer.to_str(pretty=True)
 
 
-def hub_tokenizer(name):
-    """The contents of a tokenizer.json of the hub: the newest, or without a connection the copy downloaded before."""
-    from huggingface_hub import HfApi, hf_hub_download
+def check_settings(path, about, model, extra, bare):
+    """Whether transformers builds BERT's tokenizer from the vocabulary and its settings; else it takes tokenizer.json as it is.
 
-    reason = ""
-    try:
-        HfApi().model_info(name, timeout=10)  # one request; a download would retry for half a minute
-    except Exception as error:  # whatever the hub's library and the network below it raise
-        reason = f"{type(error).__name__}: {error}"
-    try:
-        path = hf_hub_download(name, "tokenizer.json", local_files_only=bool(reason))
-        return Tokenizer.from_file(path).to_str(pretty=True)
-    except Exception as error:
-        reason = (reason or f"{type(error).__name__}: {error}").partition("\n")[0][:200]
-        hint = "--tokenizer=FILE takes a tokenizer.json or vocab.txt; --train_tokenizer=30000 makes one from your text"
-        raise UserError(f"{name}: no such file, and cannot be read from the hub: {reason} ({hint})") from None
-
-
-def settings_beside(name):
-    """The path and contents of the tokenizer_config.json beside a tokenizer's file, {} if there is none."""
-    path = os.path.join(os.path.dirname(name), "tokenizer_config.json")
-    settings = read_json(path, "fix or remove it") if os.path.exists(path) else {}
-    return path, {setting: value for setting, value in settings.items() if value is not None}
-
-
-def bert_settings(name, cased, vocab):
-    """The arguments of `wordpiece` for a vocab.txt: from the tokenizer_config.json beside it, else `cased`.
-
-    Raises: UserError for settings that this project does not follow.
+    about, model, extra: the contents of tokenizer_config.json (at `path`), config.json and special_tokens_map.json.
+    Raises: UserError for what is neither.
     """
-    path, settings = settings_beside(name)
-    lowercase = settings.get("do_lower_case", not cased)
-    added = [entry["content"] for entry in settings.get("added_tokens_decoder", {}).values()]
-    added_path = os.path.join(os.path.dirname(name), "added_tokens.json")
-    if os.path.exists(added_path):
-        added += read_json(added_path, "fix or remove it")
-    missing = [entry for entry in added if entry not in vocab]
-    if missing:
-        raise UserError(f"{name}: has no {missing[0]!r}, a token that the files beside it add (give a tokenizer.json)")
-    if settings.get("tokenizer_class", "BertTokenizer").removesuffix("Fast") not in BERT_CLASSES:
-        reason = f"tokenizer_class is {settings['tokenizer_class']}"
-        raise UserError(f"{path}: {reason} (of a vocab.txt, only BERT's tokenizer is supported)")
-    if not settings.get("do_basic_tokenize", True):
+    is_bert = bare or model.get("model_type") == "bert" or bool(not model and BERT_SETTINGS.keys() & about.keys())
+    named = about.get("tokenizer_class") or model.get("tokenizer_class") or (BERT_CLASSES if is_bert else PLAIN_CLASSES)[0]
+    kind = f"{named}".removesuffix("Fast")
+    if kind not in BERT_CLASSES + PLAIN_CLASSES or "auto_map" in about:
+        supported = f"only {BERT_CLASSES[0]} and {PLAIN_CLASSES[0]}Fast are supported"
+        raise UserError(f"{path}: tokenizer_class is {about.get('auto_map') or named!r} ({supported})")
+    if not about.get("do_basic_tokenize", True):
         raise UserError(f"{path}: do_basic_tokenize is false (not supported; give a tokenizer.json)")
-    if cased and lowercase:
-        raise UserError(f"{path}: says do_lower_case, but --cased=true was given (leave it out, or change the file)")
-    return {
-        "cased": not lowercase,
-        "strip_accents": settings.get("strip_accents"),
-        "split_chinese": settings.get("tokenize_chinese_chars", True),
-    }
+    for token in SPECIAL_TOKENS:
+        name = f"{token[1:-1].lower()}_token"
+        given = (about | extra).get(name) or token
+        given = given.get("content") if isinstance(given, dict) else given
+        if given != token:
+            raise UserError(f"{path}: {name} is {given!r} (only {token!r} is supported)")
+    return bare or kind in BERT_CLASSES
 
 
-def check_settings(name, tokenizer):
-    """Raises: UserError if the tokenizer_config.json beside a tokenizer.json contradicts it; transformers follows either."""
-    path, settings = settings_beside(name)
-    normalizer = tokenizer.normalizer
-    if not isinstance(normalizer, normalizers.BertNormalizer):
-        return
-    strip_accents = normalizer.strip_accents if normalizer.strip_accents is not None else normalizer.lowercase
-    for setting, value in (
-        ("do_lower_case", normalizer.lowercase),
-        ("strip_accents", strip_accents),
-        ("tokenize_chinese_chars", normalizer.handle_chinese_chars),
-    ):
-        if settings.get(setting) not in (None, value):
-            raise UserError(f"{path}: {setting} is {settings[setting]}, but {name} does otherwise (change one of them)")
+def as_bert_tokenizer(tokenizer, about, source, path, lowercase):
+    """What BertTokenizer makes of a tokenizer and the settings in tokenizer_config.json, which win. Prints what changes.
+
+    lowercase: where these say nothing.
+    """
+    settings = {**BERT_SETTINGS, "do_lower_case": lowercase}
+    for name, default in settings.items():
+        settings[name] = default if about.get(name) is None else about[name]
+        if not isinstance(settings[name], bool) and (settings[name] is not None or name != "strip_accents"):
+            raise UserError(f"{path}: {name} is {settings[name]!r} (expected true or false)")
+    old = json.loads(tokenizer.to_str())
+    if old["model"].get("type") not in ("WordPiece", "WordLevel"):
+        raise UserError(f"{source}: a {old['model'].get('type')} model (BertTokenizer needs WordPiece)")
+    lower, strip, chinese = settings.values()
+    bert = wordpiece(not lower, old["model"]["vocab"], strip, chinese)
+    finish(bert)
+    new = json.loads(bert.to_str())
+    changed = [part for part in ("normalizer", "pre_tokenizer", "model") if old[part] != new[part]]
+    if not changed and "added_tokens_decoder" not in about:  # which also replaces tokenizer.json's list
+        return tokenizer
+    if changed and source.endswith(".json"):
+        print(f"{source}: {' and '.join(changed)} set as BertTokenizer has them: {json.dumps(settings)[1:-1]}")
+    return bert
+
+
+def add_tokens(tokenizer, contents, about, extra, added, path):
+    """Add the tokens that files beside the vocabulary list, in the order of their ids. Raises: UserError.
+
+    contents: of tokenizer.json. about: of tokenizer_config.json. extra: of special_tokens_map.json. added: of
+    added_tokens.json. With added_tokens_decoder transformers reads neither of the last two.
+    """
+    try:
+        if "added_tokens_decoder" in about:
+            tokens = {int(number): token for number, token in about["added_tokens_decoder"].items()}
+        else:
+            tokens = {number: {"content": token, "normalized": True, "special": False} for token, number in added.items()}
+            tokens |= {token["id"]: token for token in contents.get("added_tokens", [])}
+        fields = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+        for number, token in sorted(tokens.items()):
+            token = {name: token[name] for name in fields if name in token}
+            tokenizer.add_tokens([AddedToken(**token)])
+            if tokenizer.token_to_id(token["content"]) != number:
+                found = tokenizer.token_to_id(token["content"])
+                raise UserError(f"{path}: added token {token['content']!r} has id {number}, but would get {found}")
+        for name in ("additional_special_tokens", "extra_special_tokens"):
+            listed = (about | extra).get(name) or []
+            for token in listed.values() if isinstance(listed, dict) else listed:
+                token = token["content"] if isinstance(token, dict) else token
+                if token not in {known["content"] for known in tokens.values()}:
+                    tokenizer.add_special_tokens([token])
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{path}: added tokens cannot be read: {type(error).__name__}: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

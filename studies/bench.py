@@ -271,15 +271,11 @@ def ceilings(bench):
     seconds = bench.time_interleaved(
         {"copy": lambda i: target.copy_(sources[i % 2]), "matrix": lambda i: (a, b)[i % 2] @ (b, a)[i % 2]}
     )
-    target.copy_(sources[0])
-    error = bench_kernels.relative_error(a @ b, a.float() @ b.float())
-    if not torch.equal(target, sources[0]) or not error <= bench_kernels.PRODUCT_ERROR:
-        raise UserError(f"this machine miscalculates: a matrix product has error {error:.1e}")
     copy, matrix = 2 * size / seconds["copy"], 2 * n**3 / seconds["matrix"]
     bench.results["ceilings"] = {"copy_bytes_per_second": copy, "matrix_flops_per_second": matrix}
     values = {"ms": 1e3 * seconds["copy"], "rate": f"{copy / 1e12:.2f} TB/s, read and write", "value": copy}
     bench.record("ceiling", "copy", values)
-    values = {"ms": 1e3 * seconds["matrix"], "rate": f"{matrix / 1e12:.0f} TFLOP/s", "value": matrix, "error": error}
+    values = {"ms": 1e3 * seconds["matrix"], "rate": f"{matrix / 1e12:.0f} TFLOP/s", "value": matrix}
     bench.record("ceiling", f"matrix_{n}", values)
     bench.free()
 

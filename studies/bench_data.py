@@ -1,11 +1,9 @@
 """How fast data is prepared and read, and whether reading slows down as the corpus grows. Run it on a quiet machine.
 
     python -m studies.bench_data --prepare='wikipedia-*.jsonl.xz' --tokenizer=vocab.txt --workers=2
-    python -m studies.bench_data --bench=data/c4
     python -m studies.bench_data --scale=/tmp/c4_sized
 
 --prepare times prepare_c4.py as a user runs it, next to the bare tokenizers library on the same text and cores.
---bench times micro-batches made by one thread.
 --scale makes shards of C4's size, in 2,048 files as from --source=c4, and a corpus of a thousandth. The offsets are real,
 the tokens are holes in sparse files, so it takes 3 GB of disk. Fresh processes open both and draw random batches.
 Results are JSON lines.
@@ -31,7 +29,7 @@ import data
 from common.options import UserError, command, load_config
 from common.sources import documents, list_segments
 from common.vocabulary import read_tokenizer
-from tests.toy import make_tokenizer
+from tests.toy import anonymous_mb, make_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 C4_DOCS, C4_TOKENS, C4_SHARDS = 364_868_892, 156e9, 2048  # allenai/c4 en, training split; tokens of T5's vocabulary
@@ -49,9 +47,7 @@ class BenchConfig:
     workers: int = 2  # processor cores
     repeats: int = 3  # runs of each; the fastest counts
     # Reading
-    bench: str = ""  # shard directory to make micro-batches from
     seq_length: int = 128  # tokens per sample, at most
-    micro_batch_tokens: int = 131072  # tokens per micro-batch, at most
     scale: str = ""  # directory for shards of C4's size, which are kept; 3 GB
     # Started by the above
     bare: bool = False  # time the bare library, in this process
@@ -125,37 +121,15 @@ def bench_bare(cfg):
 # Reading
 
 
-def time_batches(samples, batch_size, micro_batch_tokens, steps, warm_up):
+def time_batches(samples, steps=60, warm_up=10):
     """(tokens/s, tokens per CPU second, seconds a batch, CPU seconds a batch): medians over the steps after the warm-up."""
     rows = []
     for step in range(steps):
         start, cpu_start = time.perf_counter(), time.process_time()
-        batches = samples.train_step(step, batch_size, 17, 0.3, micro_batch_tokens)
+        (batch,) = samples.train_step(step, BATCH, 17, 0.3, BATCH * samples.seq_length)
         seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
-        tokens = sum(batch.num_tokens for batch in batches)
-        rows.append((tokens / seconds, tokens / cpu_seconds, seconds, cpu_seconds))
+        rows.append((batch.num_tokens / seconds, batch.num_tokens / cpu_seconds, seconds, cpu_seconds))
     return np.median(rows[warm_up:], axis=0).tolist()
-
-
-def bench_batches(cfg):
-    samples = data.Samples(cfg.bench, "train", cfg.seq_length, chunk=True)
-    batch_size = cfg.micro_batch_tokens // cfg.seq_length
-    rate, cpu_rate, _, _ = time_batches(samples, batch_size, cfg.micro_batch_tokens, steps=23, warm_up=3)
-    return {
-        "bench": "batches",
-        "cpu": cpu_name(),
-        "seq_length": cfg.seq_length,
-        "micro_batch_tokens": cfg.micro_batch_tokens,
-        "tokens_per_second": round(rate),
-        "tokens_per_cpu_second": round(cpu_rate),
-        "load_average": os.getloadavg()[0],
-    }
-
-
-def anonymous_mb():
-    """Memory of this process without mapped files, whose pages are page cache, in MB."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
-    return int(line.split()[1]) / 1000
 
 
 def measure(cfg):
@@ -165,7 +139,7 @@ def measure(cfg):
     before, start = anonymous_mb(), time.perf_counter()
     samples = data.Samples(cfg.measure, "train", cfg.seq_length, cfg.chunk)
     opened = time.perf_counter() - start
-    rate, cpu_rate, seconds, cpu_seconds = time_batches(samples, BATCH, BATCH * cfg.seq_length, steps=60, warm_up=10)
+    rate, cpu_rate, seconds, cpu_seconds = time_batches(samples)
     return {
         "bench": "scale",
         "cpu": cpu_name(),
@@ -224,7 +198,8 @@ def bench_scale(cfg):
         if chunk:  # the first run makes the index and keeps it for the next
             start = time.perf_counter()
             this_script(*argv)
-            print(json.dumps({"bench": "index", "corpus": path.name, "first_run_seconds": round(time.perf_counter() - start, 2)}))
+            seconds = round(time.perf_counter() - start, 2)
+            print(json.dumps({"bench": "index", "corpus": path.name, "first_run_seconds": seconds}))
         print(json.dumps(this_script(*argv)), flush=True)
 
 
@@ -235,12 +210,10 @@ def main(argv):
         print(json.dumps(measure(cfg)))
     elif cfg.scale:
         bench_scale(cfg)
-    elif cfg.bench:
-        print(json.dumps(bench_batches(cfg)))
     elif cfg.prepare:
         print(json.dumps(bench_bare(cfg) if cfg.bare else bench_prepare(cfg)))
     else:
-        raise UserError("nothing to do (give --prepare=SOURCE, --bench=DIR or --scale=DIR)")
+        raise UserError("nothing to do (give --prepare=SOURCE or --scale=DIR)")
 
 
 if __name__ == "__main__":

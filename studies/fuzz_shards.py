@@ -18,6 +18,7 @@ import numpy as np
 import data
 from common.batch import IGNORED
 from common.options import UserError
+from tests.toy import anonymous_mb
 
 EXTREMES = [0, 1, 2, 3, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1]
 SEQ_LENGTH = 32
@@ -71,11 +72,6 @@ def read_all(directory, chunk):
     length = min(int(shard.offsets[1] - shard.offsets[0]), SEQ_LENGTH - 2)
     assert (tokens[1 : 1 + length] == shard.tokens[:length]).all()
     assert batch.num_tokens == sum(samples.locate(numbers)[2] + 2)
-
-
-def anonymous_mb():
-    line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
-    return int(line.split()[1]) / 1000
 
 
 def main(directory, count):

@@ -10,11 +10,10 @@ tests use, does not.
 import json
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,19 +21,21 @@ import torch
 from common.options import UserError, command, load_config
 from common.processes import device_name
 from common.versions import versions
-from tests.toy import ROOT, TOY_SIZE, flags, make_documents, make_shards, read_log
+from tests import faults
+from tests.ranks import Ranks
+from tests.toy import TOY_SIZE, flags, make_documents, make_shards, read_log
 
 AT_STEP, HANG_TIMEOUT, LONGEST = 55, 15, 60  # a step at which the checkpoint of step 50 is being written; seconds; seconds
 
-# What happens to rank 1: {case: (code it runs before training, or the signal it gets, expected exit statuses)}.
+# What happens to rank 1: {case: (what it calls before training, or the signal it gets, expected exit statuses)}.
 CASES = {
     "killed": (signal.SIGKILL, [3, -9]),
     "hangs": (signal.SIGSTOP, [3, -9]),  # and is killed once rank 0 has ended
     "asked to stop": (signal.SIGTERM, [143, 143]),
-    "out of memory": (f"faults.raise_at({AT_STEP}, torch.OutOfMemoryError('here'))", [3, 2]),
-    "a bug": (f"faults.raise_at({AT_STEP}, ValueError('here'))", [3, 1]),
-    "both fail": ("pass", [2, 2]),  # their weight_decay makes updates that are not finite
-    "other options": ("faults.another_option(lr=1e-5)", [2, 2]),
+    "out of memory": (partial(faults.raise_at, AT_STEP, torch.OutOfMemoryError("here")), [3, 2]),
+    "a bug": (partial(faults.raise_at, AT_STEP, ValueError("here")), [3, 1]),
+    "both fail": (None, [2, 2]),  # their weight_decay makes updates that are not finite
+    "other options": (partial(faults.another_option, lr=1e-5), [2, 2]),
 }
 
 
@@ -42,36 +43,6 @@ CASES = {
 class GpuFaultsConfig:
     out: str = "gpu_faults"  # results, without the suffix
     toy: bool = False  # on the CPU, at toy size
-
-
-def start(cfg, data, out, port, fault, **more):
-    """Start both ranks of a run; rank 1 executes the code `fault` first."""
-    options = {
-        "data_dir": data, "out_dir": out, "max_steps": 100000, "global_batch_size": 64, "log_interval": 1, "num_layers": 2,
-        "eval_samples": 64, "lr": 1e-4, "checkpoint_interval": 50, "hang_timeout": HANG_TIMEOUT, **more,
-    }  # fmt: skip
-    if cfg.toy:
-        options |= {**TOY_SIZE, "device": "cpu"}
-    ranks = []
-    for rank in range(2):
-        code = f"import torch, train; from tests import faults; {fault if rank else 'pass'}; train.main({flags(options)!r})"
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        fixed = {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": 1, "PYTHONFAULTHANDLER": 1}
-        environment = {**os.environ, **{name: str(value) for name, value in {**place, **fixed}.items()}}
-        with open(f"{out}.{rank}.txt", "w") as output:
-            ranks.append(subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=output, stderr=output))
-    return ranks
-
-
-def ended(process):
-    """The exit status of a process, or a text if it is still alive after LONGEST seconds."""
-    try:
-        return process.wait(LONGEST)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGABRT)  # dumps its stacks
-        time.sleep(2)
-        process.kill()
-        return f"not after {LONGEST} s"
 
 
 def steps_logged(out):
@@ -91,25 +62,29 @@ def main(argv):
         data = make_shards(Path(scratch) / "data", documents, documents[:64], vocab_size=vocab_size)
         for number, (name, (what, expected)) in enumerate(CASES.items()):
             out = Path(scratch) / str(number)
+            options = {
+                "data_dir": data, "out_dir": out, "max_steps": 100000, "global_batch_size": 64, "log_interval": 1,
+                "num_layers": 2, "eval_samples": 64, "lr": 1e-4, "checkpoint_interval": 50, "hang_timeout": HANG_TIMEOUT,
+                "weight_decay": 1e30 if name == "both fail" else 0, **({**TOY_SIZE, "device": "cpu"} if cfg.toy else {}),
+            }  # fmt: skip
             by_signal = isinstance(what, signal.Signals)
-            more = {"weight_decay": 1e30} if name == "both fail" else {}
-            ranks = start(cfg, data, out, 29700 + number, "pass" if by_signal else what, **more)
+            fault = {} if by_signal else {1: what}
+            gpus = "" if cfg.toy else os.environ.get("CUDA_VISIBLE_DEVICES", "0,1")
+            ranks = Ranks(flags(options), 2, Path(scratch) / f"{number}_output", fault, gpus=gpus)
             begun = time.monotonic()
-            while all(process.poll() is None for process in ranks) and time.monotonic() - begun < 120:
+            while all(process.is_alive() for process in ranks.processes) and time.monotonic() - begun < 120:
                 if by_signal and steps_logged(out) >= AT_STEP:
                     break
                 time.sleep(0.05)
             begun = time.monotonic()
             if by_signal:
-                ranks[1].send_signal(what)
-            statuses = [ended(ranks[0])]
+                ranks.signal(what, [1])
             if what == signal.SIGSTOP:
-                ranks[1].kill()
-            statuses.append(ended(ranks[1]))
+                ranks.processes[0].join(LONGEST)
+                ranks.signal(signal.SIGKILL, [1])
+            statuses = ranks.wait(LONGEST)
             seconds = time.monotonic() - begun
-            lines = [line for rank in range(2) for line in Path(f"{out}.{rank}.txt").read_text().splitlines()]
-            if all(isinstance(status, int) for status in statuses):
-                lines = [line for line in lines if "rror" in line or line.startswith("stopped")]
+            lines = [line for line in ranks.output().splitlines() if "rror" in line or line.startswith("stopped")]
             results["cases"][name] = {
                 "statuses": statuses,
                 "expected": expected,

@@ -35,6 +35,7 @@ from model import LAYER_NORM_EPS, MaskedLM, alibi_slopes
 BACKEND = "inductor"  # of torch.compile; bench.py --toy uses one that every machine has
 LEARNING_RATE = 1e-3  # of all steps, ours too
 BYTE_LEVELS = 256
+FP8_ERROR_FACTOR = 16  # e4m3 has 4 bits of mantissa less than bf16
 
 
 class NotMeasured(Exception):
@@ -317,7 +318,7 @@ class PlainStep:
     work: bench_steps.Work. kind: "varlen", "flex" or "padded". setting: of torch.compile, or "eager" for none.
     """
 
-    largest_error = 0.0  # of its gradients, where the general rule is too strict
+    error_factor, largest_error = 2, 0.0  # see bench_steps.check_gradients
 
     def __init__(self, work, kind, setting):
         self.work, self.kind, self.setting = work, kind, setting
@@ -380,6 +381,31 @@ class PlainStep:
 
     def move(self, device):
         move([*self.masters, *self.weights], self.optimizer, device)
+
+
+class TorchaoStep(PlainStep):
+    """PlainStep with torchao's FP8 training in the matrices that ours has in FP8. recipe: "tensorwise" or "rowwise"."""
+
+    error_factor = FP8_ERROR_FACTOR
+    largest_error = 0.2  # in fp32 on a CPU, where PyTorch's own error is 0
+
+    def __init__(self, work, kind, setting, recipe):
+        try:
+            from torchao import float8
+        except ImportError:
+            raise NotMeasured("needs the package torchao") from None
+        self.float8, self.recipe = float8, recipe
+        super().__init__(work, kind, setting)
+
+    def low_precision(self, master):
+        model = super().low_precision(master)
+        on_cpu = self.work.device.type == "cpu"
+        config = dataclasses.replace(self.float8.Float8LinearConfig.from_recipe_name(self.recipe), emulate=on_cpu)
+
+        def chosen(module, name):
+            return name.endswith(("Wqkv", "gated_layers", "wo"))
+
+        return self.float8.convert_to_float8_training(model, module_filter_fn=chosen, config=config)
 
 
 class TransformersStep(PlainStep):

@@ -9,7 +9,7 @@ printed and kept with its results, so that it can be run by itself. The same com
 the others; --runs picks some, so that several machines can share the work.
 
 OUT/MODEL_MINUTESmin_seedSEED holds a run's log.jsonl, glue.json, lengths.json, commands.txt and the fine-tuning logs,
-runs.jsonl. OUT/race.tar.gz packs them all. Checkpoints stay in --work_dir until they are fine-tuned.
+runs.jsonl. Checkpoints stay in --work_dir until they are fine-tuned.
 
 Read next: results/README.md, for how the settings were chosen
 """
@@ -25,9 +25,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,7 +60,6 @@ class RaceConfig:
     price_per_gpu_hour: float = 2.5  # dollars
     tasks: str = "cola:3,mrpc:3,stsb:3,rte:3,sst2:1"  # for finetune_glue.py; empty: pretrain only, to choose settings
     finetune: str = "--recipe=fast --jobs=8"  # more finetune_glue.py options
-    bench: bool = False  # also time transformers' compiled BertForMaskedLM: needs transformers, takes 2 minutes
     # Results
     table: str = ""  # directory of finished runs: print its table and the factor
 
@@ -117,70 +115,47 @@ def finetune_command(cfg, run):
     return ["finetune_glue.py", *options, *shlex.split(cfg.finetune), f"--out={cfg.work_dir}/{run.name}_glue"]
 
 
-def bench_command(cfg):
-    toy = [] if cfg.gpus else ["--toy"]
-    return ["-m", "studies.bench", "--only=step_full/bert_default", f"--out={cfg.out}/bench.json", *toy]
-
-
 def model_options(cfg, run):
     return [*shlex.split(cfg.both), *shlex.split(getattr(cfg, run.model))]
 
 
 class Driver:
-    """A race in progress: one thread per GPU, each taking the next run from the queue."""
+    """A race in progress: a thread for each GPU."""
 
     def __init__(self, cfg):
-        self.cfg, self.begun = cfg, time.monotonic()
-        self.todo, self.lock = queue.Queue(), threading.Lock()
-        self.children, self.stopped, self.failed = set(), False, []
+        self.cfg, self.begun, self.children, self.stopped = cfg, time.monotonic(), set(), False
+        self.gpus = queue.SimpleQueue()  # those that are free
+        for gpu in range(max(1, cfg.gpus)):
+            self.gpus.put(gpu)
 
     def race(self):
         """Do all unfinished runs. Raises: UserError if some failed."""
-        runs = parse_runs(self.cfg)
-        for run in runs:
-            if self.finished(run):
-                self.say(f"{run.name}: finished")
-            else:
-                self.todo.put(run)
-        if self.cfg.bench and not os.path.exists(f"{self.cfg.out}/bench.json"):
-            self.todo.put(None)
         previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-        workers = [threading.Thread(target=self.work, args=(gpu,)) for gpu in range(max(1, self.cfg.gpus))]
-        try:
-            for worker in workers:
-                worker.start()
-            for worker in workers:
-                worker.join()
-        finally:  # leave no child behind, even when interrupted
-            self.stopped = True
-            with self.lock:
-                for child in self.children:
+        with ThreadPoolExecutor(self.gpus.qsize()) as pool:
+            try:
+                failed = [name for name in pool.map(self.attempt, parse_runs(self.cfg)) if name]
+            finally:  # leave no child behind, even when interrupted
+                self.stopped = True
+                for child in list(self.children):
                     child.terminate()
-            for worker in workers:
-                worker.join()
-            signal.signal(signal.SIGTERM, previous)
-        if self.failed:
-            raise UserError(f"failed: {', '.join(self.failed)} (run the same command to try again)")
+                signal.signal(signal.SIGTERM, previous)
+        if failed:
+            raise UserError(f"failed: {', '.join(failed)} (run the same command to try again)")
 
-    def finished(self, run):
+    def attempt(self, run):
+        """Do a run, unless it is finished; returns its name if it failed, and the others go on."""
         wanted = ("commands.txt", "glue.json") if self.cfg.tasks else ("commands.txt",)
-        return all(os.path.exists(f"{self.cfg.out}/{run.name}/{name}") for name in wanted)
-
-    def work(self, gpu):
-        while not self.stopped:
-            try:
-                run = self.todo.get_nowait()
-            except queue.Empty:
-                return
-            name = run.name if run else "bench"
-            try:
-                self.one(run, gpu) if run else self.call(bench_command(self.cfg), "bench", gpu)
-                with self.lock:
-                    self.pack()
-            except Exception as error:  # the other runs continue
-                if not self.stopped:
-                    self.failed.append(name)
-                    self.say(f"{name}: {error or type(error).__name__}")
+        if all(os.path.exists(f"{self.cfg.out}/{run.name}/{name}") for name in wanted):
+            return self.say(f"{run.name}: finished")
+        gpu = self.gpus.get()
+        try:
+            return self.one(run, gpu)
+        except (RuntimeError, OSError) as error:
+            if not self.stopped:
+                self.say(f"{run.name}: {error}")
+            return run.name
+        finally:
+            self.gpus.put(gpu)
 
     def one(self, run, gpu):
         """Pretrain, fine-tune and evaluate; keep the small files, remove the rest."""
@@ -189,16 +164,15 @@ class Driver:
         self.call(commands[0], run.name, gpu)
         os.makedirs(kept, exist_ok=True)
         if cfg.tasks:
-            commands += [finetune_command(cfg, run), *(length_command(cfg, run, length) for length in LENGTHS[run.model])]
+            commands.append(finetune_command(cfg, run))
+            self.call(commands[1], f"{run.name}_glue", gpu)
             at_lengths = {}
-            evaluation = threading.Thread(target=self.evaluate, args=(run, gpu, at_lengths))
-            evaluation.start()
-            try:
-                self.call(commands[1], f"{run.name}_glue", gpu)
-            finally:
-                evaluation.join()
-            if len(at_lengths) < len(LENGTHS[run.model]):
-                raise RuntimeError("a length has no held-out loss")
+            for length in LENGTHS[run.model]:
+                commands.append(length_command(cfg, run, length))
+                output = self.call(commands[-1], f"{run.name}_{length}", gpu)
+                match = re.search(r"held-out loss ([\d.]+), accuracy ([\d.]+)% of ([\d,]+)", output)
+                loss, percent, num_masked = (float(number.replace(",", "")) for number in match.groups())
+                at_lengths[length] = {"loss": loss, "accuracy": percent / 100, "num_masked": int(num_masked)}
             result = {"model": run.model, "minutes": run.minutes, "seed": run.seed, "lengths": at_lengths}
             write_text(f"{kept}/lengths.json", json.dumps(result, indent=1))
             write_text(f"{kept}/runs.jsonl", all_logs(f"{work}_glue/runs"))
@@ -210,49 +184,25 @@ class Driver:
             shutil.rmtree(path, ignore_errors=True)
         self.say(f"{run.name}: finished, {summary_of(read_run(kept))}")
 
-    def evaluate(self, run, gpu, found):
-        """Fill `found` with a run's {length: {"loss", "accuracy", "num_masked"}}."""
-        for length in LENGTHS[run.model]:
-            try:
-                output = self.call(length_command(self.cfg, run, length), f"{run.name}_{length}", gpu)
-            except RuntimeError as error:
-                return self.say(f"{run.name}: {error}")
-            match = re.search(r"held-out loss ([\d.]+), accuracy ([\d.]+)% of ([\d,]+)", output)
-            loss, percent, num_masked = (float(number.replace(",", "")) for number in match.groups())
-            found[length] = {"loss": loss, "accuracy": percent / 100, "num_masked": int(num_masked)}
-
     def call(self, words, name, gpu):
         """Run a command on one GPU; returns its output, kept in work_dir/NAME.txt. Raises: RuntimeError."""
+        if self.stopped:
+            raise RuntimeError("stopped")
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(self.cfg.gpus)))
         visible = visible.split(",")[gpu] if self.cfg.gpus else ""
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": visible, "PYTHONUNBUFFERED": "1"}
         self.say(f"{name}: {shlex.join(['python', *words])}")
         path = f"{self.cfg.work_dir}/{name}.txt"
         with open(path, "w", encoding="utf-8") as output:
-            with self.lock:
-                if self.stopped:
-                    raise RuntimeError("stopped")
-                argv = [sys.executable, *words]
-                child = subprocess.Popen(argv, stdout=output, stderr=subprocess.STDOUT, env=environment)
-                self.children.add(child)
-            status = child.wait()
-            with self.lock:
-                self.children.remove(child)
+            child = subprocess.Popen([sys.executable, *words], stdout=output, stderr=subprocess.STDOUT, env=environment)
+        self.children.add(child)
+        status = child.wait()
+        self.children.remove(child)
         with open(path, encoding="utf-8", errors="replace") as output:
             text = output.read()
         if status:
             raise RuntimeError(f"status {status}: {(text.strip().splitlines() or ['no output'])[-1]} (see {path})")
         return text
-
-    def pack(self):
-        """Pack all results so far into one file."""
-        partial = f"{self.cfg.out}/race.tar.gz.tmp"
-        with tarfile.open(partial, "w:gz") as archive:
-            out = glob.escape(self.cfg.out)
-            found = glob.glob(f"{out}/*/*") + glob.glob(f"{out}/*.json")
-            for path in sorted(found):
-                archive.add(path, os.path.relpath(path, self.cfg.out))
-        os.replace(partial, f"{self.cfg.out}/race.tar.gz")
 
     def say(self, text):
         print(f"{(time.monotonic() - self.begun) / 60:6.1f} min  {text}", flush=True)
@@ -263,12 +213,8 @@ def all_logs(directory):
     lines = []
     for path in sorted(glob.glob(f"{glob.escape(directory)}/*.jsonl")):
         name = os.path.basename(path).removesuffix(".jsonl")
-        with open(path, encoding="utf-8", errors="replace") as file:
-            for line in file:
-                if line.endswith("\n"):
-                    lines.append(json.dumps({"run": name, **json.loads(line)}) + "\n")
-                else:
-                    print(f"{path}: the last line was cut, and is left out")
+        with open(path, encoding="utf-8") as file:
+            lines += [json.dumps({"run": name, **json.loads(line)}) + "\n" for line in file]
     return "".join(lines)
 
 
@@ -430,7 +376,7 @@ def main(argv):
         Driver(cfg).race()
     finally:  # show what there is, even after a failure
         if glob.glob(f"{glob.escape(cfg.out)}/*/log.jsonl"):
-            print("\n".join([f"{cfg.out}/race.tar.gz", *results_text(cfg.out)]), flush=True)
+            print("\n".join(results_text(cfg.out)), flush=True)
 
 
 if __name__ == "__main__":

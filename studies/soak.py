@@ -17,13 +17,12 @@ from pathlib import Path
 import torch
 
 import train
-from tests.toy import make_shards, read_log, toy_argv
+from tests.toy import anonymous_mb, make_shards, read_log, toy_argv
 
 
 def measure():
     """(anonymous resident memory in MB, open files, threads) of this process."""
-    kilobytes = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("RssAnon"))
-    return int(kilobytes) * 1024 / 1e6, len(os.listdir("/proc/self/fd")), threading.active_count()
+    return anonymous_mb(), len(os.listdir("/proc/self/fd")), threading.active_count()
 
 
 def main(max_steps):

@@ -5,10 +5,12 @@ Marks: gpu (skipped without an NVIDIA GPU), slow (skipped unless -m names slow o
 """
 
 import functools
+import importlib
 import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -57,6 +59,29 @@ def triton_backend():
     kernels.set_backend("triton")
     yield
     kernels.set_backend("auto")
+
+
+@pytest.fixture
+def right_rounding(monkeypatch):
+    """PyTorch's rounding in Triton's interpreter, whose own truncates to bf16 and loses FP8's carries: 1.99 becomes 1."""
+    if torch.cuda.is_available():
+        return
+    from kernels.backend import tl  # after TRITON_INTERPRET is set
+
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    convert = interpreter._convert_float
+
+    def converted(x, source, target, rounding):
+        formats = {
+            tl.bfloat16: (torch.bfloat16, np.uint16), tl.float8e4nv: (torch.float8_e4m3fn, np.uint8),
+            tl.float8e5: (torch.float8_e5m2, np.uint8),
+        }  # fmt: skip
+        if source != tl.float32 or target not in formats:
+            return convert(x, source, target, rounding)
+        dtype, bits = formats[target]
+        return torch.from_numpy(np.ascontiguousarray(x).view(np.float32)).to(dtype).view(torch.uint8).numpy().view(bits)
+
+    monkeypatch.setattr(interpreter, "_convert_float", converted)
 
 
 @pytest.fixture

@@ -36,6 +36,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         hub, path = self.server, self.path.partition("?")[0].strip("/")
+        path = path.replace("/tree/main", f"/tree/{COMMIT}").replace("/resolve/main/", f"/resolve/{COMMIT}/")
         api, contents = f"api/datasets/{hub.repo}", f"datasets/{hub.repo}/resolve/{COMMIT}/"
         if path in (api, f"{api}/revision/{COMMIT}", f"{api}/revision/main"):
             hub.requests.append("info")

@@ -29,13 +29,13 @@ def context():
     return context
 
 
-def rank_main(argv, rank, world_size, port, output, fault, script):
+def rank_main(argv, rank, world_size, port, output, fault, script, gpus):
     """One rank: `script`.main(argv) in the environment that torchrun would set, with its output in a file."""
     sys.stdout = sys.stderr = open(output, "w", buffering=1)
     os.dup2(sys.stdout.fileno(), 1)
     os.dup2(sys.stdout.fileno(), 2)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES=gpus)
     faulthandler.enable()
     torch.set_num_threads(1)
     if fault:
@@ -44,9 +44,9 @@ def rank_main(argv, rank, world_size, port, output, fault, script):
 
 
 class Ranks:
-    """A run of `world_size` processes, started. faults: {rank: function to call before training}."""
+    """A run of `world_size` processes, started. faults: {rank: function to call before training}. gpus: which they see."""
 
-    def __init__(self, argv, world_size, directory, faults=None, script="train"):
+    def __init__(self, argv, world_size, directory, faults=None, script="train", gpus=""):
         Path(directory).mkdir(parents=True, exist_ok=True)
         with contextlib.closing(socket.socket()) as free:
             free.bind(("127.0.0.1", 0))
@@ -56,7 +56,9 @@ class Ranks:
             output.write_text("")
         self.processes = [
             context().Process(
-                target=rank_main, args=(argv, rank, world_size, port, output, (faults or {}).get(rank), script), daemon=True
+                target=rank_main,
+                args=(argv, rank, world_size, port, output, (faults or {}).get(rank), script, gpus),
+                daemon=True,
             )
             for rank, output in enumerate(self.outputs)
         ]

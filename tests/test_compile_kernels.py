@@ -79,7 +79,8 @@ def configurations(everything):
                 found += [("muon", kernel, arch, dtype, 0, ()) for kernel in ("look_ahead", "move")]
     for arch in (89, 90, 100, 120) if everything else (90,):
         found += [("geglu", kernel, arch, "fp8", 3072, ()) for kernel in ("forward", "backward")]
-        found += [("fp8", "quantize", arch, "fp8", C, ()) for C in ((768, 1024, 3072) if everything else (768,))]
+        for C in (768, 1024, 3072) if everything else (768,):
+            found += [("fp8", "quantize", arch, "fp8", C, none) for none in ((), ("partial_ptr",))]
     return found
 
 

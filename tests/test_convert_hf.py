@@ -275,6 +275,7 @@ def test_hub_ids(tmp_path, monkeypatch):
         return str(tmp_path)
 
     monkeypatch.setattr(hub, "snapshot_download", downloads)
+    monkeypatch.setattr(hub.HfApi, "model_info", lambda *_, **__: None)
     read_hf("someone/bert", revision="abc")
     assert asked["name"] == "someone/bert" and asked["revision"] == "abc"
     assert "pytorch_model.bin" not in asked["allow_patterns"] and "model.safetensors" in asked["allow_patterns"]
@@ -283,7 +284,7 @@ def test_hub_ids(tmp_path, monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr(hub, "snapshot_download", fails)
-    with pytest.raises(UserError, match="someone/bert: no such directory, and the download .* OSError: no network"):
+    with pytest.raises(UserError, match="someone/bert: no such directory, and it cannot be .* OSError: no network"):
         read_hf("someone/bert")
 
 

@@ -358,12 +358,51 @@ def test_scaling_is_what_was_measured():
         rows = results[f"results/scaling_h200/{name}.json"]["predicted"]
         off = [100 * (row["ms"] / row["measured_ms"] - 1) for row in rows if row["measured_ms"] and row["gpus"] > 1]
         assert len(off) == count and sentence.format(min(off), max(off)) in flat("results/README.md")
-    for (gpu, model, hidden_size, compiled), (mfu, source) in estimate.MEASURED_MFU.items():
+    for (gpu, model, hidden_size, kind), (mfu, source) in estimate.MEASURED_MFU.items():
         if source in results:
             name = "bert" if model == "bert" else {768: "base", 1024: "large"}[hidden_size]
             place = (name, "global", 2)
             rows = [row for row in results[source]["rows"] if (row["model"], row["batch"], row["gpus"]) == place]
             assert [round(row["mfu"], 3) for row in rows] == [mfu]
+
+
+def test_fp8_is_what_was_measured():
+    """results/README.md "fp8_h200": each step, loss and score; docs/speed.md, docs/training.md and README.md quote them."""
+    folder, text = ROOT / "results" / "fp8_h200", section("results/README.md", "fp8_h200/")
+    ratios = {}
+    for name in ("step_full", "step_fill80", "step_512", "step_large"):
+        rows = {row["entry"]: row for row in json.loads((folder / f"{name}.json").read_text())["rows"]}
+        if name == "step_large":
+            peer = json.loads((folder / "step_large_peer.json").read_text())["rows"]
+            rows["varlen_t2"] = next(row for row in peer if row["entry"] == "varlen_t2")
+        ours, fp8, peer = (rows[entry] for entry in ("ours", "fp8", "varlen_t2"))
+        ratios[name] = fp8["samples_per_second"] / ours["samples_per_second"]
+        cells = f"{ours['samples_per_second']:,.0f} | {fp8['samples_per_second']:,.0f} | {ratios[name]:.3f} | "
+        cells += f"{ours['peak_gib']:.1f}, {fp8['peak_gib']:.1f} | "
+        (row,) = [line for line in text.splitlines() if f"(fp8_h200/{name}.json) |" in line]
+        assert cells in row and f"{peer['samples_per_second']:,.0f}" in row.partition(cells)[2]
+        short = f"| {ours['samples_per_second']:,.0f} | {fp8['samples_per_second']:,.0f} | {ratios[name]:.2f} |"
+        assert short in text_of("docs/speed.md")
+        if name == "step_full":
+            for entry in ("flex_t2", "torchao_tensorwise", "torchao_rowwise"):
+                assert f"{rows[entry]['samples_per_second']:,.0f}" in text
+                assert entry == "flex_t2" or f"{rows[entry]['samples_per_second']:,.0f}" in text_of("docs/speed.md")
+            assert f"{ratios[name]:.2f} times as fast" in flat("README.md") and f"{ratios[name]:.2f} times" in flat("docs/training.md")
+            assert f"{fp8['samples_per_second'] / peer['samples_per_second']:.2f} times" in flat("README.md")
+    losses = {}
+    for path in folder.glob("*_1?.jsonl"):
+        losses[path.stem] = [record for record in plot.read_log(path) if record["event"] == "eval"][-1]["loss"]
+        assert f"[{losses[path.stem]:.4f}](fp8_h200/{path.name})" in text
+    means = [sum(losses[f"{kind}_{seed}"] for seed in (17, 18)) / 2 for kind in ("bf16", "fp8")]
+    spread = abs(losses["bf16_17"] - losses["bf16_18"])
+    assert f"mean is {means[1] - means[0]:.4f} higher; bf16's seeds differ by {spread:.4f}" in " ".join(text.split())
+    for kind in ("bf16", "fp8"):
+        result = json.loads((folder / f"glue_{kind}_17.json").read_text())
+        scores = [result["tasks"][task] for task in ("cola", "sst2", "mrpc", "stsb", "rte")]
+        cells = " | ".join(f"{score['score']:.1f} ± {score['score_ci95']:.1f}" for score in scores)
+        assert f"{cells} | {sum(score['score'] for score in scores) / 5:.1f} |" in text
+    mfu = median(r["mfu"] for r in plot.read_log(folder / "fp8_17.jsonl") if r["event"] == "train" and r["step"] > 200)
+    assert estimate.MEASURED_MFU["H200", "mosaicbert", 768, "fp8"][0] == pytest.approx(mfu, abs=0.002)
 
 
 def test_both_paths_end_with_these_losses():

@@ -20,7 +20,6 @@ from finetune_glue import (
     Steps,
     Worker,
     batches,
-    encode,
     load_pretrained,
     lr_at,
     main,
@@ -92,7 +91,7 @@ def test_tokens_of_texts_and_pairs(pretrained, limit):
         types.append([0] * (one + 2) + [1] * (two + 1))
     single = [[cls, *first[: limit - 2], sep] for first in words[0]]
     for examples, rows, types in ((pairs, rows, types), (texts, single, [[0] * len(row) for row in single])):
-        encoded = encode(Examples(examples, np.arange(60)), start, limit)
+        encoded = start.encode(Examples(examples, np.arange(60)), limit)
         assert encoded.lengths.tolist() == [len(row) for row in rows]
         for i, begin in enumerate(encoded.starts):
             here = slice(begin, begin + encoded.lengths[i])
@@ -138,7 +137,7 @@ def test_training_is_that_of_a_plain_transformers_loop(tmp_path):
     ours = make_classifier(start, 3, seed=0)
     ours.classifier.load_state_dict(theirs.classifier.state_dict())
     pairs = list(zip(sentences(60, 3), sentences(60, 4)))
-    encoded = encode(Examples(pairs, np.arange(60) % 3), start, 64)
+    encoded = start.encode(Examples(pairs, np.arange(60) % 3), 64)
     settings = Settings(1e-3, 0.1, 16, 2, 1)
     train_step = Steps(ours, settings, PROCESS)
     their_optimizer = torch.optim.AdamW(theirs.parameters(), betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
@@ -241,8 +240,8 @@ def test_examples_do_not_see_each_other(tmp_path, model):
     start = load_pretrained(make_run(tmp_path, model), "")
     classifier = make_classifier(start, 3, seed=1)
     pairs = list(zip(sentences(30, 5), sentences(30, 6)))
-    together = predict(classifier, encode(Examples(pairs), start, 256), PROCESS)
-    alone = [predict(classifier, encode(Examples([pair]), start, 256), PROCESS)[0] for pair in pairs]
+    together = predict(classifier, start.encode(Examples(pairs), 256), PROCESS)
+    alone = [predict(classifier, start.encode(Examples([pair]), 256), PROCESS)[0] for pair in pairs]
     np.testing.assert_allclose(together, np.stack(alone), rtol=0, atol=1e-5)
 
 
@@ -254,7 +253,7 @@ def test_schedule_and_order(pretrained, tmp_path):
     settings = Settings(1e-3, 0.1, 8, 1, 1)
     rates = [lr_at(settings, 100, step) for step in range(1, 101)]
     assert rates[0] == 0 and rates[6] == 1e-3 == max(rates) and rates[-1] == pytest.approx(1e-3 / 94)
-    encoded = encode(Examples([(text,) for text in sentences(20, 0)], np.arange(20)), load_pretrained(pretrained, ""), 256)
+    encoded = load_pretrained(pretrained, "").encode(Examples([(text,) for text in sentences(20, 0)], np.arange(20)), 256)
     labels = [batch.labels.tolist() for batch in batches(encoded, run.settings, run.seed, PROCESS.device)]
     epochs = [sum(labels[i : i + 3], []) for i in (0, 3, 6)]
     assert all(sorted(epoch) == list(range(20)) for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
@@ -299,7 +298,7 @@ def test_captured_steps_are_those_launched_one_by_one(tmp_path, model):
     process = Process(0, 1, torch.device("cuda"), torch.float32)
     settings = Settings(1e-3, 0.1, 16, 6, 1)
     start = load_pretrained(make_run(tmp_path / "run", model), "")
-    encoded = encode(Examples(list(zip(sentences(250, 3), sentences(250, 4))), np.arange(250) % 3), start, 64)
+    encoded = start.encode(Examples(list(zip(sentences(250, 3), sentences(250, 4))), np.arange(250) % 3), 64)
     ends = []
     with torch.cuda.stream(torch.cuda.Stream()):
         for use_graphs in (True, False):

@@ -128,6 +128,6 @@ def test_mistakes(log, tracker, monkeypatch, capsys):
     assert "did you mean wandb?" in refused(f"--log={log}", "--to=wandbb")
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     assert "--to=wandb: import of wandb halted" in (line := refused(f"--log={log}", "--to=wandb"))
-    assert "(pip install wandb)" in line
+    assert "(pip install wandb, if it is missing" in line
     sys.modules["trackio"].init = lambda **_: 1 / 0
-    assert "--to=trackio: division by zero (--debug shows where)" in refused(f"--log={log}", "--to=trackio")
+    assert "--to=trackio: division by zero (pip install trackio, if it is missing; --debug shows where)" in refused(f"--log={log}", "--to=trackio")

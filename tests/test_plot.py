@@ -64,7 +64,7 @@ def write_scaling(path, predicted=True):
         for gpus in (1, 2)
     ]
     rows.append({"model": "large", "gpus": 2, "not_measured": "ended with status 1"})
-    results = {"device": "Some GPU", "toy": False, "global_batch_size": 64, "per_gpu": 16, "rows": rows, "models": {}}
+    results = {"device": "Some GPU", "toy": False, "global_batch_size": 64, "per_gpu": 16, "rows": rows}
     if predicted:
         results["predicted"] = [
             scaling_row("base", "global", 2, 64, measured_ms=90.0, samples_per_second=1),
@@ -86,15 +86,16 @@ def test_scaling(tmp_path, capsys):
     assert labels[:2] == ["MosaicBERT-Base", "BERT-Base, compiled"] and "published" in labels[2]
     assert figure.axes[2].get_ylabel() == "efficiency (%)"  # this GPU's peak is unknown
     pyplot.close(figure)
-    line = fails(capsys, f"--scaling={write_scaling(tmp_path / 'measured.json', predicted=False)}")
-    assert "no prediction" in line and "python -m studies.scaling --predict=" in line
+    figure = plot.plot_scaling(plot.PlotConfig(scaling=write_scaling(tmp_path / "measured.json", predicted=False)), pyplot)
+    assert {line.get_linestyle() for axes in figure.axes for line in axes.get_lines()} <= {"-", "None"}
+    pyplot.close(figure)
 
 
 def test_what_one_file_measured_another_does_not_predict(tmp_path):
     """Four GPUs, predicted in the first file, are measured in the second."""
     from matplotlib import pyplot
 
-    more = {"device": "x", "toy": False, "models": {}, "rows": [scaling_row("base", "global", n, 64) for n in (2, 4)]}
+    more = {"device": "x", "toy": False, "rows": [scaling_row("base", "global", n, 64) for n in (2, 4)]}
     more["rows"][0]["samples_per_second"] = 1  # the first file's counts
     (tmp_path / "more.json").write_text(json.dumps(more))
     files = f"{write_scaling(tmp_path / 'scaling.json')},{tmp_path}/more.json"
@@ -189,6 +190,22 @@ def test_figures_are_drawn_and_equal_inputs_give_equal_bytes(tmp_path, capsys):
     plot.main([*kinds["glue"][0], f"--out={','.join(map(str, figures))}"])
     assert all(figure.stat().st_size > 5000 for figure in figures)
     capsys.readouterr()
+
+
+@pytest.mark.parametrize("devices, hours", [(["x86_64"], "CPU-hours"), (["NVIDIA H200", "aarch64"], "GPU-hours and CPU-hours")])
+def test_cpu_time_is_not_called_gpu_time(tmp_path, devices, hours):
+    scores, logs = [], []
+    for device in devices:
+        scores.append(write_results(tmp_path / device, device=device))
+        logs.append(str(tmp_path / device / "log.jsonl"))
+        text = "".join(json.dumps(record) + "\n" for record in (
+            {"event": "start", "device": device, "config": {}}, {"event": "train", "step": 1, "loss": 2.0, "gpu_hours": 1.0},
+        ))  # fmt: skip
+        Path(logs[-1]).write_text(text)
+    for argv in (f"--pareto={','.join(scores)}", f"--loss={','.join(logs)}"):
+        for x, words in (("gpu_hours", hours), ("gpu_minutes", hours.replace("hours", "minutes"))):
+            plot.main([argv, f"--x={x}", f"--out={tmp_path}/figure.svg"])
+            assert f">{words}{' of pretraining' * ('pareto' in argv)}<" in (tmp_path / "figure.svg").read_text()
 
 
 def test_task_names_are_those_of_fine_tuning():

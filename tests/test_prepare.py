@@ -254,7 +254,7 @@ def test_a_finished_run_has_nothing_to_do(corpus, capsys):
     "option, value",
     [
         ("val_fraction", 0.3), ("max_doc_tokens", 9), ("shard_tokens", 151), ("cased", True), ("doc_sep", "blank"),
-        ("tokenizer", "other.txt"), ("source", "0.txt"), ("max_docs", 9), ("text_key", "body"), ("train_tokenizer", 200),
+        ("tokenizer", "other.txt"), ("source", "0.txt"), ("max_docs", 9), ("train_tokenizer", 200),
     ],
 )  # fmt: skip
 def test_another_option_is_refused(corpus, monkeypatch, capsys, finished, option, value):
@@ -267,7 +267,7 @@ def test_another_option_is_refused(corpus, monkeypatch, capsys, finished, option
             prepare(**corpus)
     before = state_of("out")
     error = prepare_fails(capsys, **{**corpus, option: value})
-    was = {"cased": False, "doc_sep": "line", "text_key": "text", "tokenizer": "vocab.txt", **corpus}.get(option, 0)
+    was = {"cased": False, "doc_sep": "line", "tokenizer": "vocab.txt", **corpus}.get(option, 0)
     assert error.startswith("error: out: holds shards that differ: ") and f"{option} was {was!r} and is {value!r}" in error
     assert state_of("out") == before
 
@@ -289,7 +289,7 @@ def test_other_source_files_are_refused(corpus, capsys, change):
 
 def test_a_file_fixed_before_anything_was_made_is_accepted(capsys):
     """The user fixes the file that the error names, and repeats the command."""
-    write_files({"1.txt": b"\n".join(text.encode() for text in make_texts(30)), "2.csv": b"id;text\n1;w1\n"})
+    write_files({"1.txt": b"\n".join(text.encode() for text in make_texts(30)), "2.csv": b"id;body\n1;w1\n"})
     options = {"source": "?.txt,2.csv", "train_tokenizer": 100, "val_fraction": 0.2}
     assert prepare_fails(capsys, **options).startswith("error: 2.csv:1: no column 'text'")
     write_files({"2.csv": b"id,text\n1,w1\n"})
@@ -508,10 +508,10 @@ PACKED = random.Random(0).randbytes(5000).hex().encode()  # text that does not c
         ({"d/b.md": b"w1"}, {"source": "d"}, "d: has no file that can be read: 1 .md (expected .txt, "),
         ({"b.jsonl": JSON_LINES + b"w3\n"}, {"source": "b.jsonl"}, "b.jsonl:3: not valid JSON: "),
         ({"b.json": b'{\n "text": "w1"\n}\n'}, {"source": "b.json"}, "b.json:1: not valid JSON: "),
-        ({"b.jsonl": JSON_LINES + b'["text"]\n'}, {"source": "b.jsonl"}, "b.jsonl:3: no 'text' (keys: none; see --text_key;"),
+        ({"b.jsonl": JSON_LINES + b'["text"]\n'}, {"source": "b.jsonl"}, "b.jsonl:3: a list, not an object (expected one object per line;"),
         ({"b.jsonl": b'{"a": 1, "b": 2}'}, {"source": "b.jsonl"}, "b.jsonl:1: no 'text' (keys: a, b; see --text_key;"),
         ({"b.jsonl": JSON_LINES}, {"source": "b.jsonl", "text_key": "body"}, "b.jsonl:1: no 'body' (keys: text;"),
-        ({"b.jsonl": b'\n{"text": null}'}, {"source": "b.jsonl"}, "b.jsonl:2: 'text' is NoneType (expected a string;"),
+        ({"b.jsonl": b'\n{"text": null}'}, {"source": "b.jsonl"}, "b.jsonl:2: 'text' is null ("),
         ({"b.txt": b"w1\nw\xe9\n"}, {"source": "b.txt"}, "b.txt:2: not UTF-8: "),
         ({"b.txt": "w1\n".encode("utf-16")}, {"source": "b.txt"}, "b.txt: looks like UTF-16, not UTF-8 text (iconv"),
         ({"b.txt": b""}, {"source": "b.txt"}, "b.txt: no text to train on"),

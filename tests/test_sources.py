@@ -20,7 +20,7 @@ from huggingface_hub import HfFileSystem, constants
 
 import data
 import prepare_c4
-from common import sources
+from common import remote, sources
 from tests.corpus import VOCAB, ids, interrupted, make_texts, only_whole_files, prepare, prepare_fails, raise_interrupt
 from tests.corpus import stored, text_report, texts_of, workplace, write_files, write_texts, write_vocab  # noqa: F401
 from tests.hub import COMMIT, Hub
@@ -60,7 +60,7 @@ def parquet(rows_a_group=None, **columns):
         ({"a.jsonl": '{"text": "w1\u2028w2\x85 w3"}\n'.encode()}, "a.jsonl", {}, ["w1 w2 w3"]),
         ({"a.jsonl": b'\xef\xbb\xbf{"text": "w1\\nw2"}\r\n{"text": "w3"}\r\n'}, "a.jsonl", {}, ["w1 w2", "w3"]),
         ({"a.jsonl": b'{"text": 1, "body": "w1"}\n'}, "a.jsonl", {"text_key": "body"}, ["w1"]),
-        ({"a.json": b'{"text": "w1"}\n{"text": "w2"}\n'}, "a.json", {"doc_sep": "file"}, ["w1", "w2"]),
+        ({"a.json": b'{"text": "w1"}\n{"text": "w2"}\n'}, "a.json", {}, ["w1", "w2"]),
         ({"a.txt.gz": gzip.compress(b"w1\nw2\n") + gzip.compress(b"w3\n")}, "a.txt.gz", {}, ["w1", "w2", "w3"]),
         ({"a.jsonl.xz": lzma.compress(b'{"text": "w1"}\n')}, "a.jsonl.xz", {}, ["w1"]),
         ({"A.TXT": b"w1\n"}, "A.TXT", {}, ["w1"]),
@@ -209,18 +209,20 @@ def test_a_file_without_permission(capsys, name, contents):
 @pytest.mark.parametrize(
     "files, options, says",
     [
-        ({"b.csv": b"w1"}, {"source": "b.csv"}, "b.csv:1: no column 'text' (found: w1; see --text_key)"),
+        ({"b.csv": b"w1"}, {"source": "b.csv"}, "b.csv:1: no column 'text' (the first row has w1; see --text_key)"),
         ({"b.tsv": b"id\ttext\n1\n"}, {"source": "b.tsv"}, "b.tsv:2: 1 column, expected 2 (is a tab outside quotes?; --skip_bad_lines=100 skips such lines)"),
         ({"b.csv": b"id,text\n1,w1,w2\n"}, {"source": "b.csv"}, "b.csv:2: 3 columns, expected 2 (is a comma outside quotes?; --skip_bad_lines=100 skips"),
         ({"b.csv": b'text\nw1\n"w2\nw3\n'}, {"source": "b.csv"}, "b.csv:3: unexpected end of data, up to line 4 (is a quote not closed?;"),
         ({"b.csv": b"text\nw1\nw\xff\n"}, {"source": "b.csv"}, "b.csv:3: not UTF-8: "),
+        ({"b.txt": b"w1"}, {"source": "b.txt,stdlib", "text_key": "body"}, "text_key=body: --source=b.txt,stdlib has no keys or columns ("),
+        ({"b.csv": b"text\nw1"}, {"source": "b.csv", "doc_sep": "file"}, "doc_sep=file: only for .txt, and --source=b.csv has none"),
         ({"b.csv": b""}, {"source": "b.csv"}, "b.csv: no text to train on"),
         ({"b.json": b'[{"text": "w1"}, {"tex": "w2"}]'}, {"source": "b.json"}, "b.json: record 2: no 'text' (keys: tex;"),
         ({"b.json": b'[{"text": "w1"},'}, {"source": "b.json"}, "b.json: not valid JSON: "),
         ({"b.parquet": b"w1"}, {"source": "b.parquet"}, "b.parquet: "),
         ({"b.parquet": parquet(text=["w1"] * 50)[:-20]}, {"source": "b.parquet"}, "b.parquet: "),
-        ({"b.parquet": parquet(body=["w1"])}, {"source": "b.parquet"}, "b.parquet: no column 'text' (found: body; see --text_key)"),
-        ({"b.parquet": parquet(text=[1, 2])}, {"source": "b.parquet"}, "b.parquet: 'text' is int64 (expected strings"),
+        ({"b.parquet": parquet(body=["w1"])}, {"source": "b.parquet"}, "b.parquet: no column 'text' (the first row has body; see --text_key)"),
+        ({"b.parquet": parquet(text=[1, 2])}, {"source": "b.parquet"}, "b.parquet:1: 'text' is int (expected a string; see --text_key; --skip_bad_lines"),
         ({"b.parquet": parquet(text=["w1", None])}, {"source": "b.parquet"}, "b.parquet:2: 'text' is null (--skip_bad_lines=100 skips such lines)"),
         ({"b.txt.zst": zstd(b"w1\n" + PACKED)[:-9]}, {"source": "b.txt.zst"}, "b.txt.zst:1: Truncated compressed stream (truncated, or not a .zst"),
         ({"b.txt.zst": b"w1\nw2\n"}, {"source": "b.txt.zst"}, "b.txt.zst:1: ZSTD decompress failed"),
@@ -328,6 +330,17 @@ def test_a_dataset_and_a_tokenizer_of_the_hub_from_a_downloaded_copy():
     check_refused(result, "someone/else: cannot be read: LocalEntryNotFoundError")
 
 
+def test_a_file_and_a_folder_of_the_hub_by_url():
+    """At the branch's commit of today: what changes with it is its blob."""
+    make_tokenizer("tokenizer.json")
+    with Hub("someone/some.texts", TEXTS) as hub:
+        environment = {"HF_ENDPOINT": hub.url, "NO_PROXY": "127.0.0.1"}
+        for source, out in (("en/train-0.jsonl", "file"), ("en", "folder")):
+            result = prepare_with_hub(environment, source=f"hf://datasets/someone/some.texts/{source}", tokenizer="tokenizer.json", out=out)
+            assert result.returncode == 0, result.stderr
+        assert stored(out="file") == [[6], [7]] and stored(out="folder") == [[6], [7], [8], [14]]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # C4, from a local server
 
@@ -350,7 +363,7 @@ def c4(monkeypatch):
         monkeypatch.setattr(time, "sleep", waits.append)
         monkeypatch.setattr(logging.getLogger("huggingface_hub"), "disabled", True)
         monkeypatch.setattr(sources, "C4_FILES", {"train": ("en/t%d.json.gz", 2), "val": ("en/v%d.json.gz", 1)})
-        monkeypatch.setattr(sources, "READ_AHEAD", 2000)
+        monkeypatch.setattr(remote, "READ_AHEAD", 2000)
         monkeypatch.setattr(prepare_c4, "UNIT_BYTES", 1)
         HfFileSystem.clear_instance_cache()
         yield texts, hub, waits

@@ -1,5 +1,6 @@
 """Other people's trouble with preparing data: text that is lost or changed, rows that are swallowed, bombs, sources that change."""
 
+import csv
 import gzip
 import json
 import os
@@ -16,7 +17,7 @@ import pytest
 from tokenizers import Tokenizer
 
 import prepare_c4
-from common import sources, vocabulary, workers
+from common import corpus_report, lines, sources, tables, vocabulary, workers
 from tests.corpus import VOCAB, ids, interrupted, make_texts, prepare, prepare_fails, stored, text_report, texts_of, workplace, write_files, write_texts, write_vocab  # noqa: F401
 from tests.toy import SPECIAL, make_tokenizer
 
@@ -165,7 +166,7 @@ def test_the_settings_beside_a_vocabulary_are_followed(settings, expected):
     transformers = pytest.importorskip("transformers")
     write_vocab([*SPECIAL, "W1", "e", "é", "中"], "d.txt")
     write_files({"d/vocab.txt": Path("d.txt").read_bytes(), "d/tokenizer_config.json": json.dumps(settings).encode()})
-    tokenizer = Tokenizer.from_str(vocabulary.read_tokenizer("d/vocab.txt", beside=True))
+    tokenizer = Tokenizer.from_str(vocabulary.read_tokenizer("d/vocab.txt"))
     assert tokenizer.encode("W1 é 中中", add_special_tokens=False).tokens[:3] == expected
     theirs = transformers.BertTokenizerFast.from_pretrained("d", **settings)
     assert tokenizer.encode("W1 é 中中").ids == theirs("W1 é 中中").input_ids
@@ -174,12 +175,12 @@ def test_the_settings_beside_a_vocabulary_are_followed(settings, expected):
 @pytest.mark.parametrize(
     "files, cased, says",
     [
-        ({"tokenizer_config.json": {"tokenizer_class": "BertJapaneseTokenizer"}}, False, "d/tokenizer_config.json: tokenizer_class is BertJ"),
+        ({"tokenizer_config.json": {"tokenizer_class": "BertJapaneseTokenizer"}}, False, "d/tokenizer_config.json: tokenizer_class is 'BertJ"),
         ({"tokenizer_config.json": {"do_basic_tokenize": False}}, False, "d/tokenizer_config.json: do_basic_tokenize is false"),
         ({"tokenizer_config.json": {"do_lower_case": True}}, True, "d/tokenizer_config.json: says do_lower_case, but --cased=true"),
         ({"tokenizer_config.json": []}, False, "d/tokenizer_config.json: holds a list"),
-        ({"added_tokens.json": {"[NEW]": 400}}, False, "d/vocab.txt: has no '[NEW]', a token that the files beside it add"),
-        ({"tokenizer_config.json": {"added_tokens_decoder": {"400": {"content": "[X]"}}}}, False, "d/vocab.txt: has no '[X]'"),
+        ({"added_tokens.json": {"[NEW]": 400}}, False, "d/tokenizer_config.json: added token '[NEW]' has id 400"),
+        ({"tokenizer_config.json": {"added_tokens_decoder": {"400": {"content": "[X]"}}}}, False, "d/tokenizer_config.json: added token '[X]' has id 400"),
     ],
 )  # fmt: skip
 def test_settings_that_are_not_followed_are_refused(capsys, files, cased, says):
@@ -189,13 +190,16 @@ def test_settings_that_are_not_followed_are_refused(capsys, files, cased, says):
 
 
 @pytest.mark.parametrize("setting", ["do_lower_case", "strip_accents", "tokenize_chinese_chars"])
-def test_settings_that_contradict_a_tokenizer_json_are_refused(capsys, setting):
-    write_files({"a.txt": b"w1\n", "d/tokenizer.json": vocabulary.read_tokenizer("vocab.txt").encode()})
-    write_files({"d/tokenizer_config.json": json.dumps({setting: True}).encode()})
-    prepare(source="a.txt", val_fraction=0, tokenizer="d")
+def test_settings_that_contradict_a_tokenizer_json_win(capsys, setting):
+    """As for tools.convert_hf --from_hf, which reads them by the same code."""
+    write_vocab([*SPECIAL, "w1", "W1", "e", "é", "中", "中中"], "v.txt")
+    write_files({"d/tokenizer.json": vocabulary.read_tokenizer("v.txt").encode(), "a.txt": "w1 W1 é 中中\n".encode()})
     write_files({"d/tokenizer_config.json": json.dumps({setting: False}).encode()})
-    error = prepare_fails(capsys, source="a.txt", tokenizer="d", out="no")
-    assert error.startswith(f"error: d/tokenizer_config.json: {setting} is False, but d/tokenizer.json does otherwise")
+    prepare(source="a.txt", val_fraction=0, tokenizer="d", out="other")
+    expected = {"do_lower_case": "w1 W1 é 中 中", "strip_accents": "w1 w1 é 中 中", "tokenize_chinese_chars": "w1 w1 e 中中"}
+    encoding = Tokenizer.from_file("other/tokenizer.json").encode("w1 W1 é 中中", add_special_tokens=False)
+    assert " ".join(encoding.tokens) == expected[setting]
+    assert "d/tokenizer.json: normalizer set as BertTokenizer has them: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("shift", ["gap", "double"])
@@ -240,6 +244,15 @@ def test_a_cell_that_may_have_swallowed_rows_is_named():
     prepare(source="a.csv", val_fraction=0)
     assert text_report()["suspect"] == ["a.csv:3: a cell holds the next lines, to 5 (is a quote not closed?)"]
     assert text_report()["documents"] == 3
+
+
+@pytest.mark.parametrize("name, contents", [("a.csv", b"id;text\n1;w1\n2;w2\n"), ("a.tsv", b"id,text\n1,w1\n2,w2\n")])
+def test_another_separator_is_read_and_said(name, contents):
+    write_files({name: contents})
+    prepare(source=name, val_fraction=0)
+    assert texts_of(stored()) == ["w1", "w2"]
+    mark = "semicolon" if name == "a.csv" else "comma"
+    assert text_report()["suspect"] == [f"{name}: read with a {mark} between columns, as in its first line"]
 
 
 def test_every_row_is_kept_or_named():
@@ -324,9 +337,9 @@ def test_an_output_inside_the_source_is_not_read(capsys, source):
         ({"texts/a.txt": b"w1"}, {"source": "./textz"}, "./textz: no such source (did you mean ./texts?;"),
         ({}, {"source": "../textz"}, "../textz: no such source ("),
         ({"d/a.pdf": b"", "d/b.pdf": b"", "d/README.md": b""}, {"source": "d"}, "d: has no file that can be read: 2 .pdf, 1 .md (expected .txt,"),
-        ({"b.csv": b"id;text\n1;w1\n"}, {"source": "b.csv"}, "b.csv:1: no column 'text' (found: id;text; are columns separated by ';'? .csv takes commas, .tsv tabs; to convert: python -c \"import csv, sys; csv.writer("),
-        ({"b.tsv": b"id,text\n1,w1\n"}, {"source": "b.tsv"}, "b.tsv:1: no column 'text' (found: id,text; are columns separated by ','? "),
-        ({"b.jsonl": b'{"text": "w1"}\n{"text": null}\n'}, {"source": "b.jsonl"}, "b.jsonl:2: 'text' is NoneType (expected a string; --skip_bad_lines=100 skips such lines)"),
+        ({"b.csv": b"id;body\n1;w1\n"}, {"source": "b.csv"}, "b.csv:1: no column 'text' (the first row has id;body; see --text_key)"),
+        ({"b.csv": b"text,text\nw1,w2\n"}, {"source": "b.csv"}, "b.csv:1: 2 columns are named 'text' (rename all but one)"),
+        ({"b.jsonl": b'{"text": "w1"}\n{"text": null}\n'}, {"source": "b.jsonl"}, "b.jsonl:2: 'text' is null (--skip_bad_lines=100 skips such lines)"),
         ({"b.jsonl": b'{"text": ' + b"[" * 10**5}, {"source": "b.jsonl"}, "b.jsonl:1: not valid JSON: "),
         ({"b.json": b"[" * 10**5}, {"source": "b.json"}, "b.json: not valid JSON: "),
         ({b"d/\xff.txt".decode(errors="surrogateescape"): b"w1"}, {"source": "d"}, "'d/\\udcff.txt': the file name is not UTF-8 (rename it)"),
@@ -378,12 +391,13 @@ def test_the_time_left_counts_finished_text_and_is_never_zero(monkeypatch, capsy
 # H. Bombs
 
 
-@pytest.mark.parametrize("name", ["b.txt.gz", "b.jsonl.gz", "b.csv.gz", "b.tsv.gz"])
-@pytest.mark.parametrize("doc_sep", ["line", "file"])
+@pytest.mark.parametrize("name, doc_sep", [
+    ("b.txt.gz", "line"), ("b.txt.gz", "file"), ("b.jsonl.gz", "line"), ("b.csv.gz", "line"), ("b.tsv.gz", "line"),
+])  # fmt: skip
 def test_a_line_that_fills_any_memory_is_an_error(monkeypatch, capsys, name, doc_sep):
     """A 1 MB .gz that holds a line of 1 GB took 20 GB."""
-    monkeypatch.setattr(sources, "MAX_TEXT", 2**20)
-    sources.csv.field_size_limit(2**20)
+    monkeypatch.setattr(lines, "MAX_TEXT", 2**20)
+    csv.field_size_limit(2**20)
     first = {"b.jsonl.gz": b'{"text": "w1"}'}.get(name, b"text\nw1" if name[2] in "ct" and "txt" not in name else b"w1")
     write_files({name: gzip.compress(first + b"\n" + b"x" * 2**24 + b"\n" + first.split(b"\n")[-1] + b"\n")})
     error = prepare_fails(capsys, source=name, val_fraction=0, doc_sep=doc_sep, max_doc_tokens=126, out="no")
@@ -391,7 +405,7 @@ def test_a_line_that_fills_any_memory_is_an_error(monkeypatch, capsys, name, doc
     assert error.startswith(f"error: {name}:{number}: a line of more than 1.0 MB (split it; --skip_bad_lines=100 skips such lines)")
     prepare(source=name, val_fraction=0, doc_sep=doc_sep, skip_bad_lines=1)
     assert sum(stored(), []) == ids("w1 w1") and text_report()["bad_lines_skipped"] == 1
-    sources.csv.field_size_limit(sources.MAX_TEXT)
+    csv.field_size_limit(sources.MAX_TEXT)
 
 
 @pytest.mark.parametrize("doc_sep", ["blank", "file"])
@@ -526,7 +540,7 @@ def test_old_mac_line_ends_are_named(capsys):
 
 def test_skipped_lines_are_printed_by_file(capsys):
     skipped = [f"a.jsonl:{i}: bad (worse)" for i in range(7, 12)] + ["b.json: record 3: null", "c.txt: looks like a PDF (no)"]
-    assert prepare_c4.by_file(skipped, 9) == [
+    assert corpus_report.by_file(skipped, 9) == [
         "a.jsonl: 5 skipped, the first 7: bad (worse)", "b.json: 1 skipped, the first record 3: null",
         "c.txt: 1 skipped, the first looks like a PDF (no)", "and 2 more",
     ]  # fmt: skip
@@ -567,7 +581,7 @@ def test_a_tokenizer_of_the_hub_without_a_connection(monkeypatch, capsys):
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
     write_texts("a.txt", make_texts(20))
     error = prepare_fails(capsys, source="a.txt", tokenizer="someone/nothing")
-    assert error.startswith("error: someone/nothing: no such file, and cannot be read from the hub: OSError: no network (--tok")
+    assert error.startswith("error: someone/nothing: no such tokenizer, and it cannot be read from the hub: OSError: no network (")
     assert "--train_tokenizer=30000" in error and not os.path.exists("out")
 
 
@@ -576,7 +590,7 @@ def test_a_dictionary_in_parquet_takes_bounded_memory(monkeypatch, capsys):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
-    monkeypatch.setattr(sources, "MAX_ARRAY", 10_000)
+    monkeypatch.setattr(tables, "MAX_BATCH", 10_000)
     parquet.write_table(pyarrow.table({"id": range(300), "text": ["w1 " * 1000] * 300}), "a.parquet")
     sizes, real = [], parquet.ParquetFile.iter_batches
 
@@ -590,4 +604,4 @@ def test_a_dictionary_in_parquet_takes_bounded_memory(monkeypatch, capsys):
     (segment,) = sources.list_segments("a.parquet")
     assert sum(1 for _ in sources.documents(segment, cfg, Counter())) == 300 and max(sizes) < 11_000
     monkeypatch.setattr(sources, "MAX_TEXT", 2_000)
-    assert "a.parquet:1: a cell of more than 0.0 MB (split it" in prepare_fails(capsys, source="a.parquet")
+    assert "a.parquet:1: a text of more than 0.0 MB (split it" in prepare_fails(capsys, source="a.parquet")

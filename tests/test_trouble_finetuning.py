@@ -11,10 +11,13 @@ import torch
 
 import checkpoint
 import finetune_glue
+from common.encoded import Encoded
 from common.labelled import read_rows
 from common.options import UserError
 from common.processes import Process
-from finetune_glue import load_classifier, load_pretrained, make_classifier, pretraining_cost
+from common.run_directory import pretraining_cost
+from finetune_glue import load_classifier, load_pretrained, make_classifier
+from model import ModelConfig
 from tests import toy
 from tests.test_finetune_glue import CPU, sentences, suite, write_glue
 from tests.test_finetune_own import settings, write_labelled
@@ -169,7 +172,7 @@ def test_attention_that_cannot_fit_is_refused(pretrained, tmp_path, files, capfd
     for memory, says in ((401e6, "training starts"), (400e6, "max_length=8192: texts of up to 5,002 tokens take 400.3 MB")):
         monkeypatch.setattr(finetune_glue, "memory_of", lambda device: memory)
         assert says in fails(main, argv, capfd)
-    assert "max_length=100000: must be at most 8192" in fails(main, [*argv, "--max_length=100000"], capfd)
+    assert "max_length=100000: must be 5 to 8192" in fails(main, [*argv, "--max_length=100000"], capfd)
 
 
 @pytest.mark.parametrize("length, sizes", [(512, [64, 16]), (2048, [16] * 5), (4096, [4] * 20), (8192, [1] * 80)])
@@ -177,9 +180,11 @@ def test_long_texts_are_scored_a_few_at_a_time(length, sizes):
     """Plain attention for n texts of this length takes n * length^2 numbers per head."""
     found, starts = [], np.arange(80) * length
     ids, labels = np.zeros(80 * length, np.int32), np.zeros(80, np.int64)
-    encoded = finetune_glue.Encoded(ids, ids, starts, np.full(80, length), labels, range(80))
+    encoded = Encoded(ids, ids, starts, np.full(80, length), labels, range(80))
 
     class Model:
+        cfg = ModelConfig()
+
         def eval(self):
             pass
 
@@ -247,6 +252,27 @@ def test_an_open_quote_takes_one_row_with_it(tmp_path, capsys):
         rows = read_rows(str(path), ("text",), "label", settings(skip_bad_lines=2))
         assert [row.cells for row in rows] == [["b", "2"], ["d", "5"]]
         assert re.fullmatch(r"skipped .*:2(: .*\nskipped .*:|, )4: .*\n", capsys.readouterr().out)
+
+
+def test_quotes_can_be_trusted(tmp_path, capsys):
+    """A quoted table inside a cell looks like rows."""
+    path, table = tmp_path / "a.csv", "x,1\ny,2\nz,1"
+    path.write_text(f'text,label\n"{table}",1\nb,2\nc,1\n')
+    with pytest.raises(UserError, match="a.csv:2: one row up to line 4, .* if the quotes are right: --trust_quotes=true"):
+        read_rows(str(path), ("text",), "label", settings())
+    rows = read_rows(str(path), ("text",), "label", settings(trust_quotes=True))
+    assert [row.cells for row in rows] == [[table, "1"], ["b", "2"], ["c", "1"]] and capsys.readouterr().out == ""
+
+
+def test_parquet(tmp_path):
+    """As .jsonl: a number is a label, null is no text."""
+    pyarrow = pytest.importorskip("pyarrow")
+    path = tmp_path / "a.parquet"
+    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.table({"label": [1, 2, 3], "text": ["a", None, "c"]}), path)
+    with pytest.raises(UserError, match="a.parquet:2: 'text' is null"):
+        read_rows(str(path), ("text",), "label", settings())
+    rows = read_rows(str(path), ("text",), "label", settings(skip_bad_lines=1))
+    assert rows == [(0, 1, ["a", "1"]), (2, 3, ["c", "3"])]
 
 
 def test_a_long_text_in_quotes(tmp_path, capsys):
@@ -337,9 +363,9 @@ def test_predictions_are_of_the_files_rows(pretrained, tmp_path, capsys):
     "contents, says",
     [
         (None, "new.jsonl: No such file"),
-        ('{"text": "\\ud800"}\n', "new.jsonl:1: half a surrogate pair"),
-        ('{"text": {"a": "b"}}\n', "new.jsonl:1: 'text' is dict, expected a string"),
-        ('{"texts": "a"}\n', "new.jsonl:1: not an object with 'text'"),
+        ('{"text": "\\ud800"}\n', "new.jsonl:1: 'text' has half a surrogate pair"),
+        ('{"text": {"a": "b"}}\n', "new.jsonl:1: 'text' is dict (expected a string"),
+        ('{"texts": "a"}\n', "new.jsonl:1: no 'text' (keys: texts; see"),
         ("", "new.jsonl: no examples"),
     ],
 )

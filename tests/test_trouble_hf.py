@@ -14,11 +14,11 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 
 import checkpoint
 from common.options import UserError
-from common.vocabulary import load_tokenizer
+from common.vocabulary import load_tokenizer, read_tokenizer
 from tests.toy import SPECIAL, make_run
 from tools import convert_hf, fill_mask
 from tools.hf import card, write
-from tools.hf.read import find_tokenizer, read_hf
+from tools.hf.read import read_hf
 
 transformers = pytest.importorskip("transformers")
 
@@ -83,7 +83,7 @@ SETTINGS = {
 def test_tokens_are_those_of_transformers(tmp_path, name):
     path = foreign(tmp_path / "model", **SETTINGS[name])
     theirs = transformers.AutoTokenizer.from_pretrained(path)
-    ours, _ = load_tokenizer("ours", find_tokenizer(path))
+    ours, _ = load_tokenizer("ours", read_tokenizer(path))
     assert len(theirs) == ours.get_vocab_size()
     for text in TEXTS:
         assert ours.encode(text, add_special_tokens=False).ids == theirs(text, add_special_tokens=False)["input_ids"], text
@@ -92,11 +92,11 @@ def test_tokens_are_those_of_transformers(tmp_path, name):
 def test_a_file_that_says_everything_stays_as_it_is(tmp_path):
     path = foreign(tmp_path / "model")
     text = (tmp_path / "model/tokenizer.json").read_text()
-    assert find_tokenizer(path) == find_tokenizer(f"{path}/tokenizer.json") == text
+    assert read_tokenizer(path) == read_tokenizer(f"{path}/tokenizer.json") == text
 
 
 def test_a_setting_that_wins_over_the_file_is_printed(tmp_path, capsys):
-    find_tokenizer(foreign(tmp_path / "model", cased=True))
+    read_tokenizer(foreign(tmp_path / "model", cased=True))
     assert 'normalizer set as BertTokenizer has them: "do_lower_case": true' in capsys.readouterr().out
 
 
@@ -117,7 +117,7 @@ def test_a_setting_that_wins_over_the_file_is_printed(tmp_path, capsys):
 )
 def test_other_settings_are_refused_by_name(tmp_path, about, says):
     with pytest.raises(UserError) as error:
-        find_tokenizer(foreign(tmp_path / "model", **about))
+        read_tokenizer(foreign(tmp_path / "model", **about))
     assert says in str(error.value)
 
 
@@ -188,7 +188,7 @@ def check_in_process(monkeypatch):
 def test_an_import_is_compared_with_transformers(tmp_path, capsys, monkeypatch, check_in_process):
     make_bert(tmp_path / "model")
     argv = [f"--from_hf={tmp_path / 'model'}", f"--out={tmp_path / 'run'}"]
-    monkeypatch.setattr(convert_hf, "read_hf", lambda path, **_: (*read_hf(path)[:2], find_tokenizer(cased)))
+    monkeypatch.setattr(convert_hf, "read_hf", lambda path, **_: (*read_hf(path)[:2], read_tokenizer(cased)))
     cased = foreign(tmp_path / "cased", do_lower_case=False)  # as if a setting had been missed
     assert "in transformers, " in fails(capsys, convert_hf.main, *argv) and not (tmp_path / "run").exists()
 
@@ -406,6 +406,8 @@ def test_a_card_is_of_its_checkpoint(tmp_path, capsys):
     for row in ("tokens seen | 1,234", f"steps | {step:,} of 16", "masked | 3.2500", "GPU-hours | 2.00", "dollars | 5.00"):
         assert row in card
     assert "| data | here |" in card and "| hardware | then, 2 process(es) |" in card
+    write_log(run, [{**log[0], "device": "x86_64"}])
+    assert "| CPU-hours | 2.00 |" in card_of(run, path, str(tmp_path / "exported"))
     write_log(run, [*log, *later])
     card = card_of(run, path, str(tmp_path / "exported"))
     assert "masked | not known" in card and "held-out accuracy | not known" in card and "| hardware | then" in card

@@ -21,7 +21,7 @@ def test_verify(tmp_path, capsys):
     path.write_bytes(contents)
     (tmp_path / "a" / "tokenizer.json").unlink()
     missing = f"{a}/tokenizer.json: No such file or directory (damaged: copy it again, or remove {a} and prepare it again)"
-    for argv, says in (([b], f"{path}: digest differs"), ([], "--data_dir: not given"), ([a], missing)):
+    for argv, says in (([b], f"{path}: digest differs"), ([], "--data_dir: not given"), (["--data=x"], "--data: unknown option"), ([a], missing)):
         with pytest.raises(SystemExit) as stopped:
             verify.main(argv)
         error = capsys.readouterr().err

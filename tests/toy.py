@@ -91,6 +91,15 @@ def train_environment(**environment):
     return {**os.environ, **threads, **environment}
 
 
+def start_train(argv, gpus, output):
+    """train.py, started with a process for each of `gpus`, numbers of GPUs, or on CPUs; its output goes into a file."""
+    here = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(1 + max(gpus))))).split(",")
+    visible = ",".join(here[gpu] for gpu in gpus) if torch.cuda.is_available() else ""
+    with open(output, "w", encoding="utf-8") as file:
+        environment = train_environment(CUDA_VISIBLE_DEVICES=visible)
+        return subprocess.Popen(train_command(argv, len(gpus)), env=environment, stdout=file, stderr=file, cwd=ROOT)
+
+
 def read_log(out_dir, event="train"):
     lines = (Path(out_dir) / "log.jsonl").read_text().splitlines()
     return [record for record in map(json.loads, lines) if record["event"] == event]
@@ -124,3 +133,9 @@ def reseal(path):
     files = {file.name: file.read_bytes() for file in Path(path).iterdir() if file.name != checkpoint.DIGESTS}
     entries = {name: checkpoint.digest_entry(len(b), hashlib.sha256(b).hexdigest()) for name, b in files.items()}
     (Path(path) / checkpoint.DIGESTS).write_text(checkpoint.digests_text(entries))
+
+
+def anonymous_mb():
+    """Memory of this process in MB, without mapped files, whose pages are page cache."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024 / 1e6

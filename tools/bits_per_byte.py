@@ -22,12 +22,12 @@ import torch.nn.functional as F
 import checkpoint
 import kernels
 from common.batch import Batch, pack
+from common.hashes import text_hash
 from common.options import UserError, command, load_config
 from common.sources import documents, list_segments
 from common.vocabulary import load_tokenizer
 from data import hash64
 from model import MAX_POSITIONS
-from prepare_c4 import text_hash
 
 BATCH_PASSAGES = 64
 WORD = re.compile(r"\w+")  # letters, digits and underscores: masked as a whole

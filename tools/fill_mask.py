@@ -15,8 +15,8 @@ import torch
 import checkpoint
 import kernels
 from common.batch import Batch, pack
+from common.lines import COMPRESSIONS, decompress, not_text, not_utf8, read_error, read_errors, split_suffixes
 from common.options import UserError, command, load_config
-from common.sources import COMPRESSIONS, decompress, not_text, not_utf8, read_error, read_errors, split_suffixes
 from common.vocabulary import load_tokenizer
 from model import MAX_POSITIONS
 

@@ -28,7 +28,6 @@ from common.processes import Process, pick_device
 from finetune_glue import (
     FineTuneConfig,
     Settings,
-    encode,
     fine_tune,
     load_classifier,
     load_pretrained,
@@ -51,11 +50,12 @@ MISSING = {"na", "n/a", "nan", "nil", "none", "null", "-", "?"}  # what others w
 
 @dataclass
 class OwnConfig(FineTuneConfig):
-    # Your files: .csv, .tsv or .jsonl, also with .gz or .xz
+    # Your files: .csv, .tsv or .jsonl, also with .gz, .xz or .zst, or .parquet
     train_file: str = ""  # labelled texts to train on
     val_file: str = ""  # labelled texts to score on
     text_columns: str = ""  # column or key with the text; two, comma-separated, for pairs; empty: text, or the model's
     label_column: str = "label"  # column or key with the label
+    trust_quotes: bool = False  # a .csv's quotes are right, even where a cell's lines look like rows
     problem: Literal["auto", "classification", "regression"] = "auto"  # auto: decided by the labels, and printed
     predict_file: str = ""  # texts to label, after training or with the OUT/model of an earlier command
 
@@ -72,6 +72,8 @@ class OwnConfig(FineTuneConfig):
             raise UserError(f"text_columns={self.text_columns}: one column, or two for pairs")
         if len(set(self.columns())) < len(self.columns()):
             raise UserError(f"text_columns={self.text_columns}: the same column twice (name two for pairs, or one)")
+        if self.trust_quotes and ".csv" not in f"{self.train_file} {self.val_file} {self.predict_file}":
+            raise UserError("trust_quotes: only for .csv files (in a .tsv quotes are literal)")
         if self.train_file and self.label_column in self.columns():
             raise UserError(f"label_column={self.label_column}: is a text column too (the model would read the label)")
 
@@ -243,7 +245,7 @@ def predict_own(cfg, path, rows=None):
     dtype = dtype if task.labels else torch.float32  # as in training
     choose_kernels(cfg.kernels, fine_tuned.model_cfg, device)
     texts = Examples([tuple(row.cells) for row in rows])
-    encoded = encode(texts, fine_tuned, saved["max_length"], cfg.predict_file)
+    encoded = fine_tuned.encode(texts, saved["max_length"], cfg.predict_file)
     scores = predict(load_classifier(path).to(device), encoded, Process(0, 1, device, dtype))
     best = torch.from_numpy(scores).softmax(1).max(1).values.tolist()
     lines = []

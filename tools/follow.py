@@ -18,6 +18,7 @@ from common.run_directory import read_log
 
 POLL_SECONDS = 10
 
+
 @dataclass
 class FollowConfig:
     log: str = ""  # log.jsonl of a run
@@ -40,32 +41,38 @@ def open_tracker(name, run, config):
     return module.log, module.finish
 
 
+def records(run, live):
+    """Yield each train and eval record once: a resumed run repeats some steps, bit for bit."""
+    event, seen = "", {"train": 0, "eval": 0}
+    while True:
+        for _, record in read_log(run):
+            event = record["event"]
+            if event in seen and record["step"] > seen[event]:
+                seen[event] = record["step"]
+                yield record
+        if not live or event == "end":
+            return
+        time.sleep(POLL_SECONDS)
+
+
 @command
 def main(argv):
     cfg = load_config(FollowConfig, argv)
-    run, sent = os.path.dirname(os.path.abspath(cfg.log)), {"train": 0, "eval": 0}  # sent: up to this step
-    records = [record for _, record in read_log(run)]
-    if os.path.basename(cfg.log) != "log.jsonl" or not records:
+    run, step = os.path.dirname(os.path.abspath(cfg.log)), 0
+    start = next((record for _, record in read_log(run)), None)
+    if os.path.basename(cfg.log) != "log.jsonl" or not start:
         raise UserError(f"--log={cfg.log}: not the log.jsonl of a run")
     try:
-        log, finish = open_tracker(cfg.to, run, records[0]["config"])
+        log, finish = open_tracker(cfg.to, run, start["config"])
     except Exception as error:  # whatever these libraries raise, such as that nobody is logged in
-        hint = f"pip install {cfg.to}" if isinstance(error, ImportError) else "--debug shows where"
-        raise UserError(f"--to={cfg.to}: {error} ({hint})") from error
+        raise UserError(f"--to={cfg.to}: {error} (pip install {cfg.to}, if it is missing; --debug shows where)") from error
     try:
-        while True:
-            for _, record in read_log(run):
-                event, step = record["event"], record.get("step")
-                if event in sent and step > sent[event]:  # a resumed run repeats some steps, bit for bit
-                    figures = {name: value for name, value in record.items() if isinstance(value, (int, float))}
-                    log({f"{event}/{name}": value for name, value in figures.items() if name != "step"}, step=step)
-                    sent[event] = step
-            if not cfg.live or event == "end":
-                break
-            time.sleep(POLL_SECONDS)
+        for record in records(run, cfg.live):
+            event, step = record.pop("event"), record.pop("step")
+            log({f"{event}/{name}": x for name, x in record.items() if isinstance(x, int | float)}, step=step)
     finally:
         finish()
-    print(f"{cfg.log}: {cfg.to} has it up to step {sent['train']}")
+    print(f"{cfg.log}: {cfg.to} has it up to step {step}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ from finetune_glue import (
     SEEDS,
     GlueConfig,
     Worker,
-    encode,
     fine_tune,
     load_classifier,
     load_pretrained,
@@ -115,7 +114,7 @@ def main(argv):
         task = task_of(file)
         directory = os.path.join(cfg.out, "mnli" if file == "AX" else task.name)
         worker.set_precision(task)
-        encoded = encode(Examples(texts), pretrained, cfg.max_length, file)
+        encoded = pretrained.encode(Examples(texts), cfg.max_length, file)
         scores = predict(load_classifier(directory).to(worker.process.device), encoded, worker.process)
         predictions[file] = indices, to_words(task, to_predictions(task, scores))
     path = os.path.join(cfg.out, "glue_submission.zip")

@@ -26,6 +26,7 @@ from typing import Literal
 import numpy as np
 
 from common.options import UserError, command, load_config
+from common.run_directory import hours_of
 
 # MosaicML's numbers (README of mosaicml/examples, benchmarks/bert, and the blog's figure): means over eight tasks, on
 # eight A100-80GB at $2.50 a GPU-hour. The steps are read off the points' spacing, 70,000 for the last.
@@ -57,11 +58,10 @@ BENCH_WORDS = {  # in the names of studies.bench's rows and entries
     "off": ", one choice left out", "large": ", Large", "varlen": "varlen_attn, no ALiBi", "flex": "FlexAttention",
     "sdpa": "SDPA", "cudnn": ", cuDNN", "efficient": ", memory-efficient", "default": ", default", "t1": ", tuned",
     "t2": ", tuned more", "eager": "not compiled", "liger": "Liger", "vocab": "vocabulary", "torch": "PyTorch",
-    "bert": "transformers' BERT", "padded": ", padded",
+    "bert": "transformers' BERT", "padded": ", padded", "fp8": "ours, FP8", "torchao": "torchao's FP8",
+    "tensorwise": ", a scale per tensor", "rowwise": ", a scale per row",
 }  # fmt: skip
-X_LABELS = {
-    "step": "steps", "tokens": "tokens", "gpu_hours": "GPU-hours", "gpu_minutes": "GPU-minutes", "dollars": "US dollars",
-}  # fmt: skip
+X_LABELS = {"step": "steps", "tokens": "tokens", "dollars": "US dollars"}
 COLORS = ("#1f4e79", "#d98c2b", "#8e3b63", "#6fc2a8")  # in grayscale 30, 60, 45 and 75 % bright
 MARKERS, LINES, HATCHES = "os^D", ("-", "--", "-.", ":"), ("", "///", "...", "xxx")
 GRAY = "#555555"  # published results
@@ -88,7 +88,6 @@ class PlotConfig:
     tasks: bool = False  # with --pareto: add a panel for each task
     held_out: bool = False  # with --loss: held-out losses only, one curve a run, runs of a model in one style
     labels: str = ""  # one for each file, comma-separated; files with equal labels form one curve
-    title: str = ""  # of the figure
     out: str = "figure.svg"  # .svg, .png or .pdf files, comma-separated
 
 
@@ -127,7 +126,7 @@ def read_scaling(path):
     """The JSON of studies.scaling as a dictionary."""
 
     def interpret(results):
-        [row["model"] for row in results["rows"]], results["models"], results["device"], results["toy"]
+        [row["model"] for row in results["rows"]], results["device"], results["toy"]
         return results
 
     return read_result(path, "result of python -m studies.scaling", interpret)
@@ -222,6 +221,14 @@ def x_of(record, x, path):
     return record[x]
 
 
+def x_label(x, devices):
+    """The x axis's name, by the names of the devices that trained."""
+    if x in X_LABELS:
+        return X_LABELS[x]
+    hours = " and ".join(sorted({hours_of(device) for device in devices}, reverse=True))
+    return hours.replace("hours", "minutes") if x == "gpu_minutes" else hours
+
+
 def published_x(x, step, hours):
     gpu_hours = hours * PUBLISHED_GPUS
     costs = {"gpu_hours": gpu_hours, "gpu_minutes": 60 * gpu_hours, "dollars": gpu_hours * PUBLISHED_PRICE}
@@ -291,6 +298,7 @@ def plot_pareto(cfg, pyplot):
     if not common:
         raise UserError("--pareto: no task that all results have")
     panels = [common, *([task] for task in common if cfg.tasks)]
+    devices = [(results["pretraining"] or {}).get("device") for results in found.values()]
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     size = (4.0 * columns, 3.3 * rows) if len(panels) > 1 else (6.4, 4.2)
@@ -304,23 +312,23 @@ def plot_pareto(cfg, pyplot):
             axes.vlines(place, low, high, color=color, linewidth=1)
         for (label, points), face in zip(published_points(x, tasks).items(), (GRAY, "none")):
             axes.plot(*zip(*points), "*", color=GRAY, markerfacecolor=face, markersize=7, label=label)
-        finish(axes, f"{X_LABELS[x]} of pretraining", "score", ", ".join(TASK_NAMES[task] for task in tasks), log=10)
-    grid[0, 0].set_title(f"mean of {len(common)} tasks" if len(panels) > 1 else cfg.title)
+        finish(axes, f"{x_label(x, devices)} of pretraining", "score", ", ".join(TASK_NAMES[task] for task in tasks), log=10)
+    grid[0, 0].set_title(f"mean of {len(common)} tasks" if len(panels) > 1 else "")
     if len(panels) == 1:
         grid[0, 0].set_ylabel(f"mean of {', '.join(TASK_NAMES[task] for task in common)}")
-    add_dollars(grid[0, 0], x, found.values())
+    if x_label(x, devices).startswith("GPU"):
+        add_dollars(grid[0, 0], x, found.values())
     for axes in grid.flat[len(panels) :]:
         axes.axis("off")
-    figure.suptitle(cfg.title if len(panels) > 1 else None)
     legend_below(figure, grid[0, 0])
     return figure
 
 
 def add_dollars(axes, x, found):
     """A scale in dollars above GPU time, if all runs had the price of the published ones."""
-    per_hour = {"gpu_hours": 1, "gpu_minutes": 60}.get(x)
+    per_hour = {"gpu_hours": 1, "gpu_minutes": 60}[x]
     costs = [results["pretraining"] for results in found]
-    if not per_hour or any(round((cost["dollars"] or 0) / cost["gpu_hours"], 4) != PUBLISHED_PRICE for cost in costs):
+    if any(round((cost["dollars"] or 0) / cost["gpu_hours"], 4) != PUBLISHED_PRICE for cost in costs):
         return
     scale = PUBLISHED_PRICE / per_hour
     top = axes.secondary_xaxis("top", functions=(lambda value: value * scale, lambda value: value / scale))
@@ -353,7 +361,7 @@ def plot_glue(cfg, pyplot):
             if spread is not None:
                 axes.errorbar(center, score, spread, color="black", capsize=3, linewidth=1)
             axes.annotate(f"{score:.1f}", (center, max(score, 0) + (spread or 0) + 1), ha="center", fontsize="small")
-    finish(axes, "", "score (bars: 95 % interval over seeds)", cfg.title, grid="y")
+    finish(axes, "", "score (bars: 95 % interval over seeds)", grid="y")
     axes.set_xticks(range(len(names)), [TASK_NAMES.get(name, "own labels" if name == "own" else name) for name in names])
     axes.set_xlim(-0.6, len(names) - 0.4)
     axes.set_ylim(min(0, axes.get_ylim()[0]), max(107, axes.get_ylim()[1]))
@@ -371,10 +379,11 @@ def plot_loss(cfg, pyplot):
     paths = find(cfg.loss, "log.jsonl")
     paths, labels = bert_last(paths, labels_for(cfg, paths, model_of_log if cfg.held_out else file_label))
     figure, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
-    order = list(dict.fromkeys(labels))
+    order, devices = list(dict.fromkeys(labels)), []
     for i, (path, label) in enumerate(zip(paths, labels)):
         records, first = read_log(path), label not in labels[:i]  # once in the legend
         color, marker, line, _ = style(order.index(label))
+        devices += [record.get("device") for record in records if record["event"] == "start"]
         train = [record for record in records if record["event"] == "train"]
         held_out = [record for record in records if record["event"] == "eval"]
         places = [x_of(record, x, path) for record in train]
@@ -390,7 +399,7 @@ def plot_loss(cfg, pyplot):
             name = f"{label}, held out (15 % masked)" if first else None
             axes.plot(at, held, marker, color=color, markeredgecolor="black", markersize=6, label=name)
     y = "held-out loss, 15 % masked (nats)" if cfg.held_out else "masked-language-model loss (nats)"
-    finish(axes, X_LABELS[x], y, cfg.title)
+    finish(axes, x_label(x, devices), y)
     legend_below(figure, axes)
     return figure
 
@@ -416,7 +425,7 @@ def plot_at_lengths(cfg, pyplot):
         axes.plot(lengths, means, color=color, marker=marker, linestyle=line, label=label)
         beside = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "fontsize": "small"}
         axes.annotate(f"{minutes:g} min", (lengths[-1], means[-1]), **beside)
-    finish(axes, "tokens in a piece of text, at most", "held-out loss, 15 % masked (nats)", cfg.title, log=2)
+    finish(axes, "tokens in a piece of text, at most", "held-out loss, 15 % masked (nats)", log=2)
     axes.margins(x=0.12)
     legend_below(figure, axes)
     return figure
@@ -445,12 +454,14 @@ def plot_kernels(cfg, pyplot):
                 rows.setdefault(record["row"], []).append({"entry": "", **record})
         return results["device"], {name: row for name, row in rows.items() if not all("not_measured" in r for r in row)}
 
-    path = find(cfg.kernels, "bench.json")[0]
-    device, rows = read_result(path, "result of python -m studies.bench", interpret)
+    rows = {}
+    for path in find(cfg.kernels, "bench.json"):
+        device, found = read_result(path, "result of python -m studies.bench", interpret)
+        rows |= found
     if not rows:
         raise UserError(f"{path}: no operators and no steps were measured")
     names = sorted(rows, key=lambda name: not any("both" in r for r in rows[name]))  # stable: else in the order measured
-    columns = min(3, len(names))
+    columns = min(3, math.ceil(len(names) ** 0.5))
     lines = [names[i : i + columns] for i in range(0, len(names), columns)]
     heights = [max(len(rows[name]) for name in line) + 2.2 for line in lines]
     figure, grid = pyplot.subplots(
@@ -463,7 +474,7 @@ def plot_kernels(cfg, pyplot):
         records = sorted(rows[name], key=lambda record: "not_measured" in record)
         operator = "both" in records[0]
         for place, record in enumerate(records):
-            color, value = COLORS[0 if record["entry"] == "ours" else 3], 0
+            color, value = COLORS[0 if record["entry"] in ("ours", "fp8") else 3], 0
             text = f" not measured: {record.get('not_measured')}"
             if "not_measured" not in record:
                 parts = [record[part]["ns_per_token"] for part in ("forward", "backward")] if operator else []
@@ -481,23 +492,18 @@ def plot_kernels(cfg, pyplot):
         axes.set_ylim(len(records) - 0.4, -0.6)
         axes.margins(x=0.15)
         axes.set_title(bench_name(name), fontsize="medium")
-    figure.suptitle(cfg.title or device)
+    figure.suptitle(device)
     return figure
 
 
 def plot_scaling(cfg, pyplot):
     """Samples/s, and MFU (or efficiency, if the GPU's peak is unknown), against GPUs, for a shared batch and one per GPU.
 
-    Of several files the first that measured a number of GPUs counts, and the first prediction. Solid lines and filled
-    markers are measured, dashed lines and empty markers predicted, for more GPUs than were measured. Gray: perfect scaling
-    from one GPU's rate.
+    Of several files the first that measured a number of GPUs counts. Gray: perfect scaling from one GPU's rate. Results of
+    earlier code also predict more GPUs than were measured: dashed lines and empty markers.
     """
-    paths = find(cfg.scaling, "scaling.json")
-    files = [read_scaling(path) for path in paths]
-    results = next((results for results in files if "predicted" in results), None)
-    if not results:
-        hint = f"python -m studies.scaling --predict={paths[0]} --out={paths[0]}"
-        raise UserError(f"{paths[0]}: no prediction ({hint})")
+    files = [read_scaling(path) for path in find(cfg.scaling, "scaling.json")]
+    results = files[0]
     measured = {}  # {(model, batch): {GPUs: row}}
     for results_of_file in files:
         found = {}
@@ -507,7 +513,7 @@ def plot_scaling(cfg, pyplot):
         for key, rows in found.items():
             measured[key] = {**rows, **measured.get(key, {})}
     predicted = {key: [] for key in measured}
-    for row in results["predicted"]:
+    for row in results.get("predicted", []):
         key = row["model"], row["batch"]
         if key in measured and row["gpus"] > max(measured[key]):
             predicted[key].append(row)
@@ -528,7 +534,8 @@ def plot_scaling(cfg, pyplot):
         step, hours, _ = points[-1]
         rate, label = step * PUBLISHED_BATCH / hours / 3600, f"{name}, published: A100, with evaluation"
         grid[0, 0].plot(PUBLISHED_GPUS, rate, "*", color=GRAY, markerfacecolor=face, markersize=9, label=label)
-    figure.suptitle(cfg.title or f"{results['device']}; solid: measured, dashed: predicted, gray: perfect")
+    lines = "solid: measured, dashed: predicted" if any(predicted.values()) else "lines: measured"
+    figure.suptitle(f"{results['device']}; {lines}, gray: perfect")
     legend_below(figure, grid[0, 0])
     return figure
 
@@ -540,10 +547,11 @@ def draw_scaling(upper, below, measured, predicted, lower, label, color, marker)
     upper.plot([1, most], [rate, rate * most], color="#bbbbbb", linewidth=0.8)
     for axes, key, factor in ((upper, "samples_per_second", 1), (below, lower, 100)):
         points = [(row["gpus"], factor * (row.get(key) or 1)) for row in measured]  # one GPU has no efficiency: it is 1
-        dashed = [points[-1], *((row["gpus"], factor * row[key]) for row in predicted)]
         axes.plot(*zip(*points), "-", color=color, marker=marker, label=label)
-        axes.plot(*zip(*dashed), "--", color=color, linewidth=1)
-        axes.plot(*zip(*dashed[1:]) if predicted else ((), ()), marker, color=color, markerfacecolor="white", markersize=4)
+        if predicted:
+            dashed = [points[-1], *((row["gpus"], factor * row[key]) for row in predicted)]
+            axes.plot(*zip(*dashed), "--", color=color, linewidth=1)
+            axes.plot(*zip(*dashed[1:]), marker, color=color, markerfacecolor="white", markersize=4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -567,7 +575,7 @@ def plot_lengths(cfg, pyplot):
         total = sum(report.values())
         shares = [100 * report.get(bounds, 0) / total for bounds in bins]
         draw_bars(axes, i, len(paths), range(len(bins)), shares, f"{label}: {total:,} documents")
-    finish(axes, "tokens in a document, from this number to twice it", "% of documents", cfg.title, grid="y")
+    finish(axes, "tokens in a document, from this number to twice it", "% of documents", grid="y")
     axes.set_xticks(range(len(bins)), [f"{low:,}" for low, _ in bins], rotation=45, ha="right", rotation_mode="anchor")
     legend_below(figure, axes)
     return figure

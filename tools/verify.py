@@ -9,7 +9,7 @@ copied a directory: a token that became another one has no other trace.
 import os
 from dataclasses import dataclass
 
-from common.options import UserError, command, load_config, split_argv
+from common.options import UserError, command, split_argv
 from data import verify
 
 
@@ -20,9 +20,8 @@ class VerifyConfig:
 
 @command
 def main(argv):
-    bare, options = split_argv(VerifyConfig, argv)
-    cfg = load_config(VerifyConfig, [f"--{name}={value}" for name, value in options.items()])
-    directories = [name.strip() for word in [*bare, cfg.data_dir] for name in word.split(",") if name.strip()]
+    words, options = split_argv(VerifyConfig, argv)
+    directories = [name.strip() for word in [*words, *options.values()] for name in word.split(",") if name.strip()]
     if not directories:
         raise UserError("--data_dir: not given (a directory made by prepare_c4.py)")
     for directory in directories:

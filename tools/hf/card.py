@@ -7,7 +7,7 @@ import checkpoint
 from common.files import read_json
 from common.glue import GLUE_TASKS
 from common.options import UserError
-from common.run_directory import read_log
+from common.run_directory import hours_of, read_log
 from finetune_glue import read_pretrained
 
 # finetune_glue.py's metrics as the hub names them, and the split where it is not "validation"
@@ -124,7 +124,7 @@ def model_card(cfg, config, labels, task="fill-mask", notes=()):
         "held-out loss, 15 % masked": known(held_out.get("loss"), "{:.4f}"),
         "held-out accuracy": known(held_out.get("accuracy"), "{:.1%}"),
         "hardware": known(start.get("device")) + known(start.get("world_size"), ", {} process(es)", ""),
-        "GPU-hours": known(gpu_hours, "{:.2f}"),
+        hours_of(start.get("device")): known(gpu_hours, "{:.2f}"),
         "dollars": known(gpu_hours * price if gpu_hours and price else None, "{:.2f}"),
         "GLUE": scores,
         "code": known(start.get("commit")),

@@ -13,11 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from checkpoint import PER_WORD, model_config, run_inside, steps
-from common.files import read_json
+from common.files import read_if_there, read_json
+from common.hub import download
 from common.options import UserError
-from common.vocabulary import load_tokenizer
+from common.vocabulary import TOKENIZER_FILES, load_tokenizer, read_tokenizer
 from model import LAYER_NORM_EPS, MAX_POSITIONS, MaskedLM
-from tools.hf.read_tokenizer import TOKENIZER_FILES, download, find_tokenizer, read_if_there
 
 WORDS, DECODER_BIAS, BERT_BIAS = PER_WORD
 # Related models that do not fit the two architectures here: what model.py, data.py or the tokenizer lacks.
@@ -53,7 +53,7 @@ def read_hf(path, revision="", tokenizer="", allow_pickle=False):
         tensors = from_jina(config_path, hf, tensors)
     mosaic = any("attention.self.Wqkv" in name for name in tensors)
     check_config(config_path, hf, mosaic, len(tensors))
-    tokenizer_text = find_tokenizer(tokenizer or directory)
+    tokenizer_text = read_tokenizer(tokenizer or directory)
     words = load_tokenizer(tokenizer or directory, tokenizer_text)[0].get_vocab()
     vocab_size = len(words)
     if max(words.values()) != vocab_size - 1:
@@ -90,7 +90,9 @@ def read_hf(path, revision="", tokenizer="", allow_pickle=False):
 def find_model(name, revision="", allow_pickle=False):
     """`name`, if there is such a path; otherwise the local copy of this hub repository."""
     weights = ["model.safetensors", *(["pytorch_model.bin"] if allow_pickle else [])]
-    return name if os.path.exists(name) else download(name, revision, [*weights, *TOKENIZER_FILES, *SENTENCE_FILES])
+    files = [*weights, *TOKENIZER_FILES, *SENTENCE_FILES]
+    hint = "expected a directory in Hugging Face form, or a hub id"
+    return name if os.path.exists(name) else download(name, files, "directory", hint, revision)
 
 
 def read_weights(path, allow_pickle):
@@ -211,14 +213,15 @@ def sentence_vectors(directory):
             modules = [module["type"].rpartition(".")[2] for module in json.load(file)]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{os.path.join(directory, 'modules.json')}: not sentence-transformers' list of modules") from None
-    about = read_if_there(directory, "sentence_bert_config.json")
+    about = read_if_there(os.path.join(directory, "sentence_bert_config.json"))
     pools = sorted(glob.glob(f"{glob.escape(directory)}/*_Pooling/config.json"))
     pooling = read_json(pools[0], "is it complete?") if pools else {}
     modes = [name for name, value in pooling.items() if name.startswith("pooling_mode_") and value is True]
     modes = [name.removeprefix("pooling_mode_").removesuffix("_tokens").removesuffix("_token") for name in modes]
     needs = [module for module in modules if module not in ("Transformer", "Pooling", "Normalize")]
     needs += ["do_lower_case"] if about.get("do_lower_case") else []
-    needs += ["prompts"] if read_if_there(directory, "config_sentence_transformers.json").get("default_prompt_name") else []
+    prompts = read_if_there(os.path.join(directory, "config_sentence_transformers.json"))
+    needs += ["prompts"] if prompts.get("default_prompt_name") else []
     how = {
         "pooling": "+".join([*(modes or [pooling.get("pooling_mode") or "mean"]), *needs]),
         "normalize": "Normalize" in modules,

@@ -1,0 +1,168 @@
+"""What a prepared corpus contains: counted while it is tokenized, and reported at the end."""
+
+import itertools
+import json
+import re
+from collections import Counter
+
+from common.options import UserError
+from common.vocabulary import changed_characters, encode, letters, unknown_characters
+
+FILL_LENGTHS = (128, 512)  # sequence lengths for which the report says how full samples are
+NUM_LONGEST = 5  # longest documents listed in the report
+NUM_SKIPPED, NUM_PRINTED = 1000, 20  # skipped lines listed in report.json, and files named when it is printed
+WARN_PERCENT = 1  # of characters unknown or changed
+INSPECT_CHARS = 2**16  # text per batch whose normalization is compared with the original
+NUM_EXAMPLES, EXAMPLE_CHARS = 3, 80  # beginnings of documents shown beside what their tokens decode to
+
+
+def inspect_changes(stats, paths, texts, tokenizer, unknown):
+    """Count the characters that normalization changes, in about INSPECT_CHARS of the texts; yields an example of each.
+
+    An example is (how many characters of it were changed or are unknown, how many are not ASCII, the original, what its
+    tokens decode to, its file).
+    """
+    chars, step = 0, -(-sum(map(len, texts)) // INSPECT_CHARS)
+    for path, text in zip(paths[::step], texts[::step]):
+        text = text[: INSPECT_CHARS - chars]
+        chars += len(text)
+        stats["letters inspected"] += letters(text)
+        stats["letters changed"] += changed_characters(tokenizer, text)
+        line = text[:EXAMPLE_CHARS]
+        differing = changed_characters(tokenizer, line) + unknown_characters(tokenizer, line, unknown)
+        ids = tokenizer.encode(line, add_special_tokens=False).ids
+        not_ascii = sum(not character.isascii() for character in line)
+        yield differing, not_ascii, line, tokenizer.decode(ids, skip_special_tokens=False), path
+        if chars >= INSPECT_CHARS:
+            return
+
+
+def most_changed(*examples):
+    """NUM_EXAMPLES of them: the most changed one of each file, then the next ones; of equals, the least English."""
+    ranked, rank_in_file = [], Counter()
+    for example in sorted(itertools.chain(*examples), key=lambda example: (-example[0], -example[1])):
+        ranked.append((rank_in_file[example[-1]], example))
+        rank_in_file[example[-1]] += 1
+    return [example for _, example in sorted(ranked, key=lambda pair: pair[0])[:NUM_EXAMPLES]]
+
+
+def compare(stats, texts, ids, special, other, other_special):
+    """Count the tokens that both tokenizers make of the same texts."""
+    _, other_ids = encode(other, texts)
+    stats["compared characters"] += sum(map(len, texts))
+    stats["compared words"] += sum(len(text.split()) for text in texts)
+    stats["compared bytes"] += sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+    for name, of_texts, unknown in (("this", ids, special["[UNK]"]), ("other", other_ids, other_special["[UNK]"])):
+        stats[f"compared tokens {name}"] += sum(map(len, of_texts))
+        stats[f"compared unknown {name}"] += sum(tokens.count(unknown) for tokens in of_texts)
+
+
+def make_report(stats, longest, examples, cfg, vocab_size, seconds):
+    """What the corpus contains, as plain numbers; the last three depend on the machine."""
+    num_docs = stats["documents train"] + stats["documents val"]
+    num_tokens = stats["tokens train"] + stats["tokens val"]
+    bits = sorted(int(name.split("^")[1]) for name in stats if name.startswith("length"))
+    report = {
+        "documents": num_docs,
+        "documents_held_out": stats["documents val"],
+        "documents_empty": stats["empty documents"],
+        "documents_duplicate": stats["duplicates"],
+        "duplicates_removed": cfg.dedup,
+        "bad_lines_skipped": stats["bad lines"],
+        "skipped": names_of(stats, "skipped "),
+        "suspect": names_of(stats, "suspect "),
+        "files_without_text": names_of(stats, "without text "),
+        "tokens": num_tokens,
+        "tokens_held_out": stats["tokens val"],
+        "vocab_size": vocab_size,
+        "tokens_per_word": round(stats["tokens read"] / max(1, stats["words read"]), 4),
+        "bytes_per_token": round(stats["bytes read"] / max(1, stats["tokens read"]), 4),
+        "unknown_percent": round(100 * stats["unknown tokens"] / num_tokens, 4),
+        "unknown_characters_percent": round(100 * stats["unknown letters"] / max(1, stats["letters read"]), 4),
+        "changed_characters_percent": round(100 * stats["letters changed"] / max(1, stats["letters inspected"]), 4),
+        "decoded": [{"text": text, "tokens": decoded} for _, _, text, decoded, _ in examples],
+        **{f"fill_at_{n}": round(stats[f"fill {n}"] / num_docs / n, 4) for n in FILL_LENGTHS},
+        "lengths": {f"{2 ** (bit - 1)}-{2**bit - 1}": stats[f"length 2^{bit}"] for bit in bits},
+        "longest": [
+            {"characters": chars, "file": path, "from_byte": start, "document": number, "text": text}
+            for chars, path, start, number, text in longest
+        ],
+    }
+    if cfg.compare_tokenizer:
+        report["compared"] = {"with": cfg.compare_tokenizer, "bytes": stats["compared bytes"]}
+        for name in ("this", "other"):
+            tokens = max(1, stats[f"compared tokens {name}"])
+            report["compared"][name] = {
+                "tokens_per_word": round(tokens / max(1, stats["compared words"]), 4),
+                "bytes_per_token": round(stats["compared bytes"] / tokens, 4),
+                "unknown_percent": round(100 * stats[f"compared unknown {name}"] / tokens, 4),
+            }
+    return report | {
+        "characters": stats["characters"],
+        "seconds": round(seconds, 2),
+        "tokens_per_second": round(num_tokens / seconds),
+        "megabytes_per_second": round(stats["characters"] / seconds / 1e6, 2),
+    }
+
+
+def names_of(stats, prefix):
+    """What a Counter's names with this prefix say, NUM_SKIPPED of them at most."""
+    return [name.removeprefix(prefix) for name in itertools.islice((n for n in stats if n.startswith(prefix)), NUM_SKIPPED)]
+
+
+EXPLAINED = {
+    "documents_held_out": "for evaluation",
+    "documents_empty": "left out: they hold nothing but blanks",
+    "documents_duplicate": "texts that occurred before (--dedup=true removes them)",
+    "tokens_held_out": "for evaluation",
+    "unknown_percent": "of the tokens are [UNK]",
+    "unknown_characters_percent": "of the characters are hidden by [UNK]",
+    "changed_characters_percent": "of the characters are changed by the tokenizer's normalization, beyond case",
+    "fill_at_128": "share of a sample of 128 tokens that a document fills, on average",
+    "fill_at_512": "the same of 512 tokens",
+    "lengths": "how many documents have so many tokens",
+    "suspect": "read, but look at it",
+    "files_without_text": "gave no document",
+    "longest": "the longest documents",
+    "decoded": "a text, and what its tokens decode to",
+    "compared": "this tokenizer, and the one of --compare_tokenizer",
+}
+
+
+def print_report(report, cfg):
+    for name, value in report.items():
+        if name == "skipped":
+            value = by_file(value, report["bad_lines_skipped"])
+        if isinstance(value, list) and len(value) > NUM_PRINTED:
+            value = [*value[:NUM_PRINTED], f"and {len(value) - NUM_PRINTED:,} more, see report.json"]
+        for number, item in enumerate(value if isinstance(value, list) else [value]):
+            plain = isinstance(item, (int, float)) and not isinstance(item, bool)
+            text = f"{item:,}" if plain else item if isinstance(item, str) else json.dumps(item, ensure_ascii=False)
+            print(f"{name:26s} {text}{f'  ({EXPLAINED[name]})' if name in EXPLAINED and number == 0 else ''}")
+    hint = "one for this text: --train_tokenizer"
+    if cfg.train_tokenizer:
+        hint = "a new vocabulary needs more entries, or more text"
+    for name, reason in (
+        ("unknown_characters_percent", f"are unknown to the tokenizer, and hidden by [UNK] (see decoded; {hint})"),
+        ("changed_characters_percent", "lose accents, vowel signs or other marks (see decoded)"),
+    ):
+        if report[name] >= WARN_PERCENT:
+            print(f"warning: {report[name]:.1f} % of the characters {reason}")
+
+
+def by_file(skipped, count):
+    """One text for each file with skipped lines. count: of all, of which `skipped` may name only the first."""
+    files = {}
+    for text in skipped:
+        path, line, reason = re.fullmatch(r"(.+?): ?((?:record )?\d+)?(?:: )?(.*)", text).groups()
+        files.setdefault(path, []).append(f"{line}: {reason}" if line else reason)
+    lines = [f"{path}: {len(found):,} skipped, the first {found[0]}" for path, found in files.items()]
+    return lines + ([f"and {count - len(skipped):,} more"] if count > len(skipped) else [])
+
+
+def no_text(cfg, stats):
+    """The UserError for a source that leaves nothing to train on."""
+    kinds = {"documents val": "held out (see --val_fraction)", "empty documents": "empty", "bad lines": "skipped as unreadable"}
+    found = [f"{stats[kind]:,} {text}" for kind, text in kinds.items() if stats[kind]]
+    first = [f"the first was {text}" for text in names_of(stats, "skipped ")[:1]]
+    return UserError(f"{cfg.source}: no text to train on: {', '.join([*found, *first]) or 'its files are empty'}")

@@ -1,0 +1,147 @@
+"""Lines of text files, local or remote, plain or compressed; what is no text is named with its line."""
+
+import functools
+import gzip
+import io
+import lzma
+import os
+import zlib
+
+from common.files import gigabytes
+from common.options import UserError
+from common.remote import is_remote, network_error, open_remote
+
+COMPRESSIONS = (".gz", ".xz", ".zst")
+MAX_TEXT = 2**27  # bytes of a line, a cell or a document: a small .gz can hold a line that fills any memory
+
+MAGIC = {  # how files begin that are no text, whatever their names say
+    b"%PDF-": "a PDF", b"PK\x03\x04": "a zip file, as .docx and .xlsx are", b"\xd0\xcf\x11\xe0": "an old Word or Excel file",
+    b"{\\rtf": "an RTF file", b"\x1f\x8b": "a .gz file", b"\xfd7zXZ": "an .xz file", b"\x28\xb5\x2f\xfd": "a .zst file",
+    b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x89PNG": "a picture", b"\xff\xd8\xff": "a picture",
+}  # fmt: skip
+
+
+def split_suffixes(path):
+    """(format, compression) of a file name or URL, such as (".jsonl", ".gz") or (".txt", "")."""
+    name = path.partition("?")[0] if is_remote(path) else path
+    base, suffix = os.path.splitext(name.lower().replace(".ndjson", ".jsonl"))
+    return (os.path.splitext(base)[1], suffix) if suffix in COMPRESSIONS else (suffix, "")
+
+
+def open_bytes(path):
+    """The raw bytes of a file."""
+    return open_remote(path) if is_remote(path) else open(path, "rb")
+
+
+def decompress(file, compression):
+    """A binary file with the decompressed contents of `file`."""
+    if compression == ".gz":
+        return gzip.GzipFile(fileobj=file)
+    if compression == ".xz":
+        return lzma.LZMAFile(file)
+    if compression == ".zst":
+        import pyarrow  # here and below: slow to import, and rarely needed
+
+        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), "zstd"), 2**17)
+    return file
+
+
+def not_text(beginning):
+    """What a file that begins with these bytes looks like; None for text, which may have a stray zero."""
+    known = next((kind for magic, kind in MAGIC.items() if beginning.startswith(magic)), None)
+    if known or 4 * beginning.count(0) < len(beginning):
+        return known
+    return "a binary file" if 0 in beginning[::2] and 0 in beginning[1::2] else "UTF-16"
+
+
+def not_utf8(line, error):
+    """Why a line of bytes is no text, with a guess at what it is."""
+    letters = sum(byte >= 128 for byte in line)
+    guess = "Latin-1 or Windows-1252" if 4 * letters < len(line) else "an older encoding, as GBK or Windows-1251 are"
+    return f"not UTF-8: {error.reason} ({guess}? convert it: iconv -f ENCODING -t UTF-8)"
+
+
+def numbered_lines(path, cfg, stats, start=0, end=None):
+    """(number, text) of each line, without line end and byte-order mark.
+
+    Only \\n ends a line: JSON strings may hold Unicode's other separators. start, end: a byte range of an uncompressed
+    file; lines belong to the range that they start in, and are numbered within it. A file that is no text counts as a
+    single line that cannot be read. Raises: UserError with file and line.
+    """
+    _, compression = split_suffixes(path)
+    end = None if compression else end
+    number = 0
+    try:
+        with open_bytes(path) as raw, decompress(raw, compression) as file:
+            if start:
+                raw.seek(start - 1)
+                skip_line(raw, end)
+            position = raw.tell()
+            for number, line in enumerate(iter(functools.partial(file.readline, MAX_TEXT), b""), 1):
+                if end is not None and position >= end:
+                    break
+                if number == 1 and not start and (kind := not_text(line[:4096])):
+                    hint = "iconv -f UTF-16 -t UTF-8 converts it" if kind == "UTF-16" else "convert it, or leave it out"
+                    skip_or_fail(cfg, stats, f"{path}: looks like {kind}, not UTF-8 text ({hint})")
+                    return
+                position += len(line)
+                if len(line) == MAX_TEXT and not line.endswith(b"\n"):
+                    skip_line(file, end)
+                    position = raw.tell()
+                    where = location(path, number, start)
+                    skip_or_fail(cfg, stats, f"{where}: a line of more than {gigabytes(MAX_TEXT)} (split it)")
+                    continue
+                if number % 16 == 0 or len(line) > 1000:
+                    stats["segment bytes"] = raw.tell() - start
+                try:
+                    text = line.decode("utf-8-sig" if number == 1 and not start else "utf-8")
+                except UnicodeDecodeError as error:
+                    skip_or_fail(cfg, stats, f"{location(path, number, start)}: {not_utf8(line, error)}")
+                    continue
+                yield number, text.rstrip("\r\n")
+            if end is not None and position < end:
+                raise EOFError(f"ends after {position:,} of {end:,} bytes")
+    except UserError:
+        raise
+    except read_errors(path) as error:
+        raise read_error(path, error, f"{path}:{number + 1}") from None
+
+
+def skip_line(file, end):
+    """Read up to the end of the line in small pieces, but not far beyond the position `end`."""
+    while (piece := file.readline(2**20)) and not piece.endswith(b"\n"):
+        if end is not None and file.tell() >= end:
+            return
+
+
+def location(path, number, start):
+    """FILE:LINE of line `number` of the byte range that begins at `start`."""
+    if start:
+        with open_bytes(path) as file:
+            for position in range(0, start - 1, 2**20):
+                number += file.read(min(2**20, start - 1 - position)).count(b"\n")
+        number += 1  # for the line that the range starts in
+    return f"{path}:{number}"
+
+
+def read_errors(path):
+    """The exceptions that a disk and the decompressors raise; over the network, anything."""
+    return (Exception,) if is_remote(path) else (OSError, EOFError, zlib.error, lzma.LZMAError)
+
+
+def read_error(path, error, where):
+    """The UserError for one of read_errors."""
+    if is_remote(path):
+        return network_error(where, error)
+    if isinstance(error, OSError) and error.errno is not None:
+        return UserError(f"{path}: {error.strerror}")
+    return UserError(f"{where}: {error} (truncated, or not a {os.path.splitext(path)[1]} file)")
+
+
+def skip_or_fail(cfg, stats, text):
+    """Count and name a line that cannot be read. Raises: UserError once there are more than cfg.skip_bad_lines."""
+    if stats["bad lines"] >= cfg.skip_bad_lines:
+        reason = f"{text[:-1]}; " if text.endswith(")") else f"{text} ("
+        raise UserError(f"{reason}--skip_bad_lines={max(100, 2 * cfg.skip_bad_lines)} skips such lines)")
+    stats["bad lines"] += 1
+    stats[f"skipped {text}"] += 1

@@ -1,0 +1,198 @@
+"""Rows: of .csv and .tsv tables (in .tsv quotes are literal), of JSON objects, and of .parquet files.
+
+A row is read whole, or has a fault that says why not. An open quote swallows no other row.
+"""
+
+import collections
+import csv
+import itertools
+import json
+import os
+from typing import NamedTuple
+
+from common.lines import MAX_TEXT, open_bytes, read_error, read_errors, split_suffixes
+from common.options import UserError
+
+MAX_BATCH = 2**30  # bytes of Parquet rows that are decoded at once, at most
+TABLES = {".csv": (",", True), ".tsv": ("\t", False)}  # separator, and whether quotes mean something
+SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}
+
+csv.field_size_limit(MAX_TEXT)  # the default rejects cells above 131,072 characters
+
+
+class TableRow(NamedTuple):
+    first: int  # line
+    last: int
+    cells: list  # of strings; none for a blank line, or with a fault
+    fault: str  # why it is not a row, or ""
+    suspect: bool  # whether its cells hold lines that look like rows, which an open quote has swallowed
+
+
+class Table(NamedTuple):
+    layout: tuple  # separator, and whether quotes mean something
+    header: TableRow  # the first row
+    columns: list  # indices of those wanted
+    headless: bool  # whether the first row holds no names
+    note: str  # what to say of a separator that is not the suffix's, or ""
+    lines: object  # iterator of all (number, text) pairs
+
+
+def open_table(path, lines, columns, see, default_header=None):
+    """The Table of (number, text) pairs, as from numbered_lines, or None without any row.
+
+    see: a hint for columns that are not there. default_header: names of the columns if the first row is none.
+    Raises: UserError.
+    """
+    own = TABLES[split_suffixes(path)[0]]
+    layouts = [own] if default_header else [own, *((mark, True) for mark in SEPARATORS if mark != own[0])]
+    lines, *copies = itertools.tee(lines, 1 + len(layouts))
+    firsts = {}
+    for layout, copy in zip(layouts, copies):
+        firsts[layout] = next((row for row in table_rows(copy, *layout) if row.cells or row.fault), None)
+    if not firsts[own]:
+        return None
+    # The suffix's, unless only another one gives the columns: spreadsheets write semicolons where one half is 0,5.
+    layout = next((way for way in layouts if set(columns) <= set(firsts[way].cells)), own)
+    first = firsts[layout]
+    where = f"{path}:{first.first}"
+    if first.fault:
+        raise UserError(f"{where}: {first.fault} (expected the names of the columns)")
+    headless = bool(default_header) and columns[0] not in first.cells and len(first.cells) == len(default_header)
+    header = default_header if headless else first.cells
+    note = "" if layout == own else f"{path}: read with a {SEPARATORS[layout[0]]} between columns, as in its first line"
+    return Table(layout, first, [column_of(header, name, where, see) for name in columns], headless, note, lines)
+
+
+def column_of(header, name, where, see):
+    """The index of a column. Raises: UserError unless there is exactly one."""
+    if header.count(name) > 1:
+        raise UserError(f"{where}: {header.count(name)} columns are named {name!r} (rename all but one)")
+    if name not in header:
+        found = ", ".join(cell if cell == cell.strip() and cell.isprintable() else repr(cell) for cell in header)
+        raise UserError(f"{where}: no column {name!r} (the first row has {found[:200]}; {see})")
+    return header.index(name)
+
+
+def table_rows(lines, separator, quotes, is_row=None):
+    """Yield the TableRows of (number, text) pairs. All have as many cells as the first, or a fault.
+
+    The lines after one whose quote is not closed are read again, so it swallows none of them. text: None for a line that
+    could not be read. quotes: whether cells in double quotes may hold separators and line breaks. is_row(text): whether a
+    line in such a cell is surely a row; a suspect row has a fault then.
+
+    Python's csv, not pyarrow's: that one takes an unclosed quote, or text after a closing one, without an error, and
+    refuses rows longer than its block.
+    """
+    lines, again, row, columns = iter(lines), collections.deque(), [], 0  # lines to read again, lines of this row
+
+    def row_lines():
+        while pair := again.popleft() if again else next(lines, None):
+            row.append(pair)
+            if pair[1] is None:
+                raise csv.Error("not UTF-8")
+            yield f"{pair[1]}\n"
+
+    def records():
+        if quotes:
+            return csv.reader(row_lines(), delimiter=separator, strict=True)
+        return (line[:-1].split(separator) if line.strip() else [] for line in row_lines())
+
+    reader = records()
+    while True:
+        row.clear()
+        fault = ""
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            upto = f", up to line {row[-1][0]}" if len(row) > 1 else ""
+            cells, fault = [], f"{error}{upto} (is a quote not closed?)" if row[0][1] is not None else f"{error}"
+        if cells is None:
+            return
+        columns = columns or len(cells)
+        if cells and len(cells) != columns:
+            fault = f"{len(cells)} column{'s' * (len(cells) > 1)}, expected {columns}"
+            fault += f" (is a {SEPARATORS[separator]} outside quotes?)"
+        several = len(row) > 1 and columns > 1 and not fault
+        inside = [line for cell in cells for line in cell.split("\n")] if several else []
+        rows_inside = sum(is_row(line) if is_row else line.count(separator) == columns - 1 for line in inside)
+        suspect = 0 < len(row) - 1 <= 2 * rows_inside
+        if suspect and is_row:
+            fault = f"one row up to line {row[-1][0]}, though its lines are rows (is a quote not closed?"
+            fault += " if the quotes are right: --trust_quotes=true)"
+        yield TableRow(row[0][0], row[-1][0], [] if fault else cells, fault, suspect)
+        if fault:
+            again.extendleft(reversed(row[1:]))
+            reader = records()
+
+
+def parse_json(text):
+    """Raises: ValueError that says what is wrong."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not valid JSON: {error} (expected one object per line)") from None
+
+
+def record_cells(records, columns, see, label_column=""):
+    """Yield (number, values of `columns` as strings, or the reason why there are none) of (number, JSON object) pairs.
+
+    An object may be the text of one; a blank text has no values, and None is a line that could not be read. label_column:
+    one that may also hold a number. see: a hint for columns that are not there.
+    """
+    for number, record in records:
+        try:
+            if record is None:
+                raise ValueError("not UTF-8")
+            blank = isinstance(record, str) and not record.strip()
+            record = parse_json(record) if isinstance(record, str) and not blank else record
+            yield number, [] if blank else cells_of(record, columns, see, label_column)
+        except ValueError as error:
+            yield number, str(error)
+
+
+def cells_of(record, columns, see, label_column):
+    if not isinstance(record, dict):
+        raise ValueError(f"a {type(record).__name__}, not an object (expected one object per line)")
+    if missing := [name for name in columns if name not in record]:
+        raise ValueError(f"no {', '.join(map(repr, missing))} (keys: {', '.join(record)[:200] or 'none'}; {see})")
+    cells = []
+    for name in columns:
+        cell, number = record[name], " or a number" * (name == label_column)
+        if cell is None:
+            raise ValueError(f"{name!r} is null")
+        if not isinstance(cell, (str, int, float) if number else str):
+            raise ValueError(f"{name!r} is {type(cell).__name__} (expected a string{number}; {see})")
+        cells.append(cell if isinstance(cell, str) else json.dumps(cell))
+        try:
+            cells[-1].encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{name!r} has half a surrogate pair (not Unicode text)") from None
+    return cells
+
+
+def parquet_records(path, columns, see, stats):
+    """Yield (number, {column: value}) of each row of a .parquet file. stats: as of numbered_lines. Raises: UserError.
+
+    A cell may be as large as its whole column chunk, and a dictionary stores one once for many rows. So a batch has as few
+    rows as fit into MAX_BATCH if each were that large, and a thousand at most.
+    """
+    import pyarrow  # slow to import, and rarely needed
+    from pyarrow import parquet
+
+    try:
+        with open_bytes(path) as raw:
+            size, number = raw.seek(0, os.SEEK_END), 0
+            file = parquet.ParquetFile(raw)
+            for name in columns:
+                column_of(file.schema_arrow.names, name, path, see)
+            leaves = [i for i, leaf in enumerate(file.schema) if leaf.path in columns]
+            groups = list(map(file.metadata.row_group, range(file.metadata.num_row_groups)))
+            largest = max((group.column(i).total_uncompressed_size for group in groups for i in leaves), default=0)
+            for batch in file.iter_batches(min(1000, max(1, MAX_BATCH // max(1, largest))), columns=columns):
+                for number, record in enumerate(batch.to_pylist(), number + 1):
+                    yield number, record
+                stats["segment bytes"] = size * number // file.metadata.num_rows
+    except UserError:
+        raise
+    except (*read_errors(path), UnicodeDecodeError, pyarrow.ArrowException) as error:
+        raise read_error(path, error, path) from None
