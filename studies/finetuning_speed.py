@@ -79,7 +79,8 @@ def ours(cfg, examples):
 
 def theirs(cfg, examples, by_length):
     """A function that trains one epoch with Trainer."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+    from transformers import Trainer, TrainingArguments
 
     start, options = f"{cfg.out}/exported", {"trust_remote_code": True}
     tokenizer = AutoTokenizer.from_pretrained(start, **options)

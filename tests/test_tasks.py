@@ -77,7 +77,8 @@ def exported(tmp_path_factory):
     pytest.importorskip("transformers")
     path = tmp_path_factory.mktemp("tasks")
     convert_hf.main([f"--to_hf={make_run(path / 'run', scale=8.0)}", f"--out={path / 'exported'}"])
-    tokenizer = wordpiece(True, {word: i for i, word in enumerate([*SPECIAL, *(f"w{i}" for i in range(VOCAB_SIZE - 6)), "##x"])})
+    vocabulary = [*SPECIAL, *(f"w{i}" for i in range(VOCAB_SIZE - 6)), "##x"]
+    tokenizer = wordpiece(True, {word: i for i, word in enumerate(vocabulary)})
     finish(tokenizer)
     tokenizer.save(str(path / "exported/tokenizer.json"))
     return path / "exported"
@@ -213,8 +214,8 @@ def test_the_speed_is_that_of_the_log():
     cells = [f"{times[name]:.1f} s | {times[name] / times['ours']:.1f} |" for name in times]
     assert len(cells) == 3 and not [cell for cell in cells if cell not in text]
     sizes = found["config"]
-    about = f"{sizes['num_layers']} layers of {sizes['hidden_size']}, {sizes['texts']:,} texts of {found['mean_length']:.0f} tokens"
-    assert f"{about} on average and at most {found['longest']}, batches of {sizes['batch_size']}" in text
+    about = f"{sizes['num_layers']} layers of {sizes['hidden_size']}, {sizes['texts']:,} texts"
+    assert f"{about} of {found['mean_length']:.0f} tokens on average and at most {found['longest']}, batches of {sizes['batch_size']}" in text
     assert f"transformers {found['versions']['transformers']}" in text and len(found["seconds"]["ours"]) == sizes["turns"]
 
 
