@@ -35,11 +35,12 @@ from safetensors.torch import load_file
 from common.files import file_digest, gigabytes, read_json, sync, write_file
 from common.options import UserError, similar
 from common.vocabulary import load_tokenizer
-from model import MaskedLM, ModelConfig
+from model import LAYER_NORM_EPS, MaskedLM, ModelConfig
 
 DIGESTS = "digests.json"
 # In config.json. Format 1 lacks this key, and the counts of skipped updates in state.json; they default to 1 and 0.
-FORMAT = 2
+# Formats 1 and 2 lack layer_norm_eps.
+FORMAT = 3
 
 # A run may be resumed with other values of these: they do not change its result. data_dir is compared by the digest of
 # its shards, max_steps by what the schedule says.
@@ -452,6 +453,7 @@ def compare_parameters(model, process, step):
 
 def model_config(config):
     """The ModelConfig in a checkpoint's config.json, a dictionary. Raises: UserError."""
+    config = {"layer_norm_eps": LAYER_NORM_EPS, **config}  # of formats 1 and 2
     if missing := [field.name for field in fields(ModelConfig) if field.name not in config]:
         raise UserError(f"config.json: has no {', '.join(missing)} (not a checkpoint of this project)")
     return ModelConfig(**{field.name: config[field.name] for field in fields(ModelConfig)})

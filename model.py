@@ -32,7 +32,7 @@ import kernels
 from common.batch import Batch, pack
 from common.options import UserError
 
-LAYER_NORM_EPS = 1e-12  # both models, everywhere
+LAYER_NORM_EPS = 1e-12  # MosaicBERT's everywhere, and BERT's own
 INIT_STD = 0.02
 VOCAB_MULTIPLE = 64  # whole tiles for the matrix units: 30,522 entries become 30,528 = 477 * 64
 MAX_POSITIONS = 512  # of the BERT baseline; MosaicBERT has no limit
@@ -49,6 +49,7 @@ class ModelConfig:
     intermediate_size: int = 3072  # width of the feed-forward layer; of each half of a GeGLU
     hidden_dropout: float = 0.1  # after embeddings and attention, and inside the feed-forward layer
     attention_dropout: float = 0.0  # on attention weights; BERT only, MosaicBERT's kernel has none
+    layer_norm_eps: float = LAYER_NORM_EPS  # RoBERTa has 1e-5; BERT only
 
     def check_model(self):
         """Raises: UserError for sizes that no model can have."""
@@ -61,12 +62,16 @@ class ModelConfig:
         for name in ("hidden_dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: must be at least 0 and below 1")
+        if not 0 < self.layer_norm_eps < 1:
+            raise UserError(f"layer_norm_eps={self.layer_norm_eps}: must be above 0 and below 1")
         if self.hidden_size % self.num_heads:
             raise UserError(f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}")
         if self.model == "mosaicbert" and self.attention_dropout > 0:
             raise UserError(
                 f"attention_dropout={self.attention_dropout}: MosaicBERT has none (set it to 0, or use --model=bert)"
             )
+        if self.model == "mosaicbert" and self.layer_norm_eps != LAYER_NORM_EPS:
+            raise UserError(f"layer_norm_eps={self.layer_norm_eps}: MosaicBERT's is {LAYER_NORM_EPS} (or use --model=bert)")
 
 
 def named(**modules):
@@ -207,10 +212,10 @@ class BertLayer(nn.Module):
         self.num_heads, self.dropout, self.attention_dropout = cfg.num_heads, cfg.hidden_dropout, cfg.attention_dropout
         self.attention = named(
             self=named(query=nn.Linear(C, C), key=nn.Linear(C, C), value=nn.Linear(C, C)),
-            output=named(dense=nn.Linear(C, C), LayerNorm=nn.LayerNorm(C, LAYER_NORM_EPS)),
+            output=named(dense=nn.Linear(C, C), LayerNorm=nn.LayerNorm(C, cfg.layer_norm_eps)),
         )
         self.intermediate = named(dense=nn.Linear(C, F_))
-        self.output = named(dense=nn.Linear(F_, C), LayerNorm=nn.LayerNorm(C, LAYER_NORM_EPS))
+        self.output = named(dense=nn.Linear(F_, C), LayerNorm=nn.LayerNorm(C, cfg.layer_norm_eps))
 
     def forward(self, x, mask):
         """x: (B, T, C). mask: (B, 1, 1, T) bool, True where a key may be attended to."""
@@ -239,7 +244,7 @@ class BertEncoder(nn.Module):
             word_embeddings=nn.Embedding(vocab_size, C, padding_idx=pad_id),
             position_embeddings=nn.Embedding(MAX_POSITIONS, C),
             token_type_embeddings=nn.Embedding(NUM_TOKEN_TYPES, C),
-            LayerNorm=nn.LayerNorm(C, LAYER_NORM_EPS),
+            LayerNorm=nn.LayerNorm(C, cfg.layer_norm_eps),
         )
         self.encoder = named(layer=nn.ModuleList(BertLayer(cfg) for _ in range(cfg.num_layers)))
 
@@ -297,7 +302,7 @@ class Predictions(nn.Module):
     def __init__(self, cfg, word_embeddings):
         super().__init__()
         V, C = word_embeddings.weight.shape
-        norm = LayerNorm(C) if cfg.model == "mosaicbert" else nn.LayerNorm(C, LAYER_NORM_EPS)
+        norm = LayerNorm(C) if cfg.model == "mosaicbert" else nn.LayerNorm(C, cfg.layer_norm_eps)
         self.transform = named(dense=nn.Linear(C, C), LayerNorm=norm)
         self.decoder = nn.Linear(C, V)
         self.apply(init_weights)

@@ -36,7 +36,8 @@ from common.hashes import find_duplicates, hash_path, is_held_out, load_hashes, 
 from common.lines import split_suffixes
 from common.options import UserError, command, load_config
 from common.sources import Segment, documents, list_segments, versions
-from common.vocabulary import beginning, encode, letters, load_tokenizer, read_tokenizer, train_tokenizer, unknown_characters
+from common.vocabulary import beginning, encode, letters, load_tokenizer, read_tokenizer, special_names, train_tokenizer
+from common.vocabulary import unknown_characters
 from common.workers import Progress, report_progress, run_jobs
 from data import Samples, prefetch, verify, write_shard
 
@@ -282,7 +283,7 @@ def inspect_sample(units, cfg, tokenizer):
     """(approximate size of all shards, share of unknown characters), extrapolated from the beginnings of some segments."""
     segments = list(itertools.chain(*units))
     chosen = spread(segments, SAMPLE_SEGMENTS)
-    unknown_token = tokenizer.token_to_id("[UNK]")
+    unknown_token = tokenizer.token_to_id(special_names(tokenizer)["[UNK]"])
     source = shards = count = known = unknown = 0
     for segment in chosen:
         stats, texts, chars = Counter(), [], 0

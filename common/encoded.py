@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tokenizers.processors import TemplateProcessing
 
 from common.batch import Batch, pack, round_up
+from common.vocabulary import join_texts
 
 
 @dataclass
@@ -41,13 +41,12 @@ class Encoded:
         return batch.pinned_for(device).to(device)
 
 
-def encode(examples, tokenizer, special, limit, name):
-    """Encoded examples: [CLS] text [SEP], or [CLS] text [SEP] second text [SEP]; the longer text is truncated first.
+def encode(examples, tokenizer, limit, name):
+    """Encoded examples: [CLS] text [SEP], or two texts joined by join_texts; the longer text is truncated first.
 
     name: of the examples, to report how many were truncated to `limit` tokens.
     """
-    marks = [(mark, special[mark]) for mark in ("[CLS]", "[SEP]")]
-    tokenizer.post_processor = TemplateProcessing("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", marks)
+    join_texts(tokenizer)
     tokenizer.enable_truncation(limit, strategy="longest_first")
     ids, types, truncated = [], [], 0
     for start in range(0, len(examples.texts), 10_000):  # the library's results take a hundred bytes per token

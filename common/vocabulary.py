@@ -18,6 +18,7 @@ from common.hub import download
 from common.options import UserError
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+ROBERTA_TOKENS = ["<pad>", "<unk>", "<s>", "</s>", "<mask>"]  # the same five; the code calls them by BERT's names
 PART_CHARS = 2**20  # longer texts are tokenized in parts: 50 MB at once would take gigabytes
 WORD_CHARS = 2**20  # a part may end inside a word longer than this
 MIN_ALPHABET = 1000  # characters that a new vocabulary covers, at least
@@ -37,6 +38,7 @@ TOKENIZER_HINT = "a tokenizer.json or its directory, a vocab.txt, or a hub id; -
 # tokenizer.json says; the others take tokenizer.json as it is.
 BERT_CLASSES = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer")
 PLAIN_CLASSES = ("PreTrainedTokenizer", "TokenizersBackend")
+ROBERTA_CLASS = "RobertaTokenizer"  # also builds its own, but only of byte-level BPE without a normalizer
 BERT_SETTINGS = {"do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True}
 
 
@@ -53,11 +55,26 @@ def wordpiece(cased, vocab=None, strip_accents=None, split_chinese=True):
     return tokenizer
 
 
+def special_names(tokenizer):
+    """{"[MASK]": the tokenizer's own name for it, ...}: RoBERTa's where it has those and not all of BERT's."""
+    vocab = tokenizer.get_vocab().keys()
+    roberta = vocab >= {*ROBERTA_TOKENS} and not vocab >= {*SPECIAL_TOKENS}
+    return dict(zip(SPECIAL_TOKENS, ROBERTA_TOKENS if roberta else SPECIAL_TOKENS))
+
+
 def finish(tokenizer):
-    """Register the special tokens, and put [CLS] and [SEP] around texts. The tokens must have ids by now."""
-    tokenizer.add_special_tokens(SPECIAL_TOKENS)
-    ids = [(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
-    tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", ids)
+    """Register the special tokens, and put them around texts. The tokens must have ids by now."""
+    tokenizer.add_special_tokens([*special_names(tokenizer).values()])
+    join_texts(tokenizer)
+
+
+def join_texts(tokenizer):
+    """Put [CLS] and [SEP] around a text, and around two as BERT does, or as RoBERTa where the tokens are its own."""
+    names = special_names(tokenizer)
+    cls, sep = names["[CLS]"], names["[SEP]"]
+    pair = f"{cls} $A {sep} $B:1 {sep}:1" if sep == "[SEP]" else f"{cls} $A {sep} {sep} $B {sep}"
+    ids = [(name, tokenizer.token_to_id(name)) for name in (cls, sep)]
+    tokenizer.post_processor = processors.TemplateProcessing(f"{cls} $A {sep}", pair, ids)
 
 
 def train_tokenizer(texts, size, cased, strip_accents=False):
@@ -140,13 +157,14 @@ def read_tokenizer(name, cased=False):
     about, model, extra, added = (read_if_there(os.path.join(os.path.dirname(path), file)) for file in TOKENIZER_FILES[2:])
     if "added_tokens_decoder" in about:  # then transformers reads neither of these
         extra = added = {}
-    is_bert = check_settings(settings, about, model, extra, bare)
+    contents, names = json.loads(text), special_names(Tokenizer.from_str(text))
+    is_bert = check_settings(settings, about, model, extra, bare, contents, names)
     if bare and cased and about.get("do_lower_case"):
         raise UserError(f"{settings}: says do_lower_case, but --cased=true was given (leave it out, or change the file)")
     tokenizer, before = Tokenizer.from_str(text), Tokenizer.from_str(text).to_str()
     if is_bert:
         tokenizer = as_bert_tokenizer(tokenizer, about, path, settings, lowercase=not (bare and cased))
-    add_tokens(tokenizer, json.loads(text), about, extra, added, settings)
+    add_tokens(tokenizer, contents, about, extra, added, settings)
     return text if tokenizer.to_str() == before else tokenizer.to_str(pretty=True)
 
 
@@ -170,22 +188,30 @@ def read_vocabulary(path):
     return tokenizer.to_str(pretty=True)
 
 
-def check_settings(path, about, model, extra, bare):
+def check_settings(path, about, model, extra, bare, contents, names):
     """Whether transformers builds BERT's tokenizer from the vocabulary and its settings; else it takes tokenizer.json as it is.
 
     about, model, extra: the contents of tokenizer_config.json (at `path`), config.json and special_tokens_map.json.
+    contents, names: of tokenizer.json, and its special_names.
     Raises: UserError for what is neither.
     """
     is_bert = bare or model.get("model_type") == "bert" or bool(not model and BERT_SETTINGS.keys() & about.keys())
-    named = about.get("tokenizer_class") or model.get("tokenizer_class") or (BERT_CLASSES if is_bert else PLAIN_CLASSES)[0]
+    default = BERT_CLASSES[0] if is_bert else ROBERTA_CLASS if model.get("model_type") == "roberta" else PLAIN_CLASSES[0]
+    named = about.get("tokenizer_class") or model.get("tokenizer_class") or default
     kind = f"{named}".removesuffix("Fast")
-    if kind not in BERT_CLASSES + PLAIN_CLASSES or "auto_map" in about:
-        supported = f"only {BERT_CLASSES[0]} and {PLAIN_CLASSES[0]}Fast are supported"
+    if kind not in (*BERT_CLASSES, *PLAIN_CLASSES, ROBERTA_CLASS) or "auto_map" in about:
+        supported = f"only {BERT_CLASSES[0]}, {ROBERTA_CLASS} and {PLAIN_CLASSES[0]}Fast are supported"
         raise UserError(f"{path}: tokenizer_class is {about.get('auto_map') or named!r} ({supported})")
     if not about.get("do_basic_tokenize", True):
         raise UserError(f"{path}: do_basic_tokenize is false (not supported; give a tokenizer.json)")
-    for token in SPECIAL_TOKENS:
-        name = f"{token[1:-1].lower()}_token"
+    if kind == ROBERTA_CLASS:
+        space = bool(about.get("add_prefix_space"))
+        split = {"type": "ByteLevel", "add_prefix_space": space, "use_regex": True}
+        if contents.get("normalizer") or not split.items() <= (contents.get("pre_tokenizer") or {}).items():
+            wants = f"byte-level BPE with add_prefix_space {space}, and no normalizer"
+            raise UserError(f"{path}: tokenizer.json differs from what {ROBERTA_CLASS} is: {wants}")
+    for role, token in names.items():
+        name = f"{role[1:-1].lower()}_token"
         given = (about | extra).get(name) or token
         given = given.get("content") if isinstance(given, dict) else given
         if given != token:
@@ -265,7 +291,7 @@ def load_tokenizer(path, text=None):
         raise UserError(f"{path}: not a tokenizer: {error}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    special = {name: tokenizer.token_to_id(name) for name in SPECIAL_TOKENS}
+    special = {name: tokenizer.token_to_id(own) for name, own in special_names(tokenizer).items()}
     for name, token in special.items():
         if token is None:
             raise UserError(f"{path}: has no {name} token (a BERT-style vocabulary is needed)")

@@ -3,8 +3,8 @@
     python -m tools.convert_hf --from_hf=google-bert/bert-base-uncased --out=out/bert
     python -m tools.convert_hf --to_hf=out/base --out=exported
 
---from_hf turns BERT of any size, MosaicBERT or jina-bert-v2 into a run directory: train.py --init_from, finetune_glue.py
-and the tools start from it. --to_hf writes a directory that stock transformers loads (MosaicBERT with
+--from_hf turns BERT or RoBERTa of any size, MosaicBERT or jina-bert-v2 into a run directory: train.py --init_from,
+finetune_glue.py and the tools start from it. --to_hf writes a directory that stock transformers loads (MosaicBERT with
 trust_remote_code=True, BERT without), or one for ONNX, llama.cpp or TEI. Every export is compared with this project's
 outputs before it appears under its name, by a process that has transformers alone where it can load it; so is every
 import, where transformers is installed.
@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError
 
 import checkpoint
-from common.files import write_text
+from common.files import read_json, write_text
 from common.options import UserError, command, load_config
 from tools.hf.card import model_card
 from tools.hf.hub import check_push, push
@@ -46,7 +46,7 @@ FROM_HF, TO_HF = ("revision", "tokenizer", "allow_pickle"), ("format", "task", "
 @dataclass
 class ConvertConfig:
     # From Hugging Face
-    from_hf: str = ""  # directory, weights file or hub id of a BERT or MosaicBERT; becomes a run directory
+    from_hf: str = ""  # directory, weights file or hub id of a BERT, RoBERTa or MosaicBERT; becomes a run directory
     revision: str = ""  # commit, branch or tag of the hub id
     tokenizer: str = ""  # tokenizer.json, BERT vocab.txt or hub id, if there is none beside the weights
     allow_pickle: bool = False  # read .bin and .pt files, weights only: no code in them runs
@@ -91,7 +91,8 @@ def compare(path, config, tensors, tokenizer_text):
     """Compare tokens, and for a BERT its outputs, with what transformers computes from the same directory."""
     has_head = any(name.startswith("cls.") for name in tensors)
     expected = expected_outputs(config, tensors, tokenizer_text, None, path, encoder_only=not has_head)
-    architecture = ("BertForMaskedLM" if has_head else "BertModel") if config["model"] == "bert" else None
+    family = "Roberta" if read_json(os.path.join(path, "config.json"), "").get("model_type") == "roberta" else "Bert"
+    architecture = family + ("ForMaskedLM" if has_head else "Model") if config["model"] == "bert" else None
     verdict = self_check(path, *expected, architecture, foreign=True)  # None: MosaicBERT's code there is not ours to run
     if "failure" in verdict:
         print(f"{path}: not compared with transformers, which cannot load it: {verdict['failure']}")

@@ -28,7 +28,7 @@ LONGEST = 8192  # tokens of a text; plain attention takes 3 * 12 heads * 8192^2 
 @dataclass
 class FillMaskConfig:
     checkpoint: str = ""  # run or step_* directory
-    text: str = ""  # text with one or more [MASK]: prints the top tokens for each, with probabilities
+    text: str = ""  # text with one or more [MASK] (RoBERTa: <mask>): prints the top tokens for each, with probabilities
     embed: str = ""  # UTF-8 file, also .gz, one text a line: writes a vector for each, the mean over its tokens or as converted
     out: str = ""  # .npy file for the vectors, (lines, hidden_size) float32
     normalize: bool = False  # scale vectors to length 1
@@ -61,12 +61,13 @@ def fill_mask(model, tokenizer, special, text, device, config):
         print(f"not in the vocabulary, so the model sees [UNK]: {', '.join(unknown)}")
     ids = torch.from_numpy(token_ids(model, tokenizer, special, [text], config)[0])[None].to(device)
     positions = (ids[0] == special["[MASK]"]).nonzero().flatten().tolist()
+    mask = tokenizer.id_to_token(special["[MASK]"])
     if not positions:
         text = text if len(text) < 200 else f"{text[:200]}..."
-        raise UserError(f"--text: no [MASK] in the {ids.shape[1]:,} tokens of {text!r} (write [MASK] for the word to guess)")
+        raise UserError(f"--text: no {mask} in the {ids.shape[1]:,} tokens of {text!r} (write {mask} for the word to guess)")
     probabilities = model.logits(ids, torch.ones_like(ids))[0].softmax(-1)
     for number, position in enumerate(positions, 1):
-        print(text if len(positions) == 1 else f"{text}  ([MASK] {number} of {len(positions)})")
+        print(text if len(positions) == 1 else f"{text}  ({mask} {number} of {len(positions)})")
         best = probabilities[position].topk(min(NUM_GUESSES, model.vocab_size))
         for probability, token in zip(best.values.tolist(), best.indices.tolist()):
             print(f"  {probability:6.1%}  {tokenizer.id_to_token(token)}")

@@ -21,7 +21,7 @@ import numpy as np
 from common.files import file_digest, lock_directory, write_text
 from common.hashes import content_hash, find_duplicates, load_hashes, save_hashes, val_threshold
 from common.options import UserError, command, load_config
-from common.vocabulary import load_tokenizer, read_tokenizer
+from common.vocabulary import load_tokenizer, read_tokenizer, special_names
 from data import verify
 from prepare_c4 import ShardWriter, bytes_per_token, check_same, enter_output, read_plan, work_path
 
@@ -99,7 +99,8 @@ def documents(path, tokenizer, special, counts):
 def write_shards(cfg, paths, tokenizer, digest):
     """(the manifest's entries, Counter, first documents) of the token files; each gives a shard or more."""
     added = tokenizer.get_added_tokens_decoder().items()
-    special = {token: entry.content for token, entry in added if entry.special and entry.content != "[UNK]"}
+    unknown = special_names(tokenizer)["[UNK]"]
+    special = {token: entry.content for token, entry in added if entry.special and entry.content != unknown}
     for number, path in enumerate(paths):
         hashes = list(map(content_hash, documents(path, tokenizer, special, Counter())))
         save_hashes(cfg.out, number, hashes, [True] * len(hashes))

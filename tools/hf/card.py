@@ -165,7 +165,7 @@ USE = {  # what the format is for, and how it is used
         "in transformers' format",
         "    from transformers import pipeline",
         '    pipe = pipeline("{task}", "{name}"{trust})',
-        '    pipe("A text, for fill-mask with a [MASK].")',
+        '    pipe(f"A text, for fill-mask with a {{pipe.tokenizer.mask_token}}.")',
     ),
     "onnx": (
         "as ONNX, for batches of any length: `onnx/model.onnx` and, in int8, `onnx/model_quantized.onnx`",

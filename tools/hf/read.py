@@ -1,4 +1,4 @@
-"""Read BERT, MosaicBERT or jina-bert-v2 weights in Hugging Face form: config.json, model.safetensors, and a tokenizer."""
+"""Read BERT, RoBERTa, MosaicBERT or jina-bert-v2 in Hugging Face form: config.json, model.safetensors, and a tokenizer."""
 
 import datetime
 import glob
@@ -9,6 +9,7 @@ import re
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -21,9 +22,9 @@ from model import LAYER_NORM_EPS, MAX_POSITIONS, MaskedLM
 
 WORDS, DECODER_BIAS, BERT_BIAS = PER_WORD
 # Related models that do not fit the two architectures here: what model.py, data.py or the tokenizer lacks.
-ROBERTA = "LayerNorms with eps 1e-5, positions that begin at 2, and a BPE or Unigram tokenizer with its own special tokens"
 TAKES = {
-    **dict.fromkeys(("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl"), ROBERTA),
+    **dict.fromkeys(("xlm-roberta", "camembert"), "a Unigram tokenizer that transformers builds itself"),
+    "xlm-roberta-xl": "LayerNorms before the layers",
     "distilbert": "an encoder without token types, under other names",
     "electra": "another head, and embeddings of their own width",
     "mpnet": "relative positions",
@@ -31,6 +32,12 @@ TAKES = {
     "modernbert": "LayerNorms before the layers, rotary positions and local attention",
     "deberta-v2": "disentangled attention",
 }
+# RoBERTa is BERT under other names. Position 0 is row 2 there, after that of its [PAD], 1; all tokens have type 0.
+ROBERTA_PAD = 1
+ROBERTA_NAMES = {
+    "roberta.": "bert.", "lm_head.dense.": "cls.predictions.transform.dense.",
+    "lm_head.layer_norm.": "cls.predictions.transform.LayerNorm.", "lm_head.": "cls.predictions.",
+}  # fmt: skip
 SENTENCE_FILES = ["modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "*_Pooling/config.json"]
 
 
@@ -54,12 +61,17 @@ def read_hf(path, revision="", tokenizer="", allow_pickle=False):
     mosaic = any("attention.self.Wqkv" in name for name in tensors)
     check_config(config_path, hf, mosaic, len(tensors))
     tokenizer_text = read_tokenizer(tokenizer or directory)
-    words = load_tokenizer(tokenizer or directory, tokenizer_text)[0].get_vocab()
+    loaded, special = load_tokenizer(tokenizer or directory, tokenizer_text)
+    words = loaded.get_vocab()
     vocab_size = len(words)
     if max(words.values()) != vocab_size - 1:
         gaps = f"{vocab_size:,} entries, but ids up to {max(words.values()):,}"
         raise UserError(f"{tokenizer or directory}: {gaps} (ids may have no gaps)")
 
+    if hf.get("model_type") == "roberta":
+        if special["[PAD]"] != ROBERTA_PAD:
+            raise UserError(f"{tokenizer or directory}: the id of <pad> is {special['[PAD]']} (RoBERTa's is {ROBERTA_PAD})")
+        from_roberta(tensors)
     rename_head(tensors, weights, mosaic)
     if WORDS not in tensors:
         raise UserError(f"{weights}: has no {WORDS} (expected BERT or MosaicBERT)")
@@ -78,6 +90,7 @@ def read_hf(path, revision="", tokenizer="", allow_pickle=False):
         "intermediate_size": hf["intermediate_size"],
         "hidden_dropout": hf["hidden_dropout_prob"],
         "attention_dropout": 0.0 if mosaic else hf["attention_probs_dropout_prob"],
+        "layer_norm_eps": hf.get("layer_norm_eps", LAYER_NORM_EPS),
         "vocab_size": vocab_size,
         "tokenizer_sha256": hashlib.sha256(tokenizer_text.encode()).hexdigest(),
     }
@@ -151,6 +164,8 @@ def is_weight(name, tensor):
 
 def our_name(name):
     """This project's name for a tensor: a bare BertModel lacks the `bert.` prefix, old files say gamma and beta."""
+    theirs = next(filter(name.startswith, ROBERTA_NAMES), "")
+    name = ROBERTA_NAMES.get(theirs, "") + name.removeprefix(theirs)
     if name.startswith(("embeddings.", "encoder.", "pooler.")):
         name = f"bert.{name}"
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
@@ -177,18 +192,33 @@ def from_jina(path, hf, tensors):
     return {name: tensor for name, tensor in joined.items() if name not in used}
 
 
+def from_roberta(tensors):
+    """Give a RoBERTa's tensors BERT's shapes, in place: drop the two rows before position 0, add a token type of zeros."""
+    embeddings = "bert.embeddings.{}_embeddings.weight".format
+    changes = {"position": lambda rows: rows[ROBERTA_PAD + 1 :], "token_type": lambda rows: F.pad(rows, (0, 0, 0, 1))}
+    for name, change in changes.items():
+        if embeddings(name) in tensors:
+            tensors[embeddings(name)] = change(tensors[embeddings(name)])
+
+
 def check_config(path, hf, mosaic, num_weights):
     """Raises: UserError naming the field of config.json that this project's models do not support."""
     kind = hf.get("model_type", "bert")
-    if kind not in ("bert", "mosaic_bert"):
+    if kind not in ("bert", "mosaic_bert", "roberta"):
         takes = f"; this one would take {TAKES[kind]}" if kind in TAKES else ""
-        raise UserError(f"{path}: model_type is {kind!r} (only BERT, MosaicBERT and jina-bert-v2 are supported{takes})")
+        supported = "only BERT, RoBERTa, MosaicBERT and jina-bert-v2 are supported"
+        raise UserError(f"{path}: model_type is {kind!r} ({supported}{takes})")
     supported = {
-        "hidden_act": "gelu", "layer_norm_eps": LAYER_NORM_EPS, "type_vocab_size": 2, "is_decoder": False,
-        "tie_word_embeddings": True, "quantization_config": None,
+        "hidden_act": "gelu", "type_vocab_size": 2, "is_decoder": False, "tie_word_embeddings": True,
+        "quantization_config": None,
     }  # fmt: skip
-    if not mosaic:
+    if mosaic:
+        supported["layer_norm_eps"] = LAYER_NORM_EPS
+    else:
         supported |= {"max_position_embeddings": MAX_POSITIONS, "position_embedding_type": "absolute"}
+    if kind == "roberta":
+        supported |= {"type_vocab_size": 1, "pad_token_id": ROBERTA_PAD}
+        supported["max_position_embeddings"] = MAX_POSITIONS + ROBERTA_PAD + 1
     for name, value in supported.items():
         if hf.get(name, value) != value:
             raise UserError(f"{path}: {name} is {hf[name]!r} (only {value!r} is supported)")

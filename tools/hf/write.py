@@ -15,15 +15,12 @@ import checkpoint
 from common.batch import Batch
 from common.files import read_json, write_text
 from common.options import UserError
-from common.vocabulary import finish, load_tokenizer
-from model import LAYER_NORM_EPS, MAX_POSITIONS, SequenceClassifier
+from common.vocabulary import finish, load_tokenizer, special_names
+from model import MAX_POSITIONS, SequenceClassifier
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 CODE = ("configuration_mosaic_bert.py", "modeling_mosaic_bert.py")  # copied into every MosaicBERT export
 NAMES = {"mosaicbert": "MosaicBert", "bert": "Bert"}
-SPECIAL_NAMES = {
-    "pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]",
-}  # fmt: skip
 CHECK_TEXTS, CHECK_LONGEST = 64, 64  # of the self-check: random texts, and tokens in the longest
 # What the settings of a tokenizer change: case, accents, Chinese characters, punctuation, control characters.
 HARD_TEXTS = ["The ÉCOLE was naïve: Ünïcödé, e\u0301, Ça!", "中文 and 日本語のガイド mixed中國in"]
@@ -62,7 +59,7 @@ def hf_config(config, special, labels, task):
         "max_position_embeddings": LONGEST[config["model"]],
         "type_vocab_size": 2,
         "initializer_range": 0.02,  # of new heads; TEI refuses a configuration without it
-        "layer_norm_eps": LAYER_NORM_EPS,
+        "layer_norm_eps": checkpoint.model_config(config).layer_norm_eps,
         "pad_token_id": special["[PAD]"],
         "torch_dtype": "float32",
     }
@@ -101,7 +98,8 @@ def write_transformers(path, config, tensors, tokenizer_text, labels, task):
 
     Returns the name of the model's class.
     """
-    _, special = load_tokenizer("tokenizer.json", tokenizer_text)
+    tokenizer, special = load_tokenizer("tokenizer.json", tokenizer_text)
+    names = {f"{role[1:-1].lower()}_token": name for role, name in special_names(tokenizer).items()}
     tensors = dict(tensors)
     for name in set(checkpoint.PER_WORD) & tensors.keys():
         tensors[name] = tensors[name][: config["vocab_size"]].clone()
@@ -111,7 +109,7 @@ def write_transformers(path, config, tensors, tokenizer_text, labels, task):
     # Both major versions take tokenizer.json as it is for this class. BertTokenizer would drop what it has beyond BERT's,
     # such as the cutting of long words, and version 4 does not know version 5's name, TokenizersBackend.
     tokenizer_config = {
-        "tokenizer_class": "PreTrainedTokenizerFast", **SPECIAL_NAMES, "clean_up_tokenization_spaces": False,
+        "tokenizer_class": "PreTrainedTokenizerFast", **names, "clean_up_tokenization_spaces": False,
         "model_max_length": config["task"]["max_length"] if "task" in config else LONGEST[config["model"]],
         "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
     }  # fmt: skip
@@ -172,8 +170,10 @@ def expected_outputs(config, tensors, tokenizer_text, labels, source, encoder_on
     lengths = rng.integers(1, CHECK_LONGEST, CHECK_TEXTS)
     words = [rng.integers(0, config["vocab_size"], length).tolist() for length in lengths]
     texts = tokenizer.decode_batch(words, skip_special_tokens=True)
-    added = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.content not in special]
-    texts += HARD_TEXTS + [f"a {token} b{token}c {token.upper()}" for token in added[:CHECK_TEXTS]]
+    names = special_names(tokenizer)
+    added = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.content not in names.values()]
+    texts += [text.replace("[MASK]", names["[MASK]"]) for text in HARD_TEXTS]
+    texts += [f"a {token} b{token}c {token.upper()}" for token in added[:CHECK_TEXTS]]
     ids = [tokenizer.encode(text, add_special_tokens=False).ids[:CHECK_LONGEST] for text in texts]
     ids = [[special["[CLS]"], *row, special["[SEP]"]] for row in ids]
     if labels is None:
