@@ -64,7 +64,8 @@ def special_names(tokenizer):
 
 def finish(tokenizer):
     """Register the special tokens, and put them around texts. The tokens must have ids by now."""
-    tokenizer.add_special_tokens([*special_names(tokenizer).values()])
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}  # with their settings
+    tokenizer.add_special_tokens([name for name in special_names(tokenizer).values() if name not in known])
     join_texts(tokenizer)
 
 

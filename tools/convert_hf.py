@@ -79,7 +79,8 @@ def from_hf(cfg):
     }
     os.makedirs(cfg.out, exist_ok=True)
     written = checkpoint.save(cfg.out, 0, {"model.safetensors": dict(sorted(tensors.items()))}, texts)
-    write_text(os.path.join(cfg.out, "config.json"), texts["config.json"])
+    for name in ("tokenizer.json", "config.json"):  # as in any run; prepare_c4.py --tokenizer takes the first
+        write_text(os.path.join(cfg.out, name), texts[name])
     _, again, _ = checkpoint.load(cfg.out)
     if not all(torch.equal(tensor, again[name]) for name, tensor in tensors.items()):
         raise UserError(f"{written}: reads back differently (is the disk sound?)")
