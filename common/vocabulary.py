@@ -158,14 +158,13 @@ def read_tokenizer(name, cased=False):
     about, model, extra, added = (read_if_there(os.path.join(os.path.dirname(path), file)) for file in TOKENIZER_FILES[2:])
     if "added_tokens_decoder" in about:  # then transformers reads neither of these
         extra = added = {}
-    contents, names = json.loads(text), special_names(Tokenizer.from_str(text))
-    is_bert = check_settings(settings, about, model, extra, bare, contents, names)
+    tokenizer, before = Tokenizer.from_str(text), Tokenizer.from_str(text).to_str()
+    is_bert = check_settings(settings, about, model, extra, bare, tokenizer)
     if bare and cased and about.get("do_lower_case"):
         raise UserError(f"{settings}: says do_lower_case, but --cased=true was given (leave it out, or change the file)")
-    tokenizer, before = Tokenizer.from_str(text), Tokenizer.from_str(text).to_str()
     if is_bert:
         tokenizer = as_bert_tokenizer(tokenizer, about, path, settings, lowercase=not (bare and cased))
-    add_tokens(tokenizer, contents, about, extra, added, settings)
+    add_tokens(tokenizer, json.loads(text), about, extra, added, settings)
     return text if tokenizer.to_str() == before else tokenizer.to_str(pretty=True)
 
 
@@ -189,11 +188,10 @@ def read_vocabulary(path):
     return tokenizer.to_str(pretty=True)
 
 
-def check_settings(path, about, model, extra, bare, contents, names):
+def check_settings(path, about, model, extra, bare, tokenizer):
     """Whether transformers builds BERT's tokenizer from the vocabulary and its settings; else it takes tokenizer.json as it is.
 
     about, model, extra: the contents of tokenizer_config.json (at `path`), config.json and special_tokens_map.json.
-    contents, names: of tokenizer.json, and its special_names.
     Raises: UserError for what is neither.
     """
     is_bert = bare or model.get("model_type") == "bert" or bool(not model and BERT_SETTINGS.keys() & about.keys())
@@ -206,12 +204,12 @@ def check_settings(path, about, model, extra, bare, contents, names):
     if not about.get("do_basic_tokenize", True):
         raise UserError(f"{path}: do_basic_tokenize is false (not supported; give a tokenizer.json)")
     if kind == ROBERTA_CLASS:
-        space = bool(about.get("add_prefix_space"))
+        contents, space = json.loads(tokenizer.to_str()), bool(about.get("add_prefix_space"))
         split = {"type": "ByteLevel", "add_prefix_space": space, "use_regex": True}
-        if contents.get("normalizer") or not split.items() <= (contents.get("pre_tokenizer") or {}).items():
+        if contents["normalizer"] or not split.items() <= (contents["pre_tokenizer"] or {}).items():
             wants = f"byte-level BPE with add_prefix_space {space}, and no normalizer"
-            raise UserError(f"{path}: tokenizer.json differs from what {ROBERTA_CLASS} is: {wants}")
-    for role, token in names.items():
+            raise UserError(f"{path}: {ROBERTA_CLASS} would not be what tokenizer.json is (it wants {wants})")
+    for role, token in special_names(tokenizer).items():
         name = f"{role[1:-1].lower()}_token"
         given = (about | extra).get(name) or token
         given = given.get("content") if isinstance(given, dict) else given
@@ -282,7 +280,7 @@ def load_tokenizer(path, text=None):
     """(tokenizers.Tokenizer without truncation or padding, ids of the special tokens: {"[MASK]": 103, ...}).
 
     text: the contents of the file, if already read. Raises: UserError for anything but a tokenizer with BERT's special
-    tokens.
+    tokens, or RoBERTa's.
     """
     if text is None and not os.path.isfile(path):
         raise UserError(f"{path}: no such tokenizer (expected a tokenizer.json)")

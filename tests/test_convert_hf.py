@@ -144,9 +144,9 @@ def change_weights(edit):
     "spoil, reason",
     [
         (change(hidden_act="relu"), "hidden_act is 'relu'"),
-        (change(layer_norm_eps=1e-5), "layer_norm_eps"),
+        (change(layer_norm_eps=0), "layer_norm_eps=0: must be above 0"),
         (change(max_position_embeddings=1024), "max_position_embeddings"),
-        (change(model_type="roberta"), "model_type is 'roberta'"),
+        (change(model_type="xlm-roberta"), "model_type is 'xlm-roberta'"),
         (change(hidden_size=48), "has shape .* but config.json says|not a multiple"),
         (change(intermediate_size=64), "has shape .* but config.json says"),
         (change(num_hidden_layers=3), "16 weights missing: bert.encoder.layer.2"),

@@ -138,8 +138,8 @@ def change(fields=(), tensors=()):
             "1 weights missing: .*layer.0.attention.self.Wqkv.bias",
         ),
         (
-            change({"model_type": "roberta"}),
-            "model_type is 'roberta' .*would take LayerNorms with eps 1e-5, positions that begin at 2",
+            change({"model_type": "xlm-roberta"}),
+            "model_type is 'xlm-roberta' .*would take a SentencePiece tokenizer",
         ),
         (change({"model_type": "modernbert"}), "model_type is 'modernbert' .*would take LayerNorms before the layers"),
     ],

@@ -23,7 +23,7 @@ from model import LAYER_NORM_EPS, MAX_POSITIONS, MaskedLM
 WORDS, DECODER_BIAS, BERT_BIAS = PER_WORD
 # Related models that do not fit the two architectures here: what model.py, data.py or the tokenizer lacks.
 TAKES = {
-    **dict.fromkeys(("xlm-roberta", "camembert"), "a Unigram tokenizer that transformers builds itself"),
+    **dict.fromkeys(("xlm-roberta", "camembert"), "a SentencePiece tokenizer, whose settings are not read here"),
     "xlm-roberta-xl": "LayerNorms before the layers",
     "distilbert": "an encoder without token types, under other names",
     "electra": "another head, and embeddings of their own width",
