@@ -3,6 +3,7 @@
 import fcntl
 import math
 import os
+import re
 import signal
 import time
 from functools import partial
@@ -348,6 +349,11 @@ def test_init_from_and_eval_only(data_dir, tmp_path, capsys):
     train.main([*toy_argv(data_dir, first), "--eval_only"])
     loss = read_log(first, "eval")[-1]["loss"]
     assert f"step 10: held-out loss {loss:.4f}" in capsys.readouterr().out
+    found = set()
+    for length in (16, 64):  # as docs/training.md compares lengths
+        train.main([*toy_argv(data_dir, first, seq_length=length, chunk="true"), "--eval_only"])
+        found.add(re.search(r"step 10: held-out loss (\S+),", capsys.readouterr().out)[1])
+    assert len(found) == 2
     assert (first / "log.jsonl").read_bytes() == before
 
 
@@ -445,7 +451,7 @@ def test_every_option_is_used():
 
 def test_every_shipped_config_loads():
     configs = sorted((Path(train.__file__).parent / "configs").glob("*.py"))
-    assert {path.stem for path in configs} >= {"smoke", "base", "large", "bert_base", "bert_large"}
+    assert {path.stem for path in configs} >= {"smoke", "base", "base_512", "base_2048", "large", "bert_base", "bert_large"}
     for path in configs:
         load_config(train.TrainConfig, [str(path)]).check(world_size=8)
 
