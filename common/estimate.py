@@ -58,6 +58,8 @@ def memory_bytes(cfg, dtype, fused, num_params, vocab_size, tokens):
     sums and results of two LayerNorms) and 3F (both halves of the GeGLU and its result). Without the fused kernels C and
     2.5F more, and the attention weights of H heads over seq_length keys, in float32 and again in the compute dtype.
     With --fp8 2C + F of them take one byte: the inputs of Wqkv, of gate and up, and of down.
+    With --activation_checkpointing the layers keep C, their input; one of them has the rest, while it runs again, and as much
+    in gradients. This part is arithmetic, not measured yet.
     The head holds its logits in the compute dtype, and without the fused kernels in float32 too, both with gradients.
     This gives 387 kB a token and 4.1 GB for base in bf16, 791 kB without the fused kernels. Measured on an H100: 793
     without them; with them 27.1 GB in all for micro-batches of 65,536 tokens, where this gives 27.8 plus 1.6 for the
@@ -72,7 +74,10 @@ def memory_bytes(cfg, dtype, fused, num_params, vocab_size, tokens):
         logit += bytes_per_value + 8
         layer += (cfg.hidden_size + 2.5 * cfg.intermediate_size) * bytes_per_value
         layer += cfg.num_heads * cfg.seq_length * (4 + bytes_per_value)
-    return num_params * (28 + bytes_per_value) + tokens * (cfg.num_layers * layer + cfg.mask_prob * vocab_size * logit)
+    layers = cfg.num_layers * layer
+    if cfg.activation_checkpointing:
+        layers = cfg.num_layers * cfg.hidden_size * bytes_per_value + 2 * layer
+    return num_params * (28 + bytes_per_value) + tokens * (layers + cfg.mask_prob * vocab_size * logit)
 
 
 def fitting_tokens(cfg, dtype, fused, num_params, vocab_size, memory):
@@ -160,7 +165,7 @@ def expected_plan(cfg, world_size, gpu, peak, sample_flops, num_val, num_params,
     sample_flops: of training on one sample; evaluating one of num_val takes a third of that. seen: see print_estimate.
     """
     where, seconds = f"{budget.text_of(cfg)} on {world_size} x {gpu}", budget.seconds_of(cfg, world_size)
-    kind = "fp8" if cfg.fp8 else "compile" if cfg.compile else ""
+    kind = "checkpointing" if cfg.activation_checkpointing else "fp8" if cfg.fp8 else "compile" if cfg.compile else ""
     for (name, *measured), (mfu, source) in MEASURED_MFU.items():
         if name in gpu and measured == [cfg.model, cfg.hidden_size, kind]:
             rate = peak * mfu * world_size
