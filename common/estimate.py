@@ -101,7 +101,7 @@ def choose_micro_batch_tokens(cfg, process, backend, num_params, vocab_size):
         memory = min(row[0] for row in process.gather([memory_of(process.device)]))
         most = fitting_tokens(cfg, process.dtype, backend == "triton", num_params, vocab_size, memory)
         if most < cfg.seq_length:
-            raise UserError(f"{device_name(process.device)}: too little memory for this model (try a smaller one)")
+            raise UserError(f"{device_name(process.device)}: too little memory for this model (try --activation_checkpointing, or a smaller one)")
     return useful_tokens(cfg, process, most)
 
 
@@ -119,15 +119,16 @@ def print_estimate(cfg, process, backend, num_params, samples, num_val, micro_ba
     """
     if process.rank > 0:
         return
-    dtype, fused, where = process.dtype, backend == "triton", ""
+    dtype, fused, fits = process.dtype, backend == "triton", {"": micro_batch_tokens}
     order, _ = samples.order(np.arange(min(len(samples), 20_000)), cfg.seed)
     lengths = samples.locate(order)[2] + 2.0
     flops = matrix_flops(lengths.mean(), (lengths**2).mean(), cfg.mask_prob * lengths.mean())  # of a sample
-    if process.device.type == "cpu":  # no GPU here: estimate for an 80 GB one
-        dtype, fused, where = torch.bfloat16, cfg.kernels != "torch", ", in bfloat16 on a GPU of 80 GB"
-        most = fitting_tokens(cfg, dtype, fused, num_params, samples.vocab_size, 80e9)
-        micro_batch_tokens = cfg.micro_batch_tokens or useful_tokens(cfg, process, most)
-    memory = memory_bytes(cfg, dtype, fused, num_params, samples.vocab_size, micro_batch_tokens)
+    if process.device.type == "cpu":  # no GPU here: estimate for an A100 or H100, and for an H200
+        dtype, fused, fits = torch.bfloat16, cfg.kernels != "torch", {}
+        for size in (80, 141):
+            most = fitting_tokens(cfg, dtype, fused, num_params, samples.vocab_size, size * 1e9)
+            where = f", in bfloat16 on a GPU of {size} GB{'' if most >= cfg.seq_length else ', which has too little'}"
+            fits[where] = cfg.micro_batch_tokens or useful_tokens(cfg, process, most)
 
     def seen(num_steps):
         count = num_steps * cfg.global_batch_size
@@ -142,7 +143,9 @@ def print_estimate(cfg, process, backend, num_params, samples, num_val, micro_ba
     for source, share in samples.shares():
         epochs = "" if budgeted else f", {share * cfg.max_steps * cfg.global_batch_size / len(source):.2f} epochs"
         print(f"  {share:6.1%}    {source.directory}: {len(source):,} samples{epochs}")
-    print(f"memory      about {gigabytes(memory)} for micro-batches of at most {micro_batch_tokens:,} tokens{where}")
+    for where, tokens in fits.items():
+        memory = memory_bytes(cfg, dtype, fused, num_params, samples.vocab_size, tokens)
+        print(f"memory      about {gigabytes(memory)} for micro-batches of at most {tokens:,} tokens{where}")
     print(f"disk        about {gigabytes(12 * num_params * (cfg.keep_checkpoints + 1))} for checkpoints")
     here = {device_name(process.device): peak_flops(process.device)} if peak_flops(process.device) else {}
     gpus = here or {name: PEAK_FLOPS[name] for name in (("H100", "H200") if cfg.fp8 else ("A100", "H100"))}

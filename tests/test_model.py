@@ -17,6 +17,7 @@ from model import LAYER_NORM_EPS, MaskedLM, ModelConfig, SequenceClassifier, ali
 from tests.toy import make_shards, toy_argv
 
 LARGE = {"hidden_size": 1024, "num_layers": 24, "num_heads": 16, "intermediate_size": 4096}
+XL = {"hidden_size": 2048, "num_layers": 24, "num_heads": 32, "intermediate_size": 5632}
 TINY = {"hidden_size": 48, "num_layers": 2, "num_heads": 6, "intermediate_size": 40, "hidden_dropout": 0.0}
 
 
@@ -45,6 +46,7 @@ def some_sequences(*lengths, vocab_size=70):
     [
         ({}, 137_400_384),
         (LARGE, 435_221_312),
+        (XL, 1_300_328_256),
         ({"model": "bert"}, 109_514_298),
         ({"model": "bert", **LARGE}, 335_174_458),
     ],

@@ -24,6 +24,8 @@ from tests import faults
 from tests.ranks import Ranks, run_ranks
 from tests.toy import TOY_OPTIONS, TOY_SIZE, files_of, make_documents, make_run, make_shards, read_log, run_train, toy_argv
 
+CONFIGS = Path(train.__file__).parent / "configs"
+
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
@@ -479,6 +481,16 @@ def test_estimate_knows_what_activation_checkpointing_saves():
     assert sizes[0] - sizes[1] == 12 * layer - (12 * 2 * 768 + 2 * layer)
 
 
+def test_xl_fits_the_gpus_that_its_config_names():
+    rows = re.findall(r"^ +(80|141) GB +([\d,]+) +([\d,]+) +([\d,]+)", (CONFIGS / "xl.py").read_text(), re.MULTILINE)
+    assert [size for size, *_ in rows] == ["80", "141"]
+    for size, *printed in rows:
+        for options, tokens in zip(([], ["--fp8"], ["--activation_checkpointing"]), printed):
+            cfg = load_config(train.TrainConfig, [str(CONFIGS / "xl.py"), *options])
+            room = estimate.fitting_tokens(cfg, torch.bfloat16, True, 1_300_328_256, 30_522, int(size) * 1e9)
+            assert f"{room:,}" == tokens
+
+
 def test_every_option_is_used():
     names = ("train.py", "model.py", "optim.py", "common/budget.py", "common/estimate.py")
     source = "".join((Path(train.__file__).parent / name).read_text() for name in names)
@@ -487,8 +499,8 @@ def test_every_option_is_used():
 
 
 def test_every_shipped_config_loads():
-    configs = sorted((Path(train.__file__).parent / "configs").glob("*.py"))
-    assert {path.stem for path in configs} >= {"smoke", "base", "base_512", "base_2048", "large", "bert_base", "bert_large"}
+    configs = sorted(CONFIGS.glob("*.py"))
+    assert {path.stem for path in configs} >= {"smoke", "base", "base_512", "base_2048", "large", "xl", "bert_base", "bert_large"}
     for path in configs:
         load_config(train.TrainConfig, [str(path)]).check(world_size=8)
 
