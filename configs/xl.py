@@ -20,11 +20,11 @@ make better use of a GPU, and of FP8. Heads stay at 64 values, as in both, in BE
 there, and those for short sequences take no more. --num_heads=16 would try 128.
 
 The feed-forward layer is 2.75 times as wide as the model, not 4 times as in MosaicBERT-Base: a GeGLU has three matrices, and
-8/3 gives it the parameters of an ordinary layer with 4 (Shazeer 2020, arXiv 2002.05202). The original's blog found a larger
-one not worth its time in large models. 5,632 is the next multiple of 256.
+8/3 gives it the parameters of an ordinary layer with 4 (Shazeer 2020, arXiv 2002.05202). The original's blog says that a
+larger one did not always pay in BERT-Large. 5,632 is the next multiple of 256.
 
-A risk: both papers that scaled BERT beyond Large had to think about LayerNorm. Megatron found post-LN, which MosaicBERT has,
-worse than pre-LN above 336 million parameters; DeBERTa trained 1.5 billion with post-LN.
+A risk: Megatron found that BERT got worse above 336 million parameters with post-LN, which MosaicBERT has too, and moved the
+LayerNorms. DeBERTa trained 1.5 billion parameters with post-LN.
 """
 
 data_dir = "data/c4"
