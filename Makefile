@@ -24,7 +24,7 @@ smoke: $(INSTALLED)
 	$(if $(VENV),@echo "for the README's commands: source $(VENV)/bin/activate")
 
 test: $(INSTALLED_DEV)
-	$(PYTHON) -m pytest -q tests
+	$(PYTHON) -m pytest -q -n 2 --dist loadfile tests  # two processes; more would disturb tests that start several
 
 test-slow: $(INSTALLED_DEV)
 	$(PYTHON) -m pip install -q -r requirements-slow.txt -c constraints.txt

@@ -491,10 +491,13 @@ class Worker:
         """Write the weights as a checkpoint, with what it takes to predict with them."""
         task = {"labels": run.task.labels, "text_columns": run.task.text_columns, "max_length": self.cfg.max_length}
         start = self.pretrained
+        paths = {"pretrained": start.path, "mnli": os.path.join(self.cfg.out, "mnli"), "random": None}
         config = {
             "format": checkpoint.FORMAT, **vars(start.model_cfg), "vocab_size": start.config["vocab_size"],
-            "tokenizer_sha256": start.config.get("tokenizer_sha256"), "task": task,
+            "tokenizer_sha256": start.config.get("tokenizer_sha256"), "task": task, "fine_tuned_from": paths[run.init],
         }  # fmt: skip
+        if run.init != "random" and "converted_from" in start.config:
+            config["converted_from"] = start.config["converted_from"]
         texts = {"config.json": json.dumps(config, indent=1), "tokenizer.json": start.tokenizer_text}
         os.makedirs(run.artifact, exist_ok=True)
         checkpoint.save(run.artifact, run.num_steps, {"model.safetensors": checkpoint.weights_of(model)}, texts)

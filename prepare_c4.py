@@ -459,7 +459,7 @@ def given_tokenizers(cfg):
         work_path(cfg.out, "other.json"): cfg.compare_tokenizer,
     }
     wanted = {path: name for path, name in names.items() if name and not os.path.exists(path)}
-    return {path: read_tokenizer(name, cfg.cased, beside=True) for path, name in wanted.items()}
+    return {path: read_tokenizer(name, cfg.cased) for path, name in wanted.items()}
 
 
 def prepare(cfg, plan, units, given):

@@ -117,11 +117,11 @@ def alphabet_size(texts, size):
 # Reading
 
 
-def read_tokenizer(name, cased=False, beside=True):
+def read_tokenizer(name, cased=False):
     """The contents of a tokenizer.json that gives the tokens of transformers' AutoTokenizer.
 
     name: a tokenizer.json, a BERT vocab.txt, a directory with one of them (shards, a checkpoint or a model), or a hub id.
-    cased: of a vocab.txt, unless the files beside it say so. beside: apply what those files say.
+    cased: of a vocab.txt, unless the files beside it say so.
     Raises: UserError, also for a setting that this project does not support.
     """
     path = name if os.path.exists(name) else download(name, TOKENIZER_FILES, "tokenizer", TOKENIZER_HINT)
@@ -137,9 +137,7 @@ def read_tokenizer(name, cased=False, beside=True):
         with open(path, encoding="utf-8") as file:
             text = file.read()
     settings = os.path.join(os.path.dirname(path), "tokenizer_config.json")
-    about, model, extra, added = (
-        read_if_there(os.path.join(os.path.dirname(path), file)) if beside else {} for file in TOKENIZER_FILES[2:]
-    )
+    about, model, extra, added = (read_if_there(os.path.join(os.path.dirname(path), file)) for file in TOKENIZER_FILES[2:])
     if "added_tokens_decoder" in about:  # then transformers reads neither of these
         extra = added = {}
     is_bert = check_settings(settings, about, model, extra, bare)

@@ -34,7 +34,7 @@ import numpy as np
 from common.budget import LEAST_WARMUP
 from common.files import write_text
 from common.options import UserError, command, load_config
-from tools import plot
+from tools.figures import glue, reading
 
 LENGTHS = {"mosaicbert": (128, 256, 512, 1024), "bert": (128, 256, 512)}  # BERT has 512 positions
 WARMUP_STEPS = {"mosaicbert": 140, "bert": 250}  # per minute of budget: a quarter of an H100's steps in results/race
@@ -224,7 +224,7 @@ def all_logs(directory):
 
 def read_run(directory):
     """A finished run's model, minutes, seed, held-out loss, speed and cost, and its glue.json if it was fine-tuned."""
-    records = plot.read_log(f"{directory}/log.jsonl")
+    records = reading.read_log(f"{directory}/log.jsonl")
     config = next(record["config"] for record in records if record["event"] == "start")
     if not config.get("budget_minutes") or records[-1]["event"] != "end":
         raise UserError(f"{directory}/log.jsonl: not a finished run of race.py")
@@ -236,7 +236,7 @@ def read_run(directory):
         "held_out": [record["loss"] for record in records if record["event"] == "eval"][-1],
         "samples_per_second": float(np.median([r["samples_per_second"] for r in records if r["event"] == "train"])),
         **{name: records[-1][name] for name in ("step", "seconds", "dollars")},
-        "glue": plot.read_glue(path) if os.path.exists(path) else None,
+        "glue": reading.read_glue(path) if os.path.exists(path) else None,
     }
 
 
@@ -266,15 +266,15 @@ def table(directory):
     """
     runs = read_runs(directory)
     tasks = [task for task in ("cola", "sst2", "mrpc", "stsb", "rte") if all(task in tasks_of(run) for run in runs)]
-    names = [plot.TASK_NAMES[task] for task in tasks] + ["mean"] * bool(tasks)
+    names = [reading.TASK_NAMES[task] for task in tasks] + ["mean"] * bool(tasks)
     lines = ["| " + " | ".join(["model", "minutes", "price", "seeds", *names, "held-out loss", "samples/s"]) + " |"]
     lines.append("|---" * (len(names) + 6) + "|")
     for model, minutes in sorted({(run["model"], run["minutes"]) for run in runs}, key=lambda key: (key[1], key[0])):
         group = [run for run in runs if (run["model"], run["minutes"]) == (model, minutes)]
         scores = [[score for run in group for score in tasks_of(run)[task]["scores"]] for task in tasks]
         if tasks:
-            scores.append([score for run in group for score in plot.seed_scores(run["glue"], tasks)])
-        cells = [plot.MODEL_NAMES[model], f"{minutes:g}", price_of(group), f"{len(group)}", *map(mean_and_spread, scores)]
+            scores.append([score for run in group for score in glue.seed_scores(run["glue"], tasks)])
+        cells = [reading.MODEL_NAMES[model], f"{minutes:g}", price_of(group), f"{len(group)}", *map(mean_and_spread, scores)]
         cells += [mean_and_spread([run["held_out"] for run in group], 3)]
         cells += [f"{np.mean([run['samples_per_second'] for run in group]):,.0f}"]
         lines.append("| " + " | ".join(cells) + " |")

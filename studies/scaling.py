@@ -12,7 +12,7 @@ Runs train.py on random tokens with C4's lengths, for each number of GPUs with t
 100 % efficiency is what each GPU reaches alone while all others do the same, as clocks depend on temperature and power.
 Figures are medians over the log's lines, without the first steps.
 
-Read next: tools/plot.py
+Read next: tools/figures/speed.py
 """
 
 import datetime
@@ -32,10 +32,10 @@ from common.options import UserError, command, load_config
 from common.versions import versions
 from studies.bench_steps import C4_SHORT_SHARE
 from tests.toy import TOY_SIZE, flags, make_shards, read_log, start_train
-from tools import plot
+from tools.figures import reading
 
 CONFIGS = {"base": ["configs/base.py"], "large": ["configs/large.py"], "bert": ["configs/bert_base.py", "--compile=true"]}
-TITLES = plot.SCALING_NAMES
+TITLES = reading.SCALING_NAMES
 STEPS, UNTIMED_STEPS, INTERVAL = 50, 20, 5  # of a run; its first ones, in which memory grows; in a line of the log
 
 

@@ -403,6 +403,17 @@ def test_exported_models_train_and_round_trip(exported, tmp_path, kind, labels):
         assert torch.equal(again(ids, mask)[0], model(ids, mask)[0])
 
 
+@pytest.mark.parametrize("family", ["mosaicbert", "bert"])
+def test_an_encoder_has_the_names_that_vllm_reads(tmp_path, family):
+    """Those of a BertModel, without the prefix; transformers takes both, and finds all of them."""
+    convert_hf.main([f"--to_hf={make_run(tmp_path / 'run', family)}", f"--out={tmp_path / 'out'}", "--task=feature-extraction"])
+    names = load_file(tmp_path / "out/model.safetensors").keys()
+    assert {name.partition(".")[0] for name in names} == {"embeddings", "encoder"}
+    options = {"trust_remote_code": True, "output_loading_info": True}
+    _, found = transformers.AutoModelForTokenClassification.from_pretrained(tmp_path / "out", **options)
+    assert set(found["missing_keys"]) == {"classifier.weight", "classifier.bias"} and not found["unexpected_keys"]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["QuestionAnswering", "MultipleChoice"])
 def test_heads_give_the_losses_of_bert(exported, monkeypatch, kind):

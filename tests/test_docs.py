@@ -14,7 +14,7 @@ import pytest
 from common import estimate
 from studies import race, scaling
 from tests.test_race import write_race
-from tools import plot
+from tools.figures import reading
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", *(str(path.relative_to(ROOT)) for folder in ("docs", "results") for path in (ROOT / folder).glob("*.md"))]
@@ -218,7 +218,7 @@ def test_budgets_are_those_of_the_runs():
     """results/README.md "budgets_h200": steps, their median time, and when each run ended; docs/training.md has the range."""
     text, early = text_of("results/README.md"), []
     for path in (ROOT / "results" / "budgets_h200").glob("*.jsonl"):
-        records = plot.read_log(path)
+        records = reading.read_log(path)
         steps = [record for record in records if record["event"] == "train"][1:]
         config, end = records[0]["config"], records[-1]
         milliseconds = 1e3 * config["global_batch_size"] / median(record["samples_per_second"] for record in steps)
@@ -232,10 +232,10 @@ def test_budgets_are_those_of_the_runs():
 def test_recipe_trials_are_what_was_logged():
     """results/README.md "recipe_h200": each held-out loss, every fine-tuning score, and each step's time."""
     folder, text = ROOT / "results" / "recipe_h200", section("results/README.md", "recipe_h200/")
-    (*_, long) = [r for r in plot.read_log(folder / "long_512_1e-3.jsonl") if r["event"] == "eval"]
+    (*_, long) = [r for r in reading.read_log(folder / "long_512_1e-3.jsonl") if r["event"] == "eval"]
     assert f"held-out loss of {long['loss']:.3f}" in " ".join(text.split())
     for path in set(folder.glob("*e-*.jsonl")) | {folder / "short_three_iterations.jsonl"}:
-        records = plot.read_log(path)
+        records = reading.read_log(path)
         loss = [record["loss"] for record in records if record["event"] == "eval"][-1]
         (row,) = [line for line in text.splitlines() if f"(recipe_h200/{path.name})" in line]
         if row.startswith("|"):
@@ -282,7 +282,7 @@ def test_plateau_on_a_cpu_is_that_of_the_logs():
     text = text_of("results/README.md")
     steps = 500, 1000, 1500, 2000, 4000
     for title, model, count in (("BERT", "bert", 5), ("MosaicBERT", "mosaicbert", 4)):
-        records = plot.read_log(ROOT / "results" / "race_settings" / f"{model}_cpu.jsonl")
+        records = reading.read_log(ROOT / "results" / "race_settings" / f"{model}_cpu.jsonl")
         losses = {record["step"]: f"{record['loss']:.3f}" for record in records if record["event"] == "eval"}
         row = re.search(rf"^\| \[{title}\]\(race_settings/{model}_cpu.jsonl\) \|(.*)$", text, re.MULTILINE)[1]
         assert re.findall(r"[\d.]+", row) == [losses[step] for step in steps[:count]]
@@ -391,7 +391,7 @@ def test_fp8_is_what_was_measured():
             assert f"{fp8['samples_per_second'] / peer['samples_per_second']:.2f} times" in flat("README.md")
     losses = {}
     for path in folder.glob("*_1?.jsonl"):
-        losses[path.stem] = [record for record in plot.read_log(path) if record["event"] == "eval"][-1]["loss"]
+        losses[path.stem] = [record for record in reading.read_log(path) if record["event"] == "eval"][-1]["loss"]
         assert f"[{losses[path.stem]:.4f}](fp8_h200/{path.name})" in text
     means = [sum(losses[f"{kind}_{seed}"] for seed in (17, 18)) / 2 for kind in ("bf16", "fp8")]
     spread = abs(losses["bf16_17"] - losses["bf16_18"])
@@ -401,7 +401,7 @@ def test_fp8_is_what_was_measured():
         scores = [result["tasks"][task] for task in ("cola", "sst2", "mrpc", "stsb", "rte")]
         cells = " | ".join(f"{score['score']:.1f} ± {score['score_ci95']:.1f}" for score in scores)
         assert f"{cells} | {sum(score['score'] for score in scores) / 5:.1f} |" in text
-    mfu = median(r["mfu"] for r in plot.read_log(folder / "fp8_17.jsonl") if r["event"] == "train" and r["step"] > 200)
+    mfu = median(r["mfu"] for r in reading.read_log(folder / "fp8_17.jsonl") if r["event"] == "train" and r["step"] > 200)
     assert estimate.MEASURED_MFU["H200", "mosaicbert", 768, "fp8"][0] == pytest.approx(mfu, abs=0.002)
 
 

@@ -5,12 +5,16 @@ import json
 
 import pytest
 
+import checkpoint
 from common.labelled import read_rows, to_examples
 from common.options import UserError
+from tests.test_exports import make_run as run_with_wordpiece
 from tests.test_finetune_glue import CPU, sentences
 from tests.test_glue import OPENERS
 from tests.toy import make_run
+from tools.convert_hf import ConvertConfig
 from tools.finetune_own import OwnConfig, main, own_task
+from tools.hf.card import model_card
 
 settings = functools.partial(OwnConfig, checkpoint="run", out="out")
 
@@ -181,6 +185,21 @@ def test_own_labels_are_learned_and_predicted(pretrained, tmp_path, suffix, caps
     scored = [line.split("\t")[2] for line in (out / "predictions/own.seed19.tsv").read_text().splitlines()[1:]]
     assert predicted == scored
     assert (out / "predictions.tsv").read_bytes() == (tmp_path / "p/predictions.tsv").read_bytes()
+
+
+@pytest.mark.parametrize("random", [False, True])
+def test_a_model_says_what_it_was_tuned_from(tmp_path, random):
+    hub = pytest.importorskip("huggingface_hub")
+    run = run_with_wordpiece(tmp_path / "run", converted_from={"name": "someone/bert", "revision": None})
+    train = write_labelled(tmp_path / "a.csv", 8, 0)
+    options = [f"--train_file={train}", f"--val_file={train}", "--label_column=kind", "--epochs=1"]
+    main([f"--checkpoint={run}", f"--out={tmp_path / 'out'}", *options, *CPU, *["--random_weights"] * random])
+    model = f"{tmp_path}/out/model"
+    config, _, _ = checkpoint.load(model)
+    assert config["fine_tuned_from"] == (None if random else checkpoint.find(run))
+    card = model_card(ConvertConfig(to_hf=model, out="exported"), config, ("no", "yes"), "text-classification")
+    assert hub.ModelCard(card).data.base_model == (None if random else "someone/bert")
+    assert f"| fine-tuned from | {'random weights' if random else checkpoint.find(run)} |" in card
 
 
 def test_own_numbers_are_regression(pretrained, tmp_path, capsys):

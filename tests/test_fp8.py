@@ -276,7 +276,7 @@ def test_gpu_without_fp8(monkeypatch):
 def test_estimate_for_a_gpu_elsewhere(tmp_path, capsys):
     """On a machine without a GPU, from base.py's size and a speed that was measured."""
     data = make_shards(tmp_path / "data")
-    argv = ["configs/base.py", f"--data_dir={data}", f"--out_dir={tmp_path / 'run'}", "--device=cpu", "--fp8"]
+    argv = ["configs/base.py", f"--data_dir={data}", f"--out_dir={tmp_path / 'run'}", "--num_layers=1", "--fp8"]
     train.main([*argv, "--budget_minutes=16", "--dry_run"])
     assert "on 1 x H200 at 61.5% MFU (results/fp8_h200/fp8_17.jsonl): " in capsys.readouterr().out
     train.main([*argv, "--dry_run"])

@@ -9,10 +9,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from common.glue import GLUE_TASKS, read_split
+from common.glue import GLUE_TASKS, read_split, read_task
 from common.metrics import METRICS, ci95
 from common.options import UserError
 from finetune_glue import RECIPES, SEEDS, GlueConfig, first_seeds
+from studies import tuning_files
 
 # The columns of GLUE's own files; MNLI's without the labels of single annotators.
 MNLI = "index promptID pairID genre sentence1_binary_parse sentence2_binary_parse sentence1_parse sentence2_parse"
@@ -279,3 +280,23 @@ def test_hub_out_of_reach(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(UserError, match="nyu-mll/glue rte: .*no network.*--data_dir"):
         read_split(GLUE_TASKS["rte"], "train", settings())
+
+
+def test_files_to_tune_on_are_parts_of_the_training_files(tmp_path, capsys):
+    """CoLA has no header, MRPC is compressed and has one; \u0085 ends no row, nor does a missing last line break lose one."""
+    cola = [f"src\t{i % 2}\t\ttext \u0085 {i}" for i in range(50)]
+    mrpc = [f"{i % 2}\t{i}\t{i}\tone {i}\ttwo {i}" for i in range(40)]
+    head = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String"
+    for folder in ("CoLA", "MRPC"):
+        (tmp_path / "glue" / folder).mkdir(parents=True)
+    (tmp_path / "glue" / "CoLA" / "train.tsv").write_text("\n".join(cola))
+    (tmp_path / "glue" / "MRPC" / "train.tsv.gz").write_bytes(gzip.compress("\n".join([head, *mrpc, ""]).encode()))
+    tuning_files.main([f"--glue_dir={tmp_path / 'glue'}", f"--out={tmp_path / 'tuning'}", "--most=40", "--share=0.25"])
+    assert "CoLA: 30 rows to train on, 10 to score" in capsys.readouterr().out
+    for folder, rows, header in (("CoLA", cola, []), ("MRPC", mrpc, [head])):
+        found = [(tmp_path / "tuning" / folder / f"{s}.tsv").read_text().split("\n") for s in ("train", "validation")]
+        assert all(lines[: len(header)] == header and lines.pop() == "" for lines in found)
+        train, dev = ([*lines[len(header) :]] for lines in found)
+        assert len(train) == 30 and len(dev) == 10 and not set(train) & set(dev) and {*train, *dev} <= set(rows)
+    tasks = read_task(SimpleNamespace(data_dir=str(tmp_path / "tuning"), skip_bad_lines=0), GLUE_TASKS["mrpc"])
+    assert [len(tasks[split].texts) for split in ("train", "validation")] == [30, 10]

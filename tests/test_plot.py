@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tools import plot
+from tools.figures import glue, reading
 
 ROOT = Path(__file__).parent.parent
 LOG = ROOT / "results" / "base_wikipedia_h100.jsonl"
@@ -121,10 +122,10 @@ def test_curves(tmp_path):
         write_results(tmp_path / "c", 200, cola=(52.0,), rte=(70.0,)),
     ]
     # a: 50 and 53; b: 55 and 57, its one RTE seed counted with both
-    points = plot.curves(paths, ["x"] * 3, "gpu_hours", ["cola", "rte"])
+    points = glue.curves(paths, ["x"] * 3, "gpu_hours", ["cola", "rte"])
     assert points["x"][0] == pytest.approx((0.2, (51.5 + 56.0) / 2, 50.0, 57.0))
     assert points["x"][1] == pytest.approx((0.2, 61.0, 61.0, 61.0))
-    assert plot.curves(paths, ["x", "x", "y"], "dollars", ["cola"])["y"] == [(0.5, 52.0, 52.0, 52.0)]
+    assert glue.curves(paths, ["x", "x", "y"], "dollars", ["cola"])["y"] == [(0.5, 52.0, 52.0, 52.0)]
 
 
 def test_two_recipes_of_one_run_are_two_curves(tmp_path, capsys):
@@ -140,15 +141,15 @@ def test_two_recipes_of_one_run_are_two_curves(tmp_path, capsys):
 
 def test_published_points():
     """Hours are of eight GPUs at $2.50 each: the original's own 9.65 h and 84.3."""
-    step, hours, score = plot.PUBLISHED["MosaicBERT-Base"][-1]
-    assert plot.published_x("gpu_hours", step, hours) == pytest.approx(77.2)
-    assert plot.published_x("dollars", step, hours) == pytest.approx(193.0)
-    assert plot.published_x("step", step, hours) == 70000
+    step, hours, score = glue.PUBLISHED["MosaicBERT-Base"][-1]
+    assert glue.published_x("gpu_hours", step, hours) == pytest.approx(77.2)
+    assert glue.published_x("dollars", step, hours) == pytest.approx(193.0)
+    assert glue.published_x("step", step, hours) == 70000
     five = ["rte", "sst2", "mrpc", "cola", "stsb"]  # an eight-task mean beside a five-task mean would compare nothing
-    ((label, ((_, mean),)),) = plot.published_points("dollars", five).items()
+    ((label, ((_, mean),)),) = glue.published_points("dollars", five).items()
     assert label.startswith("MosaicBERT-Base") and mean == pytest.approx((81.36 + 92.46 + 90.03 + 55.11 + 89.27) / 5)
-    assert [len(points) for points in plot.published_points("dollars", list(plot.TASK_NAMES)).values()] == [10, 10]
-    assert sum(plot.PUBLISHED_TASKS.values()) / 8 == pytest.approx(84.28, abs=0.005) and score == pytest.approx(84.26)
+    assert [len(points) for points in glue.published_points("dollars", list(reading.TASK_NAMES)).values()] == [10, 10]
+    assert sum(glue.PUBLISHED_TASKS.values()) / 8 == pytest.approx(84.28, abs=0.005) and score == pytest.approx(84.26)
 
 
 def test_figures_are_drawn_and_equal_inputs_give_equal_bytes(tmp_path, capsys):
@@ -211,7 +212,7 @@ def test_cpu_time_is_not_called_gpu_time(tmp_path, devices, hours):
 def test_task_names_are_those_of_fine_tuning():
     from common.glue import GLUE_TASKS
 
-    assert list(plot.TASK_NAMES.items()) == [(name, task.folder) for name, task in GLUE_TASKS.items()]
+    assert list(reading.TASK_NAMES.items()) == [(name, task.folder) for name, task in GLUE_TASKS.items()]
 
 
 def test_errors(tmp_path, capsys):
@@ -270,12 +271,12 @@ def test_many_own_results_have_room(tmp_path):
 
 def test_a_log_with_a_cut_last_line(tmp_path, capsys):
     lines = LOG.read_text().splitlines(keepends=True)
-    whole = plot.read_log(LOG)
+    whole = reading.read_log(LOG)
     for cut in (2, 10, len(lines[-1]) - 1):
         path = tmp_path / "log.jsonl"
         path.write_text("".join(lines)[:-cut])
         capsys.readouterr()
-        assert plot.read_log(path) == whole[:-1]
+        assert reading.read_log(path) == whole[:-1]
         assert f"{path}:{len(lines)}: the last line was cut, and is left out" in capsys.readouterr().err
     path.write_text("".join(lines[:3]) + lines[3][:20] + "\n" + lines[4])  # not the last one: not what a kill leaves
     assert f"{path}:4: not a log.jsonl" in fails(capsys, f"--loss={path}")

@@ -17,6 +17,7 @@ from studies import race
 from studies.race import RaceConfig, Run
 from tests.toy import ROOT, make_shards, train_environment
 from tools import plot
+from tools.figures import glue
 
 TASKS = ("cola", "sst2", "mrpc", "stsb", "rte")
 TOY = (
@@ -250,7 +251,7 @@ def test_seeds_of_one_budget_are_one_point(tmp_path):
     results = json.loads(paths[1].read_text())
     results["pretraining"]["step"] = 149
     paths[1].write_text(json.dumps(results))
-    assert len(plot.curves(map(str, paths), ["x", "x"], "gpu_minutes", ["cola"])["x"]) == 1
+    assert len(glue.curves(map(str, paths), ["x", "x"], "gpu_minutes", ["cola"])["x"]) == 1
 
 
 def test_logs_with_and_without_a_plan_read_alike(tmp_path):

@@ -160,7 +160,7 @@ def main(argv):
     paths = sorted(glob.glob(os.path.join(glob.escape(cfg.source), "**", "*.ds"), recursive=True))
     if not paths:
         raise UserError(f"{cfg.source}: no .ds file in it (expected datatrove's token files)")
-    text = read_tokenizer(cfg.tokenizer, beside=True)
+    text = read_tokenizer(cfg.tokenizer)
     tokenizer, _ = load_tokenizer(cfg.tokenizer, text)
     for path in paths:
         open_tokens(path, tokenizer)  # what is wrong with any is said before any work

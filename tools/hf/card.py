@@ -134,6 +134,7 @@ def model_card(cfg, config, labels, task="fill-mask", notes=()):
         **dict(notes),
     }
     if "task" in config:
+        rows["fine-tuned from"] = known(config.get("fine_tuned_from", unknown), otherwise="random weights")
         rows["longest text"] = f"{config['task']['max_length']} tokens (give a pipeline truncation=True)"
     if labels:
         rows |= {"labels, in the order of the outputs": ", ".join(labels).replace("|", "\\|")}

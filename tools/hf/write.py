@@ -102,10 +102,11 @@ def write_transformers(path, config, tensors, tokenizer_text, labels, task):
     Returns the name of the model's class.
     """
     _, special = load_tokenizer("tokenizer.json", tokenizer_text)
-    unused = "cls." if task == "feature-extraction" else "no head"
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(unused)}
+    tensors = dict(tensors)
     for name in set(checkpoint.PER_WORD) & tensors.keys():
         tensors[name] = tensors[name][: config["vocab_size"]].clone()
+    if task == "feature-extraction":  # vLLM, unlike transformers, wants an encoder's names without "bert."
+        tensors = {name.removeprefix("bert."): tensor for name, tensor in tensors.items() if not name.startswith("cls.")}
     save_file(tensors, os.path.join(path, "model.safetensors"), {"format": "pt"})
     # Both major versions take tokenizer.json as it is for this class. BertTokenizer would drop what it has beyond BERT's,
     # such as the cutting of long words, and version 4 does not know version 5's name, TokenizersBackend.

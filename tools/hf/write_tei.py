@@ -38,7 +38,7 @@ def write_tei(path, config, tensors, tokenizer_text):
     weights = os.path.join(path, "model.safetensors")
     cut = {}
     for name, tensor in load_file(weights).items():
-        name, kind = name.removeprefix("bert.").rsplit(".", 1)
+        name, kind = name.rsplit(".", 1)
         parts = [name.replace("Wqkv", part) for part in ("query", "key", "value")] if name.endswith("Wqkv") else [name]
         cut |= {f"{part}.{kind}": values.clone() for part, values in zip(parts, tensor.chunk(len(parts)))}
     save_file(cut, weights, {"format": "pt"})

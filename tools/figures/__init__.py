@@ -1,0 +1,1 @@
+"""The figures of tools/plot.py, by what they show."""
