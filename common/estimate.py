@@ -101,7 +101,8 @@ def choose_micro_batch_tokens(cfg, process, backend, num_params, vocab_size):
         memory = min(row[0] for row in process.gather([memory_of(process.device)]))
         most = fitting_tokens(cfg, process.dtype, backend == "triton", num_params, vocab_size, memory)
         if most < cfg.seq_length:
-            raise UserError(f"{device_name(process.device)}: too little memory for this model (try --activation_checkpointing, or a smaller one)")
+            hint = "try --activation_checkpointing=true, or a smaller one"
+            raise UserError(f"{device_name(process.device)}: too little memory for this model ({hint})")
     return useful_tokens(cfg, process, most)
 
 

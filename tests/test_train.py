@@ -500,7 +500,8 @@ def test_every_option_is_used():
 
 def test_every_shipped_config_loads():
     configs = sorted(CONFIGS.glob("*.py"))
-    assert {path.stem for path in configs} >= {"smoke", "base", "base_512", "base_2048", "large", "xl", "bert_base", "bert_large"}
+    names = {"smoke", "base", "base_512", "base_2048", "large", "xl", "bert_base", "bert_large"}
+    assert {path.stem for path in configs} >= names
     for path in configs:
         load_config(train.TrainConfig, [str(path)]).check(world_size=8)
 
