@@ -47,7 +47,7 @@ FORMAT = 3
 FREE_FIELDS = {
     "data_dir", "out_dir", "max_steps", "micro_batch_tokens", "eval_interval", "log_interval", "checkpoint_interval",
     "keep_checkpoints", "price_per_gpu_hour", "device", "kernels", "compile", "profile", "eval_only", "dry_run",
-    "on_save_error", "hang_timeout", "format",
+    "on_save_error", "hang_timeout", "format", "activation_checkpointing",
 }  # fmt: skip
 # Weights with a row or entry for each word of the vocabulary.
 PER_WORD = ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.bias", "cls.predictions.bias")

@@ -22,10 +22,12 @@ Read next: data.py
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import nn
 
 import kernels
@@ -382,7 +384,14 @@ class SequenceClassifier(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The backend, and the work a model does
+# How a model runs, and the work it does
+
+
+def checkpoint_layers(model):
+    """Activation checkpointing: save only each layer's input for backward, which runs the layer again, bit for bit."""
+    for layer in model.bert.encoder.layer:
+        # PyTorch restores the random state as well, from which the kernels draw their dropout seeds.
+        layer.forward = partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
 
 
 def choose_kernels(choice, cfg, device, dtype=torch.float32):

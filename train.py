@@ -34,7 +34,7 @@ from common.options import UserError, command, load_config
 from common.run_directory import RunDirectory, was_evaluated
 from common.versions import versions
 from data import EVAL_SEED, hash64, open_samples, prefetch
-from model import MAX_POSITIONS, MaskedLM, ModelConfig, check_fp8, choose_kernels, matrix_flops
+from model import MAX_POSITIONS, MaskedLM, ModelConfig, check_fp8, checkpoint_layers, choose_kernels, matrix_flops
 from optim import make_optimizers
 
 EVAL_MASK_PROB = 0.15  # as BERT was trained and evaluated, whatever rate this run trains with
@@ -85,6 +85,7 @@ class TrainConfig(ModelConfig):
     kernels: Literal["auto", "triton", "torch"] = "auto"  # auto: this project's Triton kernels on GPUs, else PyTorch
     compile: bool = False  # torch.compile the model
     fp8: bool = False  # most matrix products in 8 bits, on NVIDIA GPUs from Ada and Hopper on; MosaicBERT only
+    activation_checkpointing: bool = False  # run each layer again in backward: less memory, a third more work, the same result
     # Rarely needed
     decay_fraction: float = 0.2  # share of max_steps in which the learning rate falls at the end, for wsd
     beta1: float = 0.9  # AdamW: decay of the gradient's mean
@@ -131,6 +132,8 @@ class TrainConfig(ModelConfig):
             raise UserError(f"warmup_steps={self.warmup_steps}: more than max_steps={self.max_steps}")
         if self.global_batch_size % world_size:
             raise UserError(f"global_batch_size={self.global_batch_size} is not a multiple of {world_size} processes")
+        if self.activation_checkpointing and self.compile:
+            raise UserError("--activation_checkpointing and --compile: not both (leave one out)")
         if 0 < self.micro_batch_tokens < self.seq_length:
             raise UserError(
                 f"micro_batch_tokens={self.micro_batch_tokens} is less than seq_length={self.seq_length} "
@@ -264,7 +267,7 @@ def graph_gradients(model, cfg, process, backend, micro_batch_tokens):
     """add_gradients of `model` as CUDA graphs, where launching its kernels from Python takes longer than they do; or None."""
     if backend != "triton" or process.device.type == "cpu" or process.world_size > 1 or cfg.model == "bert":
         return None
-    if micro_batch_tokens > MOST_GRAPHED_TOKENS or cfg.compile or cfg.fp8:
+    if micro_batch_tokens > MOST_GRAPHED_TOKENS or cfg.compile or cfg.fp8 or cfg.activation_checkpointing:
         return None
     torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot be captured
     return GraphedStep(partial(add_gradients, model, process))
@@ -561,6 +564,8 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
     num_params = sum(parameter.numel() for parameter in raw_model.parameters())
     if cfg.fp8:
         raw_model.bert.use_fp8()
+    if cfg.activation_checkpointing:
+        checkpoint_layers(raw_model)
     raw_model.to(device)
     micro_batch_tokens = estimate.choose_micro_batch_tokens(cfg, process, backend, num_params, vocab_size)
     optimizers = make_optimizers(raw_model, cfg)

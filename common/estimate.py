@@ -58,6 +58,8 @@ def memory_bytes(cfg, dtype, fused, num_params, vocab_size, tokens):
     sums and results of two LayerNorms) and 3F (both halves of the GeGLU and its result). Without the fused kernels C and
     2.5F more, and the attention weights of H heads over seq_length keys, in float32 and again in the compute dtype.
     With --fp8 2C + F of them take one byte: the inputs of Wqkv, of gate and up, and of down.
+    With --activation_checkpointing the layers keep C, their input; one of them has the rest, while it runs again, and as much
+    in gradients. This part is arithmetic, not measured yet.
     The head holds its logits in the compute dtype, and without the fused kernels in float32 too, both with gradients.
     This gives 387 kB a token and 4.1 GB for base in bf16, 791 kB without the fused kernels. Measured on an H100: 793
     without them; with them 27.1 GB in all for micro-batches of 65,536 tokens, where this gives 27.8 plus 1.6 for the
@@ -72,7 +74,10 @@ def memory_bytes(cfg, dtype, fused, num_params, vocab_size, tokens):
         logit += bytes_per_value + 8
         layer += (cfg.hidden_size + 2.5 * cfg.intermediate_size) * bytes_per_value
         layer += cfg.num_heads * cfg.seq_length * (4 + bytes_per_value)
-    return num_params * (28 + bytes_per_value) + tokens * (cfg.num_layers * layer + cfg.mask_prob * vocab_size * logit)
+    layers = cfg.num_layers * layer
+    if cfg.activation_checkpointing:
+        layers = cfg.num_layers * cfg.hidden_size * bytes_per_value + 2 * layer
+    return num_params * (28 + bytes_per_value) + tokens * (layers + cfg.mask_prob * vocab_size * logit)
 
 
 def fitting_tokens(cfg, dtype, fused, num_params, vocab_size, memory):
@@ -96,7 +101,8 @@ def choose_micro_batch_tokens(cfg, process, backend, num_params, vocab_size):
         memory = min(row[0] for row in process.gather([memory_of(process.device)]))
         most = fitting_tokens(cfg, process.dtype, backend == "triton", num_params, vocab_size, memory)
         if most < cfg.seq_length:
-            raise UserError(f"{device_name(process.device)}: too little memory for this model (try a smaller one)")
+            hint = "try --activation_checkpointing=true, or a smaller one"
+            raise UserError(f"{device_name(process.device)}: too little memory for this model ({hint})")
     return useful_tokens(cfg, process, most)
 
 
@@ -114,15 +120,16 @@ def print_estimate(cfg, process, backend, num_params, samples, num_val, micro_ba
     """
     if process.rank > 0:
         return
-    dtype, fused, where = process.dtype, backend == "triton", ""
+    dtype, fused, fits = process.dtype, backend == "triton", {"": micro_batch_tokens}
     order, _ = samples.order(np.arange(min(len(samples), 20_000)), cfg.seed)
     lengths = samples.locate(order)[2] + 2.0
     flops = matrix_flops(lengths.mean(), (lengths**2).mean(), cfg.mask_prob * lengths.mean())  # of a sample
-    if process.device.type == "cpu":  # no GPU here: estimate for an 80 GB one
-        dtype, fused, where = torch.bfloat16, cfg.kernels != "torch", ", in bfloat16 on a GPU of 80 GB"
-        most = fitting_tokens(cfg, dtype, fused, num_params, samples.vocab_size, 80e9)
-        micro_batch_tokens = cfg.micro_batch_tokens or useful_tokens(cfg, process, most)
-    memory = memory_bytes(cfg, dtype, fused, num_params, samples.vocab_size, micro_batch_tokens)
+    if process.device.type == "cpu":  # no GPU here: estimate for an A100 or H100, and for an H200
+        dtype, fused, fits = torch.bfloat16, cfg.kernels != "torch", {}
+        for size in (80, 141):
+            most = fitting_tokens(cfg, dtype, fused, num_params, samples.vocab_size, size * 1e9)
+            where = f", in bfloat16 on a GPU of {size} GB{'' if most >= cfg.seq_length else ', which has too little'}"
+            fits[where] = cfg.micro_batch_tokens or useful_tokens(cfg, process, most)
 
     def seen(num_steps):
         count = num_steps * cfg.global_batch_size
@@ -137,7 +144,9 @@ def print_estimate(cfg, process, backend, num_params, samples, num_val, micro_ba
     for source, share in samples.shares():
         epochs = "" if budgeted else f", {share * cfg.max_steps * cfg.global_batch_size / len(source):.2f} epochs"
         print(f"  {share:6.1%}    {source.directory}: {len(source):,} samples{epochs}")
-    print(f"memory      about {gigabytes(memory)} for micro-batches of at most {micro_batch_tokens:,} tokens{where}")
+    for where, tokens in fits.items():
+        memory = memory_bytes(cfg, dtype, fused, num_params, samples.vocab_size, tokens)
+        print(f"memory      about {gigabytes(memory)} for micro-batches of at most {tokens:,} tokens{where}")
     print(f"disk        about {gigabytes(12 * num_params * (cfg.keep_checkpoints + 1))} for checkpoints")
     here = {device_name(process.device): peak_flops(process.device)} if peak_flops(process.device) else {}
     gpus = here or {name: PEAK_FLOPS[name] for name in (("H100", "H200") if cfg.fp8 else ("A100", "H100"))}
@@ -160,7 +169,7 @@ def expected_plan(cfg, world_size, gpu, peak, sample_flops, num_val, num_params,
     sample_flops: of training on one sample; evaluating one of num_val takes a third of that. seen: see print_estimate.
     """
     where, seconds = f"{budget.text_of(cfg)} on {world_size} x {gpu}", budget.seconds_of(cfg, world_size)
-    kind = "fp8" if cfg.fp8 else "compile" if cfg.compile else ""
+    kind = "checkpointing" if cfg.activation_checkpointing else "fp8" if cfg.fp8 else "compile" if cfg.compile else ""
     for (name, *measured), (mfu, source) in MEASURED_MFU.items():
         if name in gpu and measured == [cfg.model, cfg.hidden_size, kind]:
             rate = peak * mfu * world_size

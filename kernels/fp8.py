@@ -24,7 +24,8 @@ whoever writes x or dy writes it twice, straight and transposed, 2 bytes per ele
 Limits: GPUs of compute capability 8.9 or higher; numbers of rows divisible by 16.
 Tested: tests/test_fp8.py, by Triton's interpreter on a CPU and compiled on a GPU.
 
-Source: Micikevicius et al. 2022, FP8 Formats for Deep Learning, arXiv 2209.05433.
+Sources: Micikevicius et al. 2022, FP8 Formats for Deep Learning, arXiv 2209.05433; DeepSeek-AI 2024, arXiv 2412.19437,
+section 3.3.2, for the matrix units' sums.
 
 Read next: kernels/fp8_layers.py
 """
@@ -189,7 +190,9 @@ def product(a, b, of_a, of_b, dtype, fast=True, bias=None):
     """a @ b.T + bias of the tensors that a (m, k) and b (n, k), both contiguous FP8, stand for. of_a, of_b: Scaled.
 
     bias: (n,) or None; it and the result are rounded to bf16, whatever dtype is.
-    fast: the matrix units add up in their own registers, of about 14 bits of mantissa, instead of fp32's 24.
+    fast: the matrix units add up in their own registers, of about 14 bits of mantissa, instead of fp32's 24. They cut off
+    what is below, so a sum of k products is off by some k / 1.3e6 (results/fp8_h200/sums.txt, simulated): 0.5 % for a row
+    of 6,144, but 10 % for 131,072 tokens.
     """
     bias = None if bias is None else bias.bfloat16()
     options = {"bias": bias, "out_dtype": torch.bfloat16, "use_fast_accum": fast}

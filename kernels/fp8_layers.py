@@ -3,7 +3,8 @@
 Inputs and results are in the activations' dtype. What the products read is e4m3 in forward and e4m3 with e5m2 gradients in
 backward; backward keeps the transposed inputs, at half bf16's bytes, and the product that GeGLU reads, in full. GeGLU
 writes FP8 itself; the inputs and the gradients that come from elsewhere, C or 3C wide, are converted by a kernel of
-their own, and so are the weights, in each micro-batch.
+their own, and so are the weights, in each micro-batch. The weights' gradients are sums over all tokens, so theirs are not
+of the fast kind (see `product`).
 
 Tested: tests/test_fp8.py, by Triton's interpreter on a CPU and compiled on a GPU.
 
@@ -35,7 +36,7 @@ class Linear(torch.autograd.Function):
         (x8_t, weight8_t), (of_x, of_weight, of_dy) = ctx.saved_tensors, ctx.scaled
         dy8, dy8_t, dbias = quantize_and_sum(dy.contiguous(), E5M2, of_dy)
         dx = product(dy8, weight8_t, of_dy, of_weight, dy.dtype)
-        return dx, product(dy8_t, x8_t, of_dy, of_x, dy.dtype), dbias, None
+        return dx, product(dy8_t, x8_t, of_dy, of_x, dy.dtype, fast=False), dbias, None
 
 
 class FeedForward(torch.autograd.Function):
@@ -56,11 +57,12 @@ class FeedForward(torch.autograd.Function):
         x8_t, gated8_t, gated, seed, hidden8_t, weight8_t = ctx.saved_tensors
         of_x, of_gated, of_hidden, of_weight, of_dy, of_dgated = ctx.scaled
         dy8, dy8_t = quantize(dy.contiguous(), E5M2, of_dy)
-        dweight = product(dy8_t, hidden8_t, of_dy, of_hidden, dy.dtype)
+        dweight = product(dy8_t, hidden8_t, of_dy, of_hidden, dy.dtype, fast=False)
         dhidden = product(dy8, weight8_t, of_dy, of_weight, dy.dtype)  # (num_rows, F)
         dgated8, dgated8_t = geglu_backward_fp8(dhidden, gated, seed, ctx.dropout_prob, of_dgated)
         dx = product(dgated8, gated8_t, of_dgated, of_gated, dy.dtype)
-        return dx, product(dgated8_t, x8_t, of_dgated, of_x, dy.dtype), dweight, None, None, None
+        dgated_weight = product(dgated8_t, x8_t, of_dgated, of_x, dy.dtype, fast=False)
+        return dx, dgated_weight, dweight, None, None, None
 
 
 def check(x, *weights):

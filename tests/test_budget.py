@@ -244,6 +244,7 @@ def test_dry_run_plans_by_what_was_measured(tmp_path, capsys):
     assert line.startswith("budget      16 minutes on 1 x H100 at 46.4% MFU (results/scaling_h100/scaling.json): ")
     assert line.endswith("epochs, 0.27 h, $0.67") and "steps see" in line
     assert "GB for micro-batches of at most 131,072 tokens, in bfloat16 on a GPU of 80 GB" in printed  # as if on one
+    assert "in bfloat16 on a GPU of 141 GB" in printed
     assert "A100 at 29.8% MFU (published" in printed and "70,000" not in printed and not (tmp_path / "run").exists()
     train.main([*argv, "--hidden_size=384", "--dry_run"])
     assert "16 minutes on 1 x H100: speed not measured yet" in capsys.readouterr().out

@@ -18,8 +18,8 @@ from common import estimate
 from common.batch import Batch
 from common.options import UserError
 from kernels import fp8, fp8_feed_forward, fp8_linear
-from kernels.fp8 import AMAX_SLOTS, E4M3, E5M2, Scaled, Scales, quantize
-from model import MaskedLM, ModelConfig, check_fp8
+from kernels.fp8 import AMAX_SLOTS, E4M3, E5M2, Scaled, Scales, product, quantize
+from model import MaskedLM, ModelConfig, check_fp8, checkpoint_layers
 from tests.toy import TOY_SIZE, make_shards, toy_argv
 
 geglu = importlib.import_module("kernels.geglu")  # `kernels.geglu` is the function
@@ -196,9 +196,9 @@ def test_restored_scales_are_the_same():
         assert torch.equal(getattr(scales, name), getattr(again, name))
 
 
-def toy_model_and_batch(device):
-    """3 sequences of 16 tokens, 16 of which are masked; no dropout."""
-    network = MaskedLM(ModelConfig(**TOY_SIZE, hidden_dropout=0.0), 100).to(device)
+def toy_model_and_batch(device, hidden_dropout=0.0):
+    """3 sequences of 16 tokens, 16 of which are masked."""
+    network = MaskedLM(ModelConfig(**TOY_SIZE, hidden_dropout=hidden_dropout), 100).to(device)
     ids, masked = torch.randint(5, 100, (48,), device=device), torch.arange(0, 48, 3, device=device)
     starts = torch.tensor([0, 16, 32, 48], dtype=torch.int32, device=device)
     return network, Batch(ids, starts, 16, None, masked_positions=masked, labels=ids[masked])
@@ -218,6 +218,24 @@ def test_model_in_fp8_has_nearly_the_same_loss_and_gradients(device):
         if exact is not None:
             assert (ours - exact).norm() < 0.12 * exact.norm(), name
     assert got[0] != wanted[0] and network.eval()(batch) == wanted[0]  # FP8 trains, and does not evaluate
+
+
+def test_activation_checkpointing_changes_no_bit(device):
+    """Nor an amax: a layer that runs again sees the same magnitudes."""
+    results = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        network, batch = toy_model_and_batch(device, hidden_dropout=0.1)
+        network.bert.use_fp8()
+        network.to(device)
+        if checkpointed:
+            checkpoint_layers(network)
+        torch.manual_seed(1)
+        loss = network(batch)
+        loss.backward()
+        gradients = [p.grad for p in network.parameters() if p.grad is not None]
+        results.append([loss, *gradients, network.bert.fp8.slots.amax(-1)])
+    assert all(map(torch.equal, *results))
 
 
 def test_an_infinity_that_fp8_saturates_skips_the_update(device):
@@ -358,3 +376,25 @@ def test_a_gradient_beyond_the_format_saturates():
     dx, dweight, _ = gradients(lambda *args: fp8_linear(*args, of), (x, weight, bias), dy.repeat(1, 3))[1:]
     assert dx.isfinite().all() and dweight.isfinite().all()
     assert amax(of[2]) == dy.abs().max().item()
+
+
+def test_sums_over_tokens_are_not_of_the_fast_kind(device, monkeypatch):
+    """Over 131,072 tokens fast sums lose as much as rounding to FP8 does: tests below, on a GPU."""
+    calls = []
+    layers = importlib.import_module("kernels.fp8_layers")
+    monkeypatch.setattr(layers, "product", lambda a, b, *args, **kw: calls.append((a.shape[1], kw)) or product(a, b, *args, **kw))
+    x, gated, weight = (torch.randn(shape, device=device) for shape in ((112, 64), (96, 64), (64, 48)))
+    gradients(lambda *a: fp8_linear(*a, [scaled(8, device)] * 3), (x, gated, gated[:, 0]), torch.randn(112, 96, device=device))
+    gradients(lambda *a: fp8_feed_forward(*a, 0.0, [scaled(8, device)] * 6), (x, gated, weight), torch.randn(112, 64, device=device))
+    assert sorted(depth for depth, kw in calls if kw.get("fast") is False) == [112, 112, 112]  # rows: the tokens
+    assert sorted(depth for depth, kw in calls if kw.get("fast") is None) == [48, 64, 64, 64, 96, 96]
+
+
+@pytest.mark.gpu
+def test_weight_gradients_of_many_tokens_are_exact_sums():
+    """Of 131,072 products that are exact in fp32, to bf16's rounding of the result."""
+    a, b = torch.randn(256, 131072, device="cuda").to(E5M2), torch.randn(512, 131072, device="cuda").to(E4M3)
+    exact = a.double() @ b.double().t()
+    one = scaled(1, "cuda")
+    errors = [(product(a, b, one, one, torch.float32, fast).double() - exact).norm() / exact.norm() for fast in (False, True)]
+    assert errors[0] < 0.003 < errors[1]

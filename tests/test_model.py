@@ -13,10 +13,11 @@ import train
 from checkpoint import load_model
 from common.batch import Batch
 from common.options import UserError
-from model import LAYER_NORM_EPS, MaskedLM, ModelConfig, SequenceClassifier, alibi_slopes, matrix_flops
+from model import LAYER_NORM_EPS, MaskedLM, ModelConfig, SequenceClassifier, alibi_slopes, checkpoint_layers, matrix_flops
 from tests.toy import make_shards, toy_argv
 
 LARGE = {"hidden_size": 1024, "num_layers": 24, "num_heads": 16, "intermediate_size": 4096}
+XL = {"hidden_size": 2048, "num_layers": 24, "num_heads": 32, "intermediate_size": 5632}
 TINY = {"hidden_size": 48, "num_layers": 2, "num_heads": 6, "intermediate_size": 40, "hidden_dropout": 0.0}
 
 
@@ -45,6 +46,7 @@ def some_sequences(*lengths, vocab_size=70):
     [
         ({}, 137_400_384),
         (LARGE, 435_221_312),
+        (XL, 1_300_328_256),
         ({"model": "bert"}, 109_514_298),
         ({"model": "bert", **LARGE}, 335_174_458),
     ],
@@ -238,6 +240,29 @@ def test_kernels_match_pytorch_in_loss_and_gradients(device, triton_backend):
             error, scale = (got - expected).abs().max().item(), expected.abs().max().item()
             print(f"{name:60s} error {error:.1e} at {scale:.1e}")
             assert error <= 1e-4 * scale, name
+
+
+def loss_and_gradients(network, batch):
+    torch.manual_seed(1)
+    loss = network(batch)
+    return [loss, *torch.autograd.grad(loss, list(network.parameters()), allow_unused=True), torch.rand(1)]
+
+
+@pytest.mark.parametrize("model, backend", [("mosaicbert", "torch"), ("mosaicbert", "triton"), ("bert", "torch")])
+def test_activation_checkpointing_changes_no_bit(device, triton_backend, monkeypatch, model, backend):
+    """With dropout: the layers run again draw what they drew before, and what comes after is drawn as ever."""
+    kernels.set_backend(backend)
+    network = tiny(model, hidden_size=32, num_heads=2, intermediate_size=48, hidden_dropout=0.1).to(device)
+    positions, labels = torch.tensor([3, 22, 21, 50, 0]), torch.tensor([8, 66, 5, 9, -100])
+    batch = flat(some_sequences(20, 3, 31), masked_positions=positions, labels=labels).to(torch.device(device))
+    expected, calls = loss_and_gradients(network, batch), []
+    for layer in network.bert.encoder.layer:
+        layer.forward = lambda *args, forward=layer.forward: calls.append(1) or forward(*args)
+    checkpoint_layers(network)
+    got = loss_and_gradients(network, batch)
+    assert len(calls) == 2 * len(network.bert.encoder.layer)
+    for ours, exact in zip(got, expected, strict=True):
+        assert ours is exact is None or torch.equal(ours, exact)
 
 
 def test_training_calls_kernels_without_the_dispatcher(device, triton_backend):

@@ -3,6 +3,7 @@
 import fcntl
 import math
 import os
+import re
 import signal
 import time
 from functools import partial
@@ -22,6 +23,8 @@ from model import MaskedLM, ModelConfig, SequenceClassifier
 from tests import faults
 from tests.ranks import Ranks, run_ranks
 from tests.toy import TOY_OPTIONS, TOY_SIZE, files_of, make_documents, make_run, make_shards, read_log, run_train, toy_argv
+
+CONFIGS = Path(train.__file__).parent / "configs"
 
 
 @pytest.fixture(scope="module")
@@ -119,21 +122,23 @@ def test_killed_and_resumed_equals_uninterrupted(data_dir, tmp_path, options):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_cuda_graphs_change_no_bit(data_dir, tmp_path, monkeypatch, optimizer):
-    """The same run with dropout, launched by Python and replayed: losses, gradient norms and weights are the same bits."""
+def test_cuda_graphs_and_checkpointing_change_no_bit(data_dir, tmp_path, monkeypatch, optimizer):
+    """The same run with dropout, replayed, launched by Python, and with activation checkpointing: the same losses, gradient
+    norms and weights."""
     replayed, called = [], train.GraphedStep.__call__
     monkeypatch.setattr(train.GraphedStep, "__call__", lambda *args: replayed.append(1) or called(*args))
     options = {"hidden_size": 64, "max_steps": 40, "device": "cuda", "kernels": "triton", "micro_batch_tokens": 300}
-    for name, most in (("graphed", 65536), ("eager", 0)):
-        monkeypatch.setattr(train, "MOST_GRAPHED_TOKENS", most)
+    names = ("graphed", "eager", "checkpointed")
+    for name in names:
+        monkeypatch.setattr(train, "MOST_GRAPHED_TOKENS", 0 if name == "eager" else 65536)
+        options["activation_checkpointing"] = name == "checkpointed"
         train.main(toy_argv(data_dir, tmp_path / name, optimizer=optimizer, hidden_dropout=0.1, **options))
         count = len(replayed)
         replayed.clear()
         assert (count >= 40) == (name == "graphed")
-    exact = [[(r["loss"], r["grad_norm"]) for r in read_log(tmp_path / name)] for name in ("graphed", "eager")]
-    assert exact[0] == exact[1]
-    last = [files_of(tmp_path / name / "step_00000040")["model.safetensors"] for name in ("graphed", "eager")]
-    assert last[0] == last[1]
+    exact = [[(r["loss"], r["grad_norm"]) for r in read_log(tmp_path / name)] for name in names]
+    last = [files_of(tmp_path / name / "step_00000040")["model.safetensors"] for name in names]
+    assert exact[0] == exact[1] == exact[2] and last[0] == last[1] == last[2]
 
 
 def test_neither_processes_nor_micro_batches_nor_buckets_change_the_losses(data_dir, tmp_path):
@@ -154,6 +159,30 @@ def test_neither_processes_nor_micro_batches_nor_buckets_change_the_losses(data_
         expected = [record["tokens"] for record in read_log(runs["one"])]
         assert [record["tokens"] for record in read_log(runs[name])] == expected
     assert read_log(runs["two"], "start")[0]["world_size"] == 2
+
+
+def test_activation_checkpointing_changes_no_bit_of_a_run(data_dir, tmp_path):
+    """Two processes with dropout, several micro-batches each; and it may be switched on when a run resumes."""
+    options, without, with_it = {"micro_batch_tokens": 100, "checkpoint_interval": 5}, tmp_path / "without", tmp_path / "with"
+    for out, switched in ((without, False), (with_it, True)):
+        argv = toy_argv(data_dir, out, activation_checkpointing=switched, **options)
+        assert run_ranks(argv, 2, tmp_path)[0] == [0, 0]
+    exact = [[(r["step"], r["loss"], r["grad_norm"]) for r in read_log(out)] for out in (without, with_it)]
+    last = [files_of(out / "step_00000010") for out in (without, with_it)]
+    assert exact[0] == exact[1] and last[0]["model.safetensors"] == last[1]["model.safetensors"]
+    train.checkpoint.shutil.rmtree(without / "step_00000010")
+    assert run_ranks(toy_argv(data_dir, without, activation_checkpointing=True, **options), 2, tmp_path)[0] == [0, 0]
+    assert files_of(without / "step_00000010")["model.safetensors"] == last[0]["model.safetensors"]
+
+
+def test_activation_checkpointing_is_not_captured_in_cuda_graphs(monkeypatch):
+    """PyTorch can't set the random state, as it does before a layer runs again, while a graph is captured."""
+    process = Process(0, 1, torch.device("cuda"), torch.bfloat16)
+    for name in ("Stream", "set_stream", "graph_pool_handle"):
+        monkeypatch.setattr(torch.cuda, name, lambda *args: None)
+    for switched in (False, True):
+        cfg = train.TrainConfig(activation_checkpointing=switched)
+        assert (train.graph_gradients(None, cfg, process, "triton", 8192) is None) == switched
 
 
 def test_resume_with_another_number_of_processes(data_dir, tmp_path):
@@ -240,6 +269,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(data_dir, t
         ("--micro_batch_tokens=31", "less than seq_length=32"), ("--warmup_fraction=1.1", "warmup_fraction"),
         ("--schedule=cosine", "one of linear, wsd"), ("--device=gpu", "one of auto, cpu, cuda"),
         ("--compile=perhaps", "true or false"), ("--beta2=1", "beta2"), ("--checkpoint_interval=0", "checkpoint_interval"),
+        ("--activation_checkpointing --compile", "not both"),
         ("--leraning_rate=1", "unknown option"), ("--global_batch=1", "did you mean global_batch_size"),
         ("--data_dir=nowhere", "prepare_c4.py"), ("--model=bert --seq_length=513", "512 positions"),
         ("--init_from=nowhere", "nowhere: no such directory"), ("--eval_only", "no checkpoint to evaluate"),
@@ -348,6 +378,11 @@ def test_init_from_and_eval_only(data_dir, tmp_path, capsys):
     train.main([*toy_argv(data_dir, first), "--eval_only"])
     loss = read_log(first, "eval")[-1]["loss"]
     assert f"step 10: held-out loss {loss:.4f}" in capsys.readouterr().out
+    found = set()
+    for length in (16, 64):  # as docs/training.md compares lengths
+        train.main([*toy_argv(data_dir, first, seq_length=length, chunk="true"), "--eval_only"])
+        found.add(re.search(r"step 10: held-out loss (\S+),", capsys.readouterr().out)[1])
+    assert len(found) == 2
     assert (first / "log.jsonl").read_bytes() == before
 
 
@@ -436,6 +471,26 @@ def test_micro_batches_fit_common_gpus():
     assert 8192 <= chosen[0] < chosen[1] < chosen[2]
 
 
+def test_estimate_knows_what_activation_checkpointing_saves():
+    """Of base.py's 12 layers, the input of each and twice what one computes stay: bytes a token, in bf16."""
+    sizes = [
+        estimate.memory_bytes(train.TrainConfig(activation_checkpointing=on), torch.bfloat16, True, 0, 30522, 1)
+        for on in (False, True)
+    ]
+    layer = 2 * (8 * 768 + 3 * 3072)
+    assert sizes[0] - sizes[1] == 12 * layer - (12 * 2 * 768 + 2 * layer)
+
+
+def test_xl_fits_the_gpus_that_its_config_names():
+    rows = re.findall(r"^ +(80|141) GB +([\d,]+) +([\d,]+) +([\d,]+)", (CONFIGS / "xl.py").read_text(), re.MULTILINE)
+    assert [size for size, *_ in rows] == ["80", "141"]
+    for size, *printed in rows:
+        for options, tokens in zip(([], ["--fp8"], ["--activation_checkpointing"]), printed):
+            cfg = load_config(train.TrainConfig, [str(CONFIGS / "xl.py"), *options])
+            room = estimate.fitting_tokens(cfg, torch.bfloat16, True, 1_300_328_256, 30_522, int(size) * 1e9)
+            assert f"{room:,}" == tokens
+
+
 def test_every_option_is_used():
     names = ("train.py", "model.py", "optim.py", "common/budget.py", "common/estimate.py")
     source = "".join((Path(train.__file__).parent / name).read_text() for name in names)
@@ -444,8 +499,9 @@ def test_every_option_is_used():
 
 
 def test_every_shipped_config_loads():
-    configs = sorted((Path(train.__file__).parent / "configs").glob("*.py"))
-    assert {path.stem for path in configs} >= {"smoke", "base", "large", "bert_base", "bert_large"}
+    configs = sorted(CONFIGS.glob("*.py"))
+    names = {"smoke", "base", "base_512", "base_2048", "large", "xl", "bert_base", "bert_large"}
+    assert {path.stem for path in configs} >= names
     for path in configs:
         load_config(train.TrainConfig, [str(path)]).check(world_size=8)
 
