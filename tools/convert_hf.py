@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError
 
 import checkpoint
-from common.files import read_json, write_text
+from common.files import read_if_there, write_text
 from common.options import UserError, command, load_config
 from tools.hf.card import model_card
 from tools.hf.hub import check_push, push
@@ -92,7 +92,7 @@ def compare(path, config, tensors, tokenizer_text):
     """Compare tokens, and for a BERT its outputs, with what transformers computes from the same directory."""
     has_head = any(name.startswith("cls.") for name in tensors)
     expected = expected_outputs(config, tensors, tokenizer_text, None, path, encoder_only=not has_head)
-    family = "Roberta" if read_json(os.path.join(path, "config.json"), "").get("model_type") == "roberta" else "Bert"
+    family = "Roberta" if read_if_there(os.path.join(path, "config.json")).get("model_type") == "roberta" else "Bert"
     architecture = family + ("ForMaskedLM" if has_head else "Model") if config["model"] == "bert" else None
     verdict = self_check(path, *expected, architecture, foreign=True)  # None: MosaicBERT's code there is not ours to run
     if "failure" in verdict:

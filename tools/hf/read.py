@@ -194,11 +194,11 @@ def from_jina(path, hf, tensors):
 
 def from_roberta(tensors):
     """Give a RoBERTa's tensors BERT's shapes, in place: drop the two rows before position 0, add a token type of zeros."""
-    embeddings = "bert.embeddings.{}_embeddings.weight".format
-    changes = {"position": lambda rows: rows[ROBERTA_PAD + 1 :], "token_type": lambda rows: F.pad(rows, (0, 0, 0, 1))}
-    for name, change in changes.items():
-        if embeddings(name) in tensors:
-            tensors[embeddings(name)] = change(tensors[embeddings(name)])
+    for name, rows in tensors.items():
+        if name == "bert.embeddings.position_embeddings.weight" and rows.ndim == 2:  # else its shape is named later
+            tensors[name] = rows[ROBERTA_PAD + 1 :]
+        elif name == "bert.embeddings.token_type_embeddings.weight" and rows.ndim == 2:
+            tensors[name] = F.pad(rows, (0, 0, 0, 1))
 
 
 def check_config(path, hf, mosaic, num_weights):
@@ -212,13 +212,11 @@ def check_config(path, hf, mosaic, num_weights):
         "hidden_act": "gelu", "type_vocab_size": 2, "is_decoder": False, "tie_word_embeddings": True,
         "quantization_config": None,
     }  # fmt: skip
-    if mosaic:
-        supported["layer_norm_eps"] = LAYER_NORM_EPS
-    else:
+    if not mosaic:
         supported |= {"max_position_embeddings": MAX_POSITIONS, "position_embedding_type": "absolute"}
     if kind == "roberta":
-        supported |= {"type_vocab_size": 1, "pad_token_id": ROBERTA_PAD}
-        supported["max_position_embeddings"] = MAX_POSITIONS + ROBERTA_PAD + 1
+        rows = MAX_POSITIONS + ROBERTA_PAD + 1
+        supported |= {"max_position_embeddings": rows, "type_vocab_size": 1, "pad_token_id": ROBERTA_PAD}
     for name, value in supported.items():
         if hf.get(name, value) != value:
             raise UserError(f"{path}: {name} is {hf[name]!r} (only {value!r} is supported)")
