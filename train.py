@@ -723,6 +723,10 @@ def main(argv):
                 less = max(cfg.seq_length, (cfg.micro_batch_tokens or 65536) // 2)
                 text = f"out of GPU memory with micro_batch_tokens={tried} (try --micro_batch_tokens={less})"
                 raise UserError(text, this_rank_only=True) from None
+            except RuntimeError as error:
+                if "can't allocate memory" not in str(error):
+                    raise
+                raise UserError("out of memory (try a smaller model, or a lower --micro_batch_tokens)", this_rank_only=True) from None
 
 
 if __name__ == "__main__":

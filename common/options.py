@@ -143,7 +143,8 @@ def read_config_file(path, cls):
         hint = f"did you mean {near}?" if near else "expected a config file; options are written --name=value"
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or error} ({hint})") from None
     except (SyntaxError, ValueError) as error:
-        raise UserError(f"{path}:{getattr(error, 'lineno', None) or 1}: {error.args[0]} (a config is Python)") from None
+        hint = "a config is Python" if path.endswith(".py") else "a config is Python; is it one of several values? Write a,b"
+        raise UserError(f"{path}:{getattr(error, 'lineno', None) or 1}: {error.args[0]} ({hint})") from None
     values, namespace = {}, {"__name__": "config", "__file__": path}
     for statement in tree.body:
         where = f"{path}:{statement.lineno}"
@@ -168,7 +169,7 @@ def similar(path):
     """The path beside `path` whose name is most like it, for a hint; None without one."""
     parent, name = os.path.split(os.fspath(path).rstrip("/"))
     names = os.listdir(parent or ".") if os.path.isdir(parent or ".") else []
-    near = difflib.get_close_matches(name, names, n=1)
+    near = difflib.get_close_matches(name, [other for other in names if other != name], n=1)
     return os.path.join(parent, near[0]) if near else None
 
 

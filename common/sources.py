@@ -95,6 +95,8 @@ def list_files(part, out=""):
     reasons = ", ".join(f"{count:,} {what}" for what, count in skipped.most_common(9) if count)
     if not paths and reasons:
         raise UserError(f"{part}: has no file that can be read: {reasons} (expected {EXPECTED})")
+    if not paths and is_directory:
+        raise UserError(f"{part}: an empty directory (expected {EXPECTED})")
     if not paths:
         nearest = similar(part)
         hint = f"did you mean {nearest}?" if nearest else "c4, stdlib, owner/name on the hub, or files"
@@ -112,10 +114,28 @@ def list_files(part, out=""):
 
 def list_local(part):
     """(whether it is a directory, the paths in it) of a path or pattern."""
-    is_directory = os.path.isdir(part)
-    pattern = os.path.join(glob.escape(part), "**", "*") if is_directory else part
-    found = [part] if os.path.isfile(part) else sorted(glob.glob(pattern, recursive=True, include_hidden=is_directory))
-    return is_directory, [path for path in found if not (is_directory and os.path.isdir(path))]
+    if os.path.isdir(part):
+        return True, files_below(part)
+    return False, [part] if os.path.isfile(part) else sorted(glob.glob(part, recursive=True))
+
+
+def files_below(directory):
+    """All files of a directory, sorted. Links to directories are followed, and each directory is read once.
+
+    Raises: UserError for a directory that cannot be read, which glob would leave out.
+    """
+
+    def refuse(error):
+        raise UserError(f"{error.filename}: {error.strerror} (make it readable, or list the others in --source)")
+
+    paths, seen = [], set()
+    for parent, directories, names in os.walk(directory, onerror=refuse, followlinks=True):
+        if (real := os.path.realpath(parent)) in seen:
+            directories.clear()
+            continue
+        seen.add(real)
+        paths += [os.path.join(parent, name) for name in names]
+    return sorted(paths)
 
 
 def check_format(name, where):

@@ -598,11 +598,11 @@ def test_format_versions(data_dir, tmp_path, capsys):
     for step in (8, 10):
         path = tmp_path / "new" / f"step_{step:08d}"
         config = json.loads((path / "config.json").read_text())
-        assert config["format"] == checkpoint.FORMAT == 2
-        (path / "config.json").write_text(json.dumps({**config, "format": 3}))
+        assert config["format"] == checkpoint.FORMAT == 3
+        (path / "config.json").write_text(json.dumps({**config, "format": 4}))
         reseal(path)
     line = fails(toy_argv(data_dir, tmp_path / "new", **options), capsys)
-    assert "step_00000010: checkpoint format 3, and this code reads 1 to 2 (use newer code)" in line
+    assert "step_00000010: checkpoint format 4, and this code reads 1 to 3 (use newer code)" in line
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -386,6 +386,18 @@ def test_init_from_and_eval_only(data_dir, tmp_path, capsys):
     assert (first / "log.jsonl").read_bytes() == before
 
 
+def test_a_model_that_memory_cannot_hold(data_dir, tmp_path, monkeypatch, capsys):
+    """--hidden_size=65536 ended in a traceback with this error."""
+
+    def full(*_):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+
+    monkeypatch.setattr(train, "MaskedLM", full)
+    with pytest.raises(SystemExit) as stopped:
+        train.main(toy_argv(data_dir, tmp_path / "run"))
+    assert stopped.value.code == 2 and capsys.readouterr().err.startswith("error: out of memory (try a smaller model")
+
+
 def test_dry_run_trains_nothing(data_dir, tmp_path, capsys):
     train.main([*toy_argv(data_dir, tmp_path / "run", price_per_gpu_hour=2.5), "--dry_run"])
     printed = capsys.readouterr().out

@@ -1,6 +1,7 @@
 """Other people's trouble with preparing data: text that is lost or changed, rows that are swallowed, bombs, sources that change."""
 
 import csv
+import errno
 import gzip
 import json
 import os
@@ -18,6 +19,8 @@ from tokenizers import Tokenizer
 
 import prepare_c4
 from common import corpus_report, lines, sources, tables, vocabulary, workers
+from common.options import UserError, similar
+from common.sources import files_below, list_files
 from tests.corpus import VOCAB, ids, interrupted, make_texts, prepare, prepare_fails, stored, text_report, texts_of, workplace, write_files, write_texts, write_vocab  # noqa: F401
 from tests.toy import SPECIAL, make_tokenizer
 
@@ -325,6 +328,45 @@ def test_an_output_inside_the_source_is_not_read(capsys, source):
     assert set(texts_of(stored(out=options["out"]))) >= {"w1", "w2"}
     prepare(**options)
     assert "nothing to do" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Directories
+
+
+def test_a_directory_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    """glob leaves it out without a word."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "texts.txt").write_text("w1")
+    scandir = os.scandir
+
+    def refuse(path):
+        if os.fspath(path).endswith("b"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=f"^{tmp_path}/b: Permission denied [(]make it readable"):
+        files_below(tmp_path)
+
+
+def test_links_to_directories_are_followed_and_a_loop_ends(tmp_path):
+    (tmp_path / "texts" / "a").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    for path in ("texts/a/1.txt", "elsewhere/2.txt", "texts/.3.txt"):
+        (tmp_path / path).write_text("w1")
+    (tmp_path / "texts" / "a" / "loop").symlink_to(tmp_path / "texts")
+    (tmp_path / "texts" / "link").symlink_to(tmp_path / "elsewhere")
+    found = [os.path.relpath(path, tmp_path) for path in files_below(tmp_path / "texts")]
+    assert found == ["texts/.3.txt", "texts/a/1.txt", "texts/link/2.txt"]
+
+
+def test_an_empty_directory_is_no_misspelling(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=f"^{tmp_path}/empty: an empty directory"):
+        list_files(f"{tmp_path}/empty")
+    assert similar(tmp_path / "empty") is None  # itself
 
 
 # ---------------------------------------------------------------------------------------------------------------------

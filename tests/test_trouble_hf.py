@@ -298,6 +298,18 @@ def test_hostile_pickles(tmp_path, entries, says):
         read_hf(str(tmp_path / "model"), allow_pickle=True)
 
 
+def test_a_tokenizer_that_is_not_the_models_own_is_refused(tmp_path):
+    """Its own, given once more, is none; another with as many entries would turn every word into another."""
+    make_bert(tmp_path / "model")
+    read_hf(str(tmp_path / "model"), tokenizer=str(tmp_path / "model"))
+    words = Tokenizer.from_str(read_hf(str(tmp_path / "model"))[2]).get_vocab()
+    order = sorted(words, key=words.get)
+    order[-1], order[-2] = order[-2], order[-1]
+    (tmp_path / "other.txt").write_text("\n".join(order))
+    with pytest.raises(UserError, match="^--tokenizer=.*other.txt: not that of .*model, which has its own [(]leave"):
+        read_hf(str(tmp_path / "model"), tokenizer=str(tmp_path / "other.txt"))
+
+
 def test_a_deep_pickle(tmp_path):
     make_bert(tmp_path / "model")
     os.remove(tmp_path / "model/model.safetensors")

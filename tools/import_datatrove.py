@@ -9,7 +9,6 @@ Source: datatrove/pipeline/tokens/tokenizer.py of github.com/huggingface/datatro
 Read next: docs/data.md, for what datatrove does before
 """
 
-import glob
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ import numpy as np
 from common.files import file_digest, lock_directory, write_text
 from common.hashes import content_hash, find_duplicates, load_hashes, save_hashes, val_threshold
 from common.options import UserError, command, load_config
+from common.sources import files_below
 from common.vocabulary import load_tokenizer, read_tokenizer, special_names
 from data import verify
 from prepare_c4 import ShardWriter, bytes_per_token, check_same, enter_output, read_plan, work_path
@@ -158,7 +158,7 @@ def write_output(cfg, plan, paths, tokenizer, text):
 def main(argv):
     cfg = load_config(ImportConfig, argv)
     cfg.check()
-    paths = sorted(glob.glob(os.path.join(glob.escape(cfg.source), "**", "*.ds"), recursive=True))
+    paths = [path for path in files_below(cfg.source) if path.endswith(".ds")] if os.path.isdir(cfg.source) else []
     if not paths:
         raise UserError(f"{cfg.source}: no .ds file in it (expected datatrove's token files)")
     text = read_tokenizer(cfg.tokenizer)

@@ -61,6 +61,9 @@ def read_hf(path, revision="", tokenizer="", allow_pickle=False):
     mosaic = any("attention.self.Wqkv" in name for name in tensors)
     check_config(config_path, hf, mosaic, len(tensors))
     tokenizer_text = read_tokenizer(tokenizer or directory)
+    if tokenizer and any(os.path.exists(os.path.join(directory, name)) for name in TOKENIZER_FILES[:2]):
+        if tokenizer_text != read_tokenizer(directory):
+            raise UserError(f"--tokenizer={tokenizer}: not that of {directory}, which has its own (leave --tokenizer out)")
     loaded, special = load_tokenizer(tokenizer or directory, tokenizer_text)
     words = loaded.get_vocab()
     vocab_size = len(words)
