@@ -66,7 +66,7 @@ def damaged(path, reason, this_rank_only=False):
 
 def read_manifest(directory):
     """The contents of a shard directory's manifest.json. Raises: UserError."""
-    near = None if os.path.isdir(directory) else similar(directory)
+    near = None if os.path.exists(directory) else similar(directory)
     hint = f"no finished shard directory; make one: python prepare_c4.py --source=FILES --out={directory}"
     return read_json(os.path.join(directory, "manifest.json"), f"did you mean {near}?" if near else hint)
 
