@@ -31,7 +31,7 @@ class FillMaskConfig:
     text: str = ""  # text with one or more [MASK] (RoBERTa: <mask>): prints the top tokens for each, with probabilities
     embed: str = ""  # UTF-8 file, also .gz, one text a line: writes a vector for each, the mean over its tokens or as converted
     out: str = ""  # .npy file for the vectors, (lines, hidden_size) float32
-    normalize: bool = False  # scale vectors to length 1
+    normalize: bool = False  # scale vectors to length 1, as those of some converted models always are
 
 
 def token_ids(model, tokenizer, special, texts, config, longest=None):
@@ -139,6 +139,9 @@ def main(argv):
         raise UserError("--checkpoint: not given (a run directory, such as out/smoke)")
     if bool(cfg.text) == bool(cfg.embed):
         raise UserError("give either --text or --embed")
+    for name in ("out", "normalize"):
+        if cfg.text and getattr(cfg, name):
+            raise UserError(f"--{name}: means nothing with --text (only with --embed)")
     if cfg.embed and not cfg.out:
         raise UserError("--out: not given (a .npy file for the vectors)")
     if cfg.embed:
