@@ -49,7 +49,7 @@ def decompress(file, compression):
 def not_text(beginning):
     """What a file that begins with these bytes looks like; None for text, which may have a stray zero."""
     known = next((kind for magic, kind in MAGIC.items() if beginning.startswith(magic)), None)
-    if known or 4 * beginning.count(0) < len(beginning):
+    if known or 4 * beginning.count(0) < max(1, len(beginning)):
         return known
     return "a binary file" if 0 in beginning[::2] and 0 in beginning[1::2] else "UTF-16"
 

@@ -98,7 +98,7 @@ def embed(model, sequences, device, normalize, pooling="mean"):
 
 
 def read_lines(path):
-    """The lines of a text file, also compressed. Raises: UserError if it is missing, empty or no UTF-8 text."""
+    """The lines of a text file, also compressed. Raises: UserError if it is missing, no UTF-8 text, or has none."""
     kind, compression = split_suffixes(path)
     if kind in (".csv", ".tsv", ".json", ".jsonl", ".parquet"):
         raise UserError(f"{path}: a {kind} file (expected plain text, one text a line: write its column of texts into one)")
@@ -118,6 +118,8 @@ def read_lines(path):
             texts.append(line.decode("utf-8-sig" if number == 1 else "utf-8"))
         except UnicodeDecodeError as error:
             raise UserError(f"{path}:{number}: {not_utf8(line, error)}") from None
+    if not any(map(str.strip, texts)):
+        raise UserError(f"{path}: has no text, only blank lines (expected one text a line)")
     return texts
 
 
