@@ -17,7 +17,8 @@ MAX_TEXT = 2**27  # bytes of a line, a cell or a document: a small .gz can hold 
 MAGIC = {  # how files begin that are no text, whatever their names say
     b"%PDF-": "a PDF", b"PK\x03\x04": "a zip file, as .docx and .xlsx are", b"\xd0\xcf\x11\xe0": "an old Word or Excel file",
     b"{\\rtf": "an RTF file", b"\x1f\x8b": "a .gz file", b"\xfd7zXZ": "an .xz file", b"\x28\xb5\x2f\xfd": "a .zst file",
-    b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x89PNG": "a picture", b"\xff\xd8\xff": "a picture",
+    b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16",
+    b"\x89PNG": "a picture", b"\xff\xd8\xff": "a picture",
 }  # fmt: skip
 
 
@@ -47,11 +48,14 @@ def decompress(file, compression):
 
 
 def not_text(beginning):
-    """What a file that begins with these bytes looks like; None for text, which may have a stray zero."""
-    known = next((kind for magic, kind in MAGIC.items() if beginning.startswith(magic)), None)
-    if known or 4 * beginning.count(0) < max(1, len(beginning)):
-        return known
-    return "a binary file" if 0 in beginning[::2] and 0 in beginning[1::2] else "UTF-16"
+    """Why a file that begins with these bytes is no text; None for text, which may have a stray zero."""
+    kind = next((kind for magic, kind in MAGIC.items() if beginning.startswith(magic)), None)
+    if not kind and 4 * beginning.count(0) < max(1, len(beginning)):
+        return None
+    even, odd = 0 in beginning[::2], 0 in beginning[1::2]
+    kind = kind or ("a binary file" if even and odd else "UTF-16BE" if even else "UTF-16LE")
+    hint = f"iconv -f {kind} -t UTF-8 converts it" if kind.startswith("UTF-") else "convert it, or leave it out"
+    return f"looks like {kind}, not UTF-8 text ({hint})"
 
 
 def not_utf8(line, error):
@@ -80,9 +84,8 @@ def numbered_lines(path, cfg, stats, start=0, end=None):
             for number, line in enumerate(iter(functools.partial(file.readline, MAX_TEXT), b""), 1):
                 if end is not None and position >= end:
                     break
-                if number == 1 and not start and (kind := not_text(line[:4096])):
-                    hint = "iconv -f UTF-16 -t UTF-8 converts it" if kind == "UTF-16" else "convert it, or leave it out"
-                    skip_or_fail(cfg, stats, f"{path}: looks like {kind}, not UTF-8 text ({hint})")
+                if number == 1 and not start and (reason := not_text(line[:4096])):
+                    skip_or_fail(cfg, stats, f"{path}: {reason}")
                     return
                 position += len(line)
                 if len(line) == MAX_TEXT and not line.endswith(b"\n"):

@@ -128,7 +128,7 @@ def test_out_is_checked_before_any_work(run_dir, tmp_path, capsys, monkeypatch):
         (["--checkpoint=RUN", "--text=no mask"], "no [MASK]"),
         (["--checkpoint=RUN", "--embed=nowhere.txt", "--out=x.npy"], "nowhere.txt: No such file"),
         (["--checkpoint=RUN", "--embed=BINARY", "--out=x.npy"], "not UTF-8"),
-        (["--checkpoint=RUN", "--embed=UTF16", "--out=x.npy"], "looks like UTF-16, not UTF-8 text"),
+        (["--checkpoint=RUN", "--embed=UTF16", "--out=x.npy"], "looks like UTF-16LE, not UTF-8 text (iconv -f UTF-16LE -t UTF-8"),
         (["--checkpoint=RUN", "--embed=PDF", "--out=x.npy"], "looks like a PDF, not UTF-8 text"),
         (["--checkpoint=RUN", "--embed=ZIPPED", "--out=x.npy"], "looks like a .gz file, not UTF-8 text"),
         (["--checkpoint=RUN", "--embed=LATIN", "--out=x.npy"], "LATIN:2: not UTF-8: "),

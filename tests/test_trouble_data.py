@@ -511,7 +511,10 @@ def test_what_became_of_all_documents_is_said_when_none_is_left(capsys):
     [
         (b"%PDF-1.4\n%\xe2\xe3\n", "b.txt: looks like a PDF, not UTF-8 text (convert it, or leave it out;"),
         (b"w1 w2\0\0\0\n", "b.txt: looks like a binary file, not UTF-8 text"),
-        ("w1 w2\n".encode("utf-16-le"), "b.txt: looks like UTF-16, not UTF-8 text (iconv -f UTF-16 -t UTF-8 converts it;"),
+        ("w1 w2\n".encode("utf-16"), "b.txt: looks like UTF-16, not UTF-8 text (iconv -f UTF-16 -t UTF-8 converts it;"),
+        ("w1 w2\n".encode("utf-16-le"), "b.txt: looks like UTF-16LE, not UTF-8 text (iconv -f UTF-16LE -t UTF-8 converts it;"),
+        ("w1 w2\n".encode("utf-16-be"), "b.txt: looks like UTF-16BE, not UTF-8 text (iconv -f UTF-16BE -t UTF-8 converts it;"),
+        ("w1 w2\n".encode("utf-32"), "b.txt: looks like UTF-32, not UTF-8 text (iconv -f UTF-32 -t UTF-8 converts it;"),
         ("w1\ncaf\u00e9 w2\n".encode("latin-1"), "b.txt:2: not UTF-8: invalid continuation byte (Latin-1 or Windows-1252?"),
         ("\u043c\u0430\u043c\u0430 w1\n".encode("cp1251"), "b.txt:1: not UTF-8: invalid continuation byte (an older encoding, as GBK or"),
     ],

@@ -109,9 +109,8 @@ def read_lines(path):
         raise read_error(path, error, path) from None
     if not lines:
         raise UserError(f"{path}: empty (expected one text a line)")
-    if found := not_text(lines[0][:4096]):
-        also = ", ".join(COMPRESSIONS)
-        raise UserError(f"{path}: looks like {found}, not UTF-8 text (convert it; a compressed file ends in {also})")
+    if reason := not_text(lines[0][:4096]):
+        raise UserError(f"{path}: {reason[:-1]}; a compressed file ends in {', '.join(COMPRESSIONS)})")
     texts = []
     for number, line in enumerate(lines, 1):
         try:
