@@ -110,7 +110,7 @@ def places(lines):
 def read_lines(path, cfg):
     """All (number, text) of a file's lines; the text is None where it is not UTF-8."""
     texts, unread = {}, Counter()
-    texts.update(numbered_lines(path, cfg, unread))
+    texts.update(numbered_lines(path, cfg, unread, header=split_suffixes(path)[0] in TABLES, only=True))
     return [(number, texts.get(number)) for number in range(1, len(texts) + unread["bad lines"] + 1)]
 
 

@@ -65,12 +65,13 @@ def not_utf8(line, error):
     return f"not UTF-8: {error.reason} ({guess}? convert it: iconv -f ENCODING -t UTF-8)"
 
 
-def numbered_lines(path, cfg, stats, start=0, end=None):
+def numbered_lines(path, cfg, stats, start=0, end=None, header=False, only=False):
     """(number, text) of each line, without line end and byte-order mark.
 
     Only \\n ends a line: JSON strings may hold Unicode's other separators. start, end: a byte range of an uncompressed
     file; lines belong to the range that they start in, and are numbered within it. A file that is no text counts as a
-    single line that cannot be read. Raises: UserError with file and line.
+    single line that cannot be read. header: whether the first line holds names, and cannot be skipped. only: whether
+    there is nothing without this file. Raises: UserError with file and line.
     """
     _, compression = split_suffixes(path)
     end = None if compression else end
@@ -85,21 +86,22 @@ def numbered_lines(path, cfg, stats, start=0, end=None):
                 if end is not None and position >= end:
                     break
                 if number == 1 and not start and (reason := not_text(line[:4096])):
-                    skip_or_fail(cfg, stats, f"{path}: {reason}")
+                    skip_or_fail(cfg, stats, f"{path}: {reason}", needed=only)
                     return
                 position += len(line)
+                needed = header and number == 1
                 if len(line) == MAX_TEXT and not line.endswith(b"\n"):
                     skip_line(file, end)
                     position = raw.tell()
                     where = location(path, number, start)
-                    skip_or_fail(cfg, stats, f"{where}: a line of more than {gigabytes(MAX_TEXT)} (split it)")
+                    skip_or_fail(cfg, stats, f"{where}: a line of more than {gigabytes(MAX_TEXT)} (split it)", needed)
                     continue
                 if number % 16 == 0 or len(line) > 1000:
                     stats["segment bytes"] = raw.tell() - start
                 try:
                     text = line.decode("utf-8-sig" if number == 1 and not start else "utf-8")
                 except UnicodeDecodeError as error:
-                    skip_or_fail(cfg, stats, f"{location(path, number, start)}: {not_utf8(line, error)}")
+                    skip_or_fail(cfg, stats, f"{location(path, number, start)}: {not_utf8(line, error)}", needed)
                     continue
                 yield number, text.rstrip("\r\n")
             if end is not None and position < end:
@@ -141,8 +143,10 @@ def read_error(path, error, where):
     return UserError(f"{where}: {error} (truncated, or not a {os.path.splitext(path)[1]} file)")
 
 
-def skip_or_fail(cfg, stats, text):
-    """Count and name a line that cannot be read. Raises: UserError once there are more than cfg.skip_bad_lines."""
+def skip_or_fail(cfg, stats, text, needed=False):
+    """Count and name a line that cannot be read. Raises: UserError if it is needed, or there are more than cfg.skip_bad_lines."""
+    if needed:
+        raise UserError(text)
     if stats["bad lines"] >= cfg.skip_bad_lines:
         reason = f"{text[:-1]}; " if text.endswith(")") else f"{text} ("
         raise UserError(f"{reason}--skip_bad_lines={max(100, 2 * cfg.skip_bad_lines)} skips such lines)")

@@ -529,6 +529,18 @@ def test_what_is_no_text_is_named(capsys, contents, says):
     assert [3 + len(SPECIAL)] in stored()
 
 
+def test_names_of_columns_are_never_skipped(capsys):
+    """The second row was taken for them. A table that is no text can be skipped, beside others."""
+    write_files({"a.csv": b"text\nw1\n", "b.csv": "gr\u00f6\u00dfe,text\n1,w2\n".encode("latin-1")})
+    for lines in (0, 100):
+        error = prepare_fails(capsys, source="?.csv", val_fraction=0, skip_bad_lines=lines)
+        assert error.startswith("error: b.csv:1: not UTF-8: ") and "skip" not in error
+    write_files({"b.csv": "text\nw2\n".encode("utf-16")})
+    assert "--skip_bad_lines=100" in prepare_fails(capsys, source="?.csv", val_fraction=0)
+    prepare(source="?.csv", val_fraction=0, skip_bad_lines=1)
+    assert texts_of(stored()) == ["w1"]
+
+
 def test_old_mac_line_ends_are_named(capsys):
     """Such a file counted as one document."""
     write_files({"d/a.txt": b"w1\nw2\n", "d/b.txt": b"w3\rw4\rw5\r", "d/c.txt": b"w6\r"})

@@ -338,6 +338,24 @@ def test_every_row_is_kept_or_named_and_counted(tmp_path, capsys, name, lines):
         read_rows(str(tmp_path / name), ("text",), "label", settings(skip_bad_lines=2))
 
 
+@pytest.mark.parametrize(
+    "name, contents, says",
+    [
+        ("a.csv", "text,label\na,1\n".encode("utf-16"), ": looks like UTF-16, not UTF-8 text (iconv -f UTF-16 -t UTF-8 converts it)"),
+        ("a.csv", b"PK\x03\x04\0\0", ": looks like a zip file, as .docx and .xlsx are, not UTF-8 text (convert it, or leave it out)"),
+        ("a.jsonl", '{"text": "a", "label": 1}\n'.encode("utf-16-be"), ": looks like UTF-16BE, not UTF-8 text (iconv -f UTF-16BE -t UTF-8 converts it)"),
+        ("a.csv", "gr\u00f6\u00dfe,text,label\n1,a,1\n".encode("latin-1"), ":1: not UTF-8: invalid start byte (Latin-1 or Windows-1252? convert it: iconv -f ENCODING -t UTF-8)"),
+    ],
+)  # fmt: skip
+def test_skipping_is_offered_only_where_it_helps(tmp_path, name, contents, says):
+    """--skip_bad_lines=100 skipped the whole file, or the names of its columns, and the next error was another."""
+    (tmp_path / name).write_bytes(contents)
+    for lines in (0, 100):
+        with pytest.raises(UserError) as error:
+            read_rows(str(tmp_path / name), ("text",), "label", settings(skip_bad_lines=lines))
+        assert str(error.value) == f"{tmp_path / name}{says}"
+
+
 def test_predictions_are_of_the_files_rows(pretrained, tmp_path, capsys):
     labels = ["a\tb", "c\nd"]
     for name, n in (("a.jsonl", 12), ("b.jsonl", 6)):
