@@ -144,7 +144,7 @@ def read_error(path, error, where):
 
 
 def skip_or_fail(cfg, stats, text, needed=False):
-    """Count and name a line that cannot be read. Raises: UserError if it is needed, or there are more than cfg.skip_bad_lines."""
+    """Count and name a line that cannot be read. Raises: UserError if needed, or if there are more than cfg.skip_bad_lines."""
     if needed:
         raise UserError(text)
     if stats["bad lines"] >= cfg.skip_bad_lines:

@@ -12,7 +12,7 @@ import torch
 import checkpoint
 import finetune_glue
 from common.encoded import Encoded
-from common.labelled import read_rows
+from common.labelled import read_rows, to_examples
 from common.options import UserError
 from common.processes import Process
 from common.run_directory import pretraining_cost
@@ -54,7 +54,12 @@ def guess(tmp_path, labels, **options):
     "labels, says",
     [
         ([*(f"{i / 4}" for i in range(199)), "N/A"], ":201: label 'N/A' is not a number, as 199 of 200 labels are"),
-        ([f"{i},5" for i in range(99)], ":2: label '0,5' is not a number, as 99 of 99 .*write numbers with a point"),
+        ([f"{i},5" for i in range(99)], ":2: label '0,5' has a decimal comma, as 99 of 99 labels do .write numbers"),
+        (["N/A", "1,234", *(f"{i},5" for i in range(99))], ":4: label '0,5' has a decimal comma, as 99 of 101 labels do"),
+        ([f"{i},500" for i in range(1, 99)], ":2: label '1,500' has separators between thousands, as 98 of 98 labels do"),
+        ([f"{i},500.75" for i in range(1, 99)], ":2: label '1,500.75' has separators between thousands, as 98 of 98"),
+        ([f"{i}.500,75" for i in range(1, 99)], ":2: label '1.500,75' has separators between thousands, as 98 of 98"),
+        ([*(f"{i}" for i in range(99)), "1 000"], ":101: label '1 000' has separators between thousands, as 1 of 100"),
         ([*map(str, range(30)), "unknown"], ":32: label 'unknown'"),
     ],
 )
@@ -62,6 +67,17 @@ def test_labels_that_contradict_each_other(tmp_path, labels, says):
     with pytest.raises(UserError, match=f"{says}.*--problem=classification takes all as words"):
         guess(tmp_path, labels)
     assert len(guess(tmp_path, labels, problem="classification").labels) == len(set(labels))
+
+
+def test_decimal_commas_between_semicolons_and_in_the_validation_file(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("text;label\n" + "".join(f"t;{i},5\n" for i in range(60)))
+    rows = read_rows(str(path), ("text",), "label", settings())
+    for problem, says in (("auto", ", as 60 of 60 labels do"), ("regression", r" \(write numbers with a point alone")):
+        with pytest.raises(UserError, match=f"a.csv:2: label '0,5' has a decimal comma{says}"):
+            own_task(settings(train_file=str(path), problem=problem), rows)
+    with pytest.raises(UserError, match="b.csv:2: label '0,5' has a decimal comma"):
+        to_examples(rows, "b.csv", ())
 
 
 @pytest.mark.parametrize(
