@@ -19,6 +19,9 @@ from common.tables import SEPARATORS, TABLES, open_table, parquet_records, recor
 
 LONG_ROW = 20  # lines
 NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)  # float() also takes 1_0, nan and inf
+THOUSANDS = re.compile(r"\s*([+-]?[1-9]\d{0,2}(?:[,.'\u2019 \u00a0\u202f]\d{3})+)(?:[,.](\d+))?\s*", re.ASCII)  # 1,234.5
+COMMA, GROUPS = "a decimal comma", "separators between thousands"
+PLAIN = "write numbers with a point alone, as 1234.5"
 
 
 class Row(NamedTuple):
@@ -110,7 +113,7 @@ def places(lines):
 def read_lines(path, cfg):
     """All (number, text) of a file's lines; the text is None where it is not UTF-8."""
     texts, unread = {}, Counter()
-    texts.update(numbered_lines(path, cfg, unread))
+    texts.update(numbered_lines(path, cfg, unread, header=split_suffixes(path)[0] in TABLES, only=True))
     return [(number, texts.get(number)) for number in range(1, len(texts) + unread["bad lines"] + 1)]
 
 
@@ -182,10 +185,22 @@ def to_examples(rows, path, labels):
 
 
 def to_number(cell, where):
-    number = float(cell) if NUMBER.fullmatch(cell) else np.nan
-    if not np.isfinite(number):  # 1e999 is not
+    number, spelling = read_number(cell)
+    if spelling:
+        raise UserError(f"{where}: label {cell!r} has {spelling} ({PLAIN})")
+    if number is None or not np.isfinite(number):  # 1e999 is not
         raise UserError(f"{where}: label {cell!r} is not a number")
     return number
+
+
+def read_number(cell):
+    """(the number that a person sees in a cell or None, what keeps it from being a NUMBER: COMMA, GROUPS or "")."""
+    if NUMBER.fullmatch(cell):
+        return float(cell), ""
+    if match := THOUSANDS.fullmatch(cell):
+        return float(re.sub(r"[^\d+-]", "", match[1]) + "." + (match[2] or "0")), GROUPS
+    pointed = cell.replace(",", ".")
+    return (float(pointed), COMMA) if NUMBER.fullmatch(pointed) else (None, "")
 
 
 def write_table(path, header, rows):

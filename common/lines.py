@@ -17,7 +17,8 @@ MAX_TEXT = 2**27  # bytes of a line, a cell or a document: a small .gz can hold 
 MAGIC = {  # how files begin that are no text, whatever their names say
     b"%PDF-": "a PDF", b"PK\x03\x04": "a zip file, as .docx and .xlsx are", b"\xd0\xcf\x11\xe0": "an old Word or Excel file",
     b"{\\rtf": "an RTF file", b"\x1f\x8b": "a .gz file", b"\xfd7zXZ": "an .xz file", b"\x28\xb5\x2f\xfd": "a .zst file",
-    b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x89PNG": "a picture", b"\xff\xd8\xff": "a picture",
+    b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16",
+    b"\x89PNG": "a picture", b"\xff\xd8\xff": "a picture",
 }  # fmt: skip
 
 
@@ -47,11 +48,14 @@ def decompress(file, compression):
 
 
 def not_text(beginning):
-    """What a file that begins with these bytes looks like; None for text, which may have a stray zero."""
-    known = next((kind for magic, kind in MAGIC.items() if beginning.startswith(magic)), None)
-    if known or 4 * beginning.count(0) < len(beginning):
-        return known
-    return "a binary file" if 0 in beginning[::2] and 0 in beginning[1::2] else "UTF-16"
+    """Why a file that begins with these bytes is no text; None for text, which may have a stray zero."""
+    kind = next((kind for magic, kind in MAGIC.items() if beginning.startswith(magic)), None)
+    if not kind and 4 * beginning.count(0) < max(1, len(beginning)):
+        return None
+    even, odd = 0 in beginning[::2], 0 in beginning[1::2]
+    kind = kind or ("a binary file" if even and odd else "UTF-16BE" if even else "UTF-16LE")
+    hint = f"iconv -f {kind} -t UTF-8 converts it" if kind.startswith("UTF-") else "convert it, or leave it out"
+    return f"looks like {kind}, not UTF-8 text ({hint})"
 
 
 def not_utf8(line, error):
@@ -61,12 +65,13 @@ def not_utf8(line, error):
     return f"not UTF-8: {error.reason} ({guess}? convert it: iconv -f ENCODING -t UTF-8)"
 
 
-def numbered_lines(path, cfg, stats, start=0, end=None):
+def numbered_lines(path, cfg, stats, start=0, end=None, header=False, only=False):
     """(number, text) of each line, without line end and byte-order mark.
 
     Only \\n ends a line: JSON strings may hold Unicode's other separators. start, end: a byte range of an uncompressed
     file; lines belong to the range that they start in, and are numbered within it. A file that is no text counts as a
-    single line that cannot be read. Raises: UserError with file and line.
+    single line that cannot be read. header: whether the first line holds names, and cannot be skipped. only: whether
+    there is nothing without this file. Raises: UserError with file and line.
     """
     _, compression = split_suffixes(path)
     end = None if compression else end
@@ -80,23 +85,23 @@ def numbered_lines(path, cfg, stats, start=0, end=None):
             for number, line in enumerate(iter(functools.partial(file.readline, MAX_TEXT), b""), 1):
                 if end is not None and position >= end:
                     break
-                if number == 1 and not start and (kind := not_text(line[:4096])):
-                    hint = "iconv -f UTF-16 -t UTF-8 converts it" if kind == "UTF-16" else "convert it, or leave it out"
-                    skip_or_fail(cfg, stats, f"{path}: looks like {kind}, not UTF-8 text ({hint})")
+                if number == 1 and not start and (reason := not_text(line[:4096])):
+                    skip_or_fail(cfg, stats, f"{path}: {reason}", needed=only)
                     return
                 position += len(line)
+                needed = header and number == 1
                 if len(line) == MAX_TEXT and not line.endswith(b"\n"):
                     skip_line(file, end)
                     position = raw.tell()
                     where = location(path, number, start)
-                    skip_or_fail(cfg, stats, f"{where}: a line of more than {gigabytes(MAX_TEXT)} (split it)")
+                    skip_or_fail(cfg, stats, f"{where}: a line of more than {gigabytes(MAX_TEXT)} (split it)", needed)
                     continue
                 if number % 16 == 0 or len(line) > 1000:
                     stats["segment bytes"] = raw.tell() - start
                 try:
                     text = line.decode("utf-8-sig" if number == 1 and not start else "utf-8")
                 except UnicodeDecodeError as error:
-                    skip_or_fail(cfg, stats, f"{location(path, number, start)}: {not_utf8(line, error)}")
+                    skip_or_fail(cfg, stats, f"{location(path, number, start)}: {not_utf8(line, error)}", needed)
                     continue
                 yield number, text.rstrip("\r\n")
             if end is not None and position < end:
@@ -138,8 +143,10 @@ def read_error(path, error, where):
     return UserError(f"{where}: {error} (truncated, or not a {os.path.splitext(path)[1]} file)")
 
 
-def skip_or_fail(cfg, stats, text):
-    """Count and name a line that cannot be read. Raises: UserError once there are more than cfg.skip_bad_lines."""
+def skip_or_fail(cfg, stats, text, needed=False):
+    """Count and name a line that cannot be read. Raises: UserError if needed, or if there are more than cfg.skip_bad_lines."""
+    if needed:
+        raise UserError(text)
     if stats["bad lines"] >= cfg.skip_bad_lines:
         reason = f"{text[:-1]}; " if text.endswith(")") else f"{text} ("
         raise UserError(f"{reason}--skip_bad_lines={max(100, 2 * cfg.skip_bad_lines)} skips such lines)")

@@ -292,7 +292,7 @@ def lines_or_array(segment, lines, stats):
 def table_documents(segment, cfg, stats):
     """One column of a .csv or .tsv. The first row names the columns."""
     path = segment.path
-    table = open_table(path, numbered_lines(path, cfg, stats, 0, segment.end), [cfg.text_key], SEE)
+    table = open_table(path, numbered_lines(path, cfg, stats, 0, segment.end, header=True), [cfg.text_key], SEE)
     for row in table_rows(table.lines, *table.layout) if table else ():
         where = f"{path}:{row.first}"
         if row.suspect:

@@ -71,12 +71,26 @@ def test_command_line(tmp_path, capsys):
     make_reader(tmp_path / "whole", [*PIECES, *WHOLE])
     write_texts("a.txt", ["alpha beta gamma zz alpha beta " * 5, "zz", " ".join(f"alpha beta gamma beta \u4e2d {c}" for c in LETTERS)])
     bits_per_byte.main(["--checkpoints=pieces, whole", "--files=a.txt", "--words=6", "--mask_prob=0.5", "--split=alphabet"])
-    head, *lines = capsys.readouterr().out.splitlines()
+    read, head, *lines = capsys.readouterr().out.splitlines()
+    assert read == "3 documents, 187 words: 1 fill no passage (1 documents have fewer than 6), 0 passages have no word to score"
     assert "in 31 passages of 6 words" in head and " 0 passages left out" in head and "(0 words" not in head
     assert lines[0].endswith(" tokens a word: pieces") and lines[2].endswith(" tokens a word: whole")
     assert lines[1].split() == ["alphabet:", "a", *(f"##{letter}" for letter in "lphabet")] and "bits per byte" in lines[0]
     bits_per_byte.main(["--checkpoints=whole", "--files=a.txt", "--words=6", "--max_tokens=8"])
     assert " 5 passages left out" in capsys.readouterr().out
+
+
+def test_every_word_is_in_a_passage_or_counted(tmp_path, capsys):
+    """Of 70 documents, 68 of them short, two passages were scored, and nothing was said of the rest."""
+    reader = make_reader(tmp_path / "run", PIECES)
+    write_texts("a.txt", ["alpha " * 5, "beta " * 13, "", *(f"{letter} beta gamma alpha beta gamma" for letter in LETTERS)])
+    cfg = bits_per_byte.BitsConfig(files="a.txt", words=6)
+    counts = bits_per_byte.compare(cfg, [reader])
+    assert counts["documents"] == 29 and counts["short documents"] == 2 and counts["words read"] == 5 + 13 + 26 * 6
+    assert counts["words outside"] == 5 + 1 and counts["passages without"] > 0
+    assert 6 * (counts["passages"] + counts["passages without"]) + counts["words outside"] == counts["words read"]
+    bits_per_byte.main(["--checkpoints=run", "--files=a.txt", "--words=6"])
+    assert capsys.readouterr().out.startswith("29 documents, 174 words: 6 fill no passage (2 documents have fewer than 6), ")
 
 
 @pytest.mark.parametrize(

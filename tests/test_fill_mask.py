@@ -97,6 +97,13 @@ def test_compressed_texts(run_dir, tmp_path):
     np.testing.assert_array_equal(*vectors)
 
 
+def test_a_blank_first_line_is_text(run_dir, tmp_path):
+    """It looked like UTF-16: a quarter of its no bytes are zeros."""
+    (tmp_path / "a.txt").write_bytes(b"\nw1\n")
+    fill_mask.main([f"--checkpoint={run_dir}", f"--embed={tmp_path}/a.txt", f"--out={tmp_path}/v.npy"])
+    assert np.load(tmp_path / "v.npy").shape == (2, 32)
+
+
 def test_out_is_checked_before_any_work(run_dir, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(fill_mask, "embed", None)
     (tmp_path / "a.txt").write_text("w1\n")
@@ -115,15 +122,20 @@ def test_out_is_checked_before_any_work(run_dir, tmp_path, capsys, monkeypatch):
         (["--text=a [MASK]"], "--checkpoint"),
         (["--checkpoint=nowhere", "--text=a [MASK]"], "nowhere: no such directory"),
         (["--checkpoint=RUN"], "either --text or --embed"),
+        (["--checkpoint=RUN", "--text=a [MASK]", "--embed=TEXT"], "either --text or --embed"),
+        (["--checkpoint=RUN", "--text=a [MASK]", "--out=x.npy"], "--out: means nothing with --text"),
+        (["--checkpoint=RUN", "--text=a [MASK]", "--normalize=true"], "--normalize: means nothing with --text"),
         (["--checkpoint=RUN", "--text=no mask"], "no [MASK]"),
         (["--checkpoint=RUN", "--embed=nowhere.txt", "--out=x.npy"], "nowhere.txt: No such file"),
         (["--checkpoint=RUN", "--embed=BINARY", "--out=x.npy"], "not UTF-8"),
-        (["--checkpoint=RUN", "--embed=UTF16", "--out=x.npy"], "looks like UTF-16, not UTF-8 text"),
+        (["--checkpoint=RUN", "--embed=UTF16", "--out=x.npy"], "looks like UTF-16LE, not UTF-8 text (iconv -f UTF-16LE -t UTF-8"),
         (["--checkpoint=RUN", "--embed=PDF", "--out=x.npy"], "looks like a PDF, not UTF-8 text"),
         (["--checkpoint=RUN", "--embed=ZIPPED", "--out=x.npy"], "looks like a .gz file, not UTF-8 text"),
         (["--checkpoint=RUN", "--embed=LATIN", "--out=x.npy"], "LATIN:2: not UTF-8: "),
         (["--checkpoint=RUN", "--embed=a.csv", "--out=x.npy"], "a.csv: a .csv file (expected plain text, one text a line"),
         (["--checkpoint=RUN", "--embed=EMPTY", "--out=x.npy"], "empty"),
+        (["--checkpoint=RUN", "--embed=BREAK", "--out=x.npy"], "BREAK: has no text, only blank lines"),
+        (["--checkpoint=RUN", "--embed=BLANK", "--out=x.npy"], "BLANK: has no text, only blank lines"),
         (["--checkpoint=RUN", "--embed=TEXT"], "--out"),
         (["--checkpoint=RUN", "--embed=TEXT", "--out=/nowhere/x.npy"], "/nowhere/x.npy: No such"),
     ],
@@ -132,6 +144,7 @@ def test_mistakes(run_dir, tmp_path, capsys, arguments, says):
     files = {
         "BINARY": b"\xff\xfe\n", "EMPTY": b"", "TEXT": b"w1\n", "UTF16": "w1".encode("utf-16-le"), "PDF": b"%PDF-1.4\n",
         "ZIPPED": gzip.compress(b"w1"), "LATIN": b"w1 w2 w3\ncaf\xe9\n",
+        "BREAK": b"\n", "BLANK": b"\xef\xbb\xbf\n\n  \n\t\n",
     }  # fmt: skip
     for name, contents in files.items():
         (tmp_path / name).write_bytes(contents)

@@ -553,7 +553,10 @@ def test_what_became_of_all_documents_is_said_when_none_is_left(capsys):
     [
         (b"%PDF-1.4\n%\xe2\xe3\n", "b.txt: looks like a PDF, not UTF-8 text (convert it, or leave it out;"),
         (b"w1 w2\0\0\0\n", "b.txt: looks like a binary file, not UTF-8 text"),
-        ("w1 w2\n".encode("utf-16-le"), "b.txt: looks like UTF-16, not UTF-8 text (iconv -f UTF-16 -t UTF-8 converts it;"),
+        ("w1 w2\n".encode("utf-16"), "b.txt: looks like UTF-16, not UTF-8 text (iconv -f UTF-16 -t UTF-8 converts it;"),
+        ("w1 w2\n".encode("utf-16-le"), "b.txt: looks like UTF-16LE, not UTF-8 text (iconv -f UTF-16LE -t UTF-8 converts it;"),
+        ("w1 w2\n".encode("utf-16-be"), "b.txt: looks like UTF-16BE, not UTF-8 text (iconv -f UTF-16BE -t UTF-8 converts it;"),
+        ("w1 w2\n".encode("utf-32"), "b.txt: looks like UTF-32, not UTF-8 text (iconv -f UTF-32 -t UTF-8 converts it;"),
         ("w1\ncaf\u00e9 w2\n".encode("latin-1"), "b.txt:2: not UTF-8: invalid continuation byte (Latin-1 or Windows-1252?"),
         ("\u043c\u0430\u043c\u0430 w1\n".encode("cp1251"), "b.txt:1: not UTF-8: invalid continuation byte (an older encoding, as GBK or"),
     ],
@@ -566,6 +569,18 @@ def test_what_is_no_text_is_named(capsys, contents, says):
     assert report["bad_lines_skipped"] == len(report["skipped"]) == 1 and "b.txt: 1 skipped, the first " in printed
     assert report["files_without_text"] == ["c.txt"] if contents.startswith(b"w1\n") else ["b.txt", "c.txt"]
     assert [3 + len(SPECIAL)] in stored()
+
+
+def test_names_of_columns_are_never_skipped(capsys):
+    """The second row was taken for them. A table that is no text can be skipped, beside others."""
+    write_files({"a.csv": b"text\nw1\n", "b.csv": "gr\u00f6\u00dfe,text\n1,w2\n".encode("latin-1")})
+    for lines in (0, 100):
+        error = prepare_fails(capsys, source="?.csv", val_fraction=0, skip_bad_lines=lines)
+        assert error.startswith("error: b.csv:1: not UTF-8: ") and "skip" not in error
+    write_files({"b.csv": "text\nw2\n".encode("utf-16")})
+    assert "--skip_bad_lines=100" in prepare_fails(capsys, source="?.csv", val_fraction=0)
+    prepare(source="?.csv", val_fraction=0, skip_bad_lines=1)
+    assert texts_of(stored()) == ["w1"]
 
 
 def test_old_mac_line_ends_are_named(capsys):

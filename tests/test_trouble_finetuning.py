@@ -12,7 +12,7 @@ import torch
 import checkpoint
 import finetune_glue
 from common.encoded import Encoded
-from common.labelled import read_rows
+from common.labelled import read_rows, to_examples
 from common.options import UserError
 from common.processes import Process
 from common.run_directory import pretraining_cost
@@ -54,7 +54,12 @@ def guess(tmp_path, labels, **options):
     "labels, says",
     [
         ([*(f"{i / 4}" for i in range(199)), "N/A"], ":201: label 'N/A' is not a number, as 199 of 200 labels are"),
-        ([f"{i},5" for i in range(99)], ":2: label '0,5' is not a number, as 99 of 99 .*write numbers with a point"),
+        ([f"{i},5" for i in range(99)], ":2: label '0,5' has a decimal comma, as 99 of 99 labels do .write numbers"),
+        (["N/A", "1,234", *(f"{i},5" for i in range(99))], ":4: label '0,5' has a decimal comma, as 99 of 101 labels do"),
+        ([f"{i},500" for i in range(1, 99)], ":2: label '1,500' has separators between thousands, as 98 of 98 labels do"),
+        ([f"{i},500.75" for i in range(1, 99)], ":2: label '1,500.75' has separators between thousands, as 98 of 98"),
+        ([f"{i}.500,75" for i in range(1, 99)], ":2: label '1.500,75' has separators between thousands, as 98 of 98"),
+        ([*(f"{i}" for i in range(99)), "1 000"], ":101: label '1 000' has separators between thousands, as 1 of 100"),
         ([*map(str, range(30)), "unknown"], ":32: label 'unknown'"),
     ],
 )
@@ -62,6 +67,17 @@ def test_labels_that_contradict_each_other(tmp_path, labels, says):
     with pytest.raises(UserError, match=f"{says}.*--problem=classification takes all as words"):
         guess(tmp_path, labels)
     assert len(guess(tmp_path, labels, problem="classification").labels) == len(set(labels))
+
+
+def test_decimal_commas_between_semicolons_and_in_the_validation_file(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("text;label\n" + "".join(f"t;{i},5\n" for i in range(60)))
+    rows = read_rows(str(path), ("text",), "label", settings())
+    for problem, says in (("auto", ", as 60 of 60 labels do"), ("regression", r" \(write numbers with a point alone")):
+        with pytest.raises(UserError, match=f"a.csv:2: label '0,5' has a decimal comma{says}"):
+            own_task(settings(train_file=str(path), problem=problem), rows)
+    with pytest.raises(UserError, match="b.csv:2: label '0,5' has a decimal comma"):
+        to_examples(rows, "b.csv", ())
 
 
 @pytest.mark.parametrize(
@@ -336,6 +352,24 @@ def test_every_row_is_kept_or_named_and_counted(tmp_path, capsys, name, lines):
     assert skipped == [f"skipped {tmp_path / name}:3", f"skipped {tmp_path / name}:5, 7"]
     with pytest.raises(UserError):
         read_rows(str(tmp_path / name), ("text",), "label", settings(skip_bad_lines=2))
+
+
+@pytest.mark.parametrize(
+    "name, contents, says",
+    [
+        ("a.csv", "text,label\na,1\n".encode("utf-16"), ": looks like UTF-16, not UTF-8 text (iconv -f UTF-16 -t UTF-8 converts it)"),
+        ("a.csv", b"PK\x03\x04\0\0", ": looks like a zip file, as .docx and .xlsx are, not UTF-8 text (convert it, or leave it out)"),
+        ("a.jsonl", '{"text": "a", "label": 1}\n'.encode("utf-16-be"), ": looks like UTF-16BE, not UTF-8 text (iconv -f UTF-16BE -t UTF-8 converts it)"),
+        ("a.csv", "gr\u00f6\u00dfe,text,label\n1,a,1\n".encode("latin-1"), ":1: not UTF-8: invalid start byte (Latin-1 or Windows-1252? convert it: iconv -f ENCODING -t UTF-8)"),
+    ],
+)  # fmt: skip
+def test_skipping_is_offered_only_where_it_helps(tmp_path, name, contents, says):
+    """--skip_bad_lines=100 skipped the whole file, or the names of its columns, and the next error was another."""
+    (tmp_path / name).write_bytes(contents)
+    for lines in (0, 100):
+        with pytest.raises(UserError) as error:
+            read_rows(str(tmp_path / name), ("text",), "label", settings(skip_bad_lines=lines))
+        assert str(error.value) == f"{tmp_path / name}{says}"
 
 
 def test_predictions_are_of_the_files_rows(pretrained, tmp_path, capsys):

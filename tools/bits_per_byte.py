@@ -91,10 +91,14 @@ class Reader:
 
 
 def text_passages(cfg, stats):
-    """(text, [(start, end) of each word]) with cfg.words words each; a document's last words may fill none."""
+    """(text, [(start, end) of each word]) with cfg.words words each. stats counts the rest: a document's last words."""
     for segment in list_segments(cfg.files, cfg.doc_sep):
         for text in documents(segment, cfg, stats):
             words = [match.span() for match in WORD.finditer(text)]
+            stats["documents"] += 1
+            stats["words read"] += len(words)
+            stats["short documents"] += len(words) < cfg.words
+            stats["words outside"] += len(words) % cfg.words
             for i in range(0, len(words) - cfg.words + 1, cfg.words):
                 start, end = words[i][0], words[i + cfg.words - 1][1]
                 yield text[start:end], [(a - start, b - start) for a, b in words[i : i + cfg.words]]
@@ -124,6 +128,7 @@ def compare(cfg, readers):
         fit = [word for word in chosen if not any(word in unfit for _, _, unfit in read)]
         counts["words left out"] += len(chosen) - len(fit)
         if not fit:
+            counts["passages without"] += 1
             continue
         counts["passages"] += 1
         counts["words"] += len(fit)
@@ -154,6 +159,11 @@ def main(argv):
     counts = compare(cfg, readers)
     if not counts["words"]:
         raise UserError(f"{cfg.files}: no passage of {cfg.words} words that all models can read (try --words=16)")
+    short, unscored = counts["short documents"], counts["passages without"]
+    print(
+        f"{counts['documents']:,} documents, {counts['words read']:,} words: {counts['words outside']:,} fill no passage "
+        f"({short:,} documents have fewer than {cfg.words}), {unscored:,} passages have no word to score"
+    )
     print(
         f"{counts['words']:,} masked words, {counts['bytes']:,} bytes, in {counts['passages']:,} passages of {cfg.words} words "
         f"({counts['words left out']:,} words and {counts['passages left out']:,} passages left out, {counts['bad lines']:,} bad lines skipped)"

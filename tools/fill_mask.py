@@ -31,7 +31,7 @@ class FillMaskConfig:
     text: str = ""  # text with one or more [MASK] (RoBERTa: <mask>): prints the top tokens for each, with probabilities
     embed: str = ""  # UTF-8 file, also .gz, one text a line: writes a vector for each, the mean over its tokens or as converted
     out: str = ""  # .npy file for the vectors, (lines, hidden_size) float32
-    normalize: bool = False  # scale vectors to length 1
+    normalize: bool = False  # scale vectors to length 1, as those of some converted models always are
 
 
 def token_ids(model, tokenizer, special, texts, config, longest=None):
@@ -98,7 +98,7 @@ def embed(model, sequences, device, normalize, pooling="mean"):
 
 
 def read_lines(path):
-    """The lines of a text file, also compressed. Raises: UserError if it is missing, empty or no UTF-8 text."""
+    """The lines of a text file, also compressed. Raises: UserError if it is missing, no UTF-8 text, or has none."""
     kind, compression = split_suffixes(path)
     if kind in (".csv", ".tsv", ".json", ".jsonl", ".parquet"):
         raise UserError(f"{path}: a {kind} file (expected plain text, one text a line: write its column of texts into one)")
@@ -109,15 +109,16 @@ def read_lines(path):
         raise read_error(path, error, path) from None
     if not lines:
         raise UserError(f"{path}: empty (expected one text a line)")
-    if found := not_text(lines[0][:4096]):
-        also = ", ".join(COMPRESSIONS)
-        raise UserError(f"{path}: looks like {found}, not UTF-8 text (convert it; a compressed file ends in {also})")
+    if reason := not_text(lines[0][:4096]):
+        raise UserError(f"{path}: {reason[:-1]}; a compressed file ends in {', '.join(COMPRESSIONS)})")
     texts = []
     for number, line in enumerate(lines, 1):
         try:
             texts.append(line.decode("utf-8-sig" if number == 1 else "utf-8"))
         except UnicodeDecodeError as error:
             raise UserError(f"{path}:{number}: {not_utf8(line, error)}") from None
+    if not any(map(str.strip, texts)):
+        raise UserError(f"{path}: has no text, only blank lines (expected one text a line)")
     return texts
 
 
@@ -139,6 +140,9 @@ def main(argv):
         raise UserError("--checkpoint: not given (a run directory, such as out/smoke)")
     if bool(cfg.text) == bool(cfg.embed):
         raise UserError("give either --text or --embed")
+    for name in ("out", "normalize"):
+        if cfg.text and getattr(cfg, name):
+            raise UserError(f"--{name}: means nothing with --text (only with --embed)")
     if cfg.embed and not cfg.out:
         raise UserError("--out: not given (a .npy file for the vectors)")
     if cfg.embed:

@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 
 from common.glue import Task
-from common.labelled import NUMBER, Examples, places, read_rows, to_examples, write_table
+from common.labelled import COMMA, GROUPS, NUMBER, PLAIN, Examples, places, read_number, read_rows, to_examples, write_table
 from common.options import UserError, command, load_config
 from common.processes import Process, pick_device
 from finetune_glue import (
@@ -108,19 +108,23 @@ def guess(cfg, rows):
     """(whether the labels are a regression's, why). Raises: UserError for labels that contradict each other."""
     if cfg.problem != "auto":
         return cfg.problem == "regression", f"--problem={cfg.problem}"
-    cells = [row.cells[-1].replace(",", ".") for row in rows]  # decimal commas are found below
-    numbers = [float(cell) for cell in cells if NUMBER.fullmatch(cell)]
+    read = [read_number(row.cells[-1]) for row in rows]
+    numbers = [number for number, _ in read if number is not None]
     different, whole = len(set(numbers)), all(number.is_integer() for number in numbers)
     if len(numbers) <= len(rows) / 2 or (whole and different <= MAX_CLASSES):
         if all(NUMBER.fullmatch(row.cells[-1]) for row in rows):
             spelled = f", spelled in {words} ways" if (words := len({row.cells[-1] for row in rows})) > different else ""
             return False, f"the labels are {different} different whole numbers{spelled} (or --problem=regression)"
         return False, "the labels are words"
-    for row in rows:
-        if not NUMBER.fullmatch(row.cells[-1]):
-            fix = "write numbers with a point" if "," in row.cells[-1] else "correct it, or remove the row"
+    way_out = "--problem=classification takes all as words"
+    for spelling in (COMMA, GROUPS):
+        if found := [row for row, (_, other) in zip(rows, read) if other == spelling]:
+            text = f"label {found[0].cells[-1]!r} has {spelling}, as {len(found)} of {len(rows)} labels do"
+            raise UserError(f"{cfg.train_file}:{found[0].line}: {text} ({PLAIN}; {way_out})")
+    for row, (number, _) in zip(rows, read):
+        if number is None:
             text = f"label {row.cells[-1]!r} is not a number, as {len(numbers)} of {len(rows)} labels are"
-            raise UserError(f"{cfg.train_file}:{row.line}: {text} ({fix}; --problem=classification takes all as words)")
+            raise UserError(f"{cfg.train_file}:{row.line}: {text} (correct it, or remove the row; {way_out})")
     return True, f"the labels are {different} different {'whole ' * whole}numbers (or --problem=classification)"
 
 
