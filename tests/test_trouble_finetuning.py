@@ -204,6 +204,11 @@ def test_contradicting_labels_are_counted(pretrained, tmp_path, files, capfd):
     assert f"warning: {tmp_path}/a.csv: 2 texts have contradicting labels, as on lines 42, 44, 45 (" in printed
 
 
+def test_a_dry_run_writes_nothing(pretrained, tmp_path, files):
+    main(own(pretrained, tmp_path, f"--predict_file={tmp_path}/b.csv", "--dry_run"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.csv", "b.csv"]
+
+
 def test_a_replaced_classifier_is_said(pretrained, tmp_path, files, capfd):
     main(own(pretrained, tmp_path))
     assert "before" not in capfd.readouterr().out
