@@ -25,6 +25,7 @@ import inspect
 import math
 import os
 import re
+import signal
 import sys
 import time
 import traceback
@@ -42,10 +43,15 @@ class UserError(Exception):
         self.this_rank_only = this_rank_only
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does. See stoppable."""
+
+
 def command(main):
     """Decorate a script's main(argv): a UserError or OSError becomes one `error: ...` line and exit status 2.
 
-    Ctrl-C becomes one line and status 130; a KeyboardInterrupt's own text says what the same command would resume.
+    Ctrl-C becomes one line and status 130, and Terminated 143; a KeyboardInterrupt's own text says what the same command
+    would resume.
     """
 
     @functools.wraps(main)
@@ -61,9 +67,27 @@ def command(main):
             if "--debug" in argv:
                 raise
             print("; ".join(["stopped", *map(str, stopped.args)]), file=sys.stderr, flush=True)
-            raise SystemExit(130) from None
+            number = signal.SIGTERM if isinstance(stopped, Terminated) else signal.SIGINT
+            raise SystemExit(128 + number) from None
 
     return wrapped
+
+
+@contextlib.contextmanager
+def stoppable(kept):
+    """Work that Ctrl-C or SIGTERM ends. kept(): text about what it leaves, for the line that `command` prints."""
+
+    def terminate(*_):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends it twice
+        raise Terminated
+
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        raise type(stopped)(kept()) from None
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def report(error, anyway=False):
