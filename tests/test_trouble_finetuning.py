@@ -417,6 +417,26 @@ def test_a_checkpoint_that_is_none(pretrained, tmp_path, capfd, path, says):
     assert re.search(says, error), error
 
 
+@pytest.mark.parametrize("script", ["own", "glue"])
+def test_a_damaged_model_is_not_called_finished(pretrained, tmp_path, files, capfd, script):
+    """It was, and what predicted with it or started from it failed later."""
+    argv, command, model = own(pretrained, tmp_path), main, tmp_path / "out/model"
+    if script == "glue":
+        data, command, model = write_glue(tmp_path / "data", ("mnli",)), finetune_glue.main, tmp_path / "out/mnli"
+        argv = [f"--checkpoint={pretrained}", f"--data_dir={data}", f"--out={tmp_path}/out", "--tasks=mnli", "--epochs=1", *CPU]
+    command(argv)
+    (step,) = model.iterdir()
+    whole = (step / "model.safetensors").read_bytes()
+    (step / "model.safetensors").write_bytes(whole[:100])
+    hint = "(restore it from a copy; or remove it, and the same command trains it again)"
+    assert f"error: {model}: the fine-tuned model is damaged {hint}" in fails(command, argv, capfd)
+    shutil.rmtree(step)
+    assert hint in fails(command, argv, capfd)
+    shutil.rmtree(model)
+    command(argv)
+    assert (model / step.name / "model.safetensors").read_bytes() == whole
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Results that are not this run's
 
