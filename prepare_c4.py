@@ -33,7 +33,7 @@ from common.corpus_report import FILL_LENGTHS, NUM_LONGEST, most_changed, no_tex
 from common.files import file_digest, gigabytes, lock_directory, read_json, whole_file, write_once, write_text
 from common.hashes import find_duplicates, hash_path, is_held_out, load_hashes, save_hashes, text_hash, val_threshold
 from common.lines import split_suffixes
-from common.options import UserError, command, load_config, stoppable
+from common.options import UserError, command, hint_for, load_config, stoppable
 from common.sources import Segment, documents, list_segments, versions
 from common.vocabulary import beginning, encode, letters, load_tokenizer, read_tokenizer, special_names, train_tokenizer
 from common.vocabulary import unknown_characters
@@ -582,7 +582,8 @@ def main(argv):
             enter_output(cfg.out, plan, earlier is not None, cfg.task)
             prepare(cfg, plan, units, given)
     except OSError as error:
-        raise UserError(f"{cfg.out}: {error.strerror} (finished units are kept; the same command resumes)") from None
+        hint = hint_for(error, "finished units are kept; the same command resumes")
+        raise UserError(f"{error.filename or cfg.out}: {error.strerror or error} ({hint})") from None
     finally:
         os.close(lock)
 

@@ -20,6 +20,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import errno
 import functools
 import inspect
 import math
@@ -101,12 +102,29 @@ def report(error, anyway=False):
         return 1
     if isinstance(error, OSError):  # the machine's: a full disk, a missing permission
         file = f"{error.filename}: " if error.filename else ""
-        error = UserError(f"{file}{error.strerror or error} (rerun the same command)", True)
+        error = UserError(f"{file}{error.strerror or error} ({hint_for(error)})", True)
     if anyway or error.this_rank_only or int(os.environ.get("RANK", 0)) == 0:
         print(f"error: {error}", file=sys.stderr, flush=True)
     else:
         time.sleep(2)
     return 2
+
+
+def hint_for(error, otherwise="rerun the same command"):
+    """What to do about an OSError. otherwise: where trying again may help, as with a network disk."""
+    path = error.filename if isinstance(error.filename, str) else ""
+    if isinstance(error, FileNotFoundError) and os.path.islink(path):
+        return f"a link to {os.readlink(path)}, which is missing"
+    hints = {
+        FileNotFoundError: "check the path",
+        FileExistsError: "a file; choose another path",
+        NotADirectoryError: "the path, or a part of it, is a file; choose another",
+        IsADirectoryError: "a directory; choose another path",
+        PermissionError: "choose another path, or change its permissions",
+    }
+    if error.errno == errno.EROFS:  # a read-only file system
+        return hints[PermissionError]
+    return hints.get(type(error), otherwise)
 
 
 def load_config(cls, argv):

@@ -246,13 +246,13 @@ def predict_own(cfg, path, rows=None):
     choose_kernels(cfg.kernels, fine_tuned.model_cfg, device)
     texts = Examples([tuple(row.cells) for row in rows])
     encoded = fine_tuned.encode(texts, saved["max_length"], cfg.predict_file)
+    os.makedirs(cfg.out, exist_ok=True)  # an error before the work
     scores = predict(load_classifier(path).to(device), encoded, Process(0, 1, device, dtype))
     best = torch.from_numpy(scores).softmax(1).max(1).values.tolist()
     lines = []
     for row, value, probability in zip(rows, to_predictions(task, scores).tolist(), best):
         answer = (task.labels[value], f"{probability:.4f}") if task.labels else (value,)
         lines.append((row.index, *answer, *row.cells))
-    os.makedirs(cfg.out, exist_ok=True)
     target = os.path.join(cfg.out, "predictions.tsv")
     replaced = " (in place of those that were there)" * os.path.exists(target)
     write_table(target, ("index", "prediction", *["probability"] * bool(task.labels), *columns), lines)
