@@ -167,6 +167,9 @@ def test_command_prints_one_line_and_exits_with_2(capsys, monkeypatch):
     assert capsys.readouterr().err == "" and slept == [2]
 
 
+NOT_A_DIRECTORY = "the path, or a part of it, is a file; choose another"
+
+
 def test_only_what_may_pass_is_to_be_tried_again(tmp_path, capsys):
     """A file in the way, or a link to nothing, had the hint (rerun the same command)."""
     file, link = tmp_path / "file", tmp_path / "link"
@@ -178,7 +181,7 @@ def test_only_what_may_pass_is_to_be_tried_again(tmp_path, capsys):
 
     for act, says in (
         (lambda _: os.makedirs(file, exist_ok=True), f"{file}: File exists (a file; choose another path)"),
-        (lambda _: os.makedirs(file / "a"), f"{file}/a: Not a directory (the path, or a part of it, is a file; choose another)"),
+        (lambda _: os.makedirs(file / "a"), f"{file}/a: Not a directory ({NOT_A_DIRECTORY})"),
         (lambda _: open(tmp_path, "w"), f"{tmp_path}: Is a directory (a directory; choose another path)"),
         (lambda _: open(tmp_path / "a/b"), f"{tmp_path}/a/b: No such file or directory (check the path)"),
         (lambda _: os.path.getsize(link), f"{link}: No such file or directory (a link to nowhere, which is missing)"),
