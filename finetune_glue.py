@@ -240,6 +240,8 @@ def convert(path, out):
     with open(finished, encoding="utf-8") as file:
         if file.read() != source:
             raise UserError(f"{run}: was converted from something other than {path} (choose another --out)")
+    if not checkpoint.newest(run):
+        raise UserError(f"{run}: damaged (remove it, and the same command converts {path} again)")
     return run
 
 
@@ -562,6 +564,7 @@ def fine_tune(cfg, pretrained, plan, read):
     rank, earlier = int(os.environ.get("RANK", 0)), earlier_results(cfg, pretrained, plan)
     if rank == 0:
         print_plan(plan)
+    check_kept(cfg, plan)
     if cfg.dry_run:
         return print_estimate(plan, Worker(cfg, read))
     with RunDirectory(cfg.out, writes=rank == 0):  # refuses a second live suite
@@ -574,6 +577,14 @@ def fine_tune(cfg, pretrained, plan, read):
         write_text(os.path.join(cfg.out, "glue.json"), json.dumps(results, indent=1))
         print_table(results)
         return results
+
+
+def check_kept(cfg, plan):
+    """Raises: UserError if the weights that a finished run left are damaged."""
+    for run in plan:
+        if run.artifact and run_queue.result(os.path.join(cfg.out, "runs"), run) and not checkpoint.newest(run.artifact):
+            hint = "restore it from a copy; or remove it, and the same command trains it again"
+            raise UserError(f"{run.artifact}: the fine-tuned model is damaged ({hint})")
 
 
 def print_plan(plan):

@@ -21,7 +21,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -34,7 +33,7 @@ from common.corpus_report import FILL_LENGTHS, NUM_LONGEST, most_changed, no_tex
 from common.files import file_digest, gigabytes, lock_directory, read_json, whole_file, write_once, write_text
 from common.hashes import find_duplicates, hash_path, is_held_out, load_hashes, save_hashes, text_hash, val_threshold
 from common.lines import split_suffixes
-from common.options import UserError, command, load_config
+from common.options import UserError, command, hint_for, load_config, stoppable
 from common.sources import Segment, documents, list_segments, versions
 from common.vocabulary import beginning, encode, letters, load_tokenizer, read_tokenizer, special_names, train_tokenizer
 from common.vocabulary import unknown_characters
@@ -573,17 +572,19 @@ def main(argv):
         raise UserError(f"{cfg.out}: {len(missing)} of {len(units)} units of work are missing ({hint})")
     given = given_tokenizers(cfg)  # what is wrong with them is said before any work
     lock = lock_directory(cfg.out, shared=bool(cfg.task))
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    try:
-        enter_output(cfg.out, plan, earlier is not None, cfg.task)
-        prepare(cfg, plan, units, given)
-    except KeyboardInterrupt:
+
+    def kept():
         done = len(units) - len(missing_units(cfg.out, units))
-        raise KeyboardInterrupt(f"the same command goes on from {done} of {len(units)} units of work") from None
+        return f"the same command goes on from {done} of {len(units)} units of work"
+
+    try:
+        with stoppable(kept):
+            enter_output(cfg.out, plan, earlier is not None, cfg.task)
+            prepare(cfg, plan, units, given)
     except OSError as error:
-        raise UserError(f"{cfg.out}: {error.strerror} (finished units are kept; the same command resumes)") from None
+        hint = hint_for(error, "finished units are kept; the same command resumes")
+        raise UserError(f"{error.filename or cfg.out}: {error.strerror or error} ({hint})") from None
     finally:
-        signal.signal(signal.SIGTERM, previous)
         os.close(lock)
 
 

@@ -20,11 +20,13 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import errno
 import functools
 import inspect
 import math
 import os
 import re
+import signal
 import sys
 import time
 import traceback
@@ -42,10 +44,15 @@ class UserError(Exception):
         self.this_rank_only = this_rank_only
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does. See stoppable."""
+
+
 def command(main):
     """Decorate a script's main(argv): a UserError or OSError becomes one `error: ...` line and exit status 2.
 
-    Ctrl-C becomes one line and status 130; a KeyboardInterrupt's own text says what the same command would resume.
+    Ctrl-C becomes one line and status 130, and Terminated 143; a KeyboardInterrupt's own text says what the same command
+    would resume.
     """
 
     @functools.wraps(main)
@@ -61,9 +68,27 @@ def command(main):
             if "--debug" in argv:
                 raise
             print("; ".join(["stopped", *map(str, stopped.args)]), file=sys.stderr, flush=True)
-            raise SystemExit(130) from None
+            number = signal.SIGTERM if isinstance(stopped, Terminated) else signal.SIGINT
+            raise SystemExit(128 + number) from None
 
     return wrapped
+
+
+@contextlib.contextmanager
+def stoppable(kept):
+    """Work that Ctrl-C or SIGTERM ends. kept(): text about what it leaves, for the line that `command` prints."""
+
+    def terminate(*_):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends it twice
+        raise Terminated
+
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        raise type(stopped)(kept()) from None
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def report(error, anyway=False):
@@ -77,12 +102,29 @@ def report(error, anyway=False):
         return 1
     if isinstance(error, OSError):  # the machine's: a full disk, a missing permission
         file = f"{error.filename}: " if error.filename else ""
-        error = UserError(f"{file}{error.strerror or error} (rerun the same command)", True)
+        error = UserError(f"{file}{error.strerror or error} ({hint_for(error)})", True)
     if anyway or error.this_rank_only or int(os.environ.get("RANK", 0)) == 0:
         print(f"error: {error}", file=sys.stderr, flush=True)
     else:
         time.sleep(2)
     return 2
+
+
+def hint_for(error, otherwise="rerun the same command"):
+    """What to do about an OSError. otherwise: where trying again may help, as with a network disk."""
+    path = error.filename if isinstance(error.filename, str) else ""
+    if isinstance(error, FileNotFoundError) and os.path.islink(path):
+        return f"a link to {os.readlink(path)}, which is missing"
+    hints = {
+        FileNotFoundError: "check the path",
+        FileExistsError: "a file; choose another path",
+        NotADirectoryError: "the path, or a part of it, is a file; choose another",
+        IsADirectoryError: "a directory; choose another path",
+        PermissionError: "choose another path, or change its permissions",
+    }
+    if error.errno == errno.EROFS:  # a read-only file system
+        return hints[PermissionError]
+    return hints.get(type(error), otherwise)
 
 
 def load_config(cls, argv):

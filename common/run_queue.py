@@ -18,7 +18,7 @@ import time
 
 import torch
 
-from common.options import UserError
+from common.options import UserError, stoppable
 
 
 def log_path(directory, run):
@@ -109,18 +109,16 @@ def finish(directory, runs, make_worker, jobs):
     """`work`, in as many processes as `jobs`. The first one that fails ends them all.
 
     Raises: its UserError or OSError; SystemExit if it printed a traceback; after Ctrl-C, KeyboardInterrupt with what is kept,
-    and the same after SIGTERM.
+    and after SIGTERM, Terminated.
     """
-    os.makedirs(directory, exist_ok=True)
-    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)  # which raises KeyboardInterrupt
-    try:
-        return work(directory, runs, make_worker) if jobs == 1 else work_in_processes(directory, runs, make_worker, jobs)
-    except KeyboardInterrupt:
+
+    def kept():
         finished = sum(bool(result(directory, run)) for run in runs)
-        kept = "finished runs are kept; the others start again with the same command"
-        raise KeyboardInterrupt(f"{finished} of {len(runs)} runs finished", kept) from None
-    finally:
-        signal.signal(signal.SIGTERM, handler)
+        return f"{finished} of {len(runs)} runs finished and kept; the others start again with the same command"
+
+    os.makedirs(directory, exist_ok=True)
+    with stoppable(kept):
+        return work(directory, runs, make_worker) if jobs == 1 else work_in_processes(directory, runs, make_worker, jobs)
 
 
 def work_in_processes(directory, runs, make_worker, jobs):
@@ -146,6 +144,8 @@ def work_in_processes(directory, runs, make_worker, jobs):
 
 def failure(status, errors):
     """The exception for a job that ended with this status."""
+    if status == -signal.SIGTERM:  # sent to all, and it ended first
+        signal.raise_signal(signal.SIGTERM)
     if status < 0:
         return UserError(f"a process was killed by {signal.Signals(-status).name} (out of memory? try a lower --jobs)", True)
     return SystemExit(status) if errors.empty() else errors.get()

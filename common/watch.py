@@ -1,9 +1,9 @@
 """The watchdog: what ends a run before its last step. A signal, a process that hangs, or a process that is lost.
 
 SIGTERM, SIGINT and SIGUSR1 ask a run to stop. It is enough to ask one process: all of them stop after the same step,
-with a checkpoint. During start-up, when there is nothing to lose, and on a second SIGINT the process ends immediately.
-Launchers such as `timeout -s INT` forward a signal that the process already got, so a SIGINT within a second of the first
-does not count as a second one. Exit status:
+with a checkpoint. During start-up, when there is nothing to lose, and on a second SIGINT the process ends immediately; on a
+second SIGTERM too, while its step is unfinished, as a step may last for hours. Launchers such as `timeout -s INT` forward a
+signal that the process already got, so one soon after the first does not count as a second one. Exit status:
 
     0          finished
     1          a bug, with its traceback; or Python was stuck: "Timeout" and where
@@ -35,7 +35,8 @@ from common.options import UserError, report
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 TICK = 0.5  # seconds between checks of the other processes
-SAME_SECONDS = 1  # a SIGINT repeated within this is a launcher's forward, not a second Ctrl-C
+# The same signal within so many seconds is a launcher's forward, not a second request. Schedulers repeat SIGTERM, too.
+SAME_SECONDS = {signal.SIGINT: 1, signal.SIGTERM: 5}
 STORE_SECONDS = 5  # after which a store that does not answer counts as gone
 SHARED_SECONDS = 30  # how long the other ranks wait for rank 0 to print an error that all share
 STANDSTILL_SECONDS = 30  # grace beyond hang_timeout before the faulthandler timer fires: this thread's slowest tick takes 27
@@ -49,6 +50,7 @@ class Watch:
         self.hang_timeout = hang_timeout
         self.signal, self.asked_at = 0, 0.0  # the signal that asked this process to stop, and when
         self.training = False  # set by the caller once there is something to save
+        self.in_step = False  # between at() and all_stop()
         self.step, self.passes, self.since = 0, 0, time.monotonic()  # progress, and the time of the last
         self.rank, self.world_size, self.store = 0, 1, None
         self.turn, self.asking = threading.Lock(), threading.Thread()  # see _ask
@@ -88,7 +90,7 @@ class Watch:
 
     def at(self, step):
         """Training has reached this step."""
-        self.step, self.passes, self.since = step, 0, time.monotonic()
+        self.step, self.passes, self.since, self.in_step = step, 0, time.monotonic(), True
 
     def progress(self, *_):
         """Another forward pass of the step is done. Works as a module's forward hook."""
@@ -100,6 +102,7 @@ class Watch:
         asked: 0-dim tensor, how many of them were asked to. The answer is that of the previous step, so that the host
         never waits for the device to reach this one.
         """
+        self.in_step = False
         if self.world_size == 1:
             return self.signal > 0
         before, event = self.asked or (torch.zeros(()), None)
@@ -170,13 +173,19 @@ class Watch:
             faulthandler.dump_traceback_later(self.hang_timeout + STANDSTILL_SECONDS, exit=True, file=sys.__stderr__)
 
     def _stop(self, number):
-        if self.signal and number == signal.SIGINT and time.monotonic() - self.asked_at > SAME_SECONDS:
+        name, since = signal.Signals(number).name, time.monotonic() - self.asked_at
+        again = number == signal.SIGINT or number == self.signal == signal.SIGTERM and self.in_step
+        if self.signal and again and since > SAME_SECONDS[number]:
+            if self.rank == 0:
+                text = f"{name} again: step {self.step} is abandoned; the same command resumes from the newest checkpoint"
+                print(text, file=sys.stderr, flush=True)
             os._exit(128 + number)
         if not self.signal:
             self.signal, self.asked_at = number, time.monotonic()
             if self.training and self.rank == 0:
-                name = signal.Signals(number).name
-                print(f"{name}: stopping after this step, with a checkpoint (Ctrl-C: without)", file=sys.stderr, flush=True)
+                also = f", or {name} again after {SAME_SECONDS[number]} s" if number == signal.SIGTERM else ""
+                text = f"{name}: stopping after this step, with a checkpoint (Ctrl-C{also}: at once, without one)"
+                print(text, file=sys.stderr, flush=True)
         if not self.training:
             if self.store:
                 self._exchange()

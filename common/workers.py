@@ -85,6 +85,7 @@ def run_jobs(work, jobs, workers, shared_progress, check):
             for future in concurrent.futures.as_completed(futures):
                 check(future.result())
         except concurrent.futures.process.BrokenProcessPool:
+            time.sleep(0.5)  # if SIGTERM was sent to all, it ends this process here
             hint = "out of memory? Try fewer --workers; the same command resumes"
             raise UserError(f"a worker process was killed ({hint})") from None
         except BaseException:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -102,8 +103,8 @@ def raise_interrupt(*_):
 
 
 @contextmanager
-def interrupted():
-    """The command inside ends as on Ctrl-C."""
+def interrupted(number=signal.SIGINT):
+    """The command inside ends as on this signal."""
     with pytest.raises(SystemExit) as stopped:
         yield
-    assert stopped.value.code == 130
+    assert stopped.value.code == 128 + number

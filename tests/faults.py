@@ -116,6 +116,11 @@ def slow_watch(seconds):
     watch.TICK = seconds
 
 
+def same_signal_within(seconds):
+    """When a repeated SIGTERM counts as the same request."""
+    watch.SAME_SECONDS[signal.SIGTERM] = seconds
+
+
 def slow_evaluation(seconds):
     """Delay each evaluation batch by this much."""
     forward = train.MaskedLM.masked_logits

@@ -175,6 +175,9 @@ def test_hugging_face_weights_are_converted_once(tmp_path, monkeypatch):
     first, second = (load_pretrained(str(source), str(out)) for _ in range(2))
     assert calls == [["-m", "tools.convert_hf", f"--from_hf={source}", f"--out={out}/converted"]]
     assert first.digest == second.digest
+    next(out.glob("converted/step_*/model.safetensors")).write_bytes(b"")
+    with pytest.raises(UserError, match="converted: damaged .remove it, and the same command converts .*/hf again"):
+        load_pretrained(str(source), str(out))
     (source / "config.json").write_text("{ }")
     with pytest.raises(UserError, match="converted from something other than .*/hf .choose another --out"):
         load_pretrained(str(source), str(out))

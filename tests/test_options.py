@@ -1,5 +1,7 @@
 """Options from defaults, config files and flags: what is accepted, and the one-line errors for the rest."""
 
+import errno
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -163,6 +165,33 @@ def test_command_prints_one_line_and_exits_with_2(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         main([])
     assert capsys.readouterr().err == "" and slept == [2]
+
+
+NOT_A_DIRECTORY = "the path, or a part of it, is a file; choose another"
+
+
+def test_only_what_may_pass_is_to_be_tried_again(tmp_path, capsys):
+    """A file in the way, or a link to nothing, had the hint (rerun the same command)."""
+    file, link = tmp_path / "file", tmp_path / "link"
+    file.write_text("")
+    link.symlink_to("nowhere")
+
+    def fail(number):
+        raise OSError(number, os.strerror(number), str(file))
+
+    for act, says in (
+        (lambda _: os.makedirs(file, exist_ok=True), f"{file}: File exists (a file; choose another path)"),
+        (lambda _: os.makedirs(file / "a"), f"{file}/a: Not a directory ({NOT_A_DIRECTORY})"),
+        (lambda _: open(tmp_path, "w"), f"{tmp_path}: Is a directory (a directory; choose another path)"),
+        (lambda _: open(tmp_path / "a/b"), f"{tmp_path}/a/b: No such file or directory (check the path)"),
+        (lambda _: os.path.getsize(link), f"{link}: No such file or directory (a link to nowhere, which is missing)"),
+        (lambda _: fail(errno.EACCES), f"{file}: Permission denied (choose another path, or change its permissions)"),
+        (lambda _: fail(errno.EROFS), f"{file}: Read-only file system (choose another path, or change its permissions)"),
+        (lambda _: fail(errno.EIO), f"{file}: Input/output error (rerun the same command)"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            command(act)([])
+        assert stopped.value.code == 2 and capsys.readouterr().err == f"error: {says}\n"
 
 
 def test_an_option_given_twice_is_said(capsys):

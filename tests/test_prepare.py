@@ -27,6 +27,7 @@ from common import sources, vocabulary, workers
 from common.files import file_digest
 from tests.corpus import LETTERS, VOCAB, WORDS, files_of, ids, interrupted, make_texts, only_whole_files, prepare
 from tests.corpus import prepare_fails, raise_interrupt, state_of, stored, text_report, texts_of, workplace, write_files, write_texts, write_vocab  # noqa: F401
+from tests.ranks import descendants
 from tests.toy import SPECIAL, make_tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -867,6 +868,23 @@ def test_workers_exit_when_their_parent_is_killed(corpus):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert len(workers) >= 2
+
+
+@pytest.mark.parametrize("workers_first", [True, False])
+def test_sigterm_ends_preparing_with_143(corpus, workers_first):
+    """`timeout` sends it to all processes, in any order; it was taken for a lack of memory, or as Ctrl-C."""
+    for i in range(10, 60):
+        write_texts(f"{i}.txt", make_texts(2000, seed=i))
+    process = start("out", 2, **{**corpus, "source": "*.txt"})
+    while not list(Path().glob("out/*.bin")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    for pid in descendants(process.pid) if workers_first else ():
+        os.kill(pid, signal.SIGTERM)
+    time.sleep(0.1)
+    process.terminate()
+    error = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 143 and error.startswith("stopped; the same command goes on from "), error
 
 
 def test_preparing_does_not_import_torch():

@@ -233,6 +233,33 @@ def test_a_signal_in_start_up_and_a_second_interrupt_exit_immediately(data_dir, 
     assert ranks.wait(20) == [130]
 
 
+def test_a_second_sigterm_ends_an_unfinished_step(data_dir, tmp_path):
+    """On a CPU a step can last for hours, and only Ctrl-C or SIGKILL ended it."""
+    faulty = partial(faults.together, partial(faults.hang_at, 3), partial(faults.same_signal_within, 2))
+    ranks = Ranks(toy_argv(data_dir, tmp_path / "run", max_steps=9), 2, tmp_path, dict.fromkeys(range(2), faulty))
+    wait_for(ranks, "step 2/")
+    ranks.signal(signal.SIGTERM)
+    wait_for(ranks, "SIGTERM: stopping after this step, with a checkpoint (Ctrl-C, or SIGTERM again after 2 s: at once, without one)")
+    ranks.signal(signal.SIGTERM)  # as torchrun and `timeout` repeat it
+    time.sleep(3)
+    assert ranks.alive()
+    ranks.signal(signal.SIGTERM)
+    assert ranks.wait(20) == [143, 143]
+    assert ranks.output().count("SIGTERM again: step 3 is abandoned; the same command resumes from the newest checkpoint") == 1
+
+
+def test_a_second_sigterm_does_not_end_a_save(data_dir, tmp_path):
+    faulty = partial(faults.together, partial(faults.slow_write, 3), partial(faults.same_signal_within, 0.5))
+    argv = toy_argv(data_dir, tmp_path / "run", max_steps=10_000, eval_interval=0, checkpoint_interval=10_000)
+    ranks = Ranks(argv, 1, tmp_path, {0: faulty})
+    wait_for(ranks, "step 5/")
+    ranks.signal(signal.SIGTERM)
+    time.sleep(1.5)
+    assert ranks.alive() and not checkpoint.steps(tmp_path / "run")
+    ranks.signal(signal.SIGTERM)
+    assert ranks.wait(20) == [143] and len(checkpoint.steps(tmp_path / "run")) == 1, ranks.output()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_signals_under_torchrun(data_dir, tmp_path, number):

@@ -15,6 +15,7 @@ import pytest
 
 from common.options import UserError, command
 from common.run_queue import finish, log_path, result, work
+from tests.ranks import descendants
 from tests.toy import ROOT
 
 
@@ -118,8 +119,14 @@ def hear_ctrl_c():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_jobs_in_one_line(tmp_path, number):
+def to_workers(pid, number):
+    """As `timeout` sends it to all of them, in any order."""
+    for child in descendants(pid):
+        os.kill(child, number)
+
+
+@pytest.mark.parametrize("send, number", [(os.killpg, signal.SIGINT), (os.kill, signal.SIGTERM), (to_workers, signal.SIGTERM)])
+def test_a_signal_ends_jobs_in_one_line(tmp_path, send, number):
     code = (
         "from common.options import command; from common.run_queue import finish\n"
         "from tests.test_run_queue import Run, Worker\n"
@@ -136,8 +143,8 @@ def test_a_signal_ends_jobs_in_one_line(tmp_path, number):
         assert process.poll() is None
         time.sleep(0.05)
     # A terminal sends Ctrl-C to all of them, `kill` SIGTERM to one.
-    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+    send(process.pid, number)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and output.splitlines()[1:] == [
-        "stopped; 1 of 3 runs finished; finished runs are kept; the others start again with the same command"
+    assert process.returncode == 128 + number and output.splitlines()[1:] == [
+        "stopped; 1 of 3 runs finished and kept; the others start again with the same command"
     ]

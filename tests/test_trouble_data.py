@@ -627,7 +627,7 @@ def test_a_damaged_finished_directory_is_not_called_finished(capsys):
 def test_a_signal_says_what_is_kept(monkeypatch, capsys, number):
     write_texts("a.txt", make_texts(20))
     monkeypatch.setattr(prepare_c4, "process_unit", lambda *_: signal.raise_signal(number))
-    with interrupted():
+    with interrupted(number):
         prepare(source="a.txt")
     assert capsys.readouterr().err == "stopped; the same command goes on from 0 of 1 units of work\n"
 

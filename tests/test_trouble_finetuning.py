@@ -220,6 +220,11 @@ def test_contradicting_labels_are_counted(pretrained, tmp_path, files, capfd):
     assert f"warning: {tmp_path}/a.csv: 2 texts have contradicting labels, as on lines 42, 44, 45 (" in printed
 
 
+def test_a_dry_run_writes_nothing(pretrained, tmp_path, files):
+    main(own(pretrained, tmp_path, f"--predict_file={tmp_path}/b.csv", "--dry_run"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.csv", "b.csv"]
+
+
 def test_a_replaced_classifier_is_said(pretrained, tmp_path, files, capfd):
     main(own(pretrained, tmp_path))
     assert "before" not in capfd.readouterr().out
@@ -444,6 +449,26 @@ def test_a_checkpoint_that_is_none(pretrained, tmp_path, capfd, path, says):
     argv = [f"--checkpoint={path}", f"--out={tmp_path}/glue", "--tasks=cola", *CPU]
     error = fails(finetune_glue.main, argv, capfd).splitlines(keepends=True)[-1]
     assert re.search(says, error), error
+
+
+@pytest.mark.parametrize("script", ["own", "glue"])
+def test_a_damaged_model_is_not_called_finished(pretrained, tmp_path, files, capfd, script):
+    """It was, and what predicted with it or started from it failed later."""
+    argv, command, model = own(pretrained, tmp_path), main, tmp_path / "out/model"
+    if script == "glue":
+        data, command, model = write_glue(tmp_path / "data", ("mnli",)), finetune_glue.main, tmp_path / "out/mnli"
+        argv = [f"--checkpoint={pretrained}", f"--data_dir={data}", f"--out={tmp_path}/out", "--tasks=mnli", "--epochs=1", *CPU]
+    command(argv)
+    (step,) = model.iterdir()
+    whole = (step / "model.safetensors").read_bytes()
+    (step / "model.safetensors").write_bytes(whole[:100])
+    hint = "(restore it from a copy; or remove it, and the same command trains it again)"
+    assert f"error: {model}: the fine-tuned model is damaged {hint}" in fails(command, argv, capfd)
+    shutil.rmtree(step)
+    assert hint in fails(command, argv, capfd)
+    shutil.rmtree(model)
+    command(argv)
+    assert (model / step.name / "model.safetensors").read_bytes() == whole
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ RECIPES = {"mosaic": Settings(5e-5, 0.1, 32, 5, 1), "fast": Settings(1e-4, 0.1, 
 MAX_CLASSES = 20  # more different numbers than this are regression
 FOR_TRAINING = (  # options that mean nothing with a --predict_file alone
     "label_column", "problem", "recipe", "seeds", "epochs", "lr", "batch_size", "warmup_fraction", "dropout", "max_length",
-    "random_weights",
+    "random_weights", "jobs", "dry_run",
 )  # fmt: skip
 RARE = 5  # labels with fewer rows are warned about
 LATIN_LOOK = str.maketrans("аеорсухіјѕ", "aeopcyxijs")  # Cyrillic letters, and the Latin ones that look the same
@@ -67,7 +67,7 @@ class OwnConfig(FineTuneConfig):
             raise UserError("give --train_file and --val_file, or --predict_file")
         for field in dataclasses.fields(self):
             if not self.train_file and field.name in FOR_TRAINING and getattr(self, field.name) != field.default:
-                raise UserError(f"--{field.name}: needs --train_file (a model predicts as it was trained)")
+                raise UserError(f"--{field.name}: needs --train_file (nothing is trained with --predict_file alone)")
         if len(self.text_columns.split(",")) > 2:
             raise UserError(f"text_columns={self.text_columns}: one column, or two for pairs")
         if len(set(self.columns())) < len(self.columns()):
@@ -250,13 +250,13 @@ def predict_own(cfg, path, rows=None):
     choose_kernels(cfg.kernels, fine_tuned.model_cfg, device)
     texts = Examples([tuple(row.cells) for row in rows])
     encoded = fine_tuned.encode(texts, saved["max_length"], cfg.predict_file)
+    os.makedirs(cfg.out, exist_ok=True)  # an error before the work
     scores = predict(load_classifier(path).to(device), encoded, Process(0, 1, device, dtype))
     best = torch.from_numpy(scores).softmax(1).max(1).values.tolist()
     lines = []
     for row, value, probability in zip(rows, to_predictions(task, scores).tolist(), best):
         answer = (task.labels[value], f"{probability:.4f}") if task.labels else (value,)
         lines.append((row.index, *answer, *row.cells))
-    os.makedirs(cfg.out, exist_ok=True)
     target = os.path.join(cfg.out, "predictions.tsv")
     replaced = " (in place of those that were there)" * os.path.exists(target)
     write_table(target, ("index", "prediction", *["probability"] * bool(task.labels), *columns), lines)
