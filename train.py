@@ -682,6 +682,7 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
         if planner.ends(step):
             cfg.max_steps = planner.plan(state["seconds"], run)
             run.write_config(saved_config(cfg, train_samples))
+        watchdog.saving = last or stop
         if save_now or stop:
             checkpoint.compare_parameters(raw_model, process, step)
             count_time(state, started_at, process)

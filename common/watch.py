@@ -2,7 +2,7 @@
 
 SIGTERM, SIGINT and SIGUSR1 ask a run to stop. It is enough to ask one process: all of them stop after the same step,
 with a checkpoint. During start-up, when there is nothing to lose, and on a second SIGINT the process ends immediately; on a
-second SIGTERM too, while its step is unfinished, as a step may last for hours. Launchers such as `timeout -s INT` forward a
+second SIGTERM too, unless it is saving already, as a step may last for hours. Launchers such as `timeout -s INT` forward a
 signal that the process already got, so one soon after the first does not count as a second one. Exit status:
 
     0          finished
@@ -50,7 +50,7 @@ class Watch:
         self.hang_timeout = hang_timeout
         self.signal, self.asked_at = 0, 0.0  # the signal that asked this process to stop, and when
         self.training = False  # set by the caller once there is something to save
-        self.in_step = False  # between at() and all_stop()
+        self.saving = False  # set by the caller once the last checkpoint is all that is left
         self.step, self.passes, self.since = 0, 0, time.monotonic()  # progress, and the time of the last
         self.rank, self.world_size, self.store = 0, 1, None
         self.turn, self.asking = threading.Lock(), threading.Thread()  # see _ask
@@ -90,7 +90,7 @@ class Watch:
 
     def at(self, step):
         """Training has reached this step."""
-        self.step, self.passes, self.since, self.in_step = step, 0, time.monotonic(), True
+        self.step, self.passes, self.since = step, 0, time.monotonic()
 
     def progress(self, *_):
         """Another forward pass of the step is done. Works as a module's forward hook."""
@@ -102,7 +102,6 @@ class Watch:
         asked: 0-dim tensor, how many of them were asked to. The answer is that of the previous step, so that the host
         never waits for the device to reach this one.
         """
-        self.in_step = False
         if self.world_size == 1:
             return self.signal > 0
         before, event = self.asked or (torch.zeros(()), None)
@@ -174,10 +173,10 @@ class Watch:
 
     def _stop(self, number):
         name, since = signal.Signals(number).name, time.monotonic() - self.asked_at
-        again = number == signal.SIGINT or number == self.signal == signal.SIGTERM and self.in_step
+        again = number == signal.SIGINT or number == self.signal == signal.SIGTERM and not self.saving
         if self.signal and again and since > SAME_SECONDS[number]:
             if self.rank == 0:
-                text = f"{name} again: step {self.step} is abandoned; the same command resumes from the newest checkpoint"
+                text = f"{name} again: the unfinished step is abandoned; the same command resumes from the newest checkpoint"
                 print(text, file=sys.stderr, flush=True)
             os._exit(128 + number)
         if not self.signal:

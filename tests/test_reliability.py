@@ -245,7 +245,7 @@ def test_a_second_sigterm_ends_an_unfinished_step(data_dir, tmp_path):
     assert ranks.alive()
     ranks.signal(signal.SIGTERM)
     assert ranks.wait(20) == [143, 143]
-    assert ranks.output().count("SIGTERM again: step 3 is abandoned; the same command resumes from the newest checkpoint") == 1
+    assert ranks.output().count("SIGTERM again: the unfinished step is abandoned; the same command resumes from the newest checkpoint") == 1
 
 
 def test_a_second_sigterm_does_not_end_a_save(data_dir, tmp_path):
