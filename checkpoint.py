@@ -326,7 +326,9 @@ def find(path):
             raise UserError(f"{path}: a file (give its directory, or that of its run)")
         if steps(path):  # `newest` has named what is wrong with each
             raise UserError(f"{path}: every checkpoint here is damaged (restore one from a copy, or remove them all)")
-        there = "no undamaged checkpoint here" if os.path.isdir(path) else "no such directory"
+        if os.path.exists(os.path.join(path, "log.jsonl")):
+            raise UserError(f"{path}: a run that has no checkpoint yet (wait for its first, every --checkpoint_interval steps)")
+        there = "no checkpoint here" if os.path.isdir(path) else "no such directory"
         if near := run_inside(path) if os.path.isdir(path) else similar(path):
             raise UserError(f"{path}: {there} (did you mean {near}?)")
         hint = f"expected a run or step_* directory; weights of other origin: python -m tools.convert_hf --from_hf={path} --out=RUN"

@@ -569,6 +569,8 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
     raw_model.to(device)
     micro_batch_tokens = estimate.choose_micro_batch_tokens(cfg, process, backend, num_params, vocab_size)
     optimizers = make_optimizers(raw_model, cfg)
+    if budget.seconds_of(cfg, world_size) and cfg.max_steps != TrainConfig.max_steps:
+        say(f"max_steps={cfg.max_steps:,} does not count: the budget decides")
     if cfg.dry_run:
         resumed, *_ = resume(cfg, process, train_samples, raw_model, optimizers)  # an error, if out_dir holds another run
         print_warnings(resumed, process, num_params, len(train_samples))
@@ -591,6 +593,8 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
     )
     if resumed_from:
         say(f"resuming from {resumed_from}")
+    elif os.path.exists(os.path.join(cfg.out_dir, "log.jsonl")):
+        say(f"{cfg.out_dir}: holds no checkpoint, so the run and its log begin again")
     evaluation = partial(evaluate, raw_model, val_samples, cfg, process, micro_batch_tokens, watchdog)
     if cfg.eval_only:
         if not (resumed_from or cfg.init_from):

@@ -136,7 +136,7 @@ def load_config(cls, argv):
     files, flags = split_argv(cls, argv)
     files += [flags.pop("config")] if "config" in flags else []
     if len(files) > 1:
-        raise UserError(f"{files[1]}: a second config file (one at most; options are written --name=value)")
+        raise UserError(f"{files[1]}: a second config file (one at most; {QUOTES})")
     return cls(**{**(read_config_file(files[0], cls) if files else {}), **flags})
 
 
@@ -174,6 +174,9 @@ def split_argv(cls, argv):
     return words, flags
 
 
+QUOTES = "options are written --name=value, and a value with blanks or * in quotes"
+
+
 def read_config_file(path, cls):
     """The options of `cls` that a config file assigns: {name: value}. Names with a leading underscore are the file's own."""
     types = {field.name: field.type for field in dataclasses.fields(cls)}
@@ -182,7 +185,7 @@ def read_config_file(path, cls):
             tree = ast.parse(file.read())
     except (OSError, UnicodeDecodeError) as error:
         near = similar(path) if isinstance(error, FileNotFoundError) else None
-        hint = f"did you mean {near}?" if near else "expected a config file; options are written --name=value"
+        hint = f"did you mean {near}?" if near else f"expected a config file; {QUOTES}"
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or error} ({hint})") from None
     except (SyntaxError, ValueError) as error:
         hint = "a config is Python" if path.endswith(".py") else "a config is Python; is it one of several values? Write a,b"

@@ -100,7 +100,7 @@ def test_every_word_is_in_a_passage_or_counted(tmp_path, capsys):
         (["--checkpoints=run"], "--files: not given"),
         (["--checkpoints=run", "--files=a.txt", "--mask_prob=1"], "words=64, mask_prob=1.0: must be at least 1"),
         (["--checkpoints=nowhere", "--files=a.txt"], "nowhere: no such directory (expected a run or step_* directory"),
-        (["--checkpoints=.", "--files=a.txt"], ".: no undamaged checkpoint here (did you mean ./run?)"),
+        (["--checkpoints=.", "--files=a.txt"], ".: no checkpoint here (did you mean ./run?)"),
         (["--checkpoints=run", "--files=no.txt"], "no.txt: no such source"),
         (["--checkpoints=run", "--files=a.txt", "--split=\udcff"], "split='\\udcff': has characters that are not text"),
         (["--checkpoints=run", "--files=b.jsonl,c.jsonl", "--skip_bad_lines=1"], "c.jsonl:1: not valid JSON"),  # the second in all

@@ -250,6 +250,14 @@ def test_dry_run_plans_by_what_was_measured(tmp_path, capsys):
     assert "16 minutes on 1 x H100: speed not measured yet" in capsys.readouterr().out
 
 
+def test_max_steps_beside_a_budget_is_said_not_to_count(tmp_path, capsys):
+    argv = ["configs/base.py", f"--data_dir={make_shards(tmp_path / 'shards')}", "--num_layers=1", "--budget_minutes=1", "--dry_run"]
+    train.main([*argv, "--max_steps=300"])
+    assert "max_steps=300 does not count: the budget decides" in capsys.readouterr().out
+    train.main(argv)
+    assert "does not count" not in capsys.readouterr().out
+
+
 def test_short_times_are_not_zero_hours():
     assert [estimate.duration(hours) for hours in (1234.5, 0.1, 0.05, 0.001, 0)] == ["1,234.50 h", "0.10 h", "3.0 min", "4 s", "1 s"]
 

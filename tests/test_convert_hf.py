@@ -546,7 +546,7 @@ def test_a_failed_check_leaves_nothing(tmp_path, monkeypatch, capsys):
         (["--from_hf=a", "--to_hf=b", "--out=OUT"], "either --from_hf or --to_hf"),
         (["--to_hf=RUN"], "--out: not given"),
         (["--to_hf=RUN", "--out=RUN"], "not empty"),
-        (["--to_hf=OUT", "--out=OTHER"], "no undamaged checkpoint here"),
+        (["--to_hf=OUT", "--out=OTHER"], "no checkpoint here"),
     ],
 )
 def test_mistakes_are_one_line(exported, tmp_path, capsys, argv, reason):

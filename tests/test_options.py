@@ -65,7 +65,7 @@ def test_values_may_be_words_of_their_own(line, expected):
         ("--two-words", "--two-words: no value given (write --two-words=VALUE)"),
         ("--steps two", "--steps: 'two' is not a whole number"),
         ("--two-word 3", "--two-word: unknown option (did you mean two_words?)"), ("--lr -x", "-x looks like an option"),
-        ("--fast maybe", "maybe: No such file or directory (expected a config file; options are written --name=value)"),
+        ("--fast maybe", "maybe: No such file or directory (expected a config file; options are written --name=value, and a value with blanks or * in quotes)"),
     ],
 )  # fmt: skip
 def test_refused_words(line, says):

@@ -4,6 +4,7 @@ import fcntl
 import math
 import os
 import re
+import shutil
 import signal
 import time
 from functools import partial
@@ -12,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import checkpoint
 import train
 from checkpoint import model_config
 from common import compiled, estimate
 from common.batch import Batch
-from common.options import load_config
+from common.options import UserError, load_config
 from common.processes import Process
 from data import Samples
 from model import MaskedLM, ModelConfig, SequenceClassifier
@@ -384,6 +386,18 @@ def test_init_from_and_eval_only(data_dir, tmp_path, capsys):
         found.add(re.search(r"step 10: held-out loss (\S+),", capsys.readouterr().out)[1])
     assert len(found) == 2
     assert (first / "log.jsonl").read_bytes() == before
+
+
+def test_a_run_without_its_checkpoints_says_that_it_begins_again(data_dir, tmp_path, capsys):
+    argv = toy_argv(data_dir, tmp_path / "run", max_steps=4)
+    train.main(argv)
+    assert "begin again" not in capsys.readouterr().out
+    for path in (tmp_path / "run").glob("step_*"):
+        shutil.rmtree(path)
+    with pytest.raises(UserError, match="run: a run that has no checkpoint yet [(]wait"):
+        checkpoint.find(str(tmp_path / "run"))
+    train.main(argv)
+    assert f"{tmp_path / 'run'}: holds no checkpoint, so the run and its log begin again" in capsys.readouterr().out
 
 
 def test_a_model_that_memory_cannot_hold(data_dir, tmp_path, monkeypatch, capsys):

@@ -435,9 +435,9 @@ def test_columns_of_the_file_to_label(pretrained, tmp_path, files, capfd):
         ("RUN/step_00000001/model.safetensors", r"a file of a checkpoint \(give its directory, .*/step_00000001\)"),
         ("OUT/smok", r"out/smok: no such directory \(did you mean .*/out/smoke\?\)"),
         ("OUT/nothing/at/all", "no such directory"),
-        ("OUT/smoke", "no undamaged checkpoint here"),
+        ("OUT/smoke", "a run that has no checkpoint yet"),
         ("OUT/labels/model", r"every checkpoint here is damaged \(restore one from a copy, or remove them all\)"),
-        ("OUT/labels", r"no undamaged checkpoint here \(did you mean .*/out/labels/model\?\)"),
+        ("OUT/labels", r"no checkpoint here \(did you mean .*/out/labels/model\?\)"),
     ],
 )
 def test_a_checkpoint_that_is_none(pretrained, tmp_path, capfd, path, says):
