@@ -191,7 +191,7 @@ class Pretrained:
     def encode(self, examples, max_length, name="texts"):
         """Encoded examples; BERT has no more than its positions."""
         limit = min(max_length, MAX_POSITIONS) if self.model_cfg.model == "bert" else max_length
-        return encode(examples, self.tokenizer, limit, name)
+        return encode(examples, self.tokenizer, limit, name, self.special["[UNK]"])
 
 
 def load_pretrained(path, out):

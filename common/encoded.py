@@ -41,23 +41,27 @@ class Encoded:
         return batch.pinned_for(device).to(device)
 
 
-def encode(examples, tokenizer, limit, name):
+def encode(examples, tokenizer, limit, name, unknown):
     """Encoded examples: [CLS] text [SEP], or two texts joined by join_texts; the longer text is truncated first.
 
-    name: of the examples, to report how many were truncated to `limit` tokens.
+    name: of the examples, to report how many were truncated to `limit` tokens, and how many hold `unknown`, [UNK]'s id.
     """
     join_texts(tokenizer)
     tokenizer.enable_truncation(limit, strategy="longest_first")
-    ids, types, truncated = [], [], 0
+    ids, types, truncated, with_unknown = [], [], 0, 0
     for start in range(0, len(examples.texts), 10_000):  # the library's results take a hundred bytes per token
         texts = [text if len(text) == 2 else text[0] for text in examples.texts[start : start + 10_000]]
         for encoding in tokenizer.encode_batch_fast(texts):
             ids.append(np.array(encoding.ids, np.int32))
             types.append(np.array(encoding.type_ids, np.int32))
             truncated += bool(encoding.overflowing)
+            with_unknown += unknown in encoding.ids
     if truncated:
         are = f"{truncated:,} of {len(ids):,} {'is' if truncated == 1 else 'are'}"
         print(f"{name}: {are} longer than {limit} tokens, and truncated (max_length, set in training)", flush=True)
+    if with_unknown:
+        have = f"{with_unknown:,} of {len(ids):,} {'has' if with_unknown == 1 else 'have'}"
+        print(f"{name}: {have} words that are not in the vocabulary: the model sees [UNK]", flush=True)
     lengths = np.array([len(row) for row in ids])
     starts, index = np.cumsum(lengths) - lengths, range(len(ids)) if examples.index is None else examples.index
     return Encoded(np.concatenate(ids), np.concatenate(types), starts, lengths, examples.labels, index)

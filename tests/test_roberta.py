@@ -94,7 +94,7 @@ def test_fine_tuning_joins_texts_as_roberta_does(roberta):
     theirs = transformers.AutoTokenizer.from_pretrained(roberta[1])
     ours = load_tokenizer(*checkpoint_tokenizer(roberta[2]))[0]
     texts = [("the cat",), ("the <mask> mat", " a dog"), ("dog " * 9, "cat " * 30), ("", "a")]
-    encoded = encode(Examples(texts), ours, 24, "texts")
+    encoded = encode(Examples(texts), ours, 24, "texts", -1)
     for text, start, length in zip(texts, encoded.starts, encoded.lengths):
         expected = theirs(*text, truncation="longest_first", max_length=24)["input_ids"]
         assert encoded.ids[start : start + length].tolist() == expected
@@ -148,7 +148,7 @@ def test_everything_a_run_is_for(roberta, tmp_path, capsys, monkeypatch):
     classifier = export_and_compare("f/model", "labels", transformers.AutoModelForSequenceClassification)
     tokenizer = transformers.AutoTokenizer.from_pretrained("labels")
     assert tokenizer("a", "the cat")["input_ids"] == transformers.AutoTokenizer.from_pretrained(hf)("a", "the cat")["input_ids"]
-    encoded = encode(Examples([("a", "the cat")]), load_tokenizer(*checkpoint_tokenizer("f/model"))[0], 24, "texts")
+    encoded = encode(Examples([("a", "the cat")]), load_tokenizer(*checkpoint_tokenizer("f/model"))[0], 24, "texts", -1)
     ours = load_classifier("f/model").eval()(encoded.batch(np.arange(1), torch.device("cpu")))
     torch.testing.assert_close(classifier(**tokenizer("a", "the cat", return_tensors="pt")).logits, ours, rtol=0, atol=1e-5)
     convert_hf.main(["--from_hf=lm", "--out=again"])  # what was exported, a BERT, is a run again

@@ -179,6 +179,18 @@ def test_what_a_run_leaves_out_or_replaces_is_said(pretrained, tmp_path, files, 
         assert f"predictions.tsv: 13 predictions{replaced}\n" in printed
 
 
+def test_words_that_the_model_does_not_know_are_counted(pretrained, tmp_path, files, capfd):
+    """喜欢 and 差 were the same input, and nobody said so, in training, validation and prediction."""
+    for name in "ab":
+        text = (tmp_path / f"{name}.csv").read_text()
+        (tmp_path / f"{name}.csv").write_text(f"{text}喜欢,no\n差,yes\n")
+    main(own(pretrained, tmp_path, "--seeds=1", f"--predict_file={tmp_path}/b.csv"))
+    printed = capfd.readouterr().out
+    for name in ("own train", "own validation", f"{tmp_path}/b.csv"):
+        assert f"{name}: 2 of " in printed, name
+    assert printed.count("have words that are not in the vocabulary: the model sees [UNK]") == 3
+
+
 def test_attention_that_cannot_fit_is_refused(pretrained, tmp_path, files, capfd, monkeypatch):
     """Two layers of two heads, and texts of 5,002 tokens: 4 * 2 * 2 * 5002^2 bytes = 400.3 MB."""
     monkeypatch.setattr(finetune_glue, "train", lambda *_: (_ for _ in ()).throw(UserError("training starts")))
