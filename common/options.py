@@ -115,6 +115,8 @@ def hint_for(error, otherwise="rerun the same command"):
     path = error.filename if isinstance(error.filename, str) else ""
     if isinstance(error, FileNotFoundError) and os.path.islink(path):
         return f"a link to {os.readlink(path)}, which is missing"
+    if isinstance(error, FileNotFoundError) and path and (near := similar(path)):
+        return f"did you mean {near}?"
     hints = {
         FileNotFoundError: "check the path",
         FileExistsError: "a file; choose another path",

@@ -197,3 +197,11 @@ def test_only_what_may_pass_is_to_be_tried_again(tmp_path, capsys):
 def test_an_option_given_twice_is_said(capsys):
     assert load_config(Options, ["--steps=1", "--steps", "2"]).steps == 2
     assert capsys.readouterr().out == "--steps: given twice; the last one, 2, counts\n"
+
+
+def test_a_misspelt_file_gets_the_one_beside_it(tmp_path):
+    (tmp_path / "train.csv").write_text("")
+    with pytest.raises(FileNotFoundError) as missing:
+        open(tmp_path / "trian.csv")
+    missing.value.filename = str(tmp_path / "trian.csv")
+    assert options.hint_for(missing.value) == f"did you mean {tmp_path}/train.csv?"
