@@ -171,16 +171,16 @@ def tiles(num_rows, C, cfg):
     return (triton.cdiv(num_rows, cfg["BLOCK_R"]) * triton.cdiv(C, cfg["BLOCK_C"]),)
 
 
-def quantize(x, dtype, scaled, cfg=None):
+def quantize(x, dtype, scaled):
     """x, (num_rows, C) contiguous, in FP8: itself, and transposed. dtype: E4M3 or E5M2."""
-    return quantize_and_sum(x, dtype, scaled, cfg, sums=False)[:2]
+    return quantize_and_sum(x, dtype, scaled, sums=False)[:2]
 
 
-def quantize_and_sum(x, dtype, scaled, cfg=None, sums=True):
+def quantize_and_sum(x, dtype, scaled, sums=True):
     """quantize(x, dtype, scaled), and x's sum over rows, (C,) fp32, which costs no other pass over x."""
     num_rows, C = x.shape
     q, q_t = empty_fp8(x, num_rows, C, dtype)
-    cfg = cfg or launch_config_fp8(C)
+    cfg = launch_config_fp8(C)
     partial = x.new_empty((triton.cdiv(num_rows, cfg["BLOCK_R"]), C), dtype=torch.float32) if sums else None
     quantize_kernel[tiles(num_rows, C, cfg)](x, scaled.scale, q, q_t, scaled.slots, partial, num_rows, **cfg)
     return q, q_t, partial.sum(0) if sums else None

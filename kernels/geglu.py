@@ -156,21 +156,21 @@ def launch_config_fp8(F_):
     return {"F_": F_, "BLOCK_R": 32, "BLOCK_F": 64, "num_warps": 4}
 
 
-def geglu_fp8(x, seed, dropout_prob, scaled, cfg=None):
+def geglu_fp8(x, seed, dropout_prob, scaled):
     """out in e4m3, (num_rows, F), and transposed. scaled: its kernels.fp8.Scaled."""
     num_rows, width = x.shape
     out, out_t = empty_fp8(x, num_rows, width // 2, E4M3)
-    cfg = cfg or launch_config_fp8(width // 2)
+    cfg = launch_config_fp8(width // 2)
     forward_kernel[grid(num_rows, cfg)](
         x, out, seed, out_t, scaled.scale, scaled.slots, num_rows, *dropout_args(dropout_prob), **cfg
     )
     return out, out_t
 
 
-def geglu_backward_fp8(dout, x, seed, dropout_prob, scaled, cfg=None):
+def geglu_backward_fp8(dout, x, seed, dropout_prob, scaled):
     """dx in e5m2, (num_rows, 2F), and transposed. scaled: its kernels.fp8.Scaled."""
     dx, dx_t = empty_fp8(x, *x.shape, E5M2)
-    cfg = cfg or launch_config_fp8(x.shape[1] // 2)
+    cfg = launch_config_fp8(x.shape[1] // 2)
     backward_kernel[grid(len(x), cfg)](
         dout, x, dx, seed, dx_t, scaled.scale, scaled.slots, len(x), *dropout_args(dropout_prob), **cfg
     )
