@@ -28,8 +28,8 @@ PEAK_FLOPS = {
 }
 
 # Shares of a GPU's peak that training reached, by matrix FLOPs without padding (model.matrix_flops), and the
-# source: (part of the GPU's name, model, hidden_size, "fp8", "compile" or ""): (MFU, source). A100: what MosaicML published for eight,
-# 1,032 and 903 samples/s each, taken as full samples of 128 tokens: 90.1 and 69.8 GFLOP.
+# source: (part of the GPU's name, model, hidden_size, "fp8", "compile" or ""): (MFU, source). A100: what MosaicML published
+# for eight, 1,032 and 903 samples/s each, taken as full samples of 128 tokens: 90.1 and 69.8 GFLOP.
 MEASURED_MFU = {
     ("H200", "mosaicbert", 768, "fp8"): (0.615, "results/fp8_h200/fp8_17.jsonl"),
     ("H200", "mosaicbert", 768, ""): (0.48, "results/scaling_h200/scaling.json"),

@@ -1,38 +1,23 @@
 """A stand-in for huggingface.co, on a port of this machine, for huggingface_hub and datasets themselves to talk to."""
 
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import PurePosixPath
+
+from tests.web import Answers, Server
 
 COMMIT = "0123abcd" * 5
 
 
-class Hub(ThreadingHTTPServer):
-    """Serves one dataset, at one commit.
-
-    files: {name: bytes}. faults: {name: [what happens to the first request for the file, to the second, ...]}: a status
-    of 500 to 599, or the number of bytes after which the connection breaks. requests: what was asked for, in order.
-    """
-
-    daemon_threads = True
+class Hub(Server):
+    """Serves one dataset, at one commit. requests: what was asked for, in order."""
 
     def __init__(self, repo, files):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.repo, self.files, self.faults, self.requests = repo, files, {name: [] for name in files}, []
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
-
-    def __exit__(self, *_):
-        self.shutdown()
-        self.server_close()
-
-    def handle_error(self, *_):
-        pass  # a client that hung up
+        self.repo, self.requests = repo, []
+        super().__init__(files, Handler)
 
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class Handler(Answers):
+    headers_of_all = {"Content-Type": "application/json"}
 
     def do_GET(self):
         hub, path = self.server, self.path.partition("?")[0].strip("/")
@@ -44,7 +29,9 @@ class Handler(BaseHTTPRequestHandler):
         elif path.startswith(f"{api}/tree/{COMMIT}"):
             self.answer_tree(path.removeprefix(f"{api}/tree/{COMMIT}").strip("/"))
         elif path.startswith(contents) and path.removeprefix(contents) in hub.files:
-            self.answer_file(path.removeprefix(contents))
+            name = path.removeprefix(contents)
+            hub.requests += [name] * (self.command == "GET")
+            self.answer_file(hub.files[name], {"X-Repo-Commit": COMMIT, "ETag": '"0"'}, self.fault_of(name))
         else:
             self.answer(b"{}", 404, {"X-Error-Code": "EntryNotFound" if path.startswith(contents) else "RepoNotFound"})
 
@@ -59,30 +46,3 @@ class Handler(BaseHTTPRequestHandler):
             path = "/".join(parts[: depth + 1])
             entries[path] = {"path": path, "oid": "0", **entry}
         self.answer(json.dumps(list(entries.values())).encode())
-
-    def answer_file(self, name):
-        hub, contents, wanted = self.server, self.server.files[name], self.headers.get("Range")
-        headers, fault = {"X-Repo-Commit": COMMIT, "ETag": '"0"'}, None
-        if self.command == "GET":
-            hub.requests.append(name)
-            fault = hub.faults[name].pop(0) if hub.faults[name] else None
-        if fault is not None and 500 <= fault < 600:
-            self.answer(b"", fault)
-        elif wanted:
-            first, last = map(int, wanted.removeprefix("bytes=").split("-"))
-            headers["Content-Range"] = f"bytes {first}-{min(last, len(contents) - 1)}/{len(contents)}"
-            self.answer(contents[first : last + 1], 206, headers, fault)
-        else:
-            self.answer(contents, 200, headers, fault)
-
-    def answer(self, body, status=200, headers=(), breaks_after=None):
-        self.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": len(body), **dict(headers)}.items():
-            self.send_header(name, str(value))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body[:breaks_after])
-        self.close_connection = self.close_connection or breaks_after is not None
-
-    def log_message(self, *_):
-        pass
