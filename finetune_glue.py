@@ -34,7 +34,7 @@ from common.batch import round_up
 from common.cuda_graphs import GraphedStep
 from common.encoded import encode
 from common.files import file_digest, gigabytes, hash_of, read_json, write_text
-from common.glue import GLUE_TASKS, Task, read_task
+from common.glue import GLUE_TASKS, Task, part_of, read_task
 from common.hub import check_hub_id
 from common.labelled import write_table
 from common.metrics import METRICS, as_text, ci95
@@ -286,6 +286,7 @@ class Run:
     after: str  # name of the run whose weights it starts from, or ""
     artifact: str  # directory to keep its weights in, or ""
     num_examples: int
+    num_dev: int  # examples that it is scored on
     num_steps: int
     cost: float  # in tokens
     identity: dict  # everything that changes its result
@@ -473,7 +474,7 @@ class Worker:
         )  # fmt: skip
         start, metrics = time.perf_counter(), {}
         train(run, model, data["train"], self.process, log, say)
-        for split in run.task.dev_splits:
+        for split in filter(data.__contains__, run.task.dev_splits):
             predictions = to_predictions(run.task, predict(model, data[split], self.process))
             suffix = split.removeprefix("validation")  # "", "_matched" or "_mismatched"
             for name in (*run.task.metrics, *run.task.shown):
@@ -548,6 +549,7 @@ def make_runs(cfg, pretrained, task, examples, settings, num_seeds, init="pretra
             after=MNLI_RUN if init == "mnli" else "",
             artifact=keep if seed == SEEDS[0] else "",
             num_examples=len(texts),
+            num_dev=sum(len(part.texts) for split, part in examples.items() if split != "train"),
             num_steps=num_steps,
             cost=tokens + STEP_COST * num_steps,
             identity={**identity, "seed": seed},
@@ -591,8 +593,10 @@ def print_plan(plan):
     """What each task is trained with."""
     for run in {run.task: run for run in plan}.values():
         settings, seeds = run.settings, sum(other.task == run.task for other in plan)
+        part = part_of(run.task.name, {"train_examples": run.num_examples, "dev_examples": run.num_dev})
         print(
-            f"{run.task.name}: {run.num_examples:,} examples, {plural(settings.epochs, 'epoch')}, "
+            f"{run.task.name}: {run.num_examples:,} examples{f' ({part})' if part else ''}, "
+            f"{plural(settings.epochs, 'epoch')}, "
             f"{plural(run.num_steps, 'step')} of {settings.batch_size}, peak lr {settings.lr:g}, "
             f"warm-up {settings.warmup_fraction:.0%}{f', dropout {settings.dropout:g}' if settings.dropout >= 0 else ''}, "
             f"{plural(seeds, 'seed')}, from {run.init}",
@@ -632,6 +636,8 @@ def summarize(cfg, plan, pretrained, earlier):
             "seeds": [run.seed for run in runs],
             "seconds": round(sum(end["seconds"] for end in ends), 3),
             "train_examples": runs[0].num_examples,
+            "dev_examples": runs[0].num_dev,
+            "official_examples": runs[0].task.rows,
             "init": runs[0].init,
             "settings": dataclasses.asdict(runs[0].settings),
         }
@@ -671,14 +677,18 @@ def earlier_results(cfg, pretrained, plan):
 
 def print_table(results):
     print(f"\n{'task':6} {'score':>6} {'95 %':>6}  {'seeds':5}  {'start':10}  metrics")
+    parts = 0
     for name, task in results["tasks"].items():
         interval = f"{task['score_ci95']:.2f}" if task["score_ci95"] is not None else "-"
         metrics = ", ".join(as_text(metric, value["mean"]) for metric, value in task["metrics"].items())
         if task["majority_accuracy"]:
             metrics += f" (always the most frequent label: accuracy {100 * task['majority_accuracy']:.2f})"
+        if part := part_of(name, task):
+            metrics, parts = f"{metrics}; {part}", parts + 1
         print(f"{name:6} {task['score']:6.2f} {interval:>6}  {len(task['seeds']):5}  {task['init']:10}  {metrics}")
     if len(results["tasks"]) > 1:
-        print(f"average of {len(results['tasks'])} tasks: {results['average']:.2f}")
+        partial = f", {parts} of them from a part of GLUE's data" if parts else ""
+        print(f"average of {len(results['tasks'])} tasks{partial}: {results['average']:.2f}")
 
 
 def print_estimate(plan, worker):

@@ -299,12 +299,13 @@ def test_the_card_is_what_the_hub_reads(tmp_path):
     sources = [["hf://datasets/allenai/c4@0123/en/c4-train.00000-of-01024.json.gz", 0, 9, "train"], ["more.txt", 0, 5, ""]]
     (tmp_path / "shards/manifest.json").write_text(json.dumps({"sources": sources}))
     write_log(run, tmp_path / "shards")
-    glue = {"tasks": {"cola": {"score": 50.0, "metrics": {"matthews": {"mean": 0.5, "values": [0.5]}}}}}
+    glue = {"tasks": {"cola": {"score": 50.0, "train_examples": 4000, "metrics": {"matthews": {"mean": 0.5, "values": [0.5]}}}}}
     glue |= {"average": 50.0, "recipe": "mosaic", "checkpoint": "out/this", "checkpoint_sha256": digest_of(run)}
     (tmp_path / "glue.json").write_text(json.dumps(glue))
     argv = {"to_hf": run, "out": "exported", "license": "apache-2.0", "glue": f"{tmp_path}/glue.json"}
     text = model_card(convert_hf.ConvertConfig(**argv), checkpoint.load(run)[0], None)
     data = hub.ModelCard(text).data
+    assert "cola 50.0 (47 % of the training data); mean 50.0 (GLUE development sets" in text
     assert data.language == ["en"] and data.datasets == ["allenai/c4"] and data.license == "apache-2.0"
     assert data.base_model == "mosaicml/mosaic-bert-base" and data.pipeline_tag == "fill-mask"
     assert data.metrics == ["accuracy", "loss", "matthews_correlation"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import checkpoint
-from common.glue import GLUE_TASKS
+from common.glue import GLUE_TASKS, part_of
 from common.labelled import Examples
 from common.options import UserError
 from common.processes import Process
@@ -101,6 +101,30 @@ def test_tokens_of_texts_and_pairs(pretrained, limit):
         assert batch.input_ids.tolist()[: len(flat)] == flat and not batch.input_ids[len(flat) :].any()
         assert batch.cu_seqlens.tolist() == np.cumsum([0, *map(len, (rows[3], rows[0], rows[7]))]).tolist()
         assert batch.labels.tolist() == [3, 0, 7] and batch.max_seqlen == max(map(len, (rows[3], rows[0], rows[7])))
+
+
+def test_parts_of_tasks_are_said_everywhere(pretrained, tmp_path, monkeypatch, capsys):
+    """All eight tasks with MNLI's staging, from files with a part of the rows, and MNLI's without the mismatched ones."""
+    for name, rows in {"mnli": (250, 40), "qnli": (209, 20), "qqp": (182, 34)}.items():
+        monkeypatch.setitem(GLUE_TASKS, name, dataclasses.replace(GLUE_TASKS[name], rows=rows))
+    for name in ("rte", "sst2", "mrpc", "cola", "stsb"):
+        monkeypatch.setitem(GLUE_TASKS, name, dataclasses.replace(GLUE_TASKS[name], rows=(20, 20)))
+    data = write_glue(tmp_path / "data")
+    (tmp_path / "data" / "MNLI" / "dev_mismatched.tsv").unlink()
+    results = suite(pretrained, data, tmp_path / "out", "--seeds=1")
+    printed, tasks = capsys.readouterr().out, results["tasks"]
+    assert results["complete"] and set(tasks["mnli"]["metrics"]) == {"accuracy_matched"}
+    assert [tasks["mnli"][key] for key in ("train_examples", "dev_examples", "official_examples")] == [20, 20, [250, 40]]
+    assert {name: part_of(name, task) for name, task in tasks.items() if part_of(name, task)} == {
+        "mnli": "8 % of the training data, 50 % of dev", "qnli": "10 % of the training data",
+        "qqp": "11 % of the training data, 59 % of dev",
+    }  # fmt: skip
+    assert {task["init"] for name, task in tasks.items() if name in ("rte", "mrpc", "stsb")} == {"mnli"}
+    assert "mnli: 20 examples (8 % of the training data, 50 % of dev), 1 epoch" in printed
+    assert "rte: 20 examples, 1 epoch" in printed
+    rows = {line.split()[0]: line for line in printed.partition("metrics\n")[2].splitlines()}
+    assert rows["qqp"].endswith("; 11 % of the training data, 59 % of dev") and "%" not in rows["rte"]
+    assert "average of 8 tasks, 3 of them from a part of GLUE's data: " in printed
 
 
 def test_suite_of_all_tasks(pretrained, tmp_path):

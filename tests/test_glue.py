@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from common.glue import GLUE_TASKS, read_split, read_task
+from common.glue import GLUE_TASKS, part_of, read_split, read_task
 from common.metrics import METRICS, ci95
 from common.options import UserError
 from finetune_glue import RECIPES, SEEDS, GlueConfig, first_seeds
@@ -160,6 +160,31 @@ def test_names_and_compression(tmp_path, name, file):
     write_split(tmp_path, name, file, texts, words)
     examples = read_split(GLUE_TASKS[name], split, settings(tmp_path))
     assert examples.texts == texts and examples.labels.tolist() == numbers
+
+
+def test_only_mnli_may_lack_a_dev_file_and_only_the_mismatched_one(tmp_path):
+    texts, words, _ = some_examples("mnli")
+    for name in ("train", "dev_matched", "dev_mismatched"):
+        write_split(tmp_path, "mnli", f"{name}.tsv.xz", texts, words)
+    assert list(read_task(settings(tmp_path), GLUE_TASKS["mnli"])) == ["train", "validation_matched", "validation_mismatched"]
+    (tmp_path / "MNLI" / "dev_mismatched.tsv.xz").unlink()
+    assert list(read_task(settings(tmp_path), GLUE_TASKS["mnli"])) == ["train", "validation_matched"]
+    (tmp_path / "MNLI" / "dev_matched.tsv.xz").unlink()
+    with pytest.raises(UserError, match=r"MNLI: no dev_matched\.tsv"):
+        read_task(settings(tmp_path), GLUE_TASKS["mnli"])
+    write_split(tmp_path, "rte", "train.tsv", *some_examples("rte")[:2])
+    with pytest.raises(UserError, match=r"RTE: no dev\.tsv"):
+        read_task(settings(tmp_path), GLUE_TASKS["rte"])
+
+
+@pytest.mark.parametrize("name, train, dev, says", [
+    ("mnli", 392_702, 19_647, ""), ("mnli", 392_000, None, ""), ("own", 5, 5, ""),
+    ("mnli", 31_914, 9_815, "8 % of the training data, the matched half of dev"), ("qnli", 9_999, 5_463, "10 % of the training data"),
+    ("qqp", 363_846, 24_022, "59 % of dev"), ("rte", 20, 277, "under 1 % of the training data"),
+    ("sst2", 134_698, 872, "200 % of the training data"),
+])  # fmt: skip
+def test_parts_of_glue(name, train, dev, says):
+    assert part_of(name, {"train_examples": train} | ({} if dev is None else {"dev_examples": dev})) == says
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])

@@ -5,7 +5,7 @@ import re
 
 import checkpoint
 from common.files import read_json
-from common.glue import GLUE_TASKS
+from common.glue import GLUE_TASKS, part_of
 from common.options import UserError
 from common.run_directory import hours_of, read_log
 from finetune_glue import read_pretrained
@@ -70,7 +70,8 @@ def glue_scores(file, path):
             raise UserError(f"{file}: has scores of {own[0]!r}, which is no GLUE task (leave out --glue)")
         if results["checkpoint_sha256"] != read_pretrained(path).digest:
             raise UserError(f"{file}: has the scores of {results['checkpoint']}, which are not the weights in {path}")
-        line = ", ".join(f"{name} {task['score']:.1f}" for name, task in results["tasks"].items())
+        parts = {name: f" ({part})" if (part := part_of(name, task)) else "" for name, task in results["tasks"].items()}
+        line = ", ".join(f"{name} {task['score']:.1f}{parts[name]}" for name, task in results["tasks"].items())
         line += f"; mean {results['average']:.1f} (GLUE development sets, recipe {results['recipe']})"
         for name, task in results["tasks"].items():
             for metric, values in task["metrics"].items():
