@@ -209,10 +209,14 @@ def test_cpu_time_is_not_called_gpu_time(tmp_path, devices, hours):
             assert f">{words}{' of pretraining' * ('pareto' in argv)}<" in (tmp_path / "figure.svg").read_text()
 
 
-def test_task_names_are_those_of_fine_tuning():
-    from common.glue import GLUE_TASKS
+def test_bars_of_a_part_of_the_data_say_so():
+    from matplotlib import pyplot
 
-    assert list(reading.TASK_NAMES.items()) == [(name, task.folder) for name, task in GLUE_TASKS.items()]
+    files = ",".join(f"{ROOT}/results/glue_h100/{name}/glue.json" for name in ("fast", "qqp_subset"))
+    figure = plot.plot_glue(plot.PlotConfig(glue=files), pyplot)
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts == ["fast", "qqp_subset (QQP: 6 % of the training data)"]
+    pyplot.close(figure)
 
 
 def test_errors(tmp_path, capsys):
@@ -238,6 +242,7 @@ def test_errors(tmp_path, capsys):
     nothing.write_text('{"device": "x", "rows": [{"row": "a", "entry": "b", "not_measured": "c"}]}')
     assert "no operators and no steps" in fails(capsys, f"--kernels={nothing}")
     assert "--labels: 2 given, and 1 needed (" in fails(capsys, f"--glue={good}", "--labels=a,b")
+    assert "--held_out: means nothing without" in fails(capsys, f"--glue={good}", "--held_out")
     assert "unknown suffix" in fails(capsys, f"--glue={good}", "--out=a.gif")
     assert "not for --pareto" in fails(capsys, f"--pareto={good}", "--x=tokens")
     no_price = write_results(tmp_path / "b", dollars=None)

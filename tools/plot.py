@@ -3,7 +3,7 @@
     python -m tools.plot --loss=out/base --x=gpu_hours --out=loss.svg
     python -m tools.plot --glue=results/mosaic/glue.json,results/fast/glue.json --labels=mosaic,fast --out=glue.svg
     python -m tools.plot --lengths=data/mine/report.json --out=lengths.svg
-    python -m tools.plot --pareto='results/race/*/glue.json' --x=gpu_minutes --tasks=true --out=pareto.svg,pareto.png
+    python -m tools.plot --pareto='results/race/*/glue.json' --x=gpu_minutes --held_out=true --out=pareto.svg,pareto.png
     python -m tools.plot --loss='results/race/*/log.jsonl' --held_out=true --x=gpu_minutes --out=race_loss.svg
     python -m tools.plot --at_lengths='results/race/*/lengths.json' --out=race_lengths.svg
     python -m tools.plot --kernels=out/bench.json --out=kernels.svg
@@ -38,7 +38,7 @@ class PlotConfig:
     # How
     x: Literal["auto", "step", "tokens", "gpu_hours", "gpu_minutes", "dollars"] = "auto"  # auto: step, for GLUE gpu_hours
     tasks: bool = False  # with --pareto: add a panel for each task
-    held_out: bool = False  # with --loss: held-out losses only, one curve a run, runs of a model in one style
+    held_out: bool = False  # with --loss: held-out losses only, one curve a run; with --pareto: add a panel for them
     labels: str = ""  # one for each file, comma-separated; files with equal labels form one curve
     out: str = "figure.svg"  # .svg, .png or .pdf files, comma-separated
 
@@ -53,6 +53,8 @@ def main(argv):
     chosen = [draw for name, draw in kinds.items() if getattr(cfg, name)]
     if len(chosen) != 1:
         raise UserError(f"give one of {', '.join(f'--{name}' for name in kinds)}")
+    if cfg.held_out and not (cfg.loss or cfg.pareto):
+        raise UserError("--held_out: means nothing without --loss or --pareto")
     if cfg.tasks and not cfg.pareto:
         raise UserError("--tasks: means nothing without --pareto")
     for path in cfg.out.split(","):

@@ -7,7 +7,7 @@ import numpy as np
 
 from common.options import UserError
 from common.run_directory import hours_of
-from tools.figures.reading import MODEL_NAMES, read_log
+from tools.figures.reading import MODEL_NAMES, contestant, read_log
 
 X_LABELS = {"step": "steps", "tokens": "tokens", "dollars": "US dollars"}
 COLORS = ("#1f4e79", "#d98c2b", "#8e3b63", "#6fc2a8")  # in grayscale 30, 60, 45 and 75 % bright
@@ -33,7 +33,7 @@ def labels_for(cfg, paths, default):
 
 def bert_last(paths, labels):
     """Both reordered, so that MosaicBERT looks the same in every figure with BERT in it."""
-    return zip(*sorted(zip(paths, labels), key=lambda pair: pair[1].startswith(MODEL_NAMES["bert"])))
+    return zip(*sorted(zip(paths, labels), key=lambda pair: pair[1].lower().startswith("bert")))
 
 
 def file_label(path):
@@ -43,6 +43,8 @@ def file_label(path):
 
 
 def model_of_log(path):
+    if named := contestant(os.path.dirname(path)):
+        return named[0]
     start = next((record for record in read_log(path) if record["event"] == "start"), {"config": {}})
     return MODEL_NAMES.get(start["config"].get("model"), file_label(path))
 
@@ -66,9 +68,12 @@ def x_label(x, devices):
 
 def finish(axes, x, y, title="", log=0, grid="both"):
     """Name and grid the axes; log: the base of a logarithmic x axis."""
+    from matplotlib.ticker import LogFormatter
+
     if log:
         axes.set_xscale("log", base=log)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.xaxis.set_minor_formatter(LogFormatter(log))  # on an axis of one decade; not as 2 x 10^0
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.set_title(title)
@@ -76,9 +81,13 @@ def finish(axes, x, y, title="", log=0, grid="both"):
     axes.set_axisbelow(True)
 
 
-def legend_below(figure, axes):
-    """A legend under the figure, in as many columns as fit; the figure grows where its labels need it."""
-    handles, labels = axes.get_legend_handles_labels()
+def legend_below(figure, *panels):
+    """A legend of the panels under the figure, in as many columns as fit; the figure grows where its labels need it."""
+    named = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels()):
+            named.setdefault(label, handle)
+    labels, handles = list(named), list(named.values())
     inches = 0.7 + 0.075 * max(map(len, labels), default=0)  # of the longest label with its marker
     figure.set_figwidth(max(figure.get_figwidth(), inches))
     columns = min(int(figure.get_figwidth() / inches), len(labels))

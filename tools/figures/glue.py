@@ -1,10 +1,12 @@
 """GLUE scores: a bar for each task, and the mean against the cost of pretraining, with MosaicML's published points."""
 
 import math
+import os
 
+from common.glue import part_of
 from common.options import UserError
 from tools.figures.axes import GRAY, bert_last, draw_bars, file_label, finish, labels_for, legend_below, style, x_label, x_of
-from tools.figures.reading import MODEL_NAMES, TASK_NAMES, find, read_glue
+from tools.figures.reading import MODEL_NAMES, TASK_NAMES, contestant, find, marked, marks, means, read_glue, read_log
 
 # MosaicML's numbers (README of mosaicml/examples, benchmarks/bert, and the blog's figure): means over eight tasks, on
 # eight A100-80GB at $2.50 a GPU-hour. The steps are read off the points' spacing, 70,000 for the last.
@@ -41,7 +43,7 @@ def curves(paths, labels, x, tasks):
     """{label: [(x, mean, lowest, highest)]}, one point for each pretraining length, averaged over pretraining seeds.
 
     Runs have the same length if they have the same budget or, without one, the same number of steps. lowest and highest
-    are over single seeds, of pretraining and fine-tuning.
+    are over single seeds, of pretraining and fine-tuning. Without tasks: held-out losses, from the log.jsonl beside a result.
     """
     scores = {}
     for path, label in zip(paths, labels):
@@ -51,7 +53,8 @@ def curves(paths, labels, x, tasks):
         place = x_of(results["pretraining"], x, path)
         budgets = [results["pretraining"].get(name, 0) for name in ("budget_minutes", "budget_dollars")]
         length = (*budgets, 0 if any(budgets) else results["pretraining"]["step"])
-        scores.setdefault(label, {}).setdefault(length, []).append((place, seed_scores(results, tasks)))
+        singles = seed_scores(results, tasks) if tasks else [held_out_loss(os.path.join(os.path.dirname(path), "log.jsonl"))]
+        scores.setdefault(label, {}).setdefault(length, []).append((place, singles))
     points = {}
     for label, by_length in scores.items():
         points[label] = []
@@ -63,20 +66,33 @@ def curves(paths, labels, x, tasks):
     return points
 
 
+def held_out_loss(path):
+    """The last one in a log. Raises: UserError."""
+    losses = [record["loss"] for record in read_log(path) if record["event"] == "eval"]
+    if not losses or losses[-1] is None:
+        raise UserError(f"{path}: holds no held-out loss (leave out --held_out)")
+    return losses[-1]
+
+
 def published_points(x, tasks):
     """{label: [(x, score)]} of MosaicML's models on these tasks; on fewer than all eight only the last point is known."""
-    if len(tasks) == len(TASK_NAMES):
-        return {
-            f"{model}, published: A100": [(published_x(x, step, hours), score) for step, hours, score in points]
-            for model, points in PUBLISHED.items()
-        }
-    step, hours, _ = PUBLISHED["MosaicBERT-Base"][-1]
-    score = sum(PUBLISHED_TASKS[task] for task in tasks) / len(tasks)
-    return {"MosaicBERT-Base, published: the same tasks, A100": [(published_x(x, step, hours), score)]}
+    if not tasks:
+        return {}
+    curves = PUBLISHED
+    if len(tasks) < len(TASK_NAMES):
+        step, hours, _ = PUBLISHED["MosaicBERT-Base"][-1]
+        curves = {"MosaicBERT-Base": [(step, hours, sum(PUBLISHED_TASKS[task] for task in tasks) / len(tasks))]}
+    return {
+        f"{model}, published: the same tasks, A100": [(published_x(x, step, hours), score) for step, hours, score in curve]
+        for model, curve in curves.items()
+    }
 
 
 def plot_pareto(cfg, pyplot):
-    """Mean score against the cost of pretraining; with --tasks a panel for each task, too."""
+    """Mean score against the cost of pretraining; with --tasks a panel for each task, with --held_out one for the loss.
+
+    Tasks on a part of GLUE's training data are marked, and part of a mean of their own alone.
+    """
     x = "gpu_hours" if cfg.x == "auto" else cfg.x
     if x == "tokens":
         raise UserError("--x=tokens: not for --pareto (MosaicML published no tokens)")
@@ -85,15 +101,18 @@ def plot_pareto(cfg, pyplot):
     recipes = {results.get("recipe") for results in found.values()}
 
     def label_of(path):
-        results = found[path]
-        label = f"{MODEL_NAMES[results['model']]}, {results['num_layers']} layers"
+        results, named = found[path], contestant(os.path.dirname(path))
+        label = named[0] if named else f"{MODEL_NAMES[results['model']]}, {results['num_layers']} layers"
+        if rate := (results["pretraining"] or {}).get("at_rate"):
+            label += f", minutes at {rate:,.0f} samples/s"
         return f"{label}, {results.get('recipe')}" if len(recipes) > 1 else label
 
     paths, labels = bert_last(paths, labels_for(cfg, paths, label_of))
-    common = [task for task in TASK_NAMES if all(task in results["tasks"] for results in found.values())]
+    common = marks(found)
     if not common:
         raise UserError("--pareto: no task that all results have")
-    panels = [common, *([task] for task in common if cfg.tasks)]
+    over = means(common)
+    panels = [tasks for _, tasks in over] + [[task] for task in common if cfg.tasks] + [[]] * cfg.held_out
     devices = [(results["pretraining"] or {}).get("device") for results in found.values()]
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
@@ -107,16 +126,22 @@ def plot_pareto(cfg, pyplot):
             axes.fill_between(place, low, high, color=color, alpha=0.25, linewidth=0)
             axes.vlines(place, low, high, color=color, linewidth=1)
         for (label, points), face in zip(published_points(x, tasks).items(), (GRAY, "none")):
+            label += ", all of the data" * any(common.values())
             axes.plot(*zip(*points), "*", color=GRAY, markerfacecolor=face, markersize=7, label=label)
-        finish(axes, f"{x_label(x, devices)} of pretraining", "score", ", ".join(TASK_NAMES[task] for task in tasks), log=10)
-    grid[0, 0].set_title(f"mean of {len(common)} tasks" if len(panels) > 1 else "")
-    if len(panels) == 1:
-        grid[0, 0].set_ylabel(f"mean of {', '.join(TASK_NAMES[task] for task in common)}")
+        y = "score" if tasks else "held-out loss, 15 % masked (nats)"
+        title = "\n".join(marked(task, common) for task in tasks)
+        finish(axes, f"{x_label(x, devices)} of pretraining", y, title, log=10)
+    for axes, (name, tasks) in zip(grid.flat, over):
+        partial = [marked(task, common) for task in tasks if common[task]]
+        name = name if len(over) > 1 else f"mean of {len(tasks)} tasks"
+        axes.set_title("\n".join([name, *partial]) if len(panels) > 1 or partial else "")
+        if len(panels) == 1:
+            axes.set_ylabel(f"mean of {', '.join(TASK_NAMES[task] for task in tasks)}")
     if x_label(x, devices).startswith("GPU"):
         add_dollars(grid[0, 0], x, found.values())
     for axes in grid.flat[len(panels) :]:
         axes.axis("off")
-    legend_below(figure, grid[0, 0])
+    legend_below(figure, *grid.flat[: len(over)])
     return figure
 
 
@@ -141,6 +166,8 @@ def plot_glue(cfg, pyplot):
     width = max(4.5, 1.5 + max(1.0, 0.42 * len(paths)) * len(names))  # inches: a bar is as wide as its number
     figure, axes = pyplot.subplots(figsize=(width, 4.0), layout="constrained")
     for i, (label, tasks) in enumerate(zip(labels, results)):
+        parts = [f"{TASK_NAMES[name]}: {part}" for name in names if name in tasks and (part := part_of(name, tasks[name]))]
+        label = f"{label} ({'; '.join(parts)})" if parts else label
         places = [place for place, name in enumerate(names) if name in tasks]
         scores = [tasks[names[place]]["score"] for place in places]
         spreads = [tasks[names[place]]["score_ci95"] for place in places]  # None for a single seed

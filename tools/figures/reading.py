@@ -3,14 +3,13 @@
 import glob
 import json
 import os
+import re
 import sys
 
+from common.glue import GLUE_TASKS, part_of
 from common.options import UserError
 
-TASK_NAMES = {  # in the order of common.glue.GLUE_TASKS, whose file would import torch
-    "mnli": "MNLI", "qnli": "QNLI", "qqp": "QQP", "rte": "RTE", "sst2": "SST-2", "mrpc": "MRPC", "cola": "CoLA",
-    "stsb": "STS-B",
-}  # fmt: skip
+TASK_NAMES = {task.name: task.folder for task in GLUE_TASKS.values()}
 MODEL_NAMES = {"mosaicbert": "MosaicBERT", "bert": "BERT"}
 SCALING_NAMES = {"base": "MosaicBERT-Base", "large": "MosaicBERT-Large", "bert": "BERT-Base, compiled"}
 
@@ -40,6 +39,46 @@ def read_result(path, what, interpret):
 def read_glue(path):
     """A glue.json as a dictionary."""
     return read_result(path, "glue.json of finetune_glue.py", lambda r: {**r, "tasks": r["tasks"], "model": r["model"]})
+
+
+def contestant(directory):
+    """(label, minutes) in the name of a run of studies.race, such as fast_4min_seed17; None for another name."""
+    match = re.fullmatch(r"(.+)_([\d.]+)min_seed\d+", os.path.basename(os.path.abspath(directory)))
+    return match and (MODEL_NAMES.get(match[1], match[1]), float(match[2]))
+
+
+def marks(found):
+    """{task: "", or what part of its data the results are from, as "8 % of the training data"} of the tasks all results have.
+
+    found: {path: a glue.json}. Raises: UserError if they had different parts, or if RTE, MRPC and STS-B started from MNLI's
+    weights in some alone: such scores share no axis and no column.
+    """
+    common = {}
+    for task in [task for task in TASK_NAMES if all(task in results["tasks"] for results in found.values())]:
+        kinds = {}
+        for path, results in found.items():
+            result = results["tasks"][task]
+            kinds.setdefault((part_of(task, result), result.get("init") == "mnli"), path)
+        if len(kinds) > 1:
+            said = [f"{path}: {TASK_NAMES[task]} with {part or 'all of the data'}{', from MNLI' * staged}"
+                    for (part, staged), path in kinds.items()]  # fmt: skip
+            raise UserError(f"{said[0]}; {said[1]} (compare them apart)")
+        ((common[task], _),) = kinds
+    return common
+
+
+def marked(task, marks):
+    """A task's name, with its mark."""
+    return f"{TASK_NAMES[task]} ({marks[task]})" if marks[task] else TASK_NAMES[task]
+
+
+def means(marks):
+    """[(name, tasks)] of the means to show: over the tasks with all their data and, where some had a part, over all tasks."""
+    complete = [task for task, mark in marks.items() if not mark]
+    if len(complete) == len(marks):
+        return [("mean", complete)] * bool(marks)
+    partial = f"mean of all {len(marks)}, {len(marks) - len(complete)} on a part of the data"
+    return [(f"mean of the {len(complete)} complete", complete)] * bool(complete) + [(partial, list(marks))]
 
 
 def read_scaling(path):
