@@ -1,20 +1,22 @@
-"""The race: MosaicBERT-Base against BERT-Base with equal minutes on one GPU, scored on GLUE.
+"""The race: recipes against each other, each with its own minutes on one GPU, scored on GLUE.
 
-    python -m studies.race --data_dir=data/race --glue_dir=data/glue --out=out/race --gpus=2
+    python -m studies.race --runs="configs/base.py 8,16 --global_batch_size=512; configs/small.py 8" --seeds=17,18 \
+        --data_dir=data/race --glue_dir=data/glue --out=out/race --gpus=2
     python -m studies.race --table=results/race                # the results, as the README shows them
 
 Each run is pretrained alone on its GPU, with a schedule that decays within its minutes, and then fine-tuned there by
 several jobs at a time (start nvidia-cuda-mps-control -d first). Every step is a command of train.py or finetune_glue.py,
 printed and kept with its results, so that it can be run by itself. The same command again skips finished runs and resumes
-the others; --runs picks some, so that several machines can share the work.
+the others. Several machines, or days, share the work: each with some of the --runs and --seeds, and --out carried along.
 
-OUT/MODEL_MINUTESmin_seedSEED holds a run's log.jsonl, glue.json, lengths.json, commands.txt and the fine-tuning logs,
+OUT/CONFIG_MINUTESmin_seedSEED holds a finished run's log.jsonl, glue.json, commands.txt and the fine-tuning logs,
 runs.jsonl. Checkpoints stay in --work_dir until they are fine-tuned.
 
-Read next: results/README.md, for how the settings were chosen
+Read next: docs/results.md
 """
 
 import glob
+import itertools
 import json
 import math
 import os
@@ -22,24 +24,23 @@ import queue
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from common.budget import LEAST_WARMUP
-from common.files import write_text
-from common.options import UserError, command, load_config
+from common.files import read_json, write_text
+from common.options import UserError, command, load_config, stoppable
 from tools.figures import glue, reading
+from train import TrainConfig
 
-LENGTHS = {"mosaicbert": (128, 256, 512, 1024), "bert": (128, 256, 512)}  # BERT has 512 positions
-WARMUP_STEPS = {"mosaicbert": 140, "bert": 250}  # per minute of budget: a quarter of an H100's steps in results/race
 INTERVALS = ("--eval_interval=250", "--log_interval=50", "--checkpoint_interval=2000", "--keep_checkpoints=1")
-PUBLISHED_FACTOR = 2.38  # MosaicML's blog: hours of BERT-Base over those of MosaicBERT-Base to 83.2 on GLUE
+COLUMNS = ("cola", "sst2", "mrpc", "stsb", "rte", "mnli", "qnli", "qqp")  # of the table
+PLACES = {"data_dir", "out_dir", "checkpoint", "out", "jobs", "price_per_gpu_hour"}  # may differ from machine to machine
 DRAWS = 20_000  # simulations behind the interval
 
 
@@ -52,62 +53,67 @@ class RaceConfig:
     work_dir: str = "out/race_work"  # checkpoints until they are fine-tuned, 4 GB a GPU
     gpus: int = 1  # how many of this machine's GPUs to use; 0: the CPU
     # What
-    runs: str = "8x17,4x17,4x18,2x17,2x18"  # MINUTESxSEED of pretraining, for each model
-    models: str = "mosaicbert,bert"  # one or both
-    both: str = "--chunk=true --global_batch_size=512"  # train.py options for both models
-    mosaicbert: str = "configs/base.py"  # train.py options for one model; they override those for both
-    bert: str = "configs/bert_base.py --compile=true --global_batch_size=256 --lr=2.5e-4"  # likewise
+    runs: str = ""  # CONFIG MINUTES,MINUTES[@SAMPLES_PER_SECOND] [--name=value, of train.py, or =N/min]; CONFIG ...
+    seeds: str = "17,18"  # of pretraining, for each of the runs
     price_per_gpu_hour: float = 2.5  # dollars
-    tasks: str = "cola:3,mrpc:3,stsb:3,rte:3,sst2:1"  # for finetune_glue.py; empty: pretrain only, to choose settings
+    tasks: str = "cola:3,sst2:3,mrpc:3,stsb:3,rte:3"  # for finetune_glue.py; empty: pretrain only, to choose settings
     finetune: str = "--recipe=fast --jobs=8"  # more finetune_glue.py options
     # Results
-    table: str = ""  # directory of finished runs: print its table and the factor
+    table: str = ""  # directory of finished runs: print its table, and who was how much faster
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Running. Batch and warm-up differ from the recipes, for both models alike: two minutes hold only some 130 steps of 4,096
-# samples, and a warm-up of 6 %, 8 steps, is too short for a post-LN model to learn. So the batch is an eighth, and the
-# warm-up a quarter of the time. MosaicBERT learns with that and BERT does not: BERT gets half that batch and half the peak
-# learning rate, the best of those tried (results/README.md).
+# Running
 
 
 @dataclass(frozen=True)
 class Run:
-    model: str
+    config: str  # path of the config file, which also names the run
     minutes: float
+    rate: float  # samples/s by which the minutes are counted; 0: the clock counts them
+    options: tuple  # of train.py; they override the config's
     seed: int
 
     @property
     def name(self):
-        return f"{self.model}_{self.minutes:g}min_seed{self.seed}"
+        return f"{Path(self.config).stem}_{self.minutes:g}min_seed{self.seed}"
 
 
 def parse_runs(cfg):
-    """The requested Runs, longest first. Raises: UserError."""
-    runs = []
-    for model in cfg.models.split(","):
-        if model not in LENGTHS:
-            raise UserError(f"models={cfg.models}: no model {model!r} (known: {', '.join(LENGTHS)})")
-        for part in cfg.runs.split(","):
-            match = re.fullmatch(r"(\d+|\d*\.\d+)x(\d+)", part.strip())
-            if not match or not float(match[1]):
-                raise UserError(f"runs={cfg.runs}: {part!r} is not MINUTESxSEED (such as 8x17)")
-            runs.append(Run(model, float(match[1]), int(match[2])))
-    return sorted(runs, key=lambda run: -run.minutes)
+    """The requested Runs, longest first. Raises: UserError, also for what train.py would refuse.
+
+    "10" is a budget of ten minutes by the clock. "10@4500", for a machine that other jobs share, is as many steps as ten
+    minutes have at 4,500 samples/s, measured elsewhere over a whole run. An option "--warmup_steps=140/min" is 140 times the
+    minutes, since a budget needs its warm-up in steps.
+    """
+    runs = {}
+    for text in filter(str.strip, cfg.runs.split(";")):
+        match = re.fullmatch(r"\s*(\S+)\s+([\d.,]+)(?:@([\d.]+))?((?:\s+--?\w\S*)*)\s*", text)
+        try:
+            config, rate, options = match[1], float(match[3] or 0), tuple(match[4].split())
+            found = [Run(config, float(m), rate, options, int(s)) for m in match[2].split(",") for s in cfg.seeds.split(",")]
+            if 0 in (rate if match[3] else 1, *(run.minutes for run in found)):
+                raise ValueError
+        except (TypeError, ValueError):
+            raise UserError(f"runs={text.strip()}, seeds={cfg.seeds}: expected CONFIG MINUTES [--name=value ...]") from None
+        for run in found:
+            if runs.setdefault(run.name, run) is not run:
+                raise UserError(f"runs={cfg.runs}: {run.name} is there twice (copy the config under another name)")
+            load_config(TrainConfig, pretrain_command(cfg, run)[1:]).check(1)
+    if not runs:
+        raise UserError('--runs: not given (such as "configs/base.py 10,20 --chunk=true; configs/bert_base.py 10")')
+    return sorted(runs.values(), key=lambda run: -run.minutes)
 
 
 def pretrain_command(cfg, run):
-    options = [f"--data_dir={cfg.data_dir}", f"--out_dir={cfg.work_dir}/{run.name}", f"--seed={run.seed}"]
-    options += [f"--budget_minutes={run.minutes:g}", f"--price_per_gpu_hour={cfg.price_per_gpu_hour:g}"]
-    warmup = max(LEAST_WARMUP, round(WARMUP_STEPS[run.model] * run.minutes))
-    return ["train.py", *INTERVALS, f"--warmup_steps={warmup}", *model_options(cfg, run), *options]
-
-
-def length_command(cfg, run, length):
-    """Evaluate on the held-out texts, split into samples of at most `length` tokens; compiling would take longer."""
-    options = [f"--data_dir={cfg.data_dir}", f"--init_from={cfg.work_dir}/{run.name}", f"--seq_length={length}"]
-    options += [f"--out_dir={cfg.work_dir}/{run.name}_lengths", "--eval_only", "--micro_batch_tokens=32768"]
-    return ["train.py", *model_options(cfg, run), *options, "--compile=false"]
+    scaled = [re.sub(r"=([\d.]+)/min$", lambda m: f"={round(float(m[1]) * run.minutes)}", word) for word in run.options]
+    usual = [word for word in INTERVALS if not any(own.startswith(word.partition("=")[0] + "=") for own in scaled)]
+    words = [*usual, run.config, *scaled, f"--data_dir={cfg.data_dir}", f"--out_dir={cfg.work_dir}/{run.name}"]
+    words += [f"--seed={run.seed}", f"--price_per_gpu_hour={cfg.price_per_gpu_hour:g}"]
+    if not run.rate:
+        return ["train.py", *words, f"--budget_minutes={run.minutes:g}"]
+    samples = 60 * run.minutes * run.rate
+    return ["train.py", *words, f"--max_steps={round(samples / load_config(TrainConfig, words).global_batch_size)}"]
 
 
 def finetune_command(cfg, run):
@@ -115,8 +121,20 @@ def finetune_command(cfg, run):
     return ["finetune_glue.py", *options, *shlex.split(cfg.finetune), f"--out={cfg.work_dir}/{run.name}_glue"]
 
 
-def model_options(cfg, run):
-    return [*shlex.split(cfg.both), *shlex.split(getattr(cfg, run.model))]
+def finished(cfg, run, commands):
+    """Whether OUT has what the commands make. Raises: RuntimeError if a config or options differed then."""
+    kept = f"{cfg.out}/{run.name}"
+    if not os.path.exists(f"{kept}/commands.txt"):
+        return False
+    earlier = [shlex.split(line)[1:] for line in Path(f"{kept}/commands.txt").read_text(encoding="utf-8").splitlines()]
+    config = next(record["config"] for record in reading.read_log(f"{kept}/log.jsonl") if record["event"] == "start")
+    wanted = vars(load_config(TrainConfig, commands[0][1:]))
+    other = {name for name, value in wanted.items() if config.get(name) not in (value, None)}  # None: a budget's max_steps
+    if len(earlier) == len(commands) == 2:
+        other |= {word.lstrip("-").partition("=")[0] for word in {*earlier[1]} ^ {*commands[1]}}
+    if other - PLACES:
+        raise RuntimeError(f"{kept}: holds a run with different {', '.join(sorted(other - PLACES))} (choose another --out)")
+    return len(earlier) >= len(commands)
 
 
 class Driver:
@@ -130,26 +148,24 @@ class Driver:
 
     def race(self):
         """Do all unfinished runs. Raises: UserError if some failed."""
-        previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-        with ThreadPoolExecutor(self.gpus.qsize()) as pool:
+        with stoppable(lambda: "the same command resumes"), ThreadPoolExecutor(self.gpus.qsize()) as pool:
             try:
                 failed = [name for name in pool.map(self.attempt, parse_runs(self.cfg)) if name]
             finally:  # leave no child behind, even when interrupted
                 self.stopped = True
                 for child in list(self.children):
                     child.terminate()
-                signal.signal(signal.SIGTERM, previous)
         if failed:
             raise UserError(f"failed: {', '.join(failed)} (run the same command to try again)")
 
     def attempt(self, run):
         """Do a run, unless it is finished; returns its name if it failed, and the others go on."""
-        wanted = ("commands.txt", "glue.json") if self.cfg.tasks else ("commands.txt",)
-        if all(os.path.exists(f"{self.cfg.out}/{run.name}/{name}") for name in wanted):
-            return self.say(f"{run.name}: finished")
+        commands = [pretrain_command(self.cfg, run), *([finetune_command(self.cfg, run)] if self.cfg.tasks else [])]
         gpu = self.gpus.get()
         try:
-            return self.one(run, gpu)
+            if finished(self.cfg, run, commands):
+                return self.say(f"{run.name}: finished")
+            return self.one(run, commands, gpu)
         except (RuntimeError, OSError) as error:
             if not self.stopped:
                 self.say(f"{run.name}: {error}")
@@ -157,35 +173,28 @@ class Driver:
         finally:
             self.gpus.put(gpu)
 
-    def one(self, run, gpu):
-        """Pretrain, fine-tune and evaluate; keep the small files, remove the rest."""
+    def one(self, run, commands, gpu):
+        """Pretrain and fine-tune; keep the small files, remove the rest."""
         cfg, work, kept = self.cfg, f"{self.cfg.work_dir}/{run.name}", f"{self.cfg.out}/{run.name}"
-        commands = [pretrain_command(cfg, run)]
-        self.call(commands[0], run.name, gpu)
+        for words, name in zip(commands, (run.name, f"{run.name}_glue")):
+            self.call(words, name, gpu)
         os.makedirs(kept, exist_ok=True)
         if cfg.tasks:
-            commands.append(finetune_command(cfg, run))
-            self.call(commands[1], f"{run.name}_glue", gpu)
-            at_lengths = {}
-            for length in LENGTHS[run.model]:
-                commands.append(length_command(cfg, run, length))
-                output = self.call(commands[-1], f"{run.name}_{length}", gpu)
-                match = re.search(r"held-out loss ([\d.]+), accuracy ([\d.]+)% of ([\d,]+)", output)
-                loss, percent, num_masked = (float(number.replace(",", "")) for number in match.groups())
-                at_lengths[length] = {"loss": loss, "accuracy": percent / 100, "num_masked": int(num_masked)}
-            result = {"model": run.model, "minutes": run.minutes, "seed": run.seed, "lengths": at_lengths}
-            write_text(f"{kept}/lengths.json", json.dumps(result, indent=1))
+            results = read_json(f"{work}_glue/glue.json", "written by finetune_glue.py")
+            if run.rate:  # the clock's cost says nothing
+                hours, price = run.minutes / 60, cfg.price_per_gpu_hour
+                results["pretraining"] |= {"gpu_hours": hours, "dollars": hours * price, "at_rate": run.rate}
+            write_text(f"{kept}/glue.json", json.dumps(results, indent=1))
             write_text(f"{kept}/runs.jsonl", all_logs(f"{work}_glue/runs"))
-            shutil.copy(f"{work}_glue/glue.json", kept)
         shutil.copy(f"{work}/log.jsonl", kept)
         # Written last: it marks the run as finished.
         write_text(f"{kept}/commands.txt", "".join(f"{shlex.join(['python', *c])}\n" for c in commands))
-        for path in (work, f"{work}_glue", f"{work}_lengths"):
+        for path in (work, f"{work}_glue"):
             shutil.rmtree(path, ignore_errors=True)
-        self.say(f"{run.name}: finished, {summary_of(read_run(kept))}")
+        self.say(f"{run.name}: finished, held-out loss {read_run(kept)['held_out']:.3f}")
 
     def call(self, words, name, gpu):
-        """Run a command on one GPU; returns its output, kept in work_dir/NAME.txt. Raises: RuntimeError."""
+        """Run a command on one GPU, its output in work_dir/NAME.txt. Raises: RuntimeError."""
         if self.stopped:
             raise RuntimeError("stopped")
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(self.cfg.gpus)))
@@ -198,11 +207,9 @@ class Driver:
         self.children.add(child)
         status = child.wait()
         self.children.remove(child)
-        with open(path, encoding="utf-8", errors="replace") as output:
-            text = output.read()
         if status:
-            raise RuntimeError(f"status {status}: {(text.strip().splitlines() or ['no output'])[-1]} (see {path})")
-        return text
+            output = Path(path).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            raise RuntimeError(f"status {status}: {(output or ['no output'])[-1]} (see {path})")
 
     def say(self, text):
         print(f"{(time.monotonic() - self.begun) / 60:6.1f} min  {text}", flush=True)
@@ -210,12 +217,8 @@ class Driver:
 
 def all_logs(directory):
     """The fine-tuning logs as one text, with the run's name in each line."""
-    lines = []
-    for path in sorted(glob.glob(f"{glob.escape(directory)}/*.jsonl")):
-        name = os.path.basename(path).removesuffix(".jsonl")
-        with open(path, encoding="utf-8") as file:
-            lines += [json.dumps({"run": name, **json.loads(line)}) + "\n" for line in file]
-    return "".join(lines)
+    logs = {path.stem: path.read_text(encoding="utf-8").splitlines() for path in sorted(Path(directory).glob("*.jsonl"))}
+    return "".join(json.dumps({"run": name, **json.loads(line)}) + "\n" for name, lines in logs.items() for line in lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -223,34 +226,33 @@ def all_logs(directory):
 
 
 def read_run(directory):
-    """A finished run's model, minutes, seed, held-out loss, speed and cost, and its glue.json if it was fine-tuned."""
-    records = reading.read_log(f"{directory}/log.jsonl")
-    config = next(record["config"] for record in records if record["event"] == "start")
-    if not config.get("budget_minutes") or records[-1]["event"] != "end":
+    """A finished run's label, minutes, seed, held-out loss, speed and cost, and its glue.json if it was fine-tuned.
+
+    If its minutes are no budget, they come from its name, and samples/s and dollars from them.
+    """
+    records, path, named = reading.read_log(f"{directory}/log.jsonl"), f"{directory}/glue.json", reading.contestant(directory)
+    config, end = next(record["config"] for record in records if record["event"] == "start"), records[-1]
+    if not named or end["event"] != "end":
         raise UserError(f"{directory}/log.jsonl: not a finished run of race.py")
-    path = f"{directory}/glue.json"
+    label, minutes = named
+    rate, dollars = np.median([r["samples_per_second"] for r in records if r["event"] == "train"]), end["dollars"]
+    if given := not config.get("budget_minutes"):
+        rate = end["step"] * config["global_batch_size"] / (60 * minutes)
+        dollars = config["price_per_gpu_hour"] * minutes / 60
     return {
-        "model": config["model"],
-        "minutes": config["budget_minutes"],
-        "seed": config["seed"],
+        "label": label + " (samples/s given)" * given, "minutes": minutes, "seed": config["seed"], "dollars": dollars,
+        "step": end["step"], "seconds": end["seconds"], "samples_per_second": float(rate),
         "held_out": [record["loss"] for record in records if record["event"] == "eval"][-1],
-        "samples_per_second": float(np.median([r["samples_per_second"] for r in records if r["event"] == "train"])),
-        **{name: records[-1][name] for name in ("step", "seconds", "dollars")},
-        "glue": reading.read_glue(path) if os.path.exists(path) else None,
-    }
+        "path": path, "glue": reading.read_glue(path) if os.path.exists(path) else None,
+    }  # fmt: skip
 
 
 def read_runs(directory):
     """Every finished run in a directory. Raises: UserError if there is none."""
     paths = sorted(os.path.dirname(path) for path in glob.glob(f"{glob.escape(directory)}/*/log.jsonl"))
     if not paths:
-        raise UserError(f"{directory}: no finished runs of race.py here (expected MODEL_MINUTESmin_seedSEED/log.jsonl)")
+        raise UserError(f"{directory}: no finished runs of race.py here (expected CONFIG_MINUTESmin_seedSEED/log.jsonl)")
     return [read_run(path) for path in paths]
-
-
-def summary_of(run):
-    score = f"; GLUE {run['glue']['average']:.2f}" if run["glue"] else ""
-    return f"{run['step']} steps in {run['seconds']:.0f} s, held-out loss {run['held_out']:.3f}{score}"
 
 
 def mean_and_spread(values, digits=1):
@@ -259,35 +261,30 @@ def mean_and_spread(values, digits=1):
     return f"{np.mean(values):.{digits}f}{spread}"
 
 
-def table(directory):
-    """The results as lines of Markdown: a row for each model and budget, over pretraining and fine-tuning seeds.
+def marks_of(runs):
+    """{task: "", or what part of its data the runs had} of the tasks that all runs were fine-tuned on. Raises: UserError."""
+    marks = reading.marks({run["path"]: run["glue"] or {"tasks": {}} for run in runs})
+    return {task: marks[task] for task in COLUMNS if task in marks}
 
-    ± is the standard deviation of single runs; in the column "mean", of single seeds' means over the tasks.
+
+def table(runs):
+    """The results as lines of Markdown: a row for each recipe and its minutes, over pretraining and fine-tuning seeds.
+
+    ± is the standard deviation of single runs; of a mean, that of single seeds' means over the tasks.
     """
-    runs = read_runs(directory)
-    tasks = [task for task in ("cola", "sst2", "mrpc", "stsb", "rte") if all(task in tasks_of(run) for run in runs)]
-    names = [reading.TASK_NAMES[task] for task in tasks] + ["mean"] * bool(tasks)
-    lines = ["| " + " | ".join(["model", "minutes", "price", "seeds", *names, "held-out loss", "samples/s"]) + " |"]
-    lines.append("|---" * (len(names) + 6) + "|")
-    for model, minutes in sorted({(run["model"], run["minutes"]) for run in runs}, key=lambda key: (key[1], key[0])):
-        group = [run for run in runs if (run["model"], run["minutes"]) == (model, minutes)]
-        scores = [[score for run in group for score in tasks_of(run)[task]["scores"]] for task in tasks]
-        if tasks:
-            scores.append([score for run in group for score in glue.seed_scores(run["glue"], tasks)])
-        cells = [reading.MODEL_NAMES[model], f"{minutes:g}", price_of(group), f"{len(group)}", *map(mean_and_spread, scores)]
+    marks = marks_of(runs)
+    columns = [(reading.marked(task, marks), [task]) for task in marks] + reading.means(marks)
+    names = ["model", "minutes", "price", "seeds", *(name for name, _ in columns), "held-out loss", "samples/s"]
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    for minutes, label in sorted({(run["minutes"], run["label"]) for run in runs}):
+        group = [run for run in runs if (run["minutes"], run["label"]) == (minutes, label)]
+        scores = [[score for run in group for score in glue.seed_scores(run["glue"], tasks)] for _, tasks in columns]
+        price = f"${np.mean([run['dollars'] for run in group]):.3f}" if all(run["dollars"] for run in group) else "-"
+        cells = [label, f"{minutes:g}", price, f"{len(group)}", *map(mean_and_spread, scores)]
         cells += [mean_and_spread([run["held_out"] for run in group], 3)]
         cells += [f"{np.mean([run['samples_per_second'] for run in group]):,.0f}"]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
-
-
-def tasks_of(run):
-    return run["glue"]["tasks"] if run["glue"] else {}
-
-
-def price_of(group):
-    dollars = [run["dollars"] for run in group]
-    return "-" if None in dollars else f"${np.mean(dollars):.3f}"
 
 
 def minutes_to_reach(points, target):
@@ -303,59 +300,62 @@ def minutes_to_reach(points, target):
     return math.inf
 
 
-def factor(runs):
-    """How much sooner MosaicBERT reaches the score of BERT's longest run, with a 95 % interval.
+def factor(ours, theirs):
+    """How many times as fast one recipe reaches the score of the other's longest run, with a 95 % interval.
 
-    Returns {"score", "minutes", "bert_minutes", "factor", "low", "high", "limit", "sd", "df"}. limit: the largest factor
-    that the shortest run can show. sd: standard deviation between pretraining seeds, pooled over the budgets with several
-    (df degrees of freedom). The interval comes from redrawing every point from Student's t with sd / sqrt(its number of
-    runs). sd, low and high are None if nothing was run twice.
+    ours, theirs: [(minutes, [a pretraining seed's score, ...]), ...] by minutes. Returns a dictionary. limit: the largest
+    factor that our shortest run can show. sd: standard deviation between pretraining seeds, pooled over the points with
+    several (df degrees of freedom). The interval comes from redrawing every point from Student's t with sd / sqrt(its number
+    of runs). sd, low and high are None if nothing was run twice.
     """
-    scores = {}
-    for run in runs:
-        scores.setdefault(run["model"], {}).setdefault(run["minutes"], []).append(run["glue"]["average"])
-    ours, theirs = ([(minutes, v) for minutes, v in sorted(scores[model].items())] for model in ("mosaicbert", "bert"))
-    bert_minutes, last = theirs[-1]
+    their_minutes, last = theirs[-1]
     groups = [values for _, values in ours + theirs]
     df = sum(len(values) - 1 for values in groups)
     sd = math.sqrt(sum(np.var(v) * len(v) for v in groups) / df) if df else None
     minutes = minutes_to_reach([(x, np.mean(v)) for x, v in ours], np.mean(last))
-    result = {"score": float(np.mean(last)), "minutes": minutes, "bert_minutes": bert_minutes, "sd": sd, "df": df}
-    result |= {"factor": bert_minutes / minutes, "limit": bert_minutes / ours[0][0], "low": None, "high": None}
+    result = {"score": float(np.mean(last)), "minutes": minutes, "their_minutes": their_minutes, "sd": sd, "df": df}
+    result |= {"factor": their_minutes / minutes, "limit": their_minutes / ours[0][0], "low": None, "high": None}
     if df:
         rng = np.random.default_rng(0)
         noise = [rng.standard_t(df, DRAWS) * sd / math.sqrt(len(v)) for _, v in [*ours, (0, last)]]
         drawn = np.stack([np.mean(v) + n for (_, v), n in zip(ours, noise)], 1)
         targets = np.mean(last) + noise[-1]
         budgets = [x for x, _ in ours]
-        factors = [bert_minutes / minutes_to_reach(list(zip(budgets, row)), t) for row, t in zip(drawn.tolist(), targets)]
+        factors = [their_minutes / minutes_to_reach(list(zip(budgets, row)), t) for row, t in zip(drawn.tolist(), targets)]
         result["low"], result["high"] = (float(np.quantile(factors, q)) for q in (0.025, 0.975))
     return result
 
 
-def factor_text(result):
+def factor_text(us, them, result):
     """The result of `factor` as a sentence."""
-    bert, limit = f"BERT's {result['bert_minutes']:g}-minute score ({result['score']:.1f})", result["limit"]
-    if math.isinf(result["minutes"]):
-        text = f"MosaicBERT did not reach {bert} within its own longest run"
-    elif result["factor"] >= limit:
-        shortest = f"within its shortest run, {result['minutes']:g} minutes"
-        text = f"MosaicBERT reached {bert} {shortest}: at least {limit:.1f} times sooner"
+    text, limit = f"{us} reached {them}'s {result['their_minutes']:g}-minute score ({result['score']:.1f})", result["limit"]
+    if result["factor"] >= limit:
+        text += f" within its shortest run, {result['minutes']:g} minutes: at least {limit:.1f} times as fast"
     else:
-        text = f"MosaicBERT reached {bert} in {result['minutes']:.1f} minutes: {result['factor']:.2f} times sooner"
-    if result["low"] is not None:
-        low = f"{result['low']:.2f}" if result["low"] else "never"
-        high = f"{result['high']:.2f}" if result["high"] < limit else f"more than {limit:g}"
-        text += f" (95 % interval {low} to {high})"
-    return f"{text}. Published, on eight tasks and C4: {PUBLISHED_FACTOR}."
+        text += f" in {result['minutes']:.1f} minutes: {result['factor']:.2f} times as fast"
+    if result["low"] is None:
+        return f"{text}."
+    low = f"{result['low']:.2f}" if result["low"] else "never"
+    high = f"{result['high']:.2f}" if result["high"] < limit else f"more than {limit:g}"
+    return f"{text} (95 % interval {low} to {high})."
+
+
+def factors(runs):
+    """{(label, label): factor} of each pair of recipes, first the one that ended higher, by the mean of complete tasks."""
+    curves, means = {}, reading.means(marks_of(runs))
+    for run in runs if means else ():
+        score = float(np.mean([run["glue"]["tasks"][task]["score"] for task in means[0][1]]))
+        curves.setdefault(run["label"], {}).setdefault(run["minutes"], []).append(score)
+    curves = {label: sorted(points.items()) for label, points in curves.items()}
+    best_first = sorted(curves, key=lambda label: -np.mean(curves[label][-1][1]))
+    return {(us, them): factor(curves[us], curves[them]) for us, them in itertools.combinations(best_first, 2)}
 
 
 def results_text(directory):
-    """The lines that the README shows: the table, and the factor if both models were fine-tuned."""
-    lines, runs = table(directory), [run for run in read_runs(directory) if run["glue"]]
-    if {run["model"] for run in runs} == set(LENGTHS):
-        lines += ["", factor_text(factor(runs))]
-    return lines
+    """The lines that the README shows: the table, and how much faster each recipe was than those that ended lower."""
+    runs = read_runs(directory)
+    sentences = [factor_text(*pair, result) for pair, result in factors(runs).items()]
+    return [*table(runs), *(line for sentence in sentences for line in ("", sentence))]
 
 
 @command

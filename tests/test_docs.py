@@ -12,9 +12,11 @@ from statistics import median
 import pytest
 
 from common import estimate
+from common.options import UserError, load_config
 from studies import race, scaling
 from tests.test_race import write_race
 from tools.figures import reading
+from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", *(str(path.relative_to(ROOT)) for folder in ("docs", "results") for path in (ROOT / folder).glob("*.md"))]
@@ -94,6 +96,15 @@ def check_command(words):
                 assert word[2:].partition("=")[0].replace("-", "_") in names, f"{path} {word}"
             else:
                 assert (ROOT / word).exists(), f"{path} {word}"
+    if module == "studies.race":
+        compared([word.replace("configs/mine.py", "configs/base.py") for word in rest])
+
+
+def compared(words):
+    """What each run of a race's command would train with: {name: TrainConfig}."""
+    cfg = load_config(race.RaceConfig, [word.replace("configs/", f"{ROOT}/configs/") for word in words])
+    runs = race.parse_runs(cfg) if cfg.runs else []
+    return {run.name: load_config(TrainConfig, race.pretrain_command(cfg, run)[1:]) for run in runs}
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -120,10 +131,11 @@ def test_commands_in_docstrings_name_what_exists():
     "    python -m tools.missing",
     "    python -m pytest tests/test_missing.py",
     "    make missing",
+    "    python -m studies.race --runs='configs/base.py 2 --missing=1'",
 ])  # fmt: skip
 def test_a_wrong_command_would_be_seen(text):
     (words,) = commands(text)
-    with pytest.raises((AssertionError, StopIteration)):
+    with pytest.raises((AssertionError, StopIteration, UserError)):
         check_command(words)
 
 
@@ -208,10 +220,25 @@ def test_race_is_that_of_the_runs():
     """The README has the race's table line by line; docs/ has the spread behind its interval, and how late budgets ended."""
     assert not missing(race.results_text(str(ROOT / "results" / "race")), text_of("README.md"))
     runs = race.read_runs(str(ROOT / "results" / "race"))
-    spread = race.factor(runs)
+    (spread,) = race.factors(runs).values()
     assert spread["df"] == 4 and f"the four pairs of seeds: by {spread['sd']:.1f} points" in flat("docs/results.md")
     late = [100 * (run["seconds"] / (60 * run["minutes"]) - 1) for run in runs]
     assert f"from {-min(late):.1f} % early to {max(late):.1f} % late" in flat("docs/training.md")
+
+
+def test_both_models_race_alike_but_for_what_is_documented():
+    """By docs/results.md's command they differ in architecture, masking, attention dropout, compile, BERT's smaller batch and
+    learning rate, and the steps in a quarter of the time."""
+    (words,) = [words for words in commands(section("docs/results.md", "MosaicBERT against BERT")) if "studies.race" in words]
+    (again,) = [words for words in commands(section("results/README.md", "race/")) if f"--runs={words[-1][7:]}" in words]
+    runs = compared(words[3:])
+    assert words == again and len(runs) == 12
+    for minutes in (2, 4, 8):
+        ours, theirs = (vars(runs[f"{name}_{minutes}min_seed17"]) for name in ("base", "bert_base"))
+        assert {name for name, value in ours.items() if theirs[name] != value} == {
+            "model", "mask_prob", "attention_dropout", "compile", "out_dir", "global_batch_size", "lr", "warmup_steps"
+        }  # fmt: skip
+        assert [(cfg["global_batch_size"], cfg["lr"]) for cfg in (ours, theirs)] == [(512, 5e-4), (256, 2.5e-4)]
 
 
 def test_budgets_are_those_of_the_runs():
