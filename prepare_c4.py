@@ -33,7 +33,7 @@ from common.corpus_report import FILL_LENGTHS, NUM_LONGEST, most_changed, no_tex
 from common.files import file_digest, gigabytes, lock_directory, read_json, whole_file, write_once, write_text
 from common.hashes import find_duplicates, hash_path, is_held_out, load_hashes, save_hashes, text_hash, val_threshold
 from common.lines import split_suffixes
-from common.options import UserError, command, hint_for, load_config, stoppable
+from common.options import UserError, command, hint_for, load_config, require, stoppable
 from common.sources import Segment, documents, list_segments, versions
 from common.vocabulary import beginning, encode, letters, load_tokenizer, read_tokenizer, special_names, train_tokenizer
 from common.vocabulary import unknown_characters
@@ -79,16 +79,10 @@ class PrepareConfig:
         for name in ("source", "out"):
             if not getattr(self, name):
                 raise UserError(f"--{name}: not given (--help lists the options)")
-        for name in ("max_docs", "skip_bad_lines", "val_docs", "max_doc_tokens"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)}: must not be negative")
-        for name in ("shard_tokens", "workers"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)}: must be at least 1")
-        if not 0 <= self.val_fraction < 1:
-            raise UserError(f"val_fraction={self.val_fraction}: must be at least 0 and below 1")
-        if self.train_tokenizer and self.train_tokenizer < 100:
-            raise UserError(f"train_tokenizer={self.train_tokenizer}: a vocabulary needs at least 100 entries (0: none)")
+        require(self, "max_docs skip_bad_lines val_docs max_doc_tokens", lambda x: x >= 0, "must not be negative")
+        require(self, "shard_tokens workers", lambda x: x >= 1, "must be at least 1")
+        require(self, "val_fraction", lambda x: 0 <= x < 1, "must be at least 0 and below 1")
+        require(self, "train_tokenizer", lambda x: x == 0 or x >= 100, "a vocabulary needs at least 100 entries (0: none)")
         if self.strip_accents and not self.train_tokenizer:
             raise UserError("strip_accents: only with --train_tokenizer (an existing vocabulary has its own rule)")
         if self.train_tokenizer and self.tokenizer != PrepareConfig.tokenizer:

@@ -30,7 +30,7 @@ from checkpoint import Saver
 from common import budget, estimate, processes, trace
 from common.compiled import compiled
 from common.cuda_graphs import GraphedStep
-from common.options import UserError, command, load_config
+from common.options import UserError, command, load_config, require
 from common.run_directory import RunDirectory, was_evaluated
 from common.versions import versions
 from data import EVAL_SEED, hash64, open_samples, prefetch
@@ -100,45 +100,34 @@ class TrainConfig(ModelConfig):
     def check(self, world_size):
         """Raises: UserError for values that make no sense."""
         self.check_model()
-        at_least = {
-            "max_steps": 1, "global_batch_size": 1, "seq_length": 3, "micro_batch_tokens": 0, "eval_interval": 0,
-            "eval_samples": 0, "log_interval": 0, "checkpoint_interval": 1, "keep_checkpoints": 1, "warmup_steps": 0,
-            "price_per_gpu_hour": 0, "weight_decay": 0, "seed": 0, "max_grad_norm": 0, "hang_timeout": 0,
-        }  # fmt: skip
-        for name, least in at_least.items():
-            if getattr(self, name) < least:
-                raise UserError(f"{name}={getattr(self, name)}: must be at least {least}")
-        if self.seed >= 2**63:
-            raise UserError(f"seed={self.seed}: must be below 2^63")
-        for name in ("lr", "adam_eps", "mask_prob"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name}={getattr(self, name)}: must be above 0")
-        for name in ("lr", "mask_prob", "final_mask_prob", "warmup_fraction", "decay_fraction", "final_lr_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name}={getattr(self, name)}: must be between 0 and 1")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)}: must be at least 0 and below 1")
-        if self.schedule == "wsd" and (self.warmup_steps / self.max_steps or self.warmup_fraction) + self.decay_fraction > 1:
-            if not budget.seconds_of(self, world_size):
-                raise UserError("the warm-up and decay_fraction are more than max_steps together (shorten one of them)")
-        if self.schedule == "linear" and self.decay_fraction != TrainConfig.decay_fraction:
-            raise UserError("decay_fraction: means nothing with schedule=linear (only with wsd)")
+        require(self, "max_steps global_batch_size checkpoint_interval keep_checkpoints", lambda x: x >= 1, "must be at least 1")
+        require(self, "seq_length", lambda x: x >= 3, "must be at least 3")
+        zero_or_more = "micro_batch_tokens eval_interval eval_samples log_interval warmup_steps price_per_gpu_hour"
+        zero_or_more += " weight_decay seed max_grad_norm hang_timeout"
+        require(self, zero_or_more, lambda x: x >= 0, "must be at least 0")
+        require(self, "seed", lambda x: x < 2**63, "must be below 2^63")
+        require(self, "lr adam_eps mask_prob", lambda x: x > 0, "must be above 0")
+        shares = "lr mask_prob final_mask_prob warmup_fraction decay_fraction final_lr_fraction"
+        require(self, shares, lambda x: 0 <= x <= 1, "must be between 0 and 1")
+        require(self, "beta1 beta2", lambda x: 0 <= x < 1, "must be at least 0 and below 1")
         if not self.out_dir:
             raise UserError("out_dir: empty (the directory for log and checkpoints)")
         trace.first_and_last(self.profile)
         budget.check(self)
-        if self.warmup_steps > self.max_steps and not budget.seconds_of(self, world_size):
-            raise UserError(f"warmup_steps={self.warmup_steps}: more than max_steps={self.max_steps}")
+        if not budget.seconds_of(self, world_size):  # with a budget, max_steps is not known yet
+            warmup = self.warmup_steps / self.max_steps or self.warmup_fraction
+            if self.schedule == "wsd" and warmup + self.decay_fraction > 1:
+                raise UserError("the warm-up and decay_fraction are more than max_steps together (shorten one of them)")
+            require(self, "warmup_steps", lambda x: x <= self.max_steps, f"more than max_steps={self.max_steps}")
+        if self.schedule == "linear" and self.decay_fraction != TrainConfig.decay_fraction:
+            raise UserError("decay_fraction: means nothing with schedule=linear (only with wsd)")
         if self.global_batch_size % world_size:
             raise UserError(f"global_batch_size={self.global_batch_size} is not a multiple of {world_size} processes")
         if self.activation_checkpointing and self.compile:
             raise UserError("--activation_checkpointing and --compile: not both (leave one out)")
         if 0 < self.micro_batch_tokens < self.seq_length:
-            raise UserError(
-                f"micro_batch_tokens={self.micro_batch_tokens} is less than seq_length={self.seq_length} "
-                "(one sample must fit; 0 chooses for you)"
-            )
+            small = f"micro_batch_tokens={self.micro_batch_tokens} is less than seq_length={self.seq_length}"
+            raise UserError(f"{small} (one sample must fit; 0 chooses for you)")
         if self.model == "bert" and self.seq_length > MAX_POSITIONS:
             raise UserError(f"seq_length={self.seq_length}: BERT has {MAX_POSITIONS} positions (mosaicbert has no limit)")
 
