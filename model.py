@@ -232,6 +232,8 @@ class BertLayer(nn.Module):
 class BertEncoder(nn.Module):
     """Token ids to hidden states: pads once on entry, and returns the flat rows that are asked for."""
 
+    fp8 = None  # only MosaicBERT's
+
     def __init__(self, cfg, vocab_size, pad_id):
         super().__init__()
         C = cfg.hidden_size

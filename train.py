@@ -238,8 +238,8 @@ def update(model, optimizers, cfg, step, keep_memory=False, all_finite=None):
     return grad_norm
 
 
-def train_step(model, optimizers, batches, cfg, process, step, asked_to_stop=False, graphed=None, fp8=None):
-    """One optimizer step on all processes' micro-batches. graphed: see graph_gradients. fp8: the model's Scales, or None.
+def train_step(model, optimizers, batches, cfg, process, step, asked_to_stop=False, graphed=None):
+    """One optimizer step on all processes' micro-batches. graphed: see graph_gradients.
 
     Returns (this process's share of the loss, gradient norm, how many processes were asked to stop), on the device.
     """
@@ -248,6 +248,7 @@ def train_step(model, optimizers, batches, cfg, process, step, asked_to_stop=Fal
     counts = torch.tensor(counts, pin_memory=process.device.type == "cuda").to(process.device, non_blocking=True)
     num_masked, asked = process.all_reduce(counts).unbind()
     loss = forward_backward(model, batches, num_masked.clamp(min=1), cfg, process, step, graphed)
+    fp8 = getattr(model, "module", model).bert.fp8  # the Scales of the model inside DDP, or None
     all_finite = fp8.update(process.all_reduce_max) if fp8 else None
     return loss, update(model, optimizers, cfg, step, graphed is not None, all_finite), asked
 
@@ -292,6 +293,8 @@ def wrap(model, cfg, process, samples):
             loss = model(batch)
         loss.backward()
         model.zero_grad()
+        if cfg.fp8:
+            model.module.bert.fp8.slots.zero_()  # what it saw in this pass
     return model
 
 
@@ -300,16 +303,15 @@ def wrap(model, cfg, process, samples):
 
 
 @torch.no_grad()
-def evaluate(model, samples, cfg, process, micro_batch_tokens, watchdog, most_samples=math.inf):
-    """Loss and accuracy over held-out samples with fixed masks, the work shared by all processes.
+def evaluate(model, samples, process, micro_batch_tokens, watchdog, most_samples):
+    """Loss and accuracy over the first held-out samples with fixed masks, the work shared by all processes.
 
     Returns {"loss", "accuracy", "num_masked", "majority_accuracy"}; the last is the accuracy of always guessing the
     token that is masked most often. The same for any number of processes, up to the order of a sum. None when a process
     was asked to stop.
     """
     model.eval()
-    count = min(cfg.eval_samples or len(samples), len(samples), most_samples)
-    order, epochs = samples.order(np.arange(count), EVAL_SEED)
+    order, epochs = samples.order(np.arange(most_samples), EVAL_SEED)
     parts = samples.parts(order, micro_batch_tokens, process.rank, process.world_size, equal=False)
     batches = ((order[part], epochs[part], EVAL_SEED, EVAL_MASK_PROB) for part in parts)
     totals = torch.zeros(4, dtype=torch.float64, device=process.device)
@@ -390,8 +392,8 @@ def samples_of(samples, cfg, micro_batch_tokens, world_size, step, ranks):
     return [sample for part in sum(parts, []) for sample in chosen[part].tolist()]
 
 
-def skipped_updates(report, step, state, find_samples):
-    """Yield (text, log record) for each update that was skipped in a report up to `step`, and count it in `state`.
+def report_skipped(report, step, state, find_samples, say, log):
+    """Print and log each update that was skipped in a report up to `step`, and count it in `state`.
 
     find_samples(step, ranks): see samples_of. Raises: UserError, in all processes alike, after too many in a row.
     """
@@ -406,8 +408,8 @@ def skipped_updates(report, step, state, find_samples):
         where = ", ".join(f"the loss {loss} on rank {rank}" for rank, loss in losses.items()) or "the loss finite"
         samples = find_samples(this_step, losses or range(len(report.losses)))
         shown = ", ".join(map(str, samples[:20])) + (f" and {len(samples) - 20} more" if len(samples) > 20 else "")
-        text = f"step {this_step}: update skipped, the gradient norm is {grad_norm}, {where}; training samples {shown}"
-        yield text, {"step": this_step, "ranks": list(losses), "samples": samples}
+        say(f"step {this_step}: update skipped, the gradient norm is {grad_norm}, {where}; training samples {shown}")
+        log("skipped", step=this_step, ranks=list(losses), samples=samples)
         if state["skipped_in_a_row"] > MAX_SKIPPED_IN_A_ROW:
             hint = "checkpoints are intact; try a lower --lr in another --out_dir"
             raise UserError(f"step {this_step}: {state['skipped_in_a_row']} updates in a row were not finite ({hint})")
@@ -499,7 +501,6 @@ def resume(cfg, process, samples, model, optimizers):
     path or None; whether its evaluation is missing).
     """
     state = {"step": 0, "tokens": 0, "samples": 0, "seconds": 0.0}  # since the first step, resumes included
-    state |= {"gpu_seconds": None}  # the same, times the processes that each second had
     state |= {"skipped": 0, "skipped_in_a_row": 0}  # updates that were not finite
     found, eval_missing = None, False
     # A run keeps the warm-up that it began with, and a budget's plan, whatever max_steps is now.
@@ -522,8 +523,8 @@ def resume(cfg, process, samples, model, optimizers):
         cfg.warmup_steps = warmup_of(cfg) if cfg.max_steps else budget.WARMUP_STEPS
     if found:
         checkpoint.restore(found, state, model, optimizers, process)
-    if state["gpu_seconds"] is None:
-        state["gpu_seconds"] = state["seconds"] * process.world_size  # earlier code did not count
+    # The same seconds times the processes that each of them had. Earlier code did not count.
+    state.setdefault("gpu_seconds", state["seconds"] * process.world_size)
     return cfg, state, found, eval_missing
 
 
@@ -560,21 +561,18 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
     optimizers = make_optimizers(raw_model, cfg)
     if budget.seconds_of(cfg, world_size) and cfg.max_steps != TrainConfig.max_steps:
         say(f"max_steps={cfg.max_steps:,} does not count: the budget decides")
-    if cfg.dry_run:
-        resumed, *_ = resume(cfg, process, train_samples, raw_model, optimizers)  # an error, if out_dir holds another run
-        print_warnings(resumed, process, num_params, len(train_samples))
-        if cfg.init_from:
-            say(checkpoint.start_from(raw_model, cfg.init_from, train_samples.tokenizer_text))
-        flops = partial(matrix_flops, cfg, vocab_size)
-        estimate.print_estimate(cfg, process, backend, num_params, train_samples, num_val, micro_batch_tokens, flops)
-        return
-    cfg, state, resumed_from, eval_missing = resume(cfg, process, train_samples, raw_model, optimizers)
+    planned, state, resumed_from, eval_missing = resume(cfg, process, train_samples, raw_model, optimizers)
     started = None
     if cfg.init_from and not resumed_from:
         started = checkpoint.start_from(raw_model, cfg.init_from, train_samples.tokenizer_text)
         say(started)
+    if cfg.dry_run:
+        print_warnings(planned, process, num_params, len(train_samples))
+        flops = partial(matrix_flops, cfg, vocab_size)
+        estimate.print_estimate(cfg, process, backend, num_params, train_samples, num_val, micro_batch_tokens, flops)
+        return
 
-    dtype, name = str(process.dtype).removeprefix("torch."), processes.device_name(device)
+    cfg, dtype, name = planned, str(process.dtype).removeprefix("torch."), processes.device_name(device)
     also = " and FP8 (mfu is of the bfloat16 peak)" if cfg.fp8 else ""
     say(
         f"{cfg.model}, {num_params:,} parameters, on {world_size} x {name}: {dtype}{also}, {backend} kernels, "
@@ -584,14 +582,20 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
         say(f"resuming from {resumed_from}")
     elif os.path.exists(os.path.join(cfg.out_dir, "log.jsonl")):
         say(f"{cfg.out_dir}: holds no checkpoint, so the run and its log begin again")
-    evaluation = partial(evaluate, raw_model, val_samples, cfg, process, micro_batch_tokens, watchdog)
+    evaluation = partial(evaluate, raw_model, val_samples, process, micro_batch_tokens, watchdog)
+
+    def evaluated(step):
+        """Evaluate and report; False if a process was asked to stop."""
+        if result := evaluation(most_samples=num_val):
+            say(eval_line(step, result))
+            run.log("eval", step=step, **result)
+        return result is not None
+
     if cfg.eval_only:
         if not (resumed_from or cfg.init_from):
             raise UserError(f"{cfg.out_dir}: no checkpoint to evaluate (train first, or give --init_from)")
-        result = evaluation()
-        if result is None:
+        if not evaluated(state["step"]):
             watchdog.leave(process)
-        say(eval_line(state["step"], result))
         return
     if cfg.max_steps and state["step"] >= cfg.max_steps and not eval_missing:
         hint = f"to train on, give --init_from={cfg.out_dir} and another --out_dir"
@@ -599,9 +603,6 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
         return
     print_warnings(cfg, process, num_params, len(train_samples))
     model = wrap(raw_model, cfg, process, train_samples)
-    scales = raw_model.bert.fp8 if cfg.fp8 else None
-    if scales:
-        scales.restore(state.get("fp8_largest"))
     model.train()
     graphed = graph_gradients(model, cfg, process, backend, micro_batch_tokens)
     model.register_forward_hook(watchdog.progress)
@@ -609,25 +610,12 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
     say(f"log and checkpoints: {cfg.out_dir}")
     run.begin(state["step"], saved_config(cfg, train_samples), train_samples.tokenizer_text)
     run.log(
-        "start",
-        time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        config=dataclasses.asdict(cfg),
-        **versions(),
-        device=name,
-        num_params=num_params,
-        world_size=world_size,
-        kernels=backend,
-        dtype=dtype,
-        micro_batch_tokens=micro_batch_tokens,
-        resumed_from=resumed_from,
-        init=started,
-    )
-    if eval_missing:
-        result = evaluation()
-        if result is None:
-            watchdog.leave(process)
-        say(eval_line(state["step"], result))
-        run.log("eval", step=state["step"], **result)
+        "start", time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), config=dataclasses.asdict(cfg),
+        **versions(), device=name, num_params=num_params, world_size=world_size, kernels=backend, dtype=dtype,
+        micro_batch_tokens=micro_batch_tokens, resumed_from=resumed_from, init=started,
+    )  # fmt: skip
+    if eval_missing and not evaluated(state["step"]):
+        watchdog.leave(process)
 
     planner = budget.Planner(cfg, state, process)
     tracer = trace.Tracer(cfg.profile if process.rank == 0 else "", cfg.out_dir, say)
@@ -640,7 +628,7 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
         watchdog.at(step)
         tracer.at(step)
         asked = watchdog.signal > 0
-        loss, grad_norm, asked = train_step(model, optimizers, batches, cfg, process, step, asked, graphed, scales)
+        loss, grad_norm, asked = train_step(model, optimizers, batches, cfg, process, step, asked, graphed)
         report.add(cfg, vocab_size, batches, loss, grad_norm)
 
         last, stop = step == cfg.max_steps, watchdog.all_stop(asked)
@@ -651,9 +639,7 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
             continue
 
         report.gather(process)
-        for text, record in skipped_updates(report, step, state, find_samples):
-            say(text)
-            run.log("skipped", **record)
+        report_skipped(report, step, state, find_samples, say, run.log)
         state["step"] = step
         state["tokens"] += report.tokens
         state["samples"] += report.num_steps * cfg.global_batch_size
@@ -666,11 +652,7 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
             since = since or record  # after the step that compiled
             say(progress_line(cfg, record, report, since))
         if eval_now:
-            result = evaluation()
-            stop = result is None  # a process was asked to stop
-            if result:
-                say(eval_line(step, result))
-                run.log("eval", step=step, **result)
+            stop = not evaluated(step)
         planner.add(step, report, state["seconds"])
         if planner.ends(step):
             cfg.max_steps = planner.plan(state["seconds"], run)
@@ -679,9 +661,7 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
         if save_now or stop:
             checkpoint.compare_parameters(raw_model, process, step)
             count_time(state, started_at, process)
-            if scales:
-                state["fp8_largest"] = scales.largest.tolist()
-            saver.save(state, raw_model, optimizers, saved_config(cfg, train_samples), train_samples.tokenizer_text)
+            saver.save(state, raw_model, optimizers)
         if planner.saves(step) and not stop:
             planner.time_rest(evaluation, num_val, saver)
         if stop:
