@@ -463,8 +463,7 @@ def prepare(cfg, plan, units, given):
     unit_bytes = [sum(segment.size for segment in unit) for unit in units]
     little = cfg.max_docs or sum(unit_bytes) <= HASHED_BYTES
     little = little and not any(segment.split for segment in plan["sources"])
-    hashed = bool(cfg.val_docs or cfg.dedup or little)
-    if hashed:  # a task needs everybody's hashes: it does what is still missing after its own share
+    if cfg.val_docs or cfg.dedup or little:  # a task needs everybody's hashes, and makes the missing ones after its own
         first_own = sorted(range(len(units)), key=lambda number: number not in own)
         run_units(hash_unit, hash_path, first_own, units, cfg, Progress(sum(unit_bytes)))
         if not any(len(load_hashes(out, number)[0]) for number in range(len(units))):
