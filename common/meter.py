@@ -26,6 +26,7 @@ class Meter:
         self.begin()
 
     def begin(self):
+        """Measure the speed from here on."""
         self.losses, self.grad_norms = [], []
         self.masked, self.tokens, self.flops, self.start = 0, 0, 0, time.perf_counter()
 

@@ -221,7 +221,10 @@ def similar(path):
 
 
 def require(cfg, names, holds, text):
-    """Raises: UserError with `text` for the first of these options, such as "lr mask_prob", whose value does not fit holds."""
+    """Check options. names: theirs, with blanks between them. holds(value): whether it can be. text: what is wrong if not.
+
+    Raises: UserError for the first that cannot be.
+    """
     for name in names.split():
         if not holds(value := getattr(cfg, name)):
             raise UserError(f"{name}={value}: {text}")
