@@ -4,7 +4,7 @@
     out_dir/step_00001000/
         model.safetensors      the weights and nothing else: equal weights give equal bytes
         optimizer.safetensors  the optimizers' moments, under the weights' names
-        state.json             step, and the counters of the log
+        state.json             step, the counters of the log, and the magnitudes that FP8's scales follow from
         config.json            every option of the run, and the size of its vocabulary
         tokenizer.json
         digests.json           size and sha256 of each file above
@@ -129,7 +129,7 @@ class Saver:
             text = f"{gigabytes(free, 2)} free, but checkpoints will take {gigabytes(needed, 2)} more"
             raise UserError(f"{path}: {text} ({hint})")
 
-    def save(self, state, model, optimizers, config, tokenizer_text):
+    def save(self, state, model, optimizers):
         """Copy a checkpoint now, and write it while training continues.
 
         Raises: UserError when the one before could not be written.
@@ -138,11 +138,9 @@ class Saver:
             return
         self.wait()
         tensors = {"model.safetensors": weights_of(model), "optimizer.safetensors": moments_of(model, optimizers)}
-        texts = {
-            "state.json": json.dumps(state, indent=1),
-            "config.json": json.dumps(config, indent=1),
-            "tokenizer.json": tokenizer_text,
-        }
+        if model.bert.fp8:
+            state = {**state, "fp8_largest": model.bert.fp8.largest.tolist()}
+        texts = {"state.json": json.dumps(state, indent=1), **self.run.texts}
         self.begun = state["step"]
         self.saving = self.thread.submit(self.write, state["step"], *snapshot(tensors), texts)
 
@@ -432,6 +430,8 @@ def restore(path, state, model, optimizers, process):
             tensor.copy_(saved[name])
         state.update(read_json(os.path.join(path, "state.json"), "not a checkpoint of train.py"))
     state.update(process.broadcast(state))
+    if model.bert.fp8 and "fp8_largest" in state:  # --eval_only may load a run without
+        model.bert.fp8.restore(state["fp8_largest"])
     for tensor in (*weights_of(model).values(), *moments.values()):
         process.broadcast_tensor(tensor)
     for optimizer in optimizers:

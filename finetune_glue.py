@@ -38,7 +38,7 @@ from common.glue import GLUE_TASKS, Task, part_of, read_task
 from common.hub import check_hub_id
 from common.labelled import write_table
 from common.metrics import METRICS, as_text, ci95
-from common.options import UserError, command, load_config
+from common.options import UserError, command, load_config, require
 from common.processes import Process, device_name, memory_of, pick_device
 from common.run_directory import RunDirectory, pretraining_cost
 from common.versions import versions
@@ -80,16 +80,12 @@ class FineTuneConfig:
         for name, hint in (("checkpoint", "a run directory, such as out/base"), ("out", "a directory for results")):
             if not getattr(self, name):
                 raise UserError(f"--{name}: not given ({hint})")
-        for name, least in {"seeds": 0, "epochs": 0, "batch_size": 0, "skip_bad_lines": 0, "jobs": 1}.items():
-            if getattr(self, name) < least:
-                raise UserError(f"{name}={getattr(self, name)}: must be at least {least}")
-        if not 5 <= self.max_length <= LONGEST:
-            raise UserError(f"max_length={self.max_length}: must be 5 to {LONGEST} (attention grows with its square)")
-        if not 0 <= self.lr <= 1:
-            raise UserError(f"lr={self.lr}: must be between 0 and 1")
-        for name in ("warmup_fraction", "dropout"):
-            if getattr(self, name) >= 1:
-                raise UserError(f"{name}={getattr(self, name)}: must be below 1")
+        require(self, "seeds epochs batch_size skip_bad_lines", lambda x: x >= 0, "must be at least 0")
+        require(self, "jobs", lambda x: x >= 1, "must be at least 1")
+        hint = "attention grows with its square"
+        require(self, "max_length", lambda x: 5 <= x <= LONGEST, f"must be 5 to {LONGEST} ({hint})")
+        require(self, "lr", lambda x: 0 <= x <= 1, "must be between 0 and 1")
+        require(self, "warmup_fraction dropout", lambda x: x < 1, "must be below 1")
         if os.path.exists(os.path.join(self.out, "log.jsonl")):
             raise UserError(f"{self.out}: holds a pretraining run (choose another --out)")
 

@@ -32,7 +32,7 @@ from torch import nn
 
 import kernels
 from common.batch import Batch, pack
-from common.options import UserError
+from common.options import UserError, require
 
 LAYER_NORM_EPS = 1e-12  # MosaicBERT's everywhere, and BERT's own
 INIT_STD = 0.02
@@ -55,17 +55,11 @@ class ModelConfig:
 
     def check_model(self):
         """Raises: UserError for sizes that no model can have."""
-        for name in ("hidden_size", "num_layers", "num_heads", "intermediate_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)}: must be at least 1")
+        require(self, "hidden_size num_layers num_heads intermediate_size", lambda x: x >= 1, "must be at least 1")
         for name, most in {"hidden_size": 2**16, "num_layers": 2**12, "intermediate_size": 2**18}.items():
-            if getattr(self, name) > most:
-                raise UserError(f"{name}={getattr(self, name)}: at most {most} (no GPU could hold it)")
-        for name in ("hidden_dropout", "attention_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)}: must be at least 0 and below 1")
-        if not 0 < self.layer_norm_eps < 1:
-            raise UserError(f"layer_norm_eps={self.layer_norm_eps}: must be above 0 and below 1")
+            require(self, name, lambda x: x <= most, f"at most {most} (no GPU could hold it)")
+        require(self, "hidden_dropout attention_dropout", lambda x: 0 <= x < 1, "must be at least 0 and below 1")
+        require(self, "layer_norm_eps", lambda x: 0 < x < 1, "must be above 0 and below 1")
         if self.hidden_size % self.num_heads:
             raise UserError(f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}")
         if self.model == "mosaicbert" and self.attention_dropout > 0:
@@ -237,6 +231,8 @@ class BertLayer(nn.Module):
 
 class BertEncoder(nn.Module):
     """Token ids to hidden states: pads once on entry, and returns the flat rows that are asked for."""
+
+    fp8 = None  # only MosaicBERT's
 
     def __init__(self, cfg, vocab_size, pad_id):
         super().__init__()

@@ -33,7 +33,7 @@ from common.corpus_report import FILL_LENGTHS, NUM_LONGEST, most_changed, no_tex
 from common.files import file_digest, gigabytes, lock_directory, read_json, whole_file, write_once, write_text
 from common.hashes import find_duplicates, hash_path, is_held_out, load_hashes, save_hashes, text_hash, val_threshold
 from common.lines import split_suffixes
-from common.options import UserError, command, hint_for, load_config, stoppable
+from common.options import UserError, command, hint_for, load_config, require, stoppable
 from common.sources import Segment, documents, list_segments, versions
 from common.vocabulary import beginning, encode, letters, load_tokenizer, read_tokenizer, special_names, train_tokenizer
 from common.vocabulary import unknown_characters
@@ -79,16 +79,10 @@ class PrepareConfig:
         for name in ("source", "out"):
             if not getattr(self, name):
                 raise UserError(f"--{name}: not given (--help lists the options)")
-        for name in ("max_docs", "skip_bad_lines", "val_docs", "max_doc_tokens"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)}: must not be negative")
-        for name in ("shard_tokens", "workers"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)}: must be at least 1")
-        if not 0 <= self.val_fraction < 1:
-            raise UserError(f"val_fraction={self.val_fraction}: must be at least 0 and below 1")
-        if self.train_tokenizer and self.train_tokenizer < 100:
-            raise UserError(f"train_tokenizer={self.train_tokenizer}: a vocabulary needs at least 100 entries (0: none)")
+        require(self, "max_docs skip_bad_lines val_docs max_doc_tokens", lambda x: x >= 0, "must not be negative")
+        require(self, "shard_tokens workers", lambda x: x >= 1, "must be at least 1")
+        require(self, "val_fraction", lambda x: 0 <= x < 1, "must be at least 0 and below 1")
+        require(self, "train_tokenizer", lambda x: x == 0 or x >= 100, "a vocabulary needs at least 100 entries (0: none)")
         if self.strip_accents and not self.train_tokenizer:
             raise UserError("strip_accents: only with --train_tokenizer (an existing vocabulary has its own rule)")
         if self.train_tokenizer and self.tokenizer != PrepareConfig.tokenizer:
@@ -469,8 +463,7 @@ def prepare(cfg, plan, units, given):
     unit_bytes = [sum(segment.size for segment in unit) for unit in units]
     little = cfg.max_docs or sum(unit_bytes) <= HASHED_BYTES
     little = little and not any(segment.split for segment in plan["sources"])
-    hashed = bool(cfg.val_docs or cfg.dedup or little)
-    if hashed:  # a task needs everybody's hashes: it does what is still missing after its own share
+    if cfg.val_docs or cfg.dedup or little:  # a task needs everybody's hashes, and makes the missing ones after its own
         first_own = sorted(range(len(units)), key=lambda number: number not in own)
         run_units(hash_unit, hash_path, first_own, units, cfg, Progress(sum(unit_bytes)))
         if not any(len(load_hashes(out, number)[0]) for number in range(len(units))):

@@ -15,7 +15,6 @@ import dataclasses
 import datetime
 import math
 import os
-import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +29,8 @@ from checkpoint import Saver
 from common import budget, estimate, processes, trace
 from common.compiled import compiled
 from common.cuda_graphs import GraphedStep
-from common.options import UserError, command, load_config
+from common.meter import Meter
+from common.options import UserError, command, load_config, require
 from common.run_directory import RunDirectory, was_evaluated
 from common.versions import versions
 from data import EVAL_SEED, hash64, open_samples, prefetch
@@ -39,7 +39,6 @@ from optim import make_optimizers
 
 EVAL_MASK_PROB = 0.15  # as BERT was trained and evaluated, whatever rate this run trains with
 TARGET_LOG_SECONDS = 10  # between log lines, with log_interval=0
-MAX_SKIPPED_IN_A_ROW = 10  # updates that were not finite
 MANY_EPOCHS, LARGE_FOR_CPU = 200, 20_000_000  # warn above so many epochs, and so many parameters on a CPU
 MOST_GRAPHED_TOKENS = 65536  # of a micro-batch: with more, the GPU is the slower one in any case
 BUCKET_MB = 1000  # gradients per all-reduce. On one host overlapping them with backward costs more than it hides
@@ -100,45 +99,34 @@ class TrainConfig(ModelConfig):
     def check(self, world_size):
         """Raises: UserError for values that make no sense."""
         self.check_model()
-        at_least = {
-            "max_steps": 1, "global_batch_size": 1, "seq_length": 3, "micro_batch_tokens": 0, "eval_interval": 0,
-            "eval_samples": 0, "log_interval": 0, "checkpoint_interval": 1, "keep_checkpoints": 1, "warmup_steps": 0,
-            "price_per_gpu_hour": 0, "weight_decay": 0, "seed": 0, "max_grad_norm": 0, "hang_timeout": 0,
-        }  # fmt: skip
-        for name, least in at_least.items():
-            if getattr(self, name) < least:
-                raise UserError(f"{name}={getattr(self, name)}: must be at least {least}")
-        if self.seed >= 2**63:
-            raise UserError(f"seed={self.seed}: must be below 2^63")
-        for name in ("lr", "adam_eps", "mask_prob"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name}={getattr(self, name)}: must be above 0")
-        for name in ("lr", "mask_prob", "final_mask_prob", "warmup_fraction", "decay_fraction", "final_lr_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name}={getattr(self, name)}: must be between 0 and 1")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)}: must be at least 0 and below 1")
-        if self.schedule == "wsd" and (self.warmup_steps / self.max_steps or self.warmup_fraction) + self.decay_fraction > 1:
-            if not budget.seconds_of(self, world_size):
-                raise UserError("the warm-up and decay_fraction are more than max_steps together (shorten one of them)")
-        if self.schedule == "linear" and self.decay_fraction != TrainConfig.decay_fraction:
-            raise UserError("decay_fraction: means nothing with schedule=linear (only with wsd)")
+        require(self, "seq_length", lambda x: x >= 3, "must be at least 3")
+        names = "max_steps global_batch_size checkpoint_interval keep_checkpoints"
+        require(self, names, lambda x: x >= 1, "must be at least 1")
+        names = "micro_batch_tokens eval_interval eval_samples log_interval warmup_steps price_per_gpu_hour weight_decay"
+        require(self, f"{names} seed max_grad_norm hang_timeout", lambda x: x >= 0, "must be at least 0")
+        require(self, "seed", lambda x: x < 2**63, "must be below 2^63")
+        require(self, "lr adam_eps mask_prob", lambda x: x > 0, "must be above 0")
+        names = "lr mask_prob final_mask_prob warmup_fraction decay_fraction final_lr_fraction"
+        require(self, names, lambda x: 0 <= x <= 1, "must be between 0 and 1")
+        require(self, "beta1 beta2", lambda x: 0 <= x < 1, "must be at least 0 and below 1")
         if not self.out_dir:
             raise UserError("out_dir: empty (the directory for log and checkpoints)")
         trace.first_and_last(self.profile)
         budget.check(self)
-        if self.warmup_steps > self.max_steps and not budget.seconds_of(self, world_size):
-            raise UserError(f"warmup_steps={self.warmup_steps}: more than max_steps={self.max_steps}")
+        if not budget.seconds_of(self, world_size):  # with a budget, max_steps is not known yet
+            warmup = self.warmup_steps / self.max_steps or self.warmup_fraction
+            if self.schedule == "wsd" and warmup + self.decay_fraction > 1:
+                raise UserError("the warm-up and decay_fraction are more than max_steps together (shorten one of them)")
+            require(self, "warmup_steps", lambda x: x <= self.max_steps, f"more than max_steps={self.max_steps}")
+        if self.schedule == "linear" and self.decay_fraction != TrainConfig.decay_fraction:
+            raise UserError("decay_fraction: means nothing with schedule=linear (only with wsd)")
         if self.global_batch_size % world_size:
             raise UserError(f"global_batch_size={self.global_batch_size} is not a multiple of {world_size} processes")
         if self.activation_checkpointing and self.compile:
             raise UserError("--activation_checkpointing and --compile: not both (leave one out)")
         if 0 < self.micro_batch_tokens < self.seq_length:
-            raise UserError(
-                f"micro_batch_tokens={self.micro_batch_tokens} is less than seq_length={self.seq_length} "
-                "(one sample must fit; 0 chooses for you)"
-            )
+            small = f"micro_batch_tokens={self.micro_batch_tokens} is less than seq_length={self.seq_length}"
+            raise UserError(f"{small} (one sample must fit; 0 chooses for you)")
         if self.model == "bert" and self.seq_length > MAX_POSITIONS:
             raise UserError(f"seq_length={self.seq_length}: BERT has {MAX_POSITIONS} positions (mosaicbert has no limit)")
 
@@ -249,8 +237,8 @@ def update(model, optimizers, cfg, step, keep_memory=False, all_finite=None):
     return grad_norm
 
 
-def train_step(model, optimizers, batches, cfg, process, step, asked_to_stop=False, graphed=None, fp8=None):
-    """One optimizer step on all processes' micro-batches. graphed: see graph_gradients. fp8: the model's Scales, or None.
+def train_step(model, optimizers, batches, cfg, process, step, asked_to_stop=False, graphed=None):
+    """One optimizer step on all processes' micro-batches. graphed: see graph_gradients.
 
     Returns (this process's share of the loss, gradient norm, how many processes were asked to stop), on the device.
     """
@@ -259,6 +247,7 @@ def train_step(model, optimizers, batches, cfg, process, step, asked_to_stop=Fal
     counts = torch.tensor(counts, pin_memory=process.device.type == "cuda").to(process.device, non_blocking=True)
     num_masked, asked = process.all_reduce(counts).unbind()
     loss = forward_backward(model, batches, num_masked.clamp(min=1), cfg, process, step, graphed)
+    fp8 = getattr(model, "module", model).bert.fp8  # the Scales of the model inside DDP, or None
     all_finite = fp8.update(process.all_reduce_max) if fp8 else None
     return loss, update(model, optimizers, cfg, step, graphed is not None, all_finite), asked
 
@@ -288,6 +277,13 @@ def make_batches(samples, cfg, process, micro_batch_tokens, step):
     return step, [batch.pinned_for(process.device) for batch in batches]
 
 
+def samples_of(samples, cfg, micro_batch_tokens, world_size, step, ranks):
+    """The numbers of the training samples that these processes have in a step, as a list."""
+    chosen, _ = samples.of_step(step - 1, cfg.global_batch_size, cfg.seed)
+    parts = [samples.parts(chosen, micro_batch_tokens, rank, world_size) for rank in ranks]
+    return [sample for part in sum(parts, []) for sample in chosen[part].tolist()]
+
+
 def wrap(model, cfg, process, samples):
     """`model` as it is trained: compiled if asked for, and under DistributedDataParallel in a run of several processes."""
     if cfg.compile:
@@ -303,6 +299,8 @@ def wrap(model, cfg, process, samples):
             loss = model(batch)
         loss.backward()
         model.zero_grad()
+        if cfg.fp8:
+            model.module.bert.fp8.slots.zero_()  # what it saw in this pass
     return model
 
 
@@ -311,16 +309,15 @@ def wrap(model, cfg, process, samples):
 
 
 @torch.no_grad()
-def evaluate(model, samples, cfg, process, micro_batch_tokens, watchdog, most_samples=math.inf):
-    """Loss and accuracy over held-out samples with fixed masks, the work shared by all processes.
+def evaluate(model, samples, process, micro_batch_tokens, watchdog, most_samples):
+    """Loss and accuracy over the first held-out samples with fixed masks, the work shared by all processes.
 
     Returns {"loss", "accuracy", "num_masked", "majority_accuracy"}; the last is the accuracy of always guessing the
     token that is masked most often. The same for any number of processes, up to the order of a sum. None when a process
     was asked to stop.
     """
     model.eval()
-    count = min(cfg.eval_samples or len(samples), len(samples), most_samples)
-    order, epochs = samples.order(np.arange(count), EVAL_SEED)
+    order, epochs = samples.order(np.arange(most_samples), EVAL_SEED)
     parts = samples.parts(order, micro_batch_tokens, process.rank, process.world_size, equal=False)
     batches = ((order[part], epochs[part], EVAL_SEED, EVAL_MASK_PROB) for part in parts)
     totals = torch.zeros(4, dtype=torch.float64, device=process.device)
@@ -345,14 +342,12 @@ def evaluate(model, samples, cfg, process, micro_batch_tokens, watchdog, most_sa
     loss_sum, num_correct, num_masked, asked_to_stop, num_most_masked = processes.to_host(numbers).tolist()
     if asked_to_stop:
         return None
-    if num_masked == 0:
-        return {"loss": None, "accuracy": None, "num_masked": 0, "majority_accuracy": None}
-    return {
-        "loss": loss_sum / num_masked,
-        "accuracy": num_correct / num_masked,
-        "num_masked": int(num_masked),
-        "majority_accuracy": num_most_masked / num_masked,
-    }
+
+    def share(value):
+        return value / num_masked if num_masked else None
+
+    loss, accuracy, majority_accuracy = map(share, (loss_sum, num_correct, num_most_masked))
+    return {"loss": loss, "accuracy": accuracy, "num_masked": int(num_masked), "majority_accuracy": majority_accuracy}
 
 
 def eval_line(step, result):
@@ -362,130 +357,6 @@ def eval_line(step, result):
         f"step {step}: held-out loss {result['loss']:.4f}, accuracy {result['accuracy']:.1%} of "
         f"{result['num_masked']:,} masked tokens (always guessing the most frequent: {result['majority_accuracy']:.1%})"
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The log
-
-
-class Report:
-    """The steps since the last report. Losses and gradient norms stay on the device, so that nothing waits for them."""
-
-    def __init__(self):
-        self.losses, self.grad_norms = [], []
-        self.masked, self.tokens, self.flops, self.start = 0, 0, 0, time.perf_counter()
-
-    def add(self, cfg, vocab_size, batches, loss, grad_norm):
-        self.losses.append(loss)
-        self.grad_norms.append(grad_norm)
-        self.masked = sum(batch.num_masked for batch in batches)  # of the last step
-        self.tokens += sum(batch.num_tokens for batch in batches)
-        for batch in batches:
-            self.flops += matrix_flops(cfg, vocab_size, batch.num_tokens, batch.sum_squared_lengths, batch.num_masked)
-
-    def gather(self, process):
-        """Bring all processes' figures to all of them, so that they decide alike. Waits for the GPU."""
-        n = self.num_steps = len(self.losses)
-        counts = [self.masked, self.tokens, self.flops, time.perf_counter() - self.start]
-        rows = process.gather([*self.losses, *self.grad_norms, *counts])
-        self.seconds = time.perf_counter() - self.start  # the GPU may have been a step or two behind
-        self.losses, self.grad_norms = [row[:n] for row in rows], rows[0][n : 2 * n]  # losses: each rank's share of each step
-        self.masked, self.tokens, self.flops = (int(sum(row[2 * n + i] for row in rows)) for i in range(3))
-        self.steps_per_second = n / rows[0][-1]  # by rank 0's clock, the same in all processes
-
-
-def samples_of(samples, cfg, micro_batch_tokens, world_size, step, ranks):
-    """The numbers of the training samples that these processes have in a step, as a list."""
-    chosen, _ = samples.of_step(step - 1, cfg.global_batch_size, cfg.seed)
-    parts = [samples.parts(chosen, micro_batch_tokens, rank, world_size) for rank in ranks]
-    return [sample for part in sum(parts, []) for sample in chosen[part].tolist()]
-
-
-def skipped_updates(report, step, state, find_samples):
-    """Yield (text, log record) for each update that was skipped in a report up to `step`, and count it in `state`.
-
-    find_samples(step, ranks): see samples_of. Raises: UserError, in all processes alike, after too many in a row.
-    """
-    for i, grad_norm in enumerate(report.grad_norms):
-        this_step = step - report.num_steps + 1 + i
-        if math.isfinite(grad_norm):
-            state["skipped_in_a_row"] = 0
-            continue
-        state["skipped"] += 1
-        state["skipped_in_a_row"] += 1
-        losses = {rank: shares[i] for rank, shares in enumerate(report.losses) if not math.isfinite(shares[i])}
-        where = ", ".join(f"the loss {loss} on rank {rank}" for rank, loss in losses.items()) or "the loss finite"
-        samples = find_samples(this_step, losses or range(len(report.losses)))
-        shown = ", ".join(map(str, samples[:20])) + (f" and {len(samples) - 20} more" if len(samples) > 20 else "")
-        text = f"step {this_step}: update skipped, the gradient norm is {grad_norm}, {where}; training samples {shown}"
-        yield text, {"step": this_step, "ranks": list(losses), "samples": samples}
-        if state["skipped_in_a_row"] > MAX_SKIPPED_IN_A_ROW:
-            hint = "checkpoints are intact; try a lower --lr in another --out_dir"
-            raise UserError(f"step {this_step}: {state['skipped_in_a_row']} updates in a row were not finite ({hint})")
-
-
-def finite(value):
-    """For the log: JSON has no NaN."""
-    return value if math.isfinite(value) else None
-
-
-def count_time(state, started_at, process):
-    """Bring the seconds in `state` up to now."""
-    seconds = time.perf_counter() - started_at
-    state["gpu_seconds"] += (seconds - state["seconds"]) * process.world_size
-    state["seconds"] = seconds
-
-
-def cost(cfg, state):
-    """GPU-hours and dollars so far, for the log; None where there is no price."""
-    gpu_hours = state["gpu_seconds"] / 3600
-    return {"gpu_hours": gpu_hours, "dollars": gpu_hours * cfg.price_per_gpu_hour if cfg.price_per_gpu_hour else None}
-
-
-def train_record(report, cfg, state, process, num_params):
-    """The log's train record for a report's steps."""
-    peak, rate = estimate.peak_flops(process.device), 1 / report.seconds / process.world_size
-    return {
-        "step": state["step"],
-        "loss": finite(sum(shares[-1] for shares in report.losses)) if report.masked else None,
-        "lr": lr_at(cfg, state["step"]),
-        "grad_norm": finite(report.grad_norms[-1]),
-        "skipped": state["skipped"],
-        "tokens": state["tokens"],
-        "samples": state["samples"],
-        "seconds": round(state["seconds"], 3),
-        "tokens_per_second": round(report.tokens / report.seconds, 1),
-        "samples_per_second": round(report.num_steps * cfg.global_batch_size / report.seconds, 2),
-        "mfu": report.flops * rate / peak if peak else None,
-        "mfu_6n": 6 * num_params * report.tokens * rate / peak if peak else None,
-        **cost(cfg, state),
-        "memory_gb": torch.cuda.max_memory_allocated() / 1e9 if process.device.type == "cuda" else None,
-    }
-
-
-def progress_line(cfg, record, report, since):
-    """One readable line of a train record. The time left follows from the average since the record `since`."""
-    no_loss = "loss not finite" if report.masked else "no loss: nothing is masked"
-    parts = [
-        f"step {record['step']}/{cfg.max_steps or '?'}",
-        f"loss {record['loss']:.4f}" if record["loss"] is not None else no_loss,
-        f"lr {record['lr']:.2e}",
-        f"{record['tokens_per_second']:,.0f} tok/s",
-    ]
-    if record["memory_gb"] is not None:  # on a GPU
-        parts.append(f"mfu {record['mfu']:.1%}" if record["mfu"] is not None else "mfu unknown for this GPU")
-        parts.append(f"mem {record['memory_gb']:.1f} GB")
-    parts.append(f"{datetime.timedelta(seconds=round(record['seconds']))} done")
-    if cfg.max_steps:
-        seconds_a_step = 1 / report.steps_per_second
-        if record["step"] > since["step"]:
-            seconds_a_step = (record["seconds"] - since["seconds"]) / (record["step"] - since["step"])
-        left = (cfg.max_steps - record["step"]) * seconds_a_step
-        parts[-1] += f", {datetime.timedelta(seconds=round(left))} left"
-        if record["dollars"] is not None:
-            total = record["dollars"] * (1 + left / max(record["seconds"], 1e-9))
-            parts.append(f"${record['dollars']:.2f} of ${total:.2f}")
-    return " | ".join(parts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -510,7 +381,6 @@ def resume(cfg, process, samples, model, optimizers):
     path or None; whether its evaluation is missing).
     """
     state = {"step": 0, "tokens": 0, "samples": 0, "seconds": 0.0}  # since the first step, resumes included
-    state |= {"gpu_seconds": None}  # the same, times the processes that each second had
     state |= {"skipped": 0, "skipped_in_a_row": 0}  # updates that were not finite
     found, eval_missing = None, False
     # A run keeps the warm-up that it began with, and a budget's plan, whatever max_steps is now.
@@ -533,8 +403,8 @@ def resume(cfg, process, samples, model, optimizers):
         cfg.warmup_steps = warmup_of(cfg) if cfg.max_steps else budget.WARMUP_STEPS
     if found:
         checkpoint.restore(found, state, model, optimizers, process)
-    if state["gpu_seconds"] is None:
-        state["gpu_seconds"] = state["seconds"] * process.world_size  # earlier code did not count
+    # The same seconds times the processes that each of them had. Earlier code did not count.
+    state.setdefault("gpu_seconds", state["seconds"] * process.world_size)
     return cfg, state, found, eval_missing
 
 
@@ -561,7 +431,7 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
     # The model, made on the CPU, so that its first weights are the same on any device.
     torch.manual_seed(cfg.seed)
     raw_model = MaskedLM(cfg, vocab_size, train_samples.special["[PAD]"])
-    num_params = sum(parameter.numel() for parameter in raw_model.parameters())
+    num_params, flops = sum(p.numel() for p in raw_model.parameters()), partial(matrix_flops, cfg, vocab_size)
     if cfg.fp8:
         raw_model.bert.use_fp8()
     if cfg.activation_checkpointing:
@@ -571,19 +441,18 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
     optimizers = make_optimizers(raw_model, cfg)
     if budget.seconds_of(cfg, world_size) and cfg.max_steps != TrainConfig.max_steps:
         say(f"max_steps={cfg.max_steps:,} does not count: the budget decides")
-    if cfg.dry_run:
-        resumed, *_ = resume(cfg, process, train_samples, raw_model, optimizers)  # an error, if out_dir holds another run
-        print_warnings(resumed, process, num_params, len(train_samples))
-        if cfg.init_from:
-            say(checkpoint.start_from(raw_model, cfg.init_from, train_samples.tokenizer_text))
-        flops = partial(matrix_flops, cfg, vocab_size)
-        estimate.print_estimate(cfg, process, backend, num_params, train_samples, num_val, micro_batch_tokens, flops)
-        return
-    cfg, state, resumed_from, eval_missing = resume(cfg, process, train_samples, raw_model, optimizers)
+
+    # The weights: of the newest checkpoint, of another run, or random. `planned`: cfg with the schedule that this gives.
+    planned, state, resumed_from, eval_missing = resume(cfg, process, train_samples, raw_model, optimizers)
     started = None
     if cfg.init_from and not resumed_from:
         started = checkpoint.start_from(raw_model, cfg.init_from, train_samples.tokenizer_text)
         say(started)
+    if cfg.dry_run:
+        print_warnings(planned, process, num_params, len(train_samples))
+        estimate.print_estimate(cfg, process, backend, num_params, train_samples, num_val, micro_batch_tokens, flops)
+        return
+    cfg = planned
 
     dtype, name = str(process.dtype).removeprefix("torch."), processes.device_name(device)
     also = " and FP8 (mfu is of the bfloat16 peak)" if cfg.fp8 else ""
@@ -595,24 +464,28 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
         say(f"resuming from {resumed_from}")
     elif os.path.exists(os.path.join(cfg.out_dir, "log.jsonl")):
         say(f"{cfg.out_dir}: holds no checkpoint, so the run and its log begin again")
-    evaluation = partial(evaluate, raw_model, val_samples, cfg, process, micro_batch_tokens, watchdog)
+    evaluation = partial(evaluate, raw_model, val_samples, process, micro_batch_tokens, watchdog)
+
+    def evaluated(step):
+        """Evaluate and report; False if a process was asked to stop."""
+        if result := evaluation(most_samples=num_val):
+            say(eval_line(step, result))
+            run.log("eval", step=step, **result)
+        return result is not None
+
     if cfg.eval_only:
         if not (resumed_from or cfg.init_from):
             raise UserError(f"{cfg.out_dir}: no checkpoint to evaluate (train first, or give --init_from)")
-        result = evaluation()
-        if result is None:
+        if not evaluated(state["step"]):
             watchdog.leave(process)
-        say(eval_line(state["step"], result))
         return
     if cfg.max_steps and state["step"] >= cfg.max_steps and not eval_missing:
         hint = f"to train on, give --init_from={cfg.out_dir} and another --out_dir"
         say(f"{cfg.out_dir}: finished, {state['step']} of {cfg.max_steps} steps ({hint})")
         return
+
     print_warnings(cfg, process, num_params, len(train_samples))
     model = wrap(raw_model, cfg, process, train_samples)
-    scales = raw_model.bert.fp8 if cfg.fp8 else None
-    if scales:
-        scales.restore(state.get("fp8_largest"))
     model.train()
     graphed = graph_gradients(model, cfg, process, backend, micro_batch_tokens)
     model.register_forward_hook(watchdog.progress)
@@ -620,39 +493,23 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
     say(f"log and checkpoints: {cfg.out_dir}")
     run.begin(state["step"], saved_config(cfg, train_samples), train_samples.tokenizer_text)
     run.log(
-        "start",
-        time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        config=dataclasses.asdict(cfg),
-        **versions(),
-        device=name,
-        num_params=num_params,
-        world_size=world_size,
-        kernels=backend,
-        dtype=dtype,
-        micro_batch_tokens=micro_batch_tokens,
-        resumed_from=resumed_from,
-        init=started,
-    )
-    if eval_missing:
-        result = evaluation()
-        if result is None:
-            watchdog.leave(process)
-        say(eval_line(state["step"], result))
-        run.log("eval", step=state["step"], **result)
+        "start", time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), config=dataclasses.asdict(cfg),
+        **versions(), device=name, num_params=num_params, world_size=world_size, kernels=backend, dtype=dtype,
+        micro_batch_tokens=micro_batch_tokens, resumed_from=resumed_from, init=started,
+    )  # fmt: skip
+    if eval_missing and not evaluated(state["step"]):
+        watchdog.leave(process)
 
     planner = budget.Planner(cfg, state, process)
     tracer = trace.Tracer(cfg.profile if process.rank == 0 else "", cfg.out_dir, say)
     next_batches = partial(make_batches, train_samples, cfg, process, micro_batch_tokens)
-    find_samples = partial(samples_of, train_samples, cfg, micro_batch_tokens, world_size)
-    report, since, next_report = Report(), None, state["step"] + 1
-    started_at = time.perf_counter() - state["seconds"]
+    meter, next_report = Meter(cfg, state, process, num_params, flops), state["step"] + 1
     watchdog.training = True
     for step, batches in prefetch(next_batches, steps_after(state["step"], cfg)):
         watchdog.at(step)
         tracer.at(step)
-        asked = watchdog.signal > 0
-        loss, grad_norm, asked = train_step(model, optimizers, batches, cfg, process, step, asked, graphed, scales)
-        report.add(cfg, vocab_size, batches, loss, grad_norm)
+        loss, grad_norm, asked = train_step(model, optimizers, batches, cfg, process, step, watchdog.signal > 0, graphed)
+        meter.add(batches, loss, grad_norm)
 
         last, stop = step == cfg.max_steps, watchdog.all_stop(asked)
         log_now = last or (step >= next_report if cfg.log_interval == 0 else step % cfg.log_interval == 0)
@@ -661,38 +518,25 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
         if not (log_now or eval_now or save_now or planner.wants(step)):
             continue
 
-        report.gather(process)
-        for text, record in skipped_updates(report, step, state, find_samples):
-            say(text)
-            run.log("skipped", **record)
-        state["step"] = step
-        state["tokens"] += report.tokens
-        state["samples"] += report.num_steps * cfg.global_batch_size
-        count_time(state, started_at, process)
-        next_report = step + max(1, int(TARGET_LOG_SECONDS * report.steps_per_second))
+        meter.gather(step)
+        meter.report_skipped(partial(samples_of, train_samples, cfg, micro_batch_tokens, world_size), run.log)
+        next_report = step + max(1, int(TARGET_LOG_SECONDS * meter.steps_per_second))
         saver.check()
         if log_now:
-            record = train_record(report, cfg, state, process, num_params)
+            record = meter.record(lr_at(cfg, step))
             run.log("train", **record)
-            since = since or record  # after the step that compiled
-            say(progress_line(cfg, record, report, since))
+            say(meter.line(record))
         if eval_now:
-            result = evaluation()
-            stop = result is None  # a process was asked to stop
-            if result:
-                say(eval_line(step, result))
-                run.log("eval", step=step, **result)
-        planner.add(step, report, state["seconds"])
+            stop = not evaluated(step)
+        planner.add(step, meter, state["seconds"])
         if planner.ends(step):
             cfg.max_steps = planner.plan(state["seconds"], run)
             run.write_config(saved_config(cfg, train_samples))
         watchdog.saving = last or stop
         if save_now or stop:
             checkpoint.compare_parameters(raw_model, process, step)
-            count_time(state, started_at, process)
-            if scales:
-                state["fp8_largest"] = scales.largest.tolist()
-            saver.save(state, raw_model, optimizers, saved_config(cfg, train_samples), train_samples.tokenizer_text)
+            meter.count_time()
+            saver.save(state, raw_model, optimizers)
         if planner.saves(step) and not stop:
             planner.time_rest(evaluation, num_val, saver)
         if stop:
@@ -700,12 +544,12 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
             run.log("stop", step=step)
             say(f"stopped after step {step} on request; the same command resumes")
             watchdog.leave(process)
-        report = Report()  # evaluation and saving do not count as training speed
+        meter.begin()  # evaluation and saving do not count as training speed
 
     tracer.finish()
     saver.finish()
-    count_time(state, started_at, process)
-    run.log("end", step=state["step"], seconds=round(state["seconds"], 3), **cost(cfg, state))
+    meter.count_time()
+    run.log("end", step=state["step"], seconds=round(state["seconds"], 3), **meter.cost())
 
 
 @command

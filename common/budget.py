@@ -13,7 +13,7 @@ import math
 import time
 from dataclasses import dataclass
 
-from common.options import UserError
+from common.options import UserError, require
 
 WARMUP_STEPS = 200  # unless --warmup_steps says otherwise
 LEAST_WARMUP = 4
@@ -34,9 +34,7 @@ class Costs:
 
 def check(cfg):
     """Raises: UserError for budgets that make no sense."""
-    for name in ("budget_minutes", "budget_dollars"):
-        if getattr(cfg, name) < 0:
-            raise UserError(f"{name}={getattr(cfg, name)}: must be at least 0")
+    require(cfg, "budget_minutes budget_dollars", lambda x: x >= 0, "must be at least 0")
     if cfg.budget_minutes and cfg.budget_dollars:
         raise UserError("give --budget_minutes or --budget_dollars, not both")
     if cfg.budget_dollars and not cfg.price_per_gpu_hour:

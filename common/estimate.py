@@ -149,7 +149,8 @@ def print_estimate(cfg, process, backend, num_params, samples, num_val, micro_ba
         print(f"memory      about {gigabytes(memory)} for micro-batches of at most {tokens:,} tokens{where}")
     print(f"disk        about {gigabytes(12 * num_params * (cfg.keep_checkpoints + 1))} for checkpoints")
     here = {device_name(process.device): peak_flops(process.device)} if peak_flops(process.device) else {}
-    gpus = here or {name: PEAK_FLOPS[name] for name in (("H100", "H200") if cfg.fp8 else ("A100", "H100"))}
+    others, shares = (("H100", "H200"), (0.4, 0.5, 0.6)) if cfg.fp8 else (("A100", "H100"), (0.3, 0.4, 0.5))
+    gpus = here or {name: PEAK_FLOPS[name] for name in others}
     if budgeted:
         for gpu, peak in gpus.items():
             plan = expected_plan(cfg, process.world_size, gpu, peak, flops, num_val, num_params, seen)
@@ -158,7 +159,7 @@ def print_estimate(cfg, process, backend, num_params, samples, num_val, micro_ba
     flops *= cfg.max_steps * cfg.global_batch_size
     print(f"work        {flops:.3g} FLOP in matrix products{'' if here else '; on this device not estimated, on others:'}")
     for gpu, peak in gpus.items():
-        for mfu in (0.4, 0.5, 0.6) if cfg.fp8 else (0.3, 0.4, 0.5):  # of the bf16 peak
+        for mfu in shares:  # of the bf16 peak
             hours = flops / (peak * mfu) / 3600 / process.world_size
             print(f"time        {duration(hours)} on {process.world_size} x {gpu} at {mfu:.0%} MFU{price(hours)}")
 

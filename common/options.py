@@ -220,6 +220,16 @@ def similar(path):
     return os.path.join(parent, near[0]) if near else None
 
 
+def require(cfg, names, holds, text):
+    """Check options. names: theirs, with blanks between them. holds(value): whether it can be. text: what is wrong if not.
+
+    Raises: UserError for the first that cannot be.
+    """
+    for name in names.split():
+        if not holds(value := getattr(cfg, name)):
+            raise UserError(f"{name}={value}: {text}")
+
+
 def known_option(name, cls, where):
     """Raises: UserError with the nearest name, or an option whose description has the words of the unknown one."""
     names = [field.name for field in dataclasses.fields(cls)]

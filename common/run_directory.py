@@ -22,6 +22,7 @@ class RunDirectory:
     def __init__(self, path, on_save_error="stop", writes=True):
         self.path, self.on_save_error, self.writes, self.log_file = path, on_save_error, writes, None
         self.log_lock = threading.Lock()
+        self.texts = {}  # {file name: contents} of config.json and tokenizer.json
         self.lock = lock_directory(path) if writes else None
 
     def __enter__(self):
@@ -43,15 +44,20 @@ class RunDirectory:
                 shutil.rmtree(path, ignore_errors=True)
             elif re.fullmatch(r"(tokenizer\.json|config\.json|log\.jsonl)\.\d+\.tmp", name):
                 os.remove(path)
-        write_text(os.path.join(self.path, "tokenizer.json"), tokenizer_text)
+        self.write("tokenizer.json", tokenizer_text)
         self.write_config(config)
         log_path = os.path.join(self.path, "log.jsonl")
         write_text(log_path, "".join(line for line, record in read_log(self.path) if record.get("step", 0) <= step))
         self.log_file = open(log_path, "ab", buffering=0)
 
     def write_config(self, config):
+        self.write("config.json", json.dumps(config, indent=1))
+
+    def write(self, name, text):
+        """Write a file that every checkpoint will hold too."""
         if self.writes:
-            write_text(os.path.join(self.path, "config.json"), json.dumps(config, indent=1))
+            self.texts[name] = text
+            write_text(os.path.join(self.path, name), text)
 
     def log(self, event, **values):
         """Append one JSON object to log.jsonl. Raises: UserError."""

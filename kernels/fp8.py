@@ -118,7 +118,7 @@ class Scales(nn.Module):
     def __init__(self, num_layers, kinds):
         super().__init__()
         first = torch.tensor([self.FIRST[kind] for kind in kinds]).repeat(num_layers, 1)
-        # Not in the state dict, which holds the published weights' names: train.py saves `largest`.
+        # Not in the state dict, which holds the published weights' names: checkpoint.py saves `largest`.
         self.register_buffer("scale", first, persistent=False)  # (num_layers, len(kinds)), as are these:
         # 4 equal numbers each, 16 bytes
         self.register_buffer("inverse", (1 / first)[..., None].repeat(1, 1, 4), persistent=False)
@@ -138,19 +138,13 @@ class Scales(nn.Module):
         """
         amax = reduce(self.slots.amax(-1).view(torch.float32))
         finite = amax.isfinite()
-        self.set(torch.where(finite, torch.maximum(amax, self.DECAY * self.largest), self.largest))
-        self.slots.zero_()
+        self.restore(torch.where(finite, torch.maximum(amax, self.DECAY * self.largest), self.largest))
         return finite.all()
 
     def restore(self, largest):
-        """Continue from `largest` as `tolist` gave it, or begin, for None; and forget what was seen since."""
+        """Continue from `largest`, a tensor or what its `tolist` gave: set the scales, and forget what was seen since."""
         self.slots.zero_()
-        if largest is not None:
-            self.set(torch.tensor(largest))
-
-    def set(self, largest):
-        """Take over `largest`, (num_layers, len(kinds)), and the scales that follow from it."""
-        self.largest.copy_(largest)
+        self.largest.copy_(torch.as_tensor(largest))
         exponent = torch.floor(torch.log2(self.limit / self.largest)).clamp(-100, 100)
         self.scale.copy_(torch.where(self.largest > 0, torch.exp2(exponent), self.scale))
         self.inverse.copy_((1 / self.scale)[..., None])

@@ -154,7 +154,7 @@ class Ours:
         """(loss, gradient norm), on the device."""
         with self.change():
             args = self.model, [self.optimizer], self.batches, self.cfg, self.work.process(), number + 1
-            return train.train_step(*args, fp8=getattr(self.model.bert, "fp8", None))[:2]
+            return train.train_step(*args)[:2]
 
     def for_check(self):
         """(reference in fp32, the model under test, its loss as a function of a MicroBatch), dropout off."""

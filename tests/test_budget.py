@@ -215,7 +215,8 @@ def test_killed_in_the_warm_up(data_dir, tmp_path, step):  # noqa: F811
     "options, says",
     [
         ("--budget_minutes=1 --budget_dollars=1 --price_per_gpu_hour=1", "budget_minutes or --budget_dollars, not both"),
-        ("--budget_dollars=1", "needs the price"), ("--budget_minutes=-1", "budget_minutes=-1.0: must be at least 0"),
+        ("--budget_dollars=1", "needs the price"), ("--budget_dollars=1 --schedule=wsd --decay_fraction=1", "needs the price"),
+        ("--budget_minutes=-1", "budget_minutes=-1.0: must be at least 0"),
         ("--budget_minutes=long", "not a number"), ("--budget_minutes=1 --warmup_steps=3", "a budget needs 4"),
         ("--warmup_steps=11", "more than max_steps=10"),
     ],

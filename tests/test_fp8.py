@@ -5,6 +5,7 @@ As in test_attention.py, the kernels run in Triton's interpreter where there is 
 
 import importlib
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import train
 from common import estimate
 from common.batch import Batch
 from common.options import UserError
+from common.processes import Process
 from kernels import fp8, fp8_feed_forward, fp8_linear
 from kernels.fp8 import AMAX_SLOTS, E4M3, E5M2, Scaled, Scales, product, quantize
 from model import MaskedLM, ModelConfig, check_fp8, checkpoint_layers
@@ -236,6 +238,29 @@ def test_activation_checkpointing_changes_no_bit(device):
         gradients = [p.grad for p in network.parameters() if p.grad is not None]
         results.append([loss, *gradients, network.bert.fp8.slots.amax(-1)])
     assert all(map(torch.equal, *results))
+
+
+class InDDP(torch.nn.Module):
+    """A model inside DistributedDataParallel, without the other processes."""
+
+    def __init__(self, module, **_):
+        super().__init__()
+        self.module = module
+
+    def forward(self, batch):
+        return self.module(batch)
+
+
+def test_the_pass_that_orders_ddps_buckets_leaves_no_magnitude(device, monkeypatch):
+    network, batch = toy_model_and_batch(device)
+    network.bert.use_fp8()
+    network.to(device)
+    monkeypatch.setattr(train, "DistributedDataParallel", InDDP)
+    passes, process = [], Process(0, 2, torch.device(device), torch.float32)
+    network.register_forward_hook(lambda *_: passes.append(network.bert.fp8.slots.any().item()))
+    samples = SimpleNamespace(micro_batch=lambda *_: batch)
+    assert train.wrap(network, train.TrainConfig(fp8=True), process, samples).module is network
+    assert passes == [True] and not network.bert.fp8.slots.any()
 
 
 def test_an_infinity_that_fp8_saturates_skips_the_update(device):

@@ -375,7 +375,9 @@ def test_init_from_and_eval_only(data_dir, tmp_path, capsys):
     second = train.checkpoint.read_tensors(tmp_path / "second" / "step_00000001", "model.safetensors")
     for name, tensor in weights.items():  # step 1 has a learning rate of 0
         torch.testing.assert_close(second[name], tensor, rtol=0, atol=0)
-    capsys.readouterr()
+    assert "started from" in capsys.readouterr().out
+    train.main([*toy_argv(data_dir, tmp_path / "second", init_from=first, max_steps=1, warmup_fraction=1), "--dry_run"])
+    assert "started from" not in capsys.readouterr().out  # it would resume
     before = (first / "log.jsonl").read_bytes()
     train.main([*toy_argv(data_dir, first), "--eval_only"])
     loss = read_log(first, "eval")[-1]["loss"]

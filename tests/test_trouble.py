@@ -15,6 +15,7 @@ import torch
 
 import checkpoint
 import train
+from common.meter import Meter
 from common.options import UserError
 from model import MaskedLM, ModelConfig, choose_kernels
 from tests import faults, toy
@@ -124,10 +125,13 @@ def test_many_epochs_and_large_models_on_a_cpu_are_warned_of(data_dir, capsys): 
 
 def test_the_time_left_does_not_jump():
     """It follows from the average since the first report, not from the last one alone."""
-    cfg, report = train.TrainConfig(max_steps=100), SimpleNamespace(steps_per_second=100.0, masked=1)
+    process = SimpleNamespace(world_size=1)
+    meter = Meter(train.TrainConfig(max_steps=100), {"seconds": 0.0}, process, num_params=1, flops=None)
+    meter.masked, meter.steps_per_second = 1, 100.0
     record = {"step": 50, "seconds": 60.0, "loss": 1.0, "lr": 0.1, "tokens_per_second": 1, "memory_gb": None, "dollars": None}
-    assert "0:01:00 done, 0:01:02 left" in train.progress_line(cfg, record, report, {"step": 10, "seconds": 10.0})
-    assert "0:00:00 left" in train.progress_line(cfg, record, report, record)  # the first: 50 steps at 100 a second
+    assert "0:00:00 left" in meter.line(record)  # the first: 50 steps at 100 a second
+    meter.first = {"step": 10, "seconds": 10.0}
+    assert "0:01:00 done, 0:01:02 left" in meter.line(record)
 
 
 @pytest.mark.parametrize("kind", ["mosaicbert", "bert"])
