@@ -8,6 +8,16 @@ Backward is two kernels: one owns a block of queries and sums dq over the keys, 
 dk and dv over the queries. Both compute S and dP; in return there are no atomics. Every result has one owner, which
 sums in a fixed order, so equal inputs give equal bits.
 
+A program owns a block of rows and walks over all blocks of the other side, one per step. Where its time goes:
+
+- Masks are for a partial block, the last, which comes first, in a loop of at most one step. The loop over full blocks has
+  none, and can load them through descriptors (TMA).
+- Positions count from the step's first row, and |i - j| costs no instruction of its own. So in forward a score
+  takes three before its exponential: i - j, the product less slope * |i - j|, and that times the scale, less the maximum.
+- Programs that run side by side work on one sequence, so one of its blocks reads k and v from memory and the others from the
+  L2 cache. At 512 tokens, 8 blocks of queries, forward moves 4 U, where U is the size of q: q, k, v and out. With the
+  sequences side by side instead, k and v would be read once per block: 18 U.
+
 Products accumulate in fp32; softmax and statistics are fp32; fp32 inputs are multiplied in full fp32, not TF32.
 
 Source: Dao 2023, FlashAttention-2, arXiv 2307.08691.
@@ -20,7 +30,7 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.backend import operator, tl, triton
+from kernels.backend import TensorDescriptor, operator, tl, triton
 
 LOG2E = tl.constexpr(math.log2(math.e))  # exp(x) = exp2(x * LOG2E), and exp2 is what the hardware has
 WARP_GROUP_MMA = (9, 10)  # major compute capabilities with wgmma or tcgen05; all others have mma.sync
@@ -43,22 +53,34 @@ def load_rows(ptr, offs, length, row_stride, D: tl.constexpr):
 
 
 @triton.jit
+def load_full(ptr, desc, first, row, column, row_stride, D: tl.constexpr, BLOCK: tl.constexpr):
+    """(BLOCK, D) from row `first` of the sequence on, all of it inside; through a descriptor, if there is one.
+
+    row, column: where in the descriptor's tensor ptr points.
+    """
+    if desc is None:
+        return tl.load(row_ptrs(ptr, first + tl.arange(0, BLOCK), row_stride, D))
+    else:
+        return desc.load([row + first, column])
+
+
+@triton.jit
 def store_rows(ptr, offs, length, row_stride, D: tl.constexpr, tile):
     ptrs = row_ptrs(ptr, offs, row_stride, D)
     tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=offs[:, None] < length)
 
 
 @triton.jit
-def zero_rows(ptr, length, row_stride, D: tl.constexpr, BLOCK: tl.constexpr):
-    """Zero `length` rows, shared by this head's programs: each takes every num_programs-th block."""
-    for first in range(tl.program_id(1) * BLOCK, length, tl.num_programs(1) * BLOCK):
+def zero_rows(ptr, length, row_stride, D: tl.constexpr, BLOCK: tl.constexpr, block=0, num_blocks=1):
+    """Zero `length` rows, shared by num_blocks programs: each takes every num_blocks-th block, from number `block` on."""
+    for first in range(block * BLOCK, length, num_blocks * BLOCK):
         store_rows(ptr, first + tl.arange(0, BLOCK), length, row_stride, D, tl.zeros((BLOCK, D), tl.float32))
 
 
 @triton.jit
 def alibi(i, j, slope):
     """Bias of query position i towards key position j, which broadcast to a tile. slope 0: no bias."""
-    return -slope * tl.abs(i - j).to(tl.float32)
+    return -slope * tl.abs((i - j).to(tl.float32))
 
 
 @triton.jit
@@ -71,16 +93,16 @@ def load_slope(slopes_ptr, h):
 
 
 @triton.jit
-def locate(cu_seqlens_ptr, B, H, total_tokens):
-    """This program's work: (whether it is the tail, head, start, length).
+def locate(cu_seqlens_ptr, B, H, total_tokens, num_blocks):
+    """This program's work: (whether it is the tail, head, number of its block, start, length).
 
     Sequence number B is the tail: the rows past the last sequence, which become 0. Heads vary fastest, so programs that
-    run side by side read neighbouring bytes of the same rows.
+    run side by side read neighbouring bytes of the same rows; then a sequence's blocks, which all read its k and v.
     """
-    b, h = tl.program_id(0) // H, tl.program_id(0) % H
+    h, block, b = tl.program_id(0) % H, tl.program_id(0) // H % num_blocks, tl.program_id(0) // H // num_blocks
     start = tl.load(cu_seqlens_ptr + b)
     end = tl.load(cu_seqlens_ptr + b + 1, mask=b < B, other=total_tokens)
-    return b == B, h, start.to(tl.int64), end - start
+    return b == B, h, block, start.to(tl.int64), end - start
 
 
 @triton.jit
@@ -89,9 +111,31 @@ def mask_keys(scores, offs_n, length):
     return tl.where(offs_n[None, :] < length, scores, float("-inf"))
 
 
-@triton.jit(do_not_specialize=["B", "H", "total_tokens"])
+@triton.jit
+def forward_step(q, k, v, acc, m_i, l_i, i, first, length, slope):
+    """(acc, m_i, l_i) after a block of keys from position `first` on. i: the queries' positions, fp32.
+
+    length: the sequence's, for a block that may reach beyond its end; None for one that does not.
+    """
+    scale: tl.constexpr = LOG2E / q.shape[1] ** 0.5
+    j = tl.arange(0, k.shape[0])
+    s = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BLOCK_M, BLOCK_N), not yet scaled
+    # Subtracted, since Triton would turn a sum into the product's accumulator, and need more registers.
+    s -= alibi((i - first)[:, None], j.to(tl.float32)[None, :], -slope / scale)
+    if length is not None:
+        s = mask_keys(s, first + j, length)
+    m_new = tl.maximum(m_i, tl.max(s, 1) * scale)  # finite: every block has a key inside the sequence
+    alpha = tl.exp2(m_i - m_new)  # 0 in the first step
+    p = tl.exp2(s * scale - m_new[:, None])
+    l_i = l_i * alpha + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+    return acc, m_new, l_i
+
+
+@triton.jit(do_not_specialize=["B", "H", "total_tokens", "num_blocks"])
 def forward_kernel(
     qkv_ptr,  # (total_tokens, 3, H, D)
+    kv_desc,  # (total_tokens, 3 * H * D) in tiles of (BLOCK_N, D), or None
     out_ptr,  # (total_tokens, H, D): written
     lse_ptr,  # (H, total_tokens) fp32: written, log2 of the softmax denominators
     cu_seqlens_ptr,  # (B + 1,) int32
@@ -99,50 +143,65 @@ def forward_kernel(
     B,
     H,
     total_tokens,
+    num_blocks,  # of the longest sequence
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,  # queries of one program
     BLOCK_N: tl.constexpr,  # keys of one step
 ):
-    """out and lse for BLOCK_M queries of one head. Grid: ((B + 1) * H, blocks of the longest sequence)."""
-    is_tail, h, start, length = locate(cu_seqlens_ptr, B, H, total_tokens)
+    """out and lse for BLOCK_M queries of one head. Grid: ((B + 1) * num_blocks * H,)."""
+    is_tail, h, block, start, length = locate(cu_seqlens_ptr, B, H, total_tokens, num_blocks)
     row_stride = 3 * H * D
     out_ptr += (start * H + h) * D
     if is_tail:
-        zero_rows(out_ptr, length, H * D, D, BLOCK_M)
+        zero_rows(out_ptr, length, H * D, D, BLOCK_M, block, num_blocks)
         return
-    if tl.program_id(1) * BLOCK_M >= length:
+    if block * BLOCK_M >= length:
         return
 
     q_ptr = qkv_ptr + start * row_stride + h * D
     k_ptr, v_ptr = q_ptr + H * D, q_ptr + 2 * H * D
     lse_ptr += h.to(tl.int64) * total_tokens + start
-    scale, slope = LOG2E / D**0.5, load_slope(slopes_ptr, h)
+    slope, row, column = load_slope(slopes_ptr, h), start.to(tl.int32), h * D
 
-    offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    i = offs_m.to(tl.float32)
     q = load_rows(q_ptr, offs_m, length, row_stride, D)  # (BLOCK_M, D)
     m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)  # largest score so far
     l_i = tl.zeros((BLOCK_M,), tl.float32)  # sum of exp2(score - m_i) so far
     acc = tl.zeros((BLOCK_M, D), tl.float32)  # sum of exp2(score - m_i) * v so far
-    for start_n in range(0, length, BLOCK_N):
-        offs_n = start_n + tl.arange(0, BLOCK_N)
+    full = length // BLOCK_N * BLOCK_N
+    for first in tl.range(full, length, BLOCK_N, num_stages=1):  # once or not at all
+        offs_n = first + tl.arange(0, BLOCK_N)
         k = load_rows(k_ptr, offs_n, length, row_stride, D)  # (BLOCK_N, D)
         v = load_rows(v_ptr, offs_n, length, row_stride, D)  # (BLOCK_N, D)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # (BLOCK_M, BLOCK_N)
-        s = mask_keys(s + alibi(offs_m[:, None], offs_n[None, :], slope), offs_n, length)
-        m_new = tl.maximum(m_i, tl.max(s, 1))  # finite: every block has a key inside the sequence
-        alpha = tl.exp2(m_i - m_new)  # 0 in the first step
-        p = tl.exp2(s - m_new[:, None])
-        l_i = l_i * alpha + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
-        m_i = m_new
+        acc, m_i, l_i = forward_step(q, k, v, acc, m_i, l_i, i, first, length, slope)
+    for first in range(0, full, BLOCK_N):
+        k = load_full(k_ptr, kv_desc, first, row, column + H * D, row_stride, D, BLOCK_N)  # (BLOCK_N, D)
+        v = load_full(v_ptr, kv_desc, first, row, column + 2 * H * D, row_stride, D, BLOCK_N)  # (BLOCK_N, D)
+        acc, m_i, l_i = forward_step(q, k, v, acc, m_i, l_i, i, first, None, slope)
     store_rows(out_ptr, offs_m, length, H * D, D, acc / l_i[:, None])
     tl.store(lse_ptr + offs_m, m_i + tl.log2(l_i), mask=offs_m < length)
 
 
-@triton.jit(do_not_specialize=["B", "H", "total_tokens"])
+@triton.jit
+def dq_step(q, dout, k, v, dq, lse, delta, i, first, length, slope):
+    """dq after a block of keys. i, first, length: as in forward_step."""
+    scale: tl.constexpr = LOG2E / q.shape[1] ** 0.5
+    j = tl.arange(0, k.shape[0])
+    s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # (BLOCK_M, BLOCK_N)
+    dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+    s += alibi((i - first)[:, None], j.to(tl.float32)[None, :], slope) - lse[:, None]
+    if length is not None:
+        s = mask_keys(s, first + j, length)
+    ds = tl.exp2(s) * (dp - delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["B", "H", "total_tokens", "num_blocks"])
 def dq_kernel(
     dout_ptr,  # (total_tokens, H, D)
     qkv_ptr,  # (total_tokens, 3, H, D)
+    kv_desc,  # as in forward_kernel
     out_ptr,  # (total_tokens, H, D)
     lse_ptr,  # (H, total_tokens) fp32
     delta_ptr,  # (H, total_tokens) fp32: written, for dkv_kernel
@@ -152,18 +211,19 @@ def dq_kernel(
     B,
     H,
     total_tokens,
+    num_blocks,  # of the longest sequence
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,  # queries of one program
     BLOCK_N: tl.constexpr,  # keys of one step
 ):
     """delta and dq for BLOCK_M queries of one head. Grid as in forward_kernel."""
-    is_tail, h, start, length = locate(cu_seqlens_ptr, B, H, total_tokens)
+    is_tail, h, block, start, length = locate(cu_seqlens_ptr, B, H, total_tokens, num_blocks)
     row_stride = 3 * H * D
     dq_ptr = dqkv_ptr + start * row_stride + h * D
     if is_tail:
-        zero_rows(dq_ptr, length, row_stride, D, BLOCK_M)
+        zero_rows(dq_ptr, length, row_stride, D, BLOCK_M, block, num_blocks)
         return
-    if tl.program_id(1) * BLOCK_M >= length:
+    if block * BLOCK_M >= length:
         return
 
     q_ptr = qkv_ptr + start * row_stride + h * D
@@ -172,9 +232,10 @@ def dq_kernel(
     dout_ptr += (start * H + h) * D
     lse_ptr += h.to(tl.int64) * total_tokens + start
     delta_ptr += h.to(tl.int64) * total_tokens + start
-    scale, slope = LOG2E / D**0.5, load_slope(slopes_ptr, h)
+    slope, row, column = load_slope(slopes_ptr, h), start.to(tl.int32), h * D
 
-    offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    i = offs_m.to(tl.float32)
     q = load_rows(q_ptr, offs_m, length, row_stride, D)  # (BLOCK_M, D)
     dout = load_rows(dout_ptr, offs_m, length, H * D, D)  # (BLOCK_M, D)
     out = load_rows(out_ptr, offs_m, length, H * D, D)  # (BLOCK_M, D)
@@ -183,23 +244,42 @@ def dq_kernel(
     tl.store(delta_ptr + offs_m, delta, mask=offs_m < length)
 
     dq = tl.zeros((BLOCK_M, D), tl.float32)
-    for start_n in range(0, length, BLOCK_N):
-        offs_n = start_n + tl.arange(0, BLOCK_N)
+    full = length // BLOCK_N * BLOCK_N
+    for first in tl.range(full, length, BLOCK_N, num_stages=1):  # once or not at all
+        offs_n = first + tl.arange(0, BLOCK_N)
         k = load_rows(k_ptr, offs_n, length, row_stride, D)  # (BLOCK_N, D)
         v = load_rows(v_ptr, offs_n, length, row_stride, D)  # (BLOCK_N, D)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # (BLOCK_M, BLOCK_N)
-        s = mask_keys(s + alibi(offs_m[:, None], offs_n[None, :], slope), offs_n, length)
-        p = tl.exp2(s - lse[:, None])
-        dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
-        ds = p * (dp - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+        dq = dq_step(q, dout, k, v, dq, lse, delta, i, first, length, slope)
+    for first in range(0, full, BLOCK_N):
+        k = load_full(k_ptr, kv_desc, first, row, column + H * D, row_stride, D, BLOCK_N)  # (BLOCK_N, D)
+        v = load_full(v_ptr, kv_desc, first, row, column + 2 * H * D, row_stride, D, BLOCK_N)  # (BLOCK_N, D)
+        dq = dq_step(q, dout, k, v, dq, lse, delta, i, first, None, slope)
     store_rows(dq_ptr, offs_m, length, row_stride, D, dq / D**0.5)
 
 
-@triton.jit(do_not_specialize=["B", "H", "total_tokens"])
+@triton.jit
+def dkv_step(k, v, q, dout, dk, dv, lse, delta, j, slope):
+    """(dk, dv) after a block of queries. j: the keys' positions, counted from its first row.
+
+    Tiles are transposed, keys by queries, so that P^T and dS^T enter their products as they are.
+    """
+    scale: tl.constexpr = LOG2E / q.shape[1] ** 0.5
+    s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale  # (BLOCK_N, BLOCK_M)
+    dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
+    s += alibi(j[:, None], tl.arange(0, q.shape[0])[None, :], slope) - lse[None, :]
+    p = tl.exp2(s)
+    dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
+    ds = p * (dp - delta[None, :])
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["B", "H", "total_tokens", "num_blocks"])
 def dkv_kernel(
     dout_ptr,  # (total_tokens, H, D)
     qkv_ptr,  # (total_tokens, 3, H, D)
+    q_desc,  # (total_tokens, 3 * H * D) in tiles of (BLOCK_M, D), or None
+    dout_desc,  # (total_tokens, H * D), likewise
     lse_ptr,  # (H, total_tokens) fp32
     delta_ptr,  # (H, total_tokens) fp32
     dqkv_ptr,  # (total_tokens, 3, H, D): its k and v thirds are written
@@ -208,23 +288,24 @@ def dkv_kernel(
     B,
     H,
     total_tokens,
+    num_blocks,  # of the longest sequence
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,  # queries of one step
     BLOCK_N: tl.constexpr,  # keys of one program
 ):
     """dk and dv for BLOCK_N keys of one head. Grid as in forward_kernel.
 
-    Tiles are transposed, keys by queries, so that P^T and dS^T enter their products as they are.
+    No mask: queries past the end add 0, since dout, dP and delta are 0 there; keys past it are not stored.
     """
-    is_tail, h, start, length = locate(cu_seqlens_ptr, B, H, total_tokens)
+    is_tail, h, block, start, length = locate(cu_seqlens_ptr, B, H, total_tokens, num_blocks)
     row_stride = 3 * H * D
     dk_ptr = dqkv_ptr + start * row_stride + (H + h) * D
     dv_ptr = dk_ptr + H * D
     if is_tail:
-        zero_rows(dk_ptr, length, row_stride, D, BLOCK_N)
-        zero_rows(dv_ptr, length, row_stride, D, BLOCK_N)
+        zero_rows(dk_ptr, length, row_stride, D, BLOCK_N, block, num_blocks)
+        zero_rows(dv_ptr, length, row_stride, D, BLOCK_N, block, num_blocks)
         return
-    if tl.program_id(1) * BLOCK_N >= length:
+    if block * BLOCK_N >= length:
         return
 
     q_ptr = qkv_ptr + start * row_stride + h * D
@@ -232,41 +313,41 @@ def dkv_kernel(
     dout_ptr += (start * H + h) * D
     lse_ptr += h.to(tl.int64) * total_tokens + start
     delta_ptr += h.to(tl.int64) * total_tokens + start
-    scale, slope = LOG2E / D**0.5, load_slope(slopes_ptr, h)
+    slope, row, column = load_slope(slopes_ptr, h), start.to(tl.int32), h * D
 
-    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     k = load_rows(k_ptr, offs_n, length, row_stride, D)  # (BLOCK_N, D)
     v = load_rows(v_ptr, offs_n, length, row_stride, D)  # (BLOCK_N, D)
     dk = tl.zeros((BLOCK_N, D), tl.float32)
     dv = tl.zeros((BLOCK_N, D), tl.float32)
-    for start_m in range(0, length, BLOCK_M):
-        # No mask: queries past the end add 0, since dout, dP and delta are 0 there; keys past it are not stored.
-        offs_m = start_m + tl.arange(0, BLOCK_M)
+    full = length // BLOCK_M * BLOCK_M
+    for first in tl.range(full, length, BLOCK_M, num_stages=1):  # once or not at all
+        offs_m = first + tl.arange(0, BLOCK_M)
         q = load_rows(q_ptr, offs_m, length, row_stride, D)  # (BLOCK_M, D)
         dout = load_rows(dout_ptr, offs_m, length, H * D, D)  # (BLOCK_M, D)
         lse = tl.load(lse_ptr + offs_m, mask=offs_m < length, other=0.0)
         delta = tl.load(delta_ptr + offs_m, mask=offs_m < length, other=0.0)
-        s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale  # (BLOCK_N, BLOCK_M)
-        p = tl.exp2(s + alibi(offs_m[None, :], offs_n[:, None], slope) - lse[None, :])
-        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
-        dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
-        ds = p * (dp - delta[None, :])
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+        dk, dv = dkv_step(k, v, q, dout, dk, dv, lse, delta, offs_n - first, slope)
+    for first in range(0, full, BLOCK_M):
+        offs_m = first + tl.arange(0, BLOCK_M)
+        q = load_full(q_ptr, q_desc, first, row, column, row_stride, D, BLOCK_M)  # (BLOCK_M, D)
+        dout = load_full(dout_ptr, dout_desc, first, row, column, H * D, D, BLOCK_M)  # (BLOCK_M, D)
+        lse, delta = tl.load(lse_ptr + offs_m), tl.load(delta_ptr + offs_m)
+        dk, dv = dkv_step(k, v, q, dout, dk, dv, lse, delta, offs_n - first, slope)
     store_rows(dk_ptr, offs_n, length, row_stride, D, dk / D**0.5)
     store_rows(dv_ptr, offs_n, length, row_stride, D, dv)
 
 
-# Tiles of up to 128 x 64 that spill no registers, by tests/test_compile_kernels.py with Triton 3.6 and 3.9. Those for
-# (64, 2) are the fastest of them on an H100 with Triton 3.6; the others have not been timed. fp32 is for checks, not for
-# speed.
+# Tiles that spill no registers, by tests/test_compile_kernels.py with Triton 3.6 and 3.9, but not timed. fp32 is for
+# checks, not for speed.
 LAUNCH = {  # (head size, bytes per element): (BLOCK_M, BLOCK_N, num_warps, num_stages)
     "forward": {
         (16, 2): (128, 64, 8, 2),
         (32, 2): (128, 64, 8, 2),
         (64, 2): (128, 32, 4, 3),
         (128, 2): (128, 64, 8, 2),
-        (16, 4): (32, 32, 4, 1),
-        (32, 4): (32, 32, 4, 1),
+        (16, 4): (32, 16, 4, 1),
+        (32, 4): (32, 16, 4, 1),
         (64, 4): (32, 32, 4, 1),
         (128, 4): (32, 16, 8, 1),
     },
@@ -288,19 +369,25 @@ LAUNCH = {  # (head size, bytes per element): (BLOCK_M, BLOCK_N, num_warps, num_
         (16, 4): (32, 32, 4, 1),
         (32, 4): (32, 32, 8, 1),
         (64, 4): (32, 32, 4, 1),
-        (128, 4): (32, 32, 8, 1),
+        (128, 4): (16, 32, 8, 1),
     },
 }
-# For GPUs with mma.sync, which keeps a tile's product in registers: the above would spill. Not timed.
-LAUNCH_MMA_SYNC = {("forward", 32, 2): (64, 64, 4, 2), ("dq", 64, 2): (128, 32, 8, 2)}
+# For Hopper the fastest of 106 variants on an H200 with Triton 3.6 (results/README.md, "attention_h200").
+LAUNCH_HOPPER = {("forward", 64, 2): (64, 64, 4, 3), ("dq", 64, 2): (64, 64, 4, 3), ("dkv", 64, 2): (32, 64, 4, 3)}
+# For GPUs with mma.sync, which keeps a tile's product in registers: those of LAUNCH would spill.
+LAUNCH_MMA_SYNC = {
+    ("forward", 16, 2): (64, 64, 4, 2),
+    ("forward", 32, 2): (64, 64, 4, 2),
+    ("forward", 128, 2): (64, 64, 8, 2),
+    ("dq", 64, 2): (128, 32, 8, 2),
+}
 HEAD_SIZES = sorted({head_size for head_size, _ in LAUNCH["forward"]})
 
 
 def launch_config(name, D, element_size, major):
     """Launch constants of a kernel. major: the GPU's major compute capability."""
-    values = LAUNCH[name][D, element_size]
-    if major not in WARP_GROUP_MMA:
-        values = LAUNCH_MMA_SYNC.get((name, D, element_size), values)
+    special = LAUNCH_HOPPER if major == 9 else {} if major == 10 else LAUNCH_MMA_SYNC
+    values = special.get((name, D, element_size), LAUNCH[name][D, element_size])
     return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), values))
 
 
@@ -309,15 +396,21 @@ def compute_capability(tensor):
     return torch.cuda.get_device_properties(tensor.device).major if tensor.is_cuda else WARP_GROUP_MMA[0]
 
 
-def sizes(qkv, cu_seqlens):
-    """The arguments of all kernels after their pointers: B, H, total_tokens, D."""
+def tiles(tensor, rows, major):
+    """A descriptor for loading (rows, D) tiles of (total_tokens, ..., D); None where the kernels load by pointers.
+
+    Descriptors are for products that read 2-byte tiles from shared memory, where TMA writes them: wgmma and tcgen05.
+    """
+    if major not in WARP_GROUP_MMA or tensor.element_size() != 2:
+        return None
+    return TensorDescriptor.from_tensor(tensor.flatten(1), [rows, tensor.shape[-1]])
+
+
+def launch(kernel, tensors, block, cfg, qkv, cu_seqlens, slopes, max_seqlen):
+    """One program per head and block of rows of each sequence and of the tail. cfg: from launch_config."""
     total_tokens, _, H, D = qkv.shape
-    return len(cu_seqlens) - 1, H, total_tokens, D
-
-
-def grid(block, qkv, cu_seqlens, max_seqlen):
-    """One program per head of each sequence and of the tail, and per block of rows."""
-    return len(cu_seqlens) * qkv.shape[2], max(1, triton.cdiv(max_seqlen, block))
+    B, num_blocks = len(cu_seqlens) - 1, max(1, triton.cdiv(max_seqlen, block))
+    kernel[((B + 1) * num_blocks * H,)](*tensors, cu_seqlens, slopes, B, H, total_tokens, num_blocks, D, **cfg)
 
 
 # The kernels as two PyTorch operators. Outputs start uninitialised: the kernels write every row.
@@ -329,10 +422,11 @@ def flash_attention_op(qkv: Tensor, cu_seqlens: Tensor, slopes: Tensor | None, m
     total_tokens, _, H, D = qkv.shape
     out = torch.empty((total_tokens, H, D), dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty((H, total_tokens), dtype=torch.float32, device=qkv.device)
-    cfg = launch_config("forward", qkv.shape[-1], qkv.element_size(), compute_capability(qkv))
-    forward_kernel[grid(cfg["BLOCK_M"], qkv, cu_seqlens, max_seqlen)](
-        qkv, out, lse, cu_seqlens, slopes, *sizes(qkv, cu_seqlens), **cfg
-    )
+    major = compute_capability(qkv)
+    cfg = launch_config("forward", D, qkv.element_size(), major)
+    if total_tokens:
+        tensors = qkv, tiles(qkv, cfg["BLOCK_N"], major), out, lse
+        launch(forward_kernel, tensors, cfg["BLOCK_M"], cfg, qkv, cu_seqlens, slopes, max_seqlen)
     return out, lse
 
 
@@ -343,14 +437,13 @@ def flash_attention_backward_op(
     """dqkv"""
     dout = dout.contiguous()  # autograd passes any layout: sum() an expanded scalar
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
-    cfg = launch_config("dq", qkv.shape[-1], qkv.element_size(), compute_capability(qkv))
-    dq_kernel[grid(cfg["BLOCK_M"], qkv, cu_seqlens, max_seqlen)](
-        dout, qkv, out, lse, delta, dqkv, cu_seqlens, slopes, *sizes(qkv, cu_seqlens), **cfg
-    )
-    cfg = launch_config("dkv", qkv.shape[-1], qkv.element_size(), compute_capability(qkv))
-    dkv_kernel[grid(cfg["BLOCK_N"], qkv, cu_seqlens, max_seqlen)](
-        dout, qkv, lse, delta, dqkv, cu_seqlens, slopes, *sizes(qkv, cu_seqlens), **cfg
-    )
+    major, args = compute_capability(qkv), (qkv, cu_seqlens, slopes, max_seqlen)
+    dq, dkv = (launch_config(name, qkv.shape[-1], qkv.element_size(), major) for name in ("dq", "dkv"))
+    if len(qkv):
+        tensors = dout, qkv, tiles(qkv, dq["BLOCK_N"], major), out, lse, delta, dqkv
+        launch(dq_kernel, tensors, dq["BLOCK_M"], dq, *args)
+        tensors = dout, qkv, tiles(qkv, dkv["BLOCK_M"], major), tiles(dout, dkv["BLOCK_M"], major), lse, delta, dqkv
+        launch(dkv_kernel, tensors, dkv["BLOCK_N"], dkv, *args)
     return dqkv
 
 

@@ -34,6 +34,7 @@ TYPES = {  # of arguments; other pointers have the tensors' dtype, other scalars
     **dict.fromkeys(("cu_seqlens_ptr", "windows_ptr"), "*i32"),
     **dict.fromkeys(("seed_ptr", "labels_ptr"), "*i64"),
 }
+ROWS = {"kv_desc": "BLOCK_N", "q_desc": "BLOCK_M", "dout_desc": "BLOCK_M"}  # of a descriptor's tiles in attention_flash
 FP8 = {  # of arguments in the FP8 configurations, whose other tensors are bf16
     **dict.fromkeys(("out_ptr", "q_ptr", "q_t_ptr"), "*fp8e4nv"),
     "dx_ptr": "*fp8e5",
@@ -107,13 +108,16 @@ def compile_one(configuration):
     types, element = (TYPES | FP8, "bf16") if dtype == "fp8" else (TYPES, dtype)
     if dtype != "fp8":
         none = (*none, *(ONLY_FP8 & set(kernel.arg_names)))
+    if file == "attention_flash" and (arch // 10 not in module.WARP_GROUP_MMA or dtype == "fp32"):
+        none = (*none, *(argument for argument in kernel.arg_names if argument.endswith("_desc")))
     constants = {**launch, **dict.fromkeys(none)}
     signature, aligned = {}, {}
     for i, argument in enumerate(kernel.arg_names):
         if argument in constants:
             signature[argument] = "constexpr"
         elif argument.endswith("_desc"):
-            signature[argument] = f"tensordesc<{element}[{launch['BLOCK']},{size}]>"
+            rows = launch["BLOCK"] if file == "attention_window" else launch[ROWS[argument]]
+            signature[argument] = f"tensordesc<{element}[{rows},{size}]>"
         elif argument.endswith("_ptr"):
             signature[argument] = types.get(argument, f"*{element}")
             aligned[(i,)] = [["tt.divisibility", 16]]  # as from PyTorch's allocator
