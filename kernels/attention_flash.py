@@ -367,8 +367,8 @@ LAUNCH = {  # (head size, bytes per element): (BLOCK_M, BLOCK_N, num_warps, num_
         (64, 2): (32, 128, 8, 1),
         (128, 2): (64, 64, 8, 1),
         (16, 4): (32, 32, 4, 1),
-        (32, 4): (32, 32, 8, 1),
-        (64, 4): (32, 32, 4, 1),
+        (32, 4): (16, 32, 4, 1),
+        (64, 4): (16, 32, 4, 1),
         (128, 4): (16, 32, 8, 1),
     },
 }
@@ -396,12 +396,14 @@ def compute_capability(tensor):
     return torch.cuda.get_device_properties(tensor.device).major if tensor.is_cuda else WARP_GROUP_MMA[0]
 
 
-def tiles(tensor, rows, major):
-    """A descriptor for loading (rows, D) tiles of (total_tokens, ..., D); None where the kernels load by pointers.
+def takes_descriptors(element_size, major):
+    """Whether the kernels load by TMA: it writes to shared memory, where wgmma and tcgen05 read; they take no fp32."""
+    return element_size == 2 and major in WARP_GROUP_MMA
 
-    Descriptors are for products that read 2-byte tiles from shared memory, where TMA writes them: wgmma and tcgen05.
-    """
-    if major not in WARP_GROUP_MMA or tensor.element_size() != 2:
+
+def tiles(tensor, rows, major):
+    """The descriptor through which a kernel loads (rows, D) tiles of (total_tokens, ..., D), or None for pointers."""
+    if not takes_descriptors(tensor.element_size(), major):
         return None
     return TensorDescriptor.from_tensor(tensor.flatten(1), [rows, tensor.shape[-1]])
 

@@ -8,7 +8,7 @@ Read next: studies/peers.py
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -205,12 +205,12 @@ def attention_floors(bench, tokens, sum_squared_lengths):
     return {"forward": forward, "both": forward + bench.floor(7 * row, 5 * product)}
 
 
-def attention(bench, row, samples):
+def attention(bench, row, samples, default=True):
     """ALiBi attention on one micro-batch with as many samples as fit if all are full. samples: () -> data.Samples."""
     samples = samples()
     s, device, size = bench.sizes, bench.device, samples.seq_length
     slopes = alibi_slopes(s.heads).to(device)
-    host = first_batch(samples, s.tokens // size)
+    host = first_batch(samples, max(1, s.tokens // size))
     batch, flat = host.to(device), peers.unpadded([host], device)[0]
 
     def inputs():
@@ -250,6 +250,7 @@ def attention(bench, row, samples):
         "sdpa_cudnn": Entry(lambda: dense(SDPBackend.CUDNN_ATTENTION), reference, note="dense ALiBi, padded"),
         "sdpa_efficient": Entry(lambda: dense(SDPBackend.EFFICIENT_ATTENTION), reference, note="dense ALiBi, padded"),
     }
+    entries = {name: replace(entry, default=default) for name, entry in entries.items()}
     floors = attention_floors(bench, batch.num_tokens, batch.sum_squared_lengths)
     compare(bench, row, entries, inputs, floors, batch.num_tokens, valid=batch.num_tokens)
 
@@ -475,6 +476,7 @@ def rows(data):
         "attention_full": partial(attention, samples=partial(data.samples, "full")),
         "attention_fill80": partial(attention, samples=partial(data.samples, "fill80")),
         "attention_512": partial(attention, samples=partial(data.samples, "full", 512)),
+        "attention_2048": partial(attention, samples=partial(data.samples, "full", 2048), default=False),
         "layernorm": partial(layernorm, num_gradients=1),
         "layernorm_two": partial(layernorm, num_gradients=2),
         "geglu": geglu,

@@ -1,9 +1,9 @@
 """Whole training steps for studies/bench.py: ours, ours with one design choice undone, and its peers'.
 
 A step is train.train_step: forward and backward of each micro-batch, gradients accumulated in fp32, and fused AdamW, on
-4,096 samples of 128 tokens (1,024 of 512), of which 30 % are masked. Samples are random tokens that go through data.py,
-so micro-batches are those of training. Entries take turns of one untimed and two timed steps; between turns weights and
-optimizer move to the CPU and memory is freed, so each entry has the GPU to itself.
+4,096 samples of 128 tokens (1,024 of 512, 256 of 2,048), of which 30 % are masked. Samples are random tokens that go
+through data.py, so micro-batches are those of training. Entries take turns of one untimed and two timed steps; between
+turns weights and optimizer move to the CPU and memory is freed, so each entry has the GPU to itself.
 
 Before that, the loss and all gradients on a few sequences, dropout off, are compared with the model in fp32: the error of
 the gradients, taken as one vector, may be twice that of the PyTorch path in bf16 plus 2^-8. Peers must then start with
@@ -14,6 +14,7 @@ Rows
     step_off       the same, with one design choice undone
     step_fill80    lengths that fill 80.5 % of 128 tokens; "padded" gives each sequence 128 rows of the stream
     step_512       sequences of 512 tokens
+    step_2048      sequences of 2,048 tokens
     step_large     MosaicBERT-Large, 128 tokens
 
 Read next: studies/peers.py
@@ -51,7 +52,7 @@ TIMED_STEPS = 2  # per turn, after an untimed one
 SHORT_SHARE = 0.415  # of samples, with 8 to 128 tokens: 0.585 + 0.415 * 68 / 128 = 80.5 %
 C4_SHORT_SHARE = 0.261  # with 30 to 128 tokens: a mean of 115, as in 1,000 documents of C4 cut at 128 tokens
 MASK_PROB = 0.3
-CHECKED_SAMPLES = 8
+CHECKED_SAMPLES, CHECKED_TOKENS = 8, 4096  # at most
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CONFIGS = {
     "base": ModelConfig(),
@@ -102,6 +103,11 @@ class Data:
 def first_batch(samples, count):
     """The first `count` samples as one MicroBatch on the CPU."""
     return samples.train_step(0, count, seed=1, mask_prob=MASK_PROB, micro_batch_tokens=2**40)[0]
+
+
+def checked_batch(samples):
+    """What gradients are compared on. Plain PyTorch needs memory for each pair of tokens, so long samples are fewer."""
+    return first_batch(samples, min(CHECKED_SAMPLES, CHECKED_TOKENS // samples.seq_length))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -194,7 +200,7 @@ class OursInFp8(Ours):
                 return model(batch.to(self.work.device))
 
         for _ in range(3):  # until the scales are right
-            loss_of(first_batch(self.work.samples, CHECKED_SAMPLES)).backward()
+            loss_of(checked_batch(self.work.samples)).backward()
             model.bert.fp8.update(lambda amax: amax)
         model.zero_grad()
         return reference, model, loss_of
@@ -235,7 +241,7 @@ def check_gradients(work, runner):
     It may be error_factor times that of the PyTorch path in the same dtype, and largest_error in any case.
     """
     reference, model, loss_of = runner.for_check()
-    batch = first_batch(work.samples, CHECKED_SAMPLES)
+    batch = checked_batch(work.samples)
     by_name = dict(model.named_parameters())
     checked = [by_name[name] for name, _ in reference.named_parameters()]
 
@@ -345,16 +351,17 @@ def rows(data):
     off = {name: StepEntry(partial(Ours, change=change), note=note) for name, (change, note) in changes.items()}
     off["bf16_copies"] = StepEntry(OursWithCopies, note="layers' matrices in bf16 beside fp32 masters, not cast")
     padded = {"ours_padded": StepEntry(Ours, note="with padding as tokens", data="padded")}
-    # The last two rows don't run by default. Large also takes longer to compile.
+    # The last three rows don't run by default. Large also takes longer to compile.
     same_model = {name: entry for name, entry in {**ours, **all_peers()}.items() if not name.startswith("bert")}
-    at_512 = {name: dataclasses.replace(entry, default=False) for name, entry in same_model.items()}
-    large = {name: dataclasses.replace(entry, seconds=2 * entry.seconds) for name, entry in at_512.items()}
+    longer = {name: dataclasses.replace(entry, default=False) for name, entry in same_model.items()}
+    large = {name: dataclasses.replace(entry, seconds=2 * entry.seconds) for name, entry in longer.items()}
     row = partial(compare, data=data)
     return {
         "step_full": partial(row, entries={**ours, **all_peers(("flex_t2", "varlen_t2"))}),
         "step_off": partial(row, entries={"ours": ours["ours"], **off}),
         "step_fill80": partial(row, entries={**ours, **padded, **all_peers(("varlen_t2",))}, kind="fill80"),
-        "step_512": partial(row, entries=at_512, seq_length=512),
+        "step_512": partial(row, entries=longer, seq_length=512),
+        "step_2048": partial(row, entries=longer, seq_length=2048),
         "step_large": partial(row, entries=large, size="large"),
     }
 
@@ -367,6 +374,7 @@ def compare(bench, row, data, entries, size="base", kind="full", seq_length=128)
     s, samples = bench.sizes, data.samples(kind, seq_length)
     cfg = CONFIGS[size] if not bench.cfg.toy else ModelConfig("mosaicbert", s.hidden, 2, s.heads, s.width)
     most = bench.cfg.micro_batch_tokens or (s.tokens if bench.cfg.toy else MICRO_BATCH_TOKENS[size])
+    most = max(most, seq_length)  # at least one sample
     count = s.samples * 128 // samples.seq_length
     work = Work(cfg, samples, count, most, bench.device, bench.dtype)
     runners, results = {}, {}

@@ -120,6 +120,11 @@ def test_matches_reference(lengths, H, D, slopes, dtype, device, triton_backend)
     check(*make_inputs(lengths, H, D, dtype, device, slopes))
 
 
+@pytest.mark.parametrize("lengths, slopes", [([512, 0, 5], True), ([700], False)])
+def test_many_blocks_match_reference(lengths, slopes, device, triton_backend):
+    check(*make_inputs(lengths, 1, 64, torch.float16, device, slopes))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
     "kind, H, D, slopes",
@@ -167,6 +172,19 @@ def test_neighbours_do_not_leak(kind, device, triton_backend):
         for name, tensor in expected.items():
             assert torch.equal(got[name][40:110], tensor[40:110]), name
             assert (got[name][143:] == 0).all(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # loaded through pointers, and through descriptors
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 127, 128, 129, 200])
+def test_blocks_end_with_their_sequence(length, dtype, device, triton_backend):
+    """NaN right before a sequence and right behind its last block, full or not, changes no bit of it."""
+    qkv, dout, *args = make_inputs([3, length, 100], H=1, D=64, dtype=dtype, device=device, kind="flash")
+    own = slice(3, 3 + length)
+    expected = run(attention_qkvpacked, qkv, dout, *args)
+    for x in (qkv, dout):
+        x[: own.start] = x[own.stop :] = float("nan")
+    got = run(attention_qkvpacked, qkv, dout, *args)
+    assert all(torch.equal(got[name][own], tensor[own]) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -94,8 +94,9 @@ def compile_one(configuration):
     file, name, arch, dtype, size, none = configuration
     module = importlib.import_module(f"kernels.{file}")
     kernel = getattr(module, f"{name}_kernel")
+    element_size = 4 if dtype == "fp32" else 2
     if file == "attention_flash":
-        launch = {"D": size, **module.launch_config(name, size, 4 if dtype == "fp32" else 2, arch // 10)}
+        launch = {"D": size, **module.launch_config(name, size, element_size, arch // 10)}
     elif file == "attention_window":
         launch = {"H": 12, "D": size, "BLOCK": module.BLOCK, **module.LAUNCH[name]}
     elif file == "muon":
@@ -108,7 +109,7 @@ def compile_one(configuration):
     types, element = (TYPES | FP8, "bf16") if dtype == "fp8" else (TYPES, dtype)
     if dtype != "fp8":
         none = (*none, *(ONLY_FP8 & set(kernel.arg_names)))
-    if file == "attention_flash" and (arch // 10 not in module.WARP_GROUP_MMA or dtype == "fp32"):
+    if file == "attention_flash" and not module.takes_descriptors(element_size, arch // 10):
         none = (*none, *(argument for argument in kernel.arg_names if argument.endswith("_desc")))
     constants = {**launch, **dict.fromkeys(none)}
     signature, aligned = {}, {}

@@ -8,8 +8,8 @@ from tools.figures.glue import PUBLISHED, PUBLISHED_BATCH, PUBLISHED_GPUS
 from tools.figures.reading import SCALING_NAMES, find, read_result, read_scaling
 
 BENCH_WORDS = {  # in the names of studies.bench's rows and entries
-    "full": ", no padding", "fill80": ", 80 % filled", "512": ", 512 tokens", "layernorm": "LayerNorm",
-    "two": ", two gradients", "geglu": "GeGLU", "head": "head with its loss", "step": "whole step",
+    "full": ", no padding", "fill80": ", 80 % filled", "512": ", 512 tokens", "2048": ", 2,048 tokens",
+    "layernorm": "LayerNorm", "two": ", two gradients", "geglu": "GeGLU", "head": "head with its loss", "step": "whole step",
     "off": ", one choice left out", "large": ", Large", "varlen": "varlen_attn, no ALiBi", "flex": "FlexAttention",
     "sdpa": "SDPA", "cudnn": ", cuDNN", "efficient": ", memory-efficient", "default": ", default", "t1": ", tuned",
     "t2": ", tuned more", "eager": "not compiled", "liger": "Liger", "vocab": "vocabulary", "torch": "PyTorch",
