@@ -8,15 +8,14 @@ Backward is two kernels: one owns a block of queries and sums dq over the keys, 
 dk and dv over the queries. Both compute S and dP; in return there are no atomics. Every result has one owner, which
 sums in a fixed order, so equal inputs give equal bits.
 
-A program owns a block of rows and walks over all blocks of the other side, one per step. Where its time goes:
+A program owns a block of rows and walks over all blocks of the other side, one per step:
 
-- Masks are for a partial block, the last, which comes first, in a loop of at most one step. The loop over full blocks has
-  none, and can load them through descriptors (TMA).
-- Positions count from the step's first row, and |i - j| costs no instruction of its own. So in forward a score
-  takes three before its exponential: i - j, the product less slope * |i - j|, and that times the scale, less the maximum.
-- Programs that run side by side work on one sequence, so one of its blocks reads k and v from memory and the others from the
-  L2 cache. At 512 tokens, 8 blocks of queries, forward moves 4 U, where U is the size of q: q, k, v and out. With the
-  sequences side by side instead, k and v would be read once per block: 18 U.
+- A partial block, the sequence's last, comes first, in a loop of at most one step, with masks. The loop over full blocks
+  has none; on Hopper and Blackwell TMA loads them, through descriptors.
+- Positions count from the step's first row. A score of forward takes three instructions before its exponential: i - j;
+  the product less slope * |i - j|; that times the scale, less the maximum.
+- Programs that run side by side work on one sequence, so k and v come from memory once, and for its other blocks from the
+  L2 cache: with U the size of q, forward moves 4 U, where reading k and v for each of 8 blocks would take 18 U.
 
 Products accumulate in fp32; softmax and statistics are fp32; fp32 inputs are multiplied in full fp32, not TF32.
 
@@ -386,7 +385,7 @@ HEAD_SIZES = sorted({head_size for head_size, _ in LAUNCH["forward"]})
 
 def launch_config(name, D, element_size, major):
     """Launch constants of a kernel. major: the GPU's major compute capability."""
-    special = LAUNCH_HOPPER if major == 9 else {} if major == 10 else LAUNCH_MMA_SYNC
+    special = {9: LAUNCH_HOPPER, 10: {}}.get(major, LAUNCH_MMA_SYNC)
     values = special.get((name, D, element_size), LAUNCH[name][D, element_size])
     return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), values))
 

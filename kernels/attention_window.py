@@ -32,7 +32,7 @@ HEAD_SIZES = (16, 32, 64)  # of 2-byte elements
 MANY_WINDOWS = 264  # two per SM of an H100
 # The fastest of 26 variants without spills on an H100 with Triton 3.6 (results/kernel_variants_h100.txt): 2.3 + 5.1 ns
 # per token for 12 heads of 64 and full windows; memory traffic alone takes 5.6. With one program per head, each waiting
-# for its loads: 2.7 + 7.3; attention_flash.py: 2.3 + 7.8.
+# for its loads: 2.7 + 7.3; attention_flash.py as it was then: 2.3 + 7.8.
 LAUNCH = {"forward": {"STAGES": 3, "num_warps": 8}, "backward": {"STAGES": 2, "num_warps": 8}}
 
 

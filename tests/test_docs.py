@@ -344,6 +344,49 @@ def test_speeds_are_those_of_the_benchmark():
         assert f"{entries[key]['samples_per_second']:,.0f}" in text, key
 
 
+def attention_times():
+    """{lengths: {(kernel or "together", variant): ns per token}}, from the log of all variants."""
+    times = {}
+    for part in text_of("results/attention_h200/variants.txt").split("=== lengths ")[1:]:
+        found = times[part.partition(":")[0]] = {}
+        for line in re.findall(r"^  .*ns .*$", part.partition("\nsummary")[0], re.MULTILINE):
+            kernel, name = line.split()[0], re.split(" {2,}", line[37:])[0]
+            found[kernel, name] = float(line.split()[1])
+            if alone := re.search(r"forward alone ([\d.]+)", line):
+                found["forward", name] = float(alone[1])
+    return times
+
+
+def test_attention_is_what_was_measured():
+    """results/README.md "attention_h200" and docs/speed.md: each row of their tables."""
+    text, short = section("results/README.md", "attention_h200"), section("docs/speed.md", "129 to 2,048 tokens")
+    all_times = attention_times()
+    winners = [("forward", "forward 64x64 w4 s3 tma"), ("dq", "dq 64x64 w4 s3 tma"), ("dkv", "dkv 32x64 w4 s3 tma")]
+    assert list(all_times) == ["512", "2048", "ragged", "1024", "256"]
+    for lengths, times in all_times.items():
+        forward, dq, dkv = (times[winner] for winner in winners)
+        before, both = times["together", "TREE"], times["together", "best at 512"]
+        varlen, flex = (times.get(("together", name)) for name in ("varlen_attn, no bias", "FlexAttention, ALiBi"))
+        title = f"{int(lengths):,}" if lengths.isdecimal() else lengths
+        cells = f"| {title} | {times['forward', 'TREE']:.2f}, {forward:.2f} | {times['both', 'TREE backward']:.2f}, {dq + dkv:.2f} |"
+        cells += f" {before:.2f}, {both:.2f} | {times['forward', 'varlen_attn, no bias']:.2f}, {varlen:.2f} |"
+        cells += f" {f'{flex:.2f}' if flex else '–'} | {before / both:.2f}, {varlen / both:.2f}, {f'{flex / both:.2f}' if flex else '–'} |"
+        assert cells in text.splitlines()
+        row = f"| {title} | {both:.2f} | {before:.2f} | {varlen:.2f} | {f'{flex:.2f}' if flex else 'not measured'} |"
+        assert (row in short.splitlines()) == (lengths != "ragged")
+    dropped = re.findall(r"^\| .* \| `((\w+?) .*)` \| (.*) \| (.*) \| (.*), (.*) \|$", text, re.MULTILINE)
+    assert len(dropped) == 9
+    now = {kernel: [f"{all_times[n][kernel, name]:.2f}" for n in ("512", "2048")] for kernel, name in winners}
+    now["both"] = [f"{sum(all_times[n][winner] for winner in winners[1:]):.2f}" for n in ("512", "2048")]
+    now["tree_forward"] = [f"{all_times[n]['forward', 'TREE']:.2f}" for n in ("512", "2048")]
+    for name, kernel, *figures in dropped:
+        tried = [f"{all_times[n][kernel.removeprefix('tree_'), name]:.2f}" for n in ("512", "2048")]
+        assert figures == tried + now[kernel], name
+    order = [("dq", "tree_dq 128x64 w8 s1"), ("dkv", "tree_dkv 32x128 w8 s1")]
+    parts = [all_times[n][variant] for n in ("512", "2048") for variant in order]
+    assert "take {:.2f} + {:.2f} and {:.2f} + {:.2f}".format(*parts) in " ".join(text.split())
+
+
 def test_scaling_is_what_was_measured():
     """docs/scaling.md, and results/README.md "scaling_h200", "scaling_h100": each row of the tables, also predicted ones."""
     short, results, shown = text_of("docs/scaling.md"), {}, 0
