@@ -275,6 +275,22 @@ def test_a_tsv_whose_texts_have_quotes_is_not():
     assert text_report()["suspect"] == [] and text_report()["documents"] == len(texts)
 
 
+@pytest.mark.parametrize("max_docs, says", [(2, "2 documents (--max_docs), in a.txt; 2 files not read"), (5, "5 documents (--max_docs), in c.txt")])
+def test_where_max_docs_stopped_is_said(capsys, max_docs, says):
+    for name in "abc":
+        write_texts(f"{name}.txt", [f"w{i} {name}" for i in range(2)])
+    prepare(source="a.txt,b.txt,c.txt", max_docs=max_docs, val_docs=1)
+    assert capsys.readouterr().out.count(f"stopped after {says}\n") == 1
+
+
+@pytest.mark.parametrize("options, said", [({"val_fraction": 0}, 1), ({"val_fraction": 0, "val_docs": 1}, 0), ({}, 0)])
+def test_holding_out_nothing_is_said(capsys, options, said):
+    """train.py refused the result."""
+    write_texts("a.txt", make_texts(9))
+    prepare(source="a.txt", **options)
+    assert capsys.readouterr().out.count("val_fraction=0 holds out nothing, and train.py needs held-out text") == said
+
+
 @pytest.mark.parametrize("name, contents", [("a.csv", b"id;text\n1;w1\n2;w2\n"), ("a.tsv", b"id,text\n1,w1\n2,w2\n")])
 def test_another_separator_is_read_and_said(name, contents):
     write_files({name: contents})

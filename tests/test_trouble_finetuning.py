@@ -180,10 +180,18 @@ def test_what_a_run_leaves_out_or_replaces_is_said(pretrained, tmp_path, files, 
         printed = capfd.readouterr().out
         assert f"{tmp_path}/b.csv: 3 of its 13 texts are in {tmp_path}/a.csv, too" in printed
         for name in ("own train", f"{tmp_path}/b.csv")[bool(replaced) :]:
-            assert re.search(f"{name}: \\d+ of \\d\\d are longer than 12 tokens, and truncated", printed), name
+            assert re.search(f"{name}: \\d+ of \\d\\d are longer than 12 tokens, and truncated \\(--max_length, in training\\)", printed), name
+        assert (f"{tmp_path}/out: 1 of 1 run finished before: nothing is trained\n" in printed) == bool(replaced)
         assert "1 seed, from pretrained" in printed and "average of 1" not in printed
         assert "score: the mean of accuracy and macro_f1\n" in printed
         assert f"predictions.tsv: 13 predictions{replaced}\n" in printed
+
+
+def test_runs_that_are_finished_are_said(pretrained, tmp_path, files, capfd):
+    main(own(pretrained, tmp_path, "--seeds=1"))
+    assert "finished before" not in capfd.readouterr().out
+    main(own(pretrained, tmp_path, "--seeds=2"))
+    assert f"{tmp_path}/out: 1 of 2 runs finished before: the others are trained\n" in capfd.readouterr().out
 
 
 def test_words_that_the_model_does_not_know_are_counted(pretrained, tmp_path, files, capfd):
