@@ -33,7 +33,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from common.files import file_digest, gigabytes, read_json, sync, write_file
-from common.options import UserError, similar
+from common.options import UserError, say, similar
 from common.vocabulary import load_tokenizer
 from model import LAYER_NORM_EPS, MaskedLM, ModelConfig
 
@@ -158,7 +158,7 @@ class Saver:
         remove_old(self.run.path, step, self.keep)
         self.seconds, self.written = time.perf_counter() - start, step
         self.run.log("checkpoint", step=step, path=path, seconds=round(self.seconds, 3))
-        print(f"saved {path}", flush=True)
+        say(f"saved {path}")
 
     def check(self):
         """Raises: UserError when the last checkpoint could not be written."""

@@ -567,6 +567,11 @@ def fine_tune(cfg, pretrained, plan, read):
         return print_estimate(plan, Worker(cfg, read))
     with RunDirectory(cfg.out, writes=rank == 0):  # refuses a second live suite
         os.makedirs(os.path.join(cfg.out, "predictions"), exist_ok=True)
+        if rank == 0:
+            finished = sum(bool(run_queue.result(os.path.join(cfg.out, "runs"), run)) for run in plan)
+            rest = "the others are trained" if finished < len(plan) else "nothing is trained"
+            if finished:
+                print(f"{cfg.out}: {finished} of {plural(len(plan), 'run')} finished before: {rest}", flush=True)
         pinned = dataclasses.replace(cfg, checkpoint=pretrained.path)  # the same for every worker
         run_queue.finish(os.path.join(cfg.out, "runs"), plan, functools.partial(Worker, pinned, read), cfg.jobs)
         if rank > 0:

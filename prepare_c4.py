@@ -31,7 +31,8 @@ import numpy as np
 from common import corpus_report
 from common.corpus_report import FILL_LENGTHS, NUM_LONGEST, most_changed, no_text
 from common.files import file_digest, gigabytes, lock_directory, read_json, whole_file, write_once, write_text
-from common.hashes import find_duplicates, hash_path, is_held_out, load_hashes, save_hashes, text_hash, val_threshold
+from common.hashes import NOTHING_HELD_OUT, find_duplicates, hash_path, is_held_out, load_hashes, save_hashes, text_hash
+from common.hashes import val_threshold
 from common.lines import split_suffixes
 from common.options import UserError, command, hint_for, load_config, require, stoppable
 from common.sources import Segment, documents, list_segments, versions
@@ -221,6 +222,9 @@ def unit_documents(unit, cfg, stats):
                 stats["empty documents"] += 1
             count += 1
             if count == cfg.max_docs:
+                unread = len({other.path for other in unit} - {other.path for other in unit[: unit.index(segment) + 1]})
+                more = f"; {unread:,} file{'s' * (unread > 1)} not read" if unread else ""
+                stats[f"stopped after {count:,} document{'s' * (count > 1)} (--max_docs), in {segment.path}{more}"] += 1
                 return
         finished += segment.size
         stats["source bytes"], stats["segment bytes"] = finished, 0
@@ -459,6 +463,8 @@ def given_tokenizers(cfg):
 def prepare(cfg, plan, units, given):
     """Fill the output directory, from wherever an earlier run stopped. given: given_tokenizers."""
     start, own = time.perf_counter(), share_of(cfg, len(units))
+    if not (cfg.val_fraction or cfg.val_docs or any(segment.split for segment in plan["sources"])):
+        print(NOTHING_HELD_OUT)
     out, tokenizer_path = cfg.out, os.path.join(cfg.out, "tokenizer.json")
     unit_bytes = [sum(segment.size for segment in unit) for unit in units]
     little = cfg.max_docs or sum(unit_bytes) <= HASHED_BYTES
@@ -533,6 +539,8 @@ def prepare(cfg, plan, units, given):
     verify(out)
     shutil.rmtree(work_path(out, ""))
     corpus_report.print_report(report, cfg)
+    for text in corpus_report.names_of(stats, "stopped "):
+        print(f"stopped {text}")
     print(f"{out}: finished (after copying it: python -m tools.verify {out})")
 
 

@@ -58,7 +58,7 @@ def encode(examples, tokenizer, limit, name, unknown):
             with_unknown += unknown in encoding.ids
     if truncated:
         are = f"{truncated:,} of {len(ids):,} {'is' if truncated == 1 else 'are'}"
-        print(f"{name}: {are} longer than {limit} tokens, and truncated (max_length, set in training)", flush=True)
+        print(f"{name}: {are} longer than {limit} tokens, and truncated (--max_length, in training)", flush=True)
     if with_unknown:
         have = f"{with_unknown:,} of {len(ids):,} {'has' if with_unknown == 1 else 'have'}"
         print(f"{name}: {have} words that are not in the vocabulary: the model sees [UNK]", flush=True)

@@ -11,6 +11,7 @@ import numpy as np
 from common.files import whole_file
 from common.options import UserError
 
+NOTHING_HELD_OUT = "val_fraction=0 holds out nothing, and train.py needs held-out text (another --val_fraction, or --val_docs)"
 MANY_ENOUGH = 100  # documents to hold out of a small corpus
 
 

@@ -15,9 +15,8 @@ import numpy as np
 from common.files import write_text
 from common.lines import numbered_lines, split_suffixes
 from common.options import UserError
-from common.tables import SEPARATORS, TABLES, open_table, parquet_records, record_cells, table_rows
+from common.tables import LONG_ROW, SEPARATORS, TABLES, open_table, parquet_records, record_cells, table_rows
 
-LONG_ROW = 20  # lines
 NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)  # float() also takes 1_0, nan and inf
 THOUSANDS = re.compile(r"\s*([+-]?[1-9]\d{0,2}(?:[,.'\u2019 \u00a0\u202f]\d{3})+)(?:[,.](\d+))?\s*", re.ASCII)  # 1,234.5
 COMMA, GROUPS = "a decimal comma", "separators between thousands"
@@ -139,12 +138,17 @@ def read_table(path, columns, label_column, cfg, see, default_header):
     if odd:
         more = f", and {len(odd) - 1:,} more such rows" if len(odd) > 1 else ""
         print(f"warning: {path}: one row holds {odd[0]} (is a quote not closed?){more}", flush=True)
+    quoted = [row.first for row in rows if row.quoted and not row.fault]
+    if quoted and hasattr(cfg, "label_column"):  # GLUE's own files have such cells, and are read so by everybody
+        text = f"cells in quotes, as a .csv has them, but the model reads a .tsv's quotes: {places(quoted)}"
+        print(f"warning: {path}: {text} (save it as .csv)", flush=True)
 
 
 def other_separator(text, own, columns):
-    """What is wrong with a row that has all columns if another character separates them, or ""."""
-    for mark, name in SEPARATORS.items():
-        if text and mark != own and own not in text and text.count(mark) == columns - 1:
+    """What is wrong with a row that has all columns if another character separates them, or "". Prose has commas, too."""
+    for mark, name in SEPARATORS.items() if columns > 1 and text else ():
+        prose = re.search(rf"{re.escape(mark)}\s|\d{re.escape(mark)}\d", text)
+        if mark != own and own not in text and text.count(mark) == columns - 1 and not prose:
             return f"a {name} between columns, unlike the first line's {SEPARATORS[own]} (use one of them in the whole file)"
     return ""
 

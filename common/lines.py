@@ -3,6 +3,7 @@
 import functools
 import gzip
 import io
+import itertools
 import lzma
 import os
 import zlib
@@ -66,13 +67,27 @@ def not_utf8(line, error):
 
 
 def numbered_lines(path, cfg, stats, start=0, end=None, header=False, only=False):
-    """(number, text) of each line, without line end and byte-order mark.
+    """(number, text) of each line, without line end, and without the byte-order marks that joined files have inside.
 
     Only \\n ends a line: JSON strings may hold Unicode's other separators. start, end: a byte range of an uncompressed
     file; lines belong to the range that they start in, and are numbered within it. A file that is no text counts as a
-    single line that cannot be read. header: whether the first line holds names, and cannot be skipped. only: whether
+    single line that cannot be read, as does one with old Mac line ends, unless cfg.doc_sep is "file". header: whether the first line holds names, and cannot be skipped. only: whether
     there is nothing without this file. Raises: UserError with file and line.
     """
+    lines = decoded_lines(path, cfg, stats, start, end, header, only)
+    beginning = list(itertools.islice(lines, 1))
+    if beginning and "\r" in beginning[0][1] and not start and getattr(cfg, "doc_sep", "") != "file":
+        beginning += itertools.islice(lines, 1)
+        if len(beginning) == 1:
+            also = "; or --doc_sep=file" * (split_suffixes(path)[0] == ".txt")
+            hint = f"convert it: tr '\\r' '\\n' < FILE > NEW{also}"
+            skip_or_fail(cfg, stats, f"{path}: a single line, with \\r inside: old Mac line ends ({hint})", needed=only)
+            return
+    yield from beginning
+    yield from lines
+
+
+def decoded_lines(path, cfg, stats, start, end, header, only):
     _, compression = split_suffixes(path)
     end = None if compression else end
     number = 0
@@ -99,7 +114,7 @@ def numbered_lines(path, cfg, stats, start=0, end=None, header=False, only=False
                 if number % 16 == 0 or len(line) > 1000:
                     stats["segment bytes"] = raw.tell() - start
                 try:
-                    text = line.decode("utf-8-sig" if number == 1 and not start else "utf-8")
+                    text = line.decode().removeprefix("\ufeff")
                 except UnicodeDecodeError as error:
                     skip_or_fail(cfg, stats, f"{location(path, number, start)}: {not_utf8(line, error)}", needed)
                     continue

@@ -44,6 +44,17 @@ class UserError(Exception):
         self.this_rank_only = this_rank_only
 
 
+def say(text, file=None):
+    """Print a line. That nobody reads it any more, as when Ctrl-C has also ended a `tee`, must not end what has work to save."""
+    file = file or sys.stdout
+    try:
+        print(text, file=file, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())  # or Python fails again when it exits
+    except OSError:  # a full disk, say
+        pass
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM, which ends a command as Ctrl-C does. See stoppable."""
 
@@ -67,7 +78,7 @@ def command(main):
         except KeyboardInterrupt as stopped:
             if "--debug" in argv:
                 raise
-            print("; ".join(["stopped", *map(str, stopped.args)]), file=sys.stderr, flush=True)
+            say("; ".join(["stopped", *map(str, stopped.args)]), sys.stderr)
             number = signal.SIGTERM if isinstance(stopped, Terminated) else signal.SIGINT
             raise SystemExit(128 + number) from None
 
@@ -98,13 +109,13 @@ def report(error, anyway=False):
     ends. anyway: print it on any rank.
     """
     if not isinstance(error, (UserError, OSError)) or "--debug" in sys.argv:
-        traceback.print_exception(error)
+        say("".join(traceback.format_exception(error)).rstrip("\n"), sys.stderr)
         return 1
     if isinstance(error, OSError):  # the machine's: a full disk, a missing permission
         file = f"{error.filename}: " if error.filename else ""
         error = UserError(f"{file}{error.strerror or error} ({hint_for(error)})", True)
     if anyway or error.this_rank_only or int(os.environ.get("RANK", 0)) == 0:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        say(f"error: {error}", sys.stderr)
     else:
         time.sleep(2)
     return 2
@@ -303,7 +314,4 @@ def print_help(cls):
     for base in reversed(cls.__mro__):
         for name, kind, default, text in described(base):
             lines.append(f"  --{name}={kind}  {text}  [{default!r}]" if name else f"\n{text}")
-    with contextlib.suppress(BrokenPipeError):  # as into `head`
-        print("\n".join(lines), flush=True)
-        return
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    say("\n".join(lines))

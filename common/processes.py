@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from common import watch
-from common.options import UserError
+from common.options import UserError, say
 
 
 @dataclass
@@ -80,7 +80,7 @@ class Process:
     def say(self, text):
         """Print on rank 0."""
         if self.rank == 0:
-            print(text, flush=True)
+            say(text)
 
 
 def to_host(tensor):

@@ -9,7 +9,7 @@ import sys
 import threading
 
 from common.files import gigabytes, lock_directory, read_json, write_text
-from common.options import UserError
+from common.options import UserError, say
 
 
 class RunDirectory:
@@ -86,7 +86,7 @@ class RunDirectory:
         """Report what could not be written. Raises: UserError, unless the run is to continue without it."""
         if self.on_save_error == "stop":
             raise UserError(fault)
-        print(f"warning: {fault}: continuing without", file=sys.stderr, flush=True)
+        say(f"warning: {fault}: continuing without", sys.stderr)
 
 
 def read_log(out_dir):

@@ -223,13 +223,6 @@ def stdlib_segment(stats):
 
 def text_documents(segment, cfg, stats):
     lines = numbered_lines(segment.path, cfg, stats, segment.start, segment.end)
-    if cfg.doc_sep != "file" and not segment.start:
-        beginning = list(itertools.islice(lines, 2))
-        if len(beginning) == 1 and "\r" in beginning[0][1]:
-            hint = "convert it: tr '\\r' '\\n' < FILE > NEW; or --doc_sep=file"
-            skip_or_fail(cfg, stats, f"{segment.path}: a single line, with \\r inside: old Mac line ends ({hint})")
-            return
-        lines = itertools.chain(beginning, lines)
     if cfg.doc_sep == "line":
         yield from (line for _, line in lines)
         return
@@ -293,10 +286,14 @@ def table_documents(segment, cfg, stats):
     """One column of a .csv or .tsv. The first row names the columns."""
     path = segment.path
     table = open_table(path, numbered_lines(path, cfg, stats, 0, segment.end, header=True), [cfg.text_key], SEE)
+    quoted = False
     for row in table_rows(table.lines, *table.layout) if table else ():
         where = f"{path}:{row.first}"
         if row.suspect:
             stats[f"suspect {where}: a cell holds the next lines, to {row.last} (is a quote not closed?)"] += 1
+        if row.quoted and not row.fault and not quoted:
+            quoted = True
+            stats[f"suspect {where}: a cell in quotes, as a .csv has them; a .tsv's are part of the text (save it as .csv)"] += 1
         if row.fault:
             skip_or_fail(cfg, stats, f"{where}: {row.fault}")
         elif row.cells and row.first != table.header.first:

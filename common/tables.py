@@ -16,6 +16,7 @@ from common.options import UserError
 MAX_BATCH = 2**30  # bytes of Parquet rows that are decoded at once, at most
 TABLES = {".csv": (",", True), ".tsv": ("\t", False)}  # separator, and whether quotes mean something
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}
+LONG_ROW = 20  # lines
 
 csv.field_size_limit(MAX_TEXT)  # the default rejects cells above 131,072 characters
 
@@ -26,6 +27,7 @@ class TableRow(NamedTuple):
     cells: list  # of strings; none for a blank line, or with a fault
     fault: str  # why it is not a row, or ""
     suspect: bool  # whether its cells hold lines that look like rows, which an open quote has swallowed
+    quoted: bool = False  # whether it begins a row with cells in a .csv's quotes, though here quotes mean nothing
 
 
 class Table(NamedTuple):
@@ -78,12 +80,17 @@ def table_rows(lines, separator, quotes, is_row=None):
 
     The lines after one whose quote is not closed are read again, so it swallows none of them. text: None for a line that
     could not be read. quotes: whether cells in double quotes may hold separators and line breaks. is_row(text): whether a
-    line in such a cell is surely a row; a suspect row has a fault then.
+    line in such a cell is surely a row; a suspect row has a fault then. Where there is one column, a row is suspect if it is
+    long, and most are one line.
 
     Python's csv, not pyarrow's: that one takes an unclosed quote, or text after a closing one, without an error, and
     refuses rows longer than its block.
     """
+    if not quotes:
+        yield from literal_rows(lines, separator)
+        return
     lines, again, row, columns = iter(lines), collections.deque(), [], 0  # lines to read again, lines of this row
+    count = single = 0  # rows, and those of one line
 
     def row_lines():
         while pair := again.popleft() if again else next(lines, None):
@@ -93,9 +100,7 @@ def table_rows(lines, separator, quotes, is_row=None):
             yield f"{pair[1]}\n"
 
     def records():
-        if quotes:
-            return csv.reader(row_lines(), delimiter=separator, strict=True)
-        return (line[:-1].split(separator) if line.strip() else [] for line in row_lines())
+        return csv.reader(row_lines(), delimiter=separator, strict=True)
 
     reader = records()
     while True:
@@ -110,12 +115,13 @@ def table_rows(lines, separator, quotes, is_row=None):
             return
         columns = columns or len(cells)
         if cells and len(cells) != columns:
-            fault = f"{len(cells)} column{'s' * (len(cells) > 1)}, expected {columns}"
-            fault += f" (is a {SEPARATORS[separator]} outside quotes?)"
-        several = len(row) > 1 and columns > 1 and not fault
-        inside = [line for cell in cells for line in cell.split("\n")] if several else []
+            fault = f"{wrong_width(cells, columns)} (is a {SEPARATORS[separator]} outside quotes?)"
+        count, single = count + 1, single + (len(row) == 1)
+        several = len(row) > 1 and not fault
+        inside = [line for cell in cells for line in cell.split("\n")] if several and columns > 1 else []
         rows_inside = sum(is_row(line) if is_row else line.count(separator) == columns - 1 for line in inside)
         suspect = 0 < len(row) - 1 <= 2 * rows_inside
+        suspect |= several and columns == 1 and len(row) > LONG_ROW and 2 * single > count
         if suspect and is_row:
             fault = f"one row up to line {row[-1][0]}, though its lines are rows (is a quote not closed?"
             fault += " if the quotes are right: --trust_quotes=true)"
@@ -123,6 +129,49 @@ def table_rows(lines, separator, quotes, is_row=None):
         if fault:
             again.extendleft(reversed(row[1:]))
             reader = records()
+
+
+def literal_rows(lines, separator):
+    """table_rows where quotes mean nothing. A line break or tab that a cell in quotes was to hold is named as the fault."""
+    lines, ahead, columns, left = iter(lines), collections.deque(), 0, 0  # left: lines of such a row that is broken
+    while pair := ahead.popleft() if ahead else next(lines, None):
+        number, text = pair
+        cells = text.split(separator) if text and text.strip() else []
+        columns, fault, quoted = columns or len(cells), "not UTF-8" if text is None else "", False
+        if cells and len(cells) != columns:
+            fault = f"{wrong_width(cells, columns)} (a tab or a line break in a text?)"
+        if cells and not left and '"' in text:
+            ahead.extend(itertools.islice(lines, max(0, LONG_ROW - len(ahead))))
+            meant = lines_in_quotes([text, *(other or "" for _, other in ahead)], separator, columns)
+            quoted, left = meant > 0, meant if meant > 1 or fault else 0
+        if left:
+            left -= 1
+            if cells and columns > 1:
+                fault = "quotes hold a tab or a line break, but they are literal in .tsv (save it as .csv)"
+        yield TableRow(number, number, [] if fault else cells, fault, False, quoted)
+
+
+def lines_in_quotes(texts, separator, columns):
+    """How many of these lines a program wrote as one row with cells in quotes; 0: none, as quotes in a text are no reason.
+
+    Such a cell has quotes inside, each written twice, or separators, or line breaks. Lines that are whole rows are never one.
+    """
+    reader = csv.reader((f"{text}\n" for text in texts), delimiter=separator, strict=True)
+    try:
+        meant = next(reader)
+    except csv.Error:
+        return 0
+    lines = texts[: reader.line_num]
+    if len(lines) == 1:
+        literal = lines[0].split(separator)
+        reason = len(literal) != columns or any('"' in cell for cell in set(meant) - set(literal))
+    else:
+        reason = sum(text.count(separator) for text in lines) == columns - 1
+    return len(lines) if len(meant) == columns and reason else 0
+
+
+def wrong_width(cells, columns):
+    return f"{len(cells)} column{'s' * (len(cells) > 1)}, expected {columns}"
 
 
 def parse_json(text):

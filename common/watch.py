@@ -31,7 +31,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from common.options import UserError, report
+from common.options import UserError, report, say
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 TICK = 0.5  # seconds between checks of the other processes
@@ -177,14 +177,14 @@ class Watch:
         if self.signal and again and since > SAME_SECONDS[number]:
             if self.rank == 0:
                 text = f"{name} again: the unfinished step is abandoned; the same command resumes from the newest checkpoint"
-                print(text, file=sys.stderr, flush=True)
+                say(text, sys.stderr)
             os._exit(128 + number)
         if not self.signal:
             self.signal, self.asked_at = number, time.monotonic()
             if self.training and self.rank == 0:
                 also = f", or {name} again after {SAME_SECONDS[number]} s" if number == signal.SIGTERM else ""
                 text = f"{name}: stopping after this step, with a checkpoint (Ctrl-C{also}: at once, without one)"
-                print(text, file=sys.stderr, flush=True)
+                say(text, sys.stderr)
         if not self.training:
             if self.store:
                 self._exchange()
@@ -248,6 +248,6 @@ class Watch:
         text = self._ask(self._behind) or "the rendezvous store is gone with its process, or its host is cut off"
         if first is not False:
             hint = "the same command resumes from the newest checkpoint"
-            print(f"error: {reason}: {text} ({hint})", file=sys.stderr, flush=True)
+            say(f"error: {reason}: {text} ({hint})", sys.stderr)
         time.sleep(2 * TICK)  # until the others know that it is printed, since torchrun kills all when one ends
         os._exit(LOST)

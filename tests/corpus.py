@@ -1,5 +1,7 @@
 """Shared by the tests of prepare_c4.py and common/sources.py: a working directory, texts, ways to run and to inspect."""
 
+import csv
+import io
 import json
 import os
 import random
@@ -40,6 +42,13 @@ def write_files(files):
 def write_texts(path, texts):
     """One document per line."""
     Path(path).write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+
+
+def frame(separator, *rows):
+    """The bytes that pandas writes: cells that hold quotes, separators or line breaks are in quotes."""
+    table = io.StringIO()
+    csv.writer(table, delimiter=separator, lineterminator="\n").writerows(rows)
+    return table.getvalue().encode()
 
 
 def make_texts(count, seed=0):

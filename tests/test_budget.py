@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import statistics
 from functools import partial
 from types import SimpleNamespace
@@ -249,6 +250,20 @@ def test_dry_run_plans_by_what_was_measured(tmp_path, capsys):
     assert "A100 at 29.8% MFU (published" in printed and "70,000" not in printed and not (tmp_path / "run").exists()
     train.main([*argv, "--hidden_size=384", "--dry_run"])
     assert "16 minutes on 1 x H100: speed not measured yet" in capsys.readouterr().out
+
+
+def test_the_time_of_short_steps_is_a_bound(tmp_path, capsys):
+    """It was 3 seconds for 70,000 steps of configs/small.py."""
+    argv = [f"--data_dir={make_shards(tmp_path / 'shards')}", f"--out_dir={tmp_path / 'run'}", "--device=cpu", "--dry_run"]
+    train.main(["configs/small.py", *argv, "--price_per_gpu_hour=2"])
+    printed = capsys.readouterr().out
+    assert printed.count("time        more than ") == 6 and "time        more than 1 s on 1 x A100 at 30% MFU, $" in printed
+    assert printed.endswith("(steps of less than 25 ms may wait for the host, which launches their kernels)\n")
+    train.main(["configs/base.py", *argv])
+    assert "more than" not in (printed := capsys.readouterr().out) and "steps of less" not in printed and "time        " in printed
+    for samples, bound in ((4096, ""), (32, "at most ")):
+        train.main(["configs/base.py", *argv, f"--global_batch_size={samples}", "--budget_minutes=16"])
+        assert re.search(rf"H100 at 46.4% MFU \(\S+\): {bound}\d[\d,]* samples", capsys.readouterr().out)
 
 
 def test_max_steps_beside_a_budget_is_said_not_to_count(tmp_path, capsys):

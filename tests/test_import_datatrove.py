@@ -59,6 +59,7 @@ def test_special_tokens_at_the_ends_are_taken_off_and_counted(capsys):
     imported()
     assert stored() == [ids("w4 w5"), [*ids("w6"), SEP, *ids("w7")], ids("w1 w2"), [*ids("w3"), UNK]]
     printed = capsys.readouterr().out
+    assert "val_fraction=0 holds out nothing, and train.py needs" in printed
     assert "taken off the ends of documents, since training adds its own: 3 [CLS], 4 [SEP]\n" in printed
     assert "warning: special tokens inside documents" in printed and "the tokens of somewhere/tokenizer.json" in printed
     report = json.loads(Path("out/report.json").read_text())

@@ -143,6 +143,25 @@ def test_cuda_graphs_and_checkpointing_change_no_bit(data_dir, tmp_path, monkeyp
     assert exact[0] == exact[1] == exact[2] and last[0] == last[1] == last[2]
 
 
+@pytest.mark.parametrize("used, captured", [(70, False), (30, True)])
+def test_steps_that_would_not_fit_twice_are_not_captured(monkeypatch, used, captured):
+    """The 1.3 billion parameters of configs/xl.py took 109 of 150 GB, and ran out of memory in the third step."""
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: used)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (100 - used, 100))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: pytest.fail("captured"))
+    calls = []
+    graphed = train.GraphedStep(lambda batch: calls.append(1) or torch.zeros(()))
+    batch = Batch(torch.zeros(5), torch.tensor([0, 5]), 5, None)
+    graphed(batch)
+    if captured:
+        with pytest.raises(pytest.fail.Exception, match="captured"):
+            graphed(batch)
+    else:
+        graphed(batch), graphed(batch)
+    assert len(calls) == (1 if captured else 3)
+
+
 def test_neither_processes_nor_micro_batches_nor_buckets_change_the_losses(data_dir, tmp_path):
     options = {"hidden_dropout": 0, "max_steps": 40, "eval_interval": 20, "checkpoint_interval": 20}
     runs = {}

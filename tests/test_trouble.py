@@ -98,6 +98,32 @@ def test_a_signal_is_acknowledged_at_once(data_dir, tmp_path):  # noqa: F811
     ranks.wait()
 
 
+@pytest.mark.parametrize("hang", [False, True])
+def test_signals_when_nobody_reads_the_output(data_dir, tmp_path, hang):  # noqa: F811
+    """Ctrl-C on `train.py | tee log` ends tee, too. The watchdog's thread failed to print, and the second signal did nothing."""
+    fault = partial(faults.together, faults.unread_output, partial(faults.same_signal_within, 0.5))
+    fault = partial(faults.together, fault, partial(faults.hang_at, 3)) if hang else fault
+    out = tmp_path / "run"
+    argv = toy_argv(data_dir, out, max_steps=10_000, eval_interval=0, checkpoint_interval=10_000, log_interval=1)
+    ranks = Ranks(argv, 1, tmp_path / "ranks", {0: fault})
+    while not (out / "log.jsonl").exists() or len(read_log(out)) < 2:
+        assert ranks.alive()
+        time.sleep(0.01)
+    ranks.signal(signal.SIGTERM)
+    if hang:
+        time.sleep(1)
+        ranks.signal(signal.SIGTERM)
+    assert ranks.wait(20) == [143] and len(checkpoint.steps(out)) == (0 if hang else 1)
+
+
+@pytest.mark.parametrize("script", ["train.py", "prepare_c4.py"])
+def test_an_error_that_nobody_reads_keeps_its_status(script):
+    """It was Python's 1, or 120 where the output could not be flushed at the end."""
+    command = f"({sys.executable} {script} --no_such_option=1; echo $? >&3) 2>&1 | true"
+    result = subprocess.run(["bash", "-c", f"exec 3>&1; {command}"], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout == "2\n"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Nothing silently wrong
 

@@ -21,7 +21,7 @@ import prepare_c4
 from common import corpus_report, lines, sources, tables, vocabulary, workers
 from common.options import UserError, similar
 from common.sources import files_below, list_files
-from tests.corpus import VOCAB, ids, interrupted, make_texts, prepare, prepare_fails, stored, text_report, texts_of, workplace, write_files, write_texts, write_vocab  # noqa: F401
+from tests.corpus import VOCAB, frame, ids, interrupted, make_texts, prepare, prepare_fails, stored, text_report, texts_of, workplace, write_files, write_texts, write_vocab  # noqa: F401
 from tests.toy import SPECIAL, make_tokenizer
 
 SCRIPTS = ["मैंने उससे कहा", "かぎ と ガイド", "กรุณา รอ สักครู่", "й и Ёлка", "má mạ ma", "École naïve"]
@@ -247,6 +247,48 @@ def test_a_cell_that_may_have_swallowed_rows_is_named():
     prepare(source="a.csv", val_fraction=0)
     assert text_report()["suspect"] == ["a.csv:3: a cell holds the next lines, to 5 (is a quote not closed?)"]
     assert text_report()["documents"] == 3
+
+
+def test_an_open_quote_swallows_no_documents_of_a_single_column():
+    """Most rows are one line, and one is 30; where most have several lines, long ones are nothing odd."""
+    lines = [f"w{i}" for i in range(100)]
+    lines[50], lines[79] = '"w50', 'w79"'
+    write_files({"a.csv": "\n".join(["text", *lines]).encode(), "b.csv": b"text\n" + b'"w1\nw2"\n' * 2 + b'"%s"\n' % (b"w3\n" * 30)})
+    prepare(source="a.csv,b.csv", val_fraction=0)
+    assert text_report()["suspect"] == ["a.csv:52: a cell holds the next lines, to 81 (is a quote not closed?)"]
+
+
+@pytest.mark.parametrize("cell, documents", [('w1 "w2" w3', 3), ("w1\n\nw2 w3", 4), ('"w1" w2\nw3\nw4', 5)])
+def test_a_tsv_with_the_quotes_of_a_csv_is_named(cell, documents):
+    """Quotes are literal: of such a cell each line became a document, and nothing was said."""
+    write_files({"a.tsv": frame("\t", ["text"], ["w5"], [cell], [cell])})
+    prepare(source="a.tsv", val_fraction=0)
+    says = "a.tsv:3: a cell in quotes, as a .csv has them; a .tsv's are part of the text (save it as .csv)"
+    assert text_report()["suspect"] == [says] and text_report()["documents"] == 2 * documents - 3
+
+
+def test_a_tsv_whose_texts_have_quotes_is_not():
+    """As GLUE's."""
+    texts = ['"w1" w2', 'w1 "w2"', '"w1 w2', 'w3 w4"', '"w5"', '"w1 ""w2"" w3', 'w1 ""w2""', '"', '"w1 w2', '"w3" "w4"']
+    write_files({"a.tsv": "".join(f"{text}\n" for text in ["id\ttext", *(f"1\t{text}" for text in texts)]).encode()})
+    prepare(source="a.tsv", val_fraction=0)
+    assert text_report()["suspect"] == [] and text_report()["documents"] == len(texts)
+
+
+@pytest.mark.parametrize("max_docs, says", [(2, "2 documents (--max_docs), in a.txt; 2 files not read"), (5, "5 documents (--max_docs), in c.txt")])
+def test_where_max_docs_stopped_is_said(capsys, max_docs, says):
+    for name in "abc":
+        write_texts(f"{name}.txt", [f"w{i} {name}" for i in range(2)])
+    prepare(source="a.txt,b.txt,c.txt", max_docs=max_docs, val_docs=1)
+    assert capsys.readouterr().out.count(f"stopped after {says}\n") == 1
+
+
+@pytest.mark.parametrize("options, said", [({"val_fraction": 0}, 1), ({"val_fraction": 0, "val_docs": 1}, 0), ({}, 0)])
+def test_holding_out_nothing_is_said(capsys, options, said):
+    """train.py refused the result."""
+    write_texts("a.txt", make_texts(9))
+    prepare(source="a.txt", **options)
+    assert capsys.readouterr().out.count("val_fraction=0 holds out nothing, and train.py needs held-out text") == said
 
 
 @pytest.mark.parametrize("name, contents", [("a.csv", b"id;text\n1;w1\n2;w2\n"), ("a.tsv", b"id,text\n1,w1\n2,w2\n")])

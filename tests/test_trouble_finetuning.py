@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from common.run_directory import pretraining_cost
 from finetune_glue import load_classifier, load_pretrained, make_classifier
 from model import ModelConfig
 from tests import toy
+from tests.corpus import frame
 from tests.test_finetune_glue import CPU, sentences, suite, write_glue
 from tests.test_finetune_own import settings, write_labelled
 from tests.toy import make_run
@@ -106,6 +108,9 @@ def test_near_equal_and_rare_labels_are_warned_about(tmp_path, capsys):
     assert "labels with fewer than 5 rows: ' pos' (line 11), 'Pos' (line 12) (too few to learn)" in printed
     guess(tmp_path, ["pos"] * 9 + ["NA"] * 9)
     assert "label 'NA' (lines 11, 12, 13 and 6 more) is taken as a class" in capsys.readouterr().out
+    for missing in ("#N/A", "#DIV/0!", "#NAME?", "<NA>"):  # of Excel and pandas
+        guess(tmp_path, ["pos"] * 9 + [missing] * 9)
+        assert f"label '{missing}' (lines 11, 12, 13 and 6 more) is taken as a class" in capsys.readouterr().out
     guess(tmp_path, ["pos"] * 9 + ["neg"] * 9)
     assert "warning" not in capsys.readouterr().out
 
@@ -120,6 +125,8 @@ def test_near_equal_and_rare_labels_are_warned_about(tmp_path, capsys):
         ("pos", "pos\u200b", r"'pos' and 'pos\u200b'"),
         ("pos", "p\u043es", r"'pos' and 'p\u043es'"),
         ("caf\u00e9", "cafe\u0301", r"'café' and 'cafe\u0301'"),
+        ("1", "\uff11", r"'1' and '\uff11'"),
+        ("-1.0", "\uff0d\u0661", r"'-1.0' and '\uff0d\u0661'"),
         ("class_a", "class_b", ""),
         ("group a, left", "group b, left", ""),
         ("typical", "atypical", ""),
@@ -173,10 +180,18 @@ def test_what_a_run_leaves_out_or_replaces_is_said(pretrained, tmp_path, files, 
         printed = capfd.readouterr().out
         assert f"{tmp_path}/b.csv: 3 of its 13 texts are in {tmp_path}/a.csv, too" in printed
         for name in ("own train", f"{tmp_path}/b.csv")[bool(replaced) :]:
-            assert re.search(f"{name}: \\d+ of \\d\\d are longer than 12 tokens, and truncated", printed), name
+            assert re.search(f"{name}: \\d+ of \\d\\d are longer than 12 tokens, and truncated \\(--max_length, in training\\)", printed), name
+        assert (f"{tmp_path}/out: 1 of 1 run finished before: nothing is trained\n" in printed) == bool(replaced)
         assert "1 seed, from pretrained" in printed and "average of 1" not in printed
         assert "score: the mean of accuracy and macro_f1\n" in printed
         assert f"predictions.tsv: 13 predictions{replaced}\n" in printed
+
+
+def test_runs_that_are_finished_are_said(pretrained, tmp_path, files, capfd):
+    main(own(pretrained, tmp_path, "--seeds=1"))
+    assert "finished before" not in capfd.readouterr().out
+    main(own(pretrained, tmp_path, "--seeds=2"))
+    assert f"{tmp_path}/out: 1 of 2 runs finished before: the others are trained\n" in capfd.readouterr().out
 
 
 def test_words_that_the_model_does_not_know_are_counted(pretrained, tmp_path, files, capfd):
@@ -285,6 +300,56 @@ def test_an_open_quote_takes_one_row_with_it(tmp_path, capsys):
         rows = read_rows(str(path), ("text",), "label", settings(skip_bad_lines=2))
         assert [row.cells for row in rows] == [["b", "2"], ["d", "5"]]
         assert re.fullmatch(r"skipped .*:2(: .*\nskipped .*:|, )4: .*\n", capsys.readouterr().out)
+
+
+TSV_CELLS = ("save", 'he said "no"', "a\nb\n\nc", "d\te", 'f, "g"\nh', "i")
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_the_quotes_of_a_csv_in_a_tsv(tmp_path, capsys, order):
+    """pandas writes them. Halves of texts were labelled rows, and the reason was a comma of the text."""
+    path, says = tmp_path / "a.tsv", "quotes hold a tab or a line break, but they are literal in .tsv (save it as .csv"
+    table = [("text", "label"), *((cell, "yes") for cell in TSV_CELLS)]
+    path.write_bytes(frame("\t", *([row[j] for j in order] for row in table)))
+    with pytest.raises(UserError, match=f"a.tsv:4: {re.escape(says)}; also lines 5, 7, 8 and 2 more"):
+        read_rows(str(path), ("text",), "label", settings())
+    rows = read_rows(str(path), ("text",), "label", settings(skip_bad_lines=6))
+    assert [row.cells[0] for row in rows] == ["save", '"he said ""no"""', "i"]
+    printed = capsys.readouterr().out
+    assert f"skipped {path}:4, 5, 7, 8, 9, 10: {says})\n" in printed
+    warning = "cells in quotes, as a .csv has them, but the model reads a .tsv's quotes: line 3 (save it as .csv)"
+    assert f"warning: {path}: {warning}\n" in printed
+    read_rows(str(path), ("text",), "label", SimpleNamespace(skip_bad_lines=6))
+    assert "warning" not in capsys.readouterr().out  # GLUE's own files have them
+
+
+@pytest.mark.parametrize(
+    "name, contents, says",
+    [
+        ("a.csv", 'text\nb\nhe said "hi"\n"c" d\n', "a.csv:4: ',' expected after '\"'"),
+        ("a.csv", "text\n\"a\nb\n", "a.csv:2: unexpected end of data, up to line 3"),
+        ("a.tsv", "text\tlabel\nSome apples, and more    yes\nb\tno\n", "a.tsv:2: 1 column, expected 2 (a tab or a line break in"),
+        ("a.tsv", "text\tlabel\nSome 1,200 apples    yes\nb\tno\n", "a.tsv:2: 1 column, expected 2 (a tab or a line break in"),
+        ("a.tsv", "text\tlabel\nSome apples,yes\nb\tno\n", "a.tsv:2: a comma between columns, unlike the first line's tab"),
+        ("a.csv", "text,label\ra,yes\rb,no\r", "a.csv: a single line, with \\r inside: old Mac line ends (convert it: tr"),
+        ("a.jsonl", '{"text": "a"}\r{"text": "b"}\n', "a.jsonl: a single line, with \\r inside: old Mac line ends (convert it"),
+    ],
+)
+def test_the_cause_is_the_right_one(tmp_path, name, contents, says):
+    """There is no other separator where there is one column, and none in prose."""
+    path = tmp_path / name
+    path.write_bytes(contents.encode())
+    with pytest.raises(UserError) as error:
+        read_rows(str(path), ("text",), "", settings())
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl"])
+def test_joined_files_with_marks_inside(tmp_path, name):
+    """cat a.csv b.csv, of two that Excel wrote."""
+    part = {"a.csv": 'text\n"a, b"\n', "a.tsv": "text\na, b\n", "a.jsonl": '{"text": "a, b"}\n'}[name]
+    (tmp_path / name).write_text(f"\ufeff{part}\ufeff{part.removeprefix('text' + chr(10))}", encoding="utf-8")
+    assert [row.cells for row in read_rows(str(tmp_path / name), ("text",), "", settings())] == [["a, b"]] * 2
 
 
 def test_quotes_can_be_trusted(tmp_path, capsys):

@@ -45,7 +45,9 @@ FOR_TRAINING = (  # options that mean nothing with a --predict_file alone
 )  # fmt: skip
 RARE = 5  # labels with fewer rows are warned about
 LATIN_LOOK = str.maketrans("аеорсухіјѕ", "aeopcyxijs")  # Cyrillic letters, and the Latin ones that look the same
-MISSING = {"na", "n/a", "nan", "nil", "none", "null", "-", "?"}  # what others write where a label is missing
+# What others write where a label is missing, or Excel where it could not compute one.
+MISSING = {"na", "n/a", "<na>", "nan", "nil", "none", "null", "-", "?", "#n/a"}
+MISSING |= {"#ref!", "#value!", "#div/0!", "#name?", "#null!", "#num!", "#spill!", "#calc!"}
 
 
 @dataclass
@@ -157,9 +159,10 @@ def warn_about(path, rows):
 
 def essence(word):
     """What labels have in common that a person would take for the same: "1" and "1.0", "pos" and " Pos"."""
-    if NUMBER.fullmatch(word):
-        return float(word)
     visible = "".join(c for c in unicodedata.normalize("NFKC", word) if unicodedata.category(c) != "Cf")  # no zero widths
+    digits = "".join(f"{unicodedata.decimal(c, c)}" for c in visible)  # of any script
+    if NUMBER.fullmatch(digits):
+        return float(digits)
     return " ".join(visible.casefold().translate(LATIN_LOOK).split())
 
 

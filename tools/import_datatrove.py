@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from common.files import file_digest, lock_directory, write_text
-from common.hashes import content_hash, find_duplicates, load_hashes, save_hashes, val_threshold
+from common.hashes import NOTHING_HELD_OUT, content_hash, find_duplicates, load_hashes, save_hashes, val_threshold
 from common.options import UserError, command, load_config
 from common.sources import files_below
 from common.vocabulary import load_tokenizer, read_tokenizer, special_names
@@ -176,6 +176,8 @@ def main(argv):
     if finished:
         print(f"{cfg.out}: already finished, nothing to do (python -m tools.verify {cfg.out} checks every byte)")
         return
+    if not (cfg.val_fraction or cfg.val_docs):
+        print(NOTHING_HELD_OUT)
     lock = lock_directory(cfg.out)
     try:
         enter_output(cfg.out, plan, earlier is not None, "")
