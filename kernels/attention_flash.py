@@ -401,7 +401,10 @@ def takes_descriptors(element_size, major):
 
 
 def tiles(tensor, rows, major):
-    """The descriptor through which a kernel loads (rows, D) tiles of (total_tokens, ..., D), or None for pointers."""
+    """The descriptor through which a kernel loads (rows, D) tiles of (total_tokens, ..., D), or None for pointers.
+
+    Made by the CPU at each call, one in forward and three in backward, and passed by value, so CUDA graphs keep them.
+    """
     if not takes_descriptors(tensor.element_size(), major):
         return None
     return TensorDescriptor.from_tensor(tensor.flatten(1), [rows, tensor.shape[-1]])

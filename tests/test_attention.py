@@ -397,6 +397,23 @@ def test_repeats_are_bitwise_equal(kind, H, D):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_cuda_graphs_read_the_inputs_of_their_replay(kind):
+    """A graph keeps the descriptors of its capture, but not the data."""
+    lengths = GPU_LENGTHS if kind == "flash" else GPU_SHORT
+    qkv, dout, *args = make_inputs(lengths, 12, 64, torch.bfloat16, "cuda", kind=kind)
+    run(attention_qkvpacked, qkv, dout, *args)  # compiles, which a capture cannot
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = run(attention_qkvpacked, qkv, dout, *args)
+    for x in (qkv, dout):
+        x.normal_()
+    graph.replay()
+    expected = run(attention_qkvpacked, qkv, dout, *args)
+    assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.gpu
 def test_neighbours_do_not_leak_on_gpu():
     qkv, dout, *args = make_inputs([1000, 300, 129], 12, 64, torch.bfloat16, "cuda")
     expected = run(attention_qkvpacked, qkv, dout, *args)
