@@ -178,7 +178,7 @@ def test_neighbours_do_not_leak(kind, device, triton_backend):
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 127, 128, 129, 200])
 def test_blocks_end_with_their_sequence(length, dtype, device, triton_backend):
     """NaN right before a sequence and right behind its last block, full or not, changes no bit of it."""
-    qkv, dout, *args = make_inputs([3, length, 100], H=1, D=64, dtype=dtype, device=device, kind="flash")
+    qkv, dout, *args = make_inputs([3, length, 5], H=1, D=64, dtype=dtype, device=device, kind="flash")
     own = slice(3, 3 + length)
     expected = run(attention_qkvpacked, qkv, dout, *args)
     for x in (qkv, dout):
