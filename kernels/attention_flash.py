@@ -294,7 +294,7 @@ def dkv_kernel(
 ):
     """dk and dv for BLOCK_N keys of one head. Grid as in forward_kernel.
 
-    No mask: queries past the end add 0, since dout, dP and delta are 0 there; keys past it are not stored.
+    Scores take no mask: queries past the end add 0, since dout, dP and delta are 0 there; keys past it are not stored.
     """
     is_tail, h, block, start, length = locate(cu_seqlens_ptr, B, H, total_tokens, num_blocks)
     row_stride = 3 * H * D
