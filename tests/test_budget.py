@@ -203,7 +203,7 @@ def test_a_plan_of_earlier_code_is_kept(data_dir, tmp_path, plan_of_25, capsys):
 @pytest.mark.parametrize("step", [2, 6])
 def test_killed_in_the_warm_up(data_dir, tmp_path, step):  # noqa: F811
     """Before or after the half that is timed: the same command resumes, finishes the measurement, and plans."""
-    argv = budget_argv(data_dir, tmp_path / "run", budget_minutes=0.03)
+    argv = budget_argv(data_dir, tmp_path / "run", budget_minutes=0.08)
     ranks = Ranks(argv, 1, tmp_path / "ranks", {0: partial(faults.stop_at, step)})
     assert ranks.wait() == [143], ranks.output()
     assert not read_log(tmp_path / "run", "plan") and read_log(tmp_path / "run", "stop")[0]["step"] in (step, step + 1)
