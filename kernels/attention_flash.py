@@ -10,12 +10,12 @@ sums in a fixed order, so equal inputs give equal bits.
 
 A program owns a block of rows and walks over all blocks of the other side, one per step:
 
-- A partial block, the sequence's last, comes first, in a loop of at most one step, with masks. The loop over full blocks
-  has none; on Hopper and Blackwell TMA loads them, through descriptors.
+- A partial block, the sequence's last, comes first, in a loop of at most one step, with masks. The loop over full
+  blocks has none; on Hopper and Blackwell TMA loads them, through descriptors.
 - Positions count from the step's first row. A score of forward takes three instructions before its exponential: i - j;
   the product less slope * |i - j|; that times the scale, less the maximum.
-- Programs that run side by side work on one sequence, so k and v come from memory once, and for its other blocks from the
-  L2 cache: with U the size of q, forward moves 4 U, where reading k and v for each of 8 blocks would take 18 U.
+- Programs that run side by side work on one sequence, so k and v come from memory once, and for its other blocks from
+  the L2 cache: with U the size of q, forward moves 4 U, where reading k and v for each of 8 blocks would take 18 U.
 
 Products accumulate in fp32; softmax and statistics are fp32; fp32 inputs are multiplied in full fp32, not TF32.
 
@@ -71,7 +71,7 @@ def store_rows(ptr, offs, length, row_stride, D: tl.constexpr, tile):
 
 @triton.jit
 def zero_rows(ptr, length, row_stride, D: tl.constexpr, BLOCK: tl.constexpr, block=0, num_blocks=1):
-    """Zero `length` rows, shared by num_blocks programs: each takes every num_blocks-th block, from number `block` on."""
+    """Zero `length` rows, shared by num_blocks programs: number `block` takes every num_blocks-th block of rows."""
     for first in range(block * BLOCK, length, num_blocks * BLOCK):
         store_rows(ptr, first + tl.arange(0, BLOCK), length, row_stride, D, tl.zeros((BLOCK, D), tl.float32))
 
