@@ -71,8 +71,9 @@ def numbered_lines(path, cfg, stats, start=0, end=None, header=False, only=False
 
     Only \\n ends a line: JSON strings may hold Unicode's other separators. start, end: a byte range of an uncompressed
     file; lines belong to the range that they start in, and are numbered within it. A file that is no text counts as a
-    single line that cannot be read, as does one with old Mac line ends, unless cfg.doc_sep is "file". header: whether the first line holds names, and cannot be skipped. only: whether
-    there is nothing without this file. Raises: UserError with file and line.
+    single line that cannot be read, as does one with old Mac line ends, unless cfg.doc_sep is "file". header: whether the
+    first line holds names, and cannot be skipped. only: whether there is nothing without this file.
+    Raises: UserError with file and line.
     """
     lines = decoded_lines(path, cfg, stats, start, end, header, only)
     beginning = list(itertools.islice(lines, 1))
