@@ -19,8 +19,12 @@ from common.tables import LONG_ROW, SEPARATORS, TABLES, open_table, parquet_reco
 
 NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)  # float() also takes 1_0, nan and inf
 THOUSANDS = re.compile(r"\s*([+-]?[1-9]\d{0,2}(?:[,.'\u2019 \u00a0\u202f]\d{3})+)(?:[,.](\d+))?\s*", re.ASCII)  # 1,234.5
+POINTED = re.compile(r"\s*[+-]?[1-9]\d{0,2}\.\d{3}\s*", re.ASCII)  # 1.100: 1100 to a German, 1.1 to others
 COMMA, GROUPS = "a decimal comma", "separators between thousands"
-PLAIN = "write numbers with a point alone, as 1234.5"
+PLAIN = "write numbers with a point alone, as 1234.5 or 950.0"
+# What others write where a value is missing, or Excel where it could not compute one.
+MISSING = {"na", "n/a", "<na>", "nan", "nil", "none", "null", "-", "?", "#n/a"}
+MISSING |= {"#ref!", "#value!", "#div/0!", "#name?", "#null!", "#num!", "#spill!", "#calc!"}
 
 
 class Row(NamedTuple):
@@ -78,7 +82,24 @@ def read_rows(path, text_columns, label_column, cfg, default_header=None):
         print(f"{path}: blank lines are not rows: {places(blank)}", flush=True)
     if empty := [row.line for row in rows if not all(map(str.strip, row.cells[: len(text_columns)]))]:
         print(f"warning: {path}: {len(empty):,} of {len(rows):,} rows have an empty text: {places(empty)}", flush=True)
+    if own:  # GLUE is what it is
+        warn_of_lost_texts(path, rows, len(text_columns))
     return rows
+
+
+def warn_of_lost_texts(path, rows, num_texts):
+    """Report texts that say nothing, as "nan", and characters that an earlier program replaced by U+FFFD."""
+    if found := [row for row in rows if any(map(is_missing, row.cells[:num_texts]))]:
+        cell = next(filter(is_missing, found[0].cells))
+        text = f"{len(found):,} of {len(rows):,} rows have a text like {cell!r}, as where it is missing"
+        print(f"warning: {path}: {text}: {places([row.line for row in found])}", flush=True)
+    if found := [row.line for row in rows if any("\ufffd" in cell for cell in row.cells)]:
+        text = f"{len(found):,} of {len(rows):,} rows hold U+FFFD: {places(found)}: characters were lost before they came here"
+        print(f"warning: {path}: {text} (export it again as UTF-8)", flush=True)
+
+
+def is_missing(cell):
+    return cell.strip().casefold() in MISSING
 
 
 def fault_of(cells, label_column):
@@ -176,25 +197,39 @@ def to_examples(rows, path, labels):
     A number is also valid in another spelling, as 1.0 is for 1.
     """
     values, numbers = [], {word: i for i, word in enumerate(labels)}
+    read = read_numbers([row.cells[-1] for row in rows])
     by_value = {float(word): word for word in labels if NUMBER.fullmatch(word)}
-    for row in rows:
+    for row, number in zip(rows, read):
         cell = row.cells[-1]
         if cell not in numbers and by_value and NUMBER.fullmatch(cell):
             cell = by_value.get(float(cell), cell)
         if labels and cell not in numbers:
             raise UserError(f"{path}:{row.line}: unknown label {cell!r} (expected one of {', '.join(labels)[:200]})")
-        values.append(numbers[cell] if labels else to_number(cell, f"{path}:{row.line}"))
+        values.append(numbers[cell] if labels else to_number(cell, *number, f"{path}:{row.line}"))
     texts, index = [tuple(row.cells[:-1]) for row in rows], [row.index for row in rows]
     return Examples(texts, np.array(values, np.int64 if labels else np.float64), index)
 
 
-def to_number(cell, where):
-    number, spelling = read_number(cell)
+def to_number(cell, number, spelling, where):
     if spelling:
         raise UserError(f"{where}: label {cell!r} has {spelling} ({PLAIN})")
     if number is None or not np.isfinite(number):  # 1e999 is not
         raise UserError(f"{where}: label {cell!r} is not a number")
     return number
+
+
+def read_numbers(cells):
+    """read_number of each of a column's cells. Points as in 1.100 separate thousands if 950 is there, and no 1100."""
+    whole = [abs(float(cell)) for cell in cells if NUMBER.fullmatch(cell) and "." not in cell]
+    if not looks_grouped(cells) or not 100 <= max(whole, default=0) < 1000:
+        return [read_number(cell) for cell in cells]
+    return [(float(cell.replace(".", "")), GROUPS) if POINTED.fullmatch(cell) else read_number(cell) for cell in cells]
+
+
+def looks_grouped(cells):
+    """The first number with a point, as 1.100, if the points of all may separate thousands; else None."""
+    points = [cell for cell in cells if "." in cell and NUMBER.fullmatch(cell)]
+    return points[0] if points and all(map(POINTED.fullmatch, points)) else None
 
 
 def read_number(cell):

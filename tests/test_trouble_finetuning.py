@@ -24,7 +24,7 @@ from tests.corpus import frame
 from tests.test_finetune_glue import CPU, sentences, suite, write_glue
 from tests.test_finetune_own import settings, write_labelled
 from tests.toy import make_run
-from tools.finetune_own import main, own_task
+from tools.finetune_own import main, own_task, warn_of_points
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +62,7 @@ def guess(tmp_path, labels, **options):
         ([f"{i},500.75" for i in range(1, 99)], ":2: label '1,500.75' has separators between thousands, as 98 of 98"),
         ([f"{i}.500,75" for i in range(1, 99)], ":2: label '1.500,75' has separators between thousands, as 98 of 98"),
         ([*(f"{i}" for i in range(99)), "1 000"], ":101: label '1 000' has separators between thousands, as 1 of 100"),
+        (["950", *(f"{i}.500" for i in range(1, 99))], ":3: label '1.500' has separators between thousands, as 98 of 99"),
         ([*map(str, range(30)), "unknown"], ":32: label 'unknown'"),
     ],
 )
@@ -80,6 +81,31 @@ def test_decimal_commas_between_semicolons_and_in_the_validation_file(tmp_path):
             own_task(settings(train_file=str(path), problem=problem), rows)
     with pytest.raises(UserError, match="b.csv:2: label '0,5' has a decimal comma"):
         to_examples(rows, "b.csv", ())
+
+
+def test_points_that_may_separate_thousands(tmp_path, capsys):
+    def read(labels):
+        path = tmp_path / "b.csv"
+        path.write_text("text,label\n" + "".join(f"t,{label}\n" for label in labels))
+        rows = read_rows(str(path), ("text",), "label", settings())
+        warn_of_points(path, rows)
+        return to_examples(rows, str(path), ()).labels.tolist(), capsys.readouterr().out
+
+    with pytest.raises(UserError, match="b.csv:3: label '-1.100' has separators between thousands .*1234.5 or 950.0"):
+        read(["950", "-1.100"])  # whatever the training file or --problem says
+    for labels in (["1.100", "2.345"], ["1.100", "1100", "950"], ["1.100", "99"]):
+        numbers, printed = read(labels)
+        assert numbers == list(map(float, labels)) and "b.csv: label '1.100' is read as 1.1 (if the point" in printed
+    for labels in (["0.080", "0.140", "500"], ["950.0", "1.100"], ["1.100", "2.25"], ["950", "1100"]):
+        assert read(labels) == (list(map(float, labels)), "")
+
+
+def test_numbers_of_both_files_are_looked_at(pretrained, tmp_path, capsys):
+    for name in ("a.csv", "b.csv"):
+        (tmp_path / name).write_text("text,kind\n" + "".join(f"t{i},{i % 9 + 1}.{i + 100}\n" for i in range(20)))
+    main(own(pretrained, tmp_path, "--dry_run"))
+    printed = capsys.readouterr().out
+    assert all(f"{name}: label '1.100' is read as 1.1 (if the point" in printed for name in ("a.csv", "b.csv"))
 
 
 @pytest.mark.parametrize(
@@ -244,7 +270,11 @@ def test_contradicting_labels_are_counted(pretrained, tmp_path, files, capfd):
         file.write("w1,yes\nw2,no\nw1,no\nw1,no\nw2,yes\nw3,no\nw3,no\n")
     main(own(pretrained, tmp_path, "--dry_run"))
     printed = capfd.readouterr().out
-    assert f"warning: {tmp_path}/a.csv: 2 texts have contradicting labels, as on lines 42, 44, 45 (" in printed
+    assert f"warning: {tmp_path}/a.csv: 2 texts have contradicting labels, as 'w1' on lines 42, 44, 45 (" in printed
+    with open(tmp_path / "a.csv", "a") as file:
+        file.write("".join(f"{'nan ' * 20},{label}\n" for label in ("yes", "no", "no", "no")))
+    main(own(pretrained, tmp_path, "--dry_run"))
+    assert f"3 texts have contradicting labels, as '{'nan ' * 10}' on lines 49, 50, 51 and" in capfd.readouterr().out
 
 
 def test_a_dry_run_writes_nothing(pretrained, tmp_path, files):
@@ -414,6 +444,18 @@ def test_blank_lines_and_empty_texts_are_said(tmp_path, capsys):
     blank, empty = capsys.readouterr().out.splitlines()
     assert blank == f"{path}: blank lines are not rows: lines 3, 4"
     assert empty == f"warning: {path}: 2 of 4 rows have an empty text: lines 5, 6"
+
+
+def test_texts_that_were_lost_before_are_said(tmp_path, capsys):
+    path = tmp_path / "a.csv"
+    path.write_text("text,also,label\na nan, b,M\ufffdll\nb,NaN ,c\nm\ufffde,b,c\n-,#NAME?,c\n")
+    read_rows(str(path), ("text", "also"), "", settings())
+    missing, broken = capsys.readouterr().out.splitlines()
+    assert missing == f"warning: {path}: 2 of 4 rows have a text like 'NaN ', as where it is missing: lines 3, 5"
+    assert broken.startswith(f"warning: {path}: 1 of 4 rows hold U+FFFD: line 4: characters were lost before they came here (")
+    read_rows(str(path), ("text",), "label", settings())
+    missing, broken = capsys.readouterr().out.splitlines()
+    assert "1 of 4 rows have a text like '-'" in missing and "2 of 4 rows hold U+FFFD: lines 2, 4" in broken
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,20 @@ from typing import Literal
 import torch
 
 from common.glue import Task
-from common.labelled import COMMA, GROUPS, NUMBER, PLAIN, Examples, places, read_number, read_rows, to_examples, write_table
+from common.labelled import (
+    COMMA,
+    GROUPS,
+    NUMBER,
+    PLAIN,
+    Examples,
+    is_missing,
+    looks_grouped,
+    places,
+    read_numbers,
+    read_rows,
+    to_examples,
+    write_table,
+)
 from common.options import UserError, command, load_config
 from common.processes import Process, pick_device
 from finetune_glue import (
@@ -45,9 +58,6 @@ FOR_TRAINING = (  # options that mean nothing with a --predict_file alone
 )  # fmt: skip
 RARE = 5  # labels with fewer rows are warned about
 LATIN_LOOK = str.maketrans("аеорсухіјѕ", "aeopcyxijs")  # Cyrillic letters, and the Latin ones that look the same
-# What others write where a label is missing, or Excel where it could not compute one.
-MISSING = {"na", "n/a", "<na>", "nan", "nil", "none", "null", "-", "?", "#n/a"}
-MISSING |= {"#ref!", "#value!", "#div/0!", "#name?", "#null!", "#num!", "#spill!", "#calc!"}
 
 
 @dataclass
@@ -110,7 +120,7 @@ def guess(cfg, rows):
     """(whether the labels are a regression's, why). Raises: UserError for labels that contradict each other."""
     if cfg.problem != "auto":
         return cfg.problem == "regression", f"--problem={cfg.problem}"
-    read = [read_number(row.cells[-1]) for row in rows]
+    read = read_numbers([row.cells[-1] for row in rows])
     numbers = [number for number, _ in read if number is not None]
     different, whole = len(set(numbers)), all(number.is_integer() for number in numbers)
     if len(numbers) <= len(rows) / 2 or (whole and different <= MAX_CLASSES):
@@ -147,7 +157,7 @@ def warn_about(path, rows):
     if len(alike) > RARE:
         print(f"warning: {path}: {len(alike) - RARE} more labels are spelled almost as another", flush=True)
     for word in lines:
-        if word.strip().casefold() in MISSING:
+        if is_missing(word):
             text = f"label {word!r} ({places(lines[word])}) is taken as a class (if it means no label, remove these rows)"
             print(f"warning: {path}: {text}", flush=True)
     rare = [f"{word!r} ({places(found)})" for word, found in lines.items() if len(found) < RARE]
@@ -206,6 +216,13 @@ def print_labels(path, examples, task):
         print(f"{path}: {len(x):,} labels {spread}", flush=True)
 
 
+def warn_of_points(path, rows):
+    """Say how numbers like 1.100 are read, if there are no others with a point."""
+    if label := looks_grouped([row.cells[-1] for row in rows]):
+        text = f"label {label!r} is read as {float(label):g} (if the point separates thousands, write it without)"
+        print(f"warning: {path}: {text}", flush=True)
+
+
 def warn_of_contradictions(path, rows):
     """Report texts that have different labels in different rows."""
     first, contradicting = {}, {}
@@ -215,9 +232,10 @@ def warn_of_contradictions(path, rows):
         if label != earlier.cells[-1]:
             contradicting.setdefault(tuple(texts), [earlier.line]).append(row.line)
     if contradicting:
-        texts = f"{len(contradicting):,} texts have" if len(contradicting) > 1 else "a text has"
-        lines = places(next(iter(contradicting.values())))
-        print(f"warning: {path}: {texts} contradicting labels, as on {lines} (correct them, or the score suffers)", flush=True)
+        found = f"{len(contradicting):,} texts have" if len(contradicting) > 1 else "a text has"
+        texts, lines = max(contradicting.items(), key=lambda item: len(item[1]))
+        example = f"{' / '.join(texts)[:40]!r} on {places(lines)}"
+        print(f"warning: {path}: {found} contradicting labels, as {example} (correct them, or the score suffers)", flush=True)
 
 
 def warn_of_overlap(paths, examples):
@@ -279,6 +297,8 @@ def main(argv):
     examples = {split: to_examples(rows[split], path, task.labels) for split, path in paths.items()}
     for split, path in paths.items():
         print_labels(path, examples[split], task)
+        if not task.labels:
+            warn_of_points(path, rows[split])
     if task.labels:
         warn_of_contradictions(paths["train"], rows["train"])
     warn_of_overlap(paths, examples)
