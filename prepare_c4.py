@@ -366,6 +366,7 @@ def process_unit(number, unit, cfg, threshold):
             batch.append(("val" if is_held_out(segment, hashes[-1], threshold) else "train", segment.path, text))
             stats["characters"] += len(text)
             chars += len(text)
+            corpus_report.count_broken(stats, segment.path, text)
             if len(longest) < NUM_LONGEST or len(text) > longest[0][0]:
                 entry = (len(text), segment.path, segment.start, of_segment[segment], text[:80])
                 (heapq.heappush if len(longest) < NUM_LONGEST else heapq.heappushpop)(longest, entry)

@@ -16,6 +16,15 @@ INSPECT_CHARS = 2**16  # text per batch whose normalization is compared with the
 NUM_EXAMPLES, EXAMPLE_CHARS = 3, 80  # beginnings of documents shown beside what their tokens decode to
 
 
+def count_broken(stats, path, text):
+    """Count a document with U+FFFD, which stands for a character that was lost earlier, and show where the first has it."""
+    if "\ufffd" in text:
+        if not stats["broken documents"]:
+            start = max(0, text.index("\ufffd") - EXAMPLE_CHARS // 2)
+            stats[f"broken in {path}: {text[start : start + EXAMPLE_CHARS]!r}"] += 1
+        stats["broken documents"] += 1
+
+
 def inspect_changes(stats, paths, texts, tokenizer, unknown):
     """Count the characters that normalization changes, in about INSPECT_CHARS of the texts; yields an example of each.
 
@@ -66,6 +75,8 @@ def make_report(stats, longest, examples, cfg, vocab_size, seconds):
         "documents": num_docs,
         "documents_held_out": stats["documents val"],
         "documents_empty": stats["empty documents"],
+        "documents_broken": stats["broken documents"],
+        "broken": names_of(stats, "broken in ")[:1],
         "documents_duplicate": stats["duplicates"],
         "duplicates_removed": cfg.dedup,
         "bad_lines_skipped": stats["bad lines"],
@@ -113,6 +124,8 @@ def names_of(stats, prefix):
 EXPLAINED = {
     "documents_held_out": "for evaluation",
     "documents_empty": "left out: they hold nothing but blanks",
+    "documents_broken": "hold U+FFFD, in place of characters that were lost before they came here",
+    "broken": "the first",
     "documents_duplicate": "texts that occurred before (--dedup=true removes them)",
     "tokens_held_out": "for evaluation",
     "unknown_percent": "of the tokens are [UNK]",
@@ -139,6 +152,9 @@ def print_report(report, cfg):
             plain = isinstance(item, (int, float)) and not isinstance(item, bool)
             text = f"{item:,}" if plain else item if isinstance(item, str) else json.dumps(item, ensure_ascii=False)
             print(f"{name:26s} {text}{f'  ({EXPLAINED[name]})' if name in EXPLAINED and number == 0 else ''}")
+    if report["documents_broken"]:
+        text = f"{report['documents_broken']:,} documents hold U+FFFD (see broken): characters were lost before they came here"
+        print(f"warning: {text} (export them again as UTF-8)")
     hint = "one for this text: --train_tokenizer"
     if cfg.train_tokenizer:
         hint = "a new vocabulary needs more entries, or more text"

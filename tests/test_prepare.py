@@ -598,7 +598,7 @@ def test_report(capsys):
     assert sorted(map(len, [held_out, *stored()])) == [1, 3, 6, 200]
     expected = {
         "documents": 4, "documents_held_out": 1, "documents_empty": 2, "bad_lines_skipped": 1, "suspect": [],
-        "files_without_text": [],
+        "files_without_text": [], "documents_broken": 0, "broken": [],
         "skipped": ["a.jsonl:7: not valid JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1) (expected one object per line)"],
         "unknown_characters_percent": round(100 / (17 + len(words.replace(" ", ""))), 4), "changed_characters_percent": 0,
         "decoded": [{"text": "w1 ? w2", "tokens": "w1 [UNK] w2"}, {"text": "w1", "tokens": "w1"}, {"text": "W3 w4 w5 w6xy", "tokens": "w3 w4 w5 w6xy"}],

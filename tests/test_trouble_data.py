@@ -46,6 +46,14 @@ def test_a_new_vocabulary_keeps_accents_and_vowel_signs(capsys):
     assert "warning" not in capsys.readouterr().out
 
 
+def test_characters_that_were_lost_before_are_said(capsys):
+    write_texts("a.txt", ["w1", "w2 M\ufffdw3 G\ufffd\ufffd", "w4"])
+    write_texts("b.txt", ["w5\ufffd"])
+    prepare(source="a.txt,b.txt", val_fraction=0)
+    assert (text_report()["documents_broken"], text_report()["broken"]) == (2, ["a.txt: 'w2 M\ufffdw3 G\ufffd\ufffd'"])
+    assert "warning: 2 documents hold U+FFFD (see broken): characters were lost" in capsys.readouterr().out
+
+
 def test_stripped_accents_are_asked_for_counted_and_shown(capsys):
     tokenizer = train(SCRIPTS * 20, strip_accents=True)
     assert tokenizer.decode(tokenizer.encode("मैंने má mạ ma й", add_special_tokens=False).ids) == "मन ma ma ma и"
