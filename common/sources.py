@@ -82,6 +82,10 @@ def list_files(part, out=""):
     is_directory, found = (list_remote if is_remote(part) else list_local)(part)
     inside_out = os.path.realpath(out) + os.sep
     found = [path for path in found if not (out and os.path.realpath(path).startswith(inside_out))] or found
+    arrow = {os.path.dirname(path) for path in found if is_directory and path.endswith(".arrow")}
+    if saved := [path for path in arrow if os.path.join(path, "dataset_info.json") in found]:
+        hint = 'load it, and ds.to_parquet("x.parquet") writes a file that is'
+        raise UserError(f"{min(saved)}: a datasets.save_to_disk directory: its Arrow files are not read ({hint})")
     paths, skipped = [], collections.Counter()
     for path in found:
         if path.endswith("/") or os.path.isdir(path):
