@@ -564,6 +564,20 @@ def test_of_a_small_corpus_the_smallest_hashes_are_held_out(capsys):
     assert not list(Path("no").rglob("*.bin"))
 
 
+@pytest.mark.parametrize("count, options, held_out", [
+    (900, {}, 45), (3000, {}, 100), (900, {"val_fraction": 0.004}, None), (900, {"val_docs": 3}, 3),
+])  # fmt: skip
+def test_the_default_share_of_a_small_corpus_is_large_enough(capsys, count, options, held_out):
+    """300 texts held out 15, but 900 only a few: too few for a loss that means something. A share that is given stays."""
+    texts = [f"w1 {number}" for number in range(count)]
+    write_texts("a.txt", texts)
+    prepare(source="a.txt", **options)
+    by_share = sum(prepare_c4.text_hash(text) < options.get("val_fraction", 0.005) * 2**64 for text in texts)
+    assert 0 < by_share < 45 and len(stored("val")) == (held_out or by_share)
+    says = f"holds out {by_share} of {count:,} distinct texts; held out instead: {held_out}, with the smallest hashes\n"
+    assert (f"val_fraction=0.005 {says}" in capsys.readouterr().out) == (not options)
+
+
 @pytest.mark.parametrize("copies", [1, 12, 20, 200])
 def test_copies_of_a_text_hold_out_no_others(copies):
     """Of 30 texts 20 times each, all were held out."""
