@@ -278,7 +278,8 @@ def lines_or_whole(segment, lines, stats):
         parts.append(line)
         size += len(line) + 1
         if size > MAX_WHOLE:
-            raise UserError(f"{segment.path}: a list or object of more than {gigabytes(MAX_WHOLE)} (write one object per line, .jsonl)")
+            reason = f"a list or object of more than {gigabytes(MAX_WHOLE)} (write one object per line, .jsonl)"
+            raise UserError(f"{segment.path}: {reason}")
     try:
         records = parse_json("\n".join(parts))
     except ValueError as error:
