@@ -5,7 +5,8 @@
 
 The source is divided into units of work, and each unit writes its own shards. So any number of processes can share the
 units and the shards come out the same, and an interrupted run resumes with the units that are missing. A hash of its
-text decides whether a document is held out for evaluation, so adding data never moves another one.
+text decides whether a document is held out for evaluation, so adding data moves no other one (of a small corpus: if
+you name a --val_fraction).
 
 Read next: common/sources.py, for what can be read, or data.py, for the format of a shard
 """
@@ -67,7 +68,7 @@ class PrepareConfig:
     compare_tokenizer: str = ""  # a second tokenizer; the report compares how many tokens each produces
     # Output
     out: str = ""  # shard directory
-    val_fraction: float = 0.005  # share of documents held out, by a threshold on their hash (c4 has files for it); at least 1
+    val_fraction: float = 0.005  # share of documents held out, by their hash (c4 has files); at least 1, by default 100 or 5 %
     val_docs: int = 0  # hold out exactly this many instead, those with the smallest hashes; reads everything twice
     max_doc_tokens: int = 0  # truncate documents; 126 is all that 128-token training reads, 1/4 of C4; 0: off
     shard_tokens: int = 100_000_000  # approximate tokens per shard

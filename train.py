@@ -40,6 +40,7 @@ from optim import make_optimizers
 EVAL_MASK_PROB = 0.15  # as BERT was trained and evaluated, whatever rate this run trains with
 TARGET_LOG_SECONDS = 10  # between log lines, with log_interval=0
 MANY_EPOCHS, LARGE_FOR_CPU = 200, 20_000_000  # warn above so many epochs, and so many parameters on a CPU
+MOST_USED, LOOKED_AT = 0.9, 2000  # share of the text below which a run says so, and samples that it is estimated from
 MOST_GRAPHED_TOKENS = 65536  # of a micro-batch: with more, the GPU is the slower one in any case
 BUCKET_MB = 1000  # gradients per all-reduce. On one host overlapping them with backward costs more than it hides
 
@@ -419,6 +420,18 @@ def print_warnings(cfg, process, num_params, num_samples):
         process.say(f"warning: {num_params:,} parameters on a CPU: a step may take minutes ({hint})")
 
 
+def print_unused(cfg, process, samples):
+    """Say of each source which part of its text training samples take, where that is much less than all."""
+    if cfg.chunk or process.rank > 0:
+        return
+    for source in [source for source, _ in samples.shares()] or [samples]:
+        order, _ = source.order(np.arange(min(len(source), LOOKED_AT)), cfg.seed)
+        used = source.locate(order)[2].mean() * len(source) / max(1, source.num_tokens.sum())
+        if used < MOST_USED:
+            first = f"the first {cfg.seq_length - 2} tokens of each document, about {used:.0%} of all"
+            process.say(f"{source.directory}: samples are {first} (--chunk=true takes the rest, too)")
+
+
 def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
     """The whole run. run, saver: its RunDirectory and the Saver of its checkpoints, which write on rank 0 alone."""
     device, world_size, say = process.device, process.world_size, process.say
@@ -450,6 +463,7 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
         say(started)
     if cfg.dry_run:
         print_warnings(planned, process, num_params, len(train_samples))
+        print_unused(cfg, process, train_samples)
         estimate.print_estimate(cfg, process, backend, num_params, train_samples, num_val, micro_batch_tokens, flops)
         return
     cfg = planned
@@ -485,6 +499,7 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
         return
 
     print_warnings(cfg, process, num_params, len(train_samples))
+    print_unused(cfg, process, train_samples)
     model = wrap(raw_model, cfg, process, train_samples)
     model.train()
     graphed = graph_gradients(model, cfg, process, backend, micro_batch_tokens)

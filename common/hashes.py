@@ -51,22 +51,25 @@ def load_hashes(out, number):
 def val_threshold(num_units, cfg):
     """Documents with a hash below this are held out. num_units: of units whose hashes are known, 0 or all.
 
-    If they are known and none is below the share, one in 20 of the distinct texts is held out, those with the smallest
-    hashes, but at least one and at most MANY_ENOUGH. Raises: UserError if none would be left.
+    If they are known, the default share holds out at least one in 20 of the distinct texts, or MANY_ENOUGH where that is
+    less: those with the smallest hashes. Another share does so where it comes to none. Raises: UserError if none would be
+    left.
     """
     share, wanted = int(cfg.val_fraction * 2**64), cfg.val_docs or MANY_ENOUGH * (cfg.val_fraction > 0)
+    enough = MANY_ENOUGH if cfg.val_fraction == type(cfg).val_fraction else 1
     smallest, threshold = np.empty(0, np.uint64), share
     for number in range(num_units):
         hashes, by_hash = load_hashes(cfg.out, number)
         smallest = np.unique(np.concatenate([smallest, hashes[by_hash]]))[:wanted]
     if cfg.val_docs:
         threshold = int(smallest[-1]) + 1 if len(smallest) else 0
-    elif len(smallest) and smallest[0] >= share:
+    elif len(smallest) and (count := int((smallest < share).sum())) < enough:
         distinct = num_distinct(cfg.out, num_units)
         smallest = smallest[: max(1, distinct // 20)]
-        threshold = int(smallest[-1]) + 1
-        instead = f"held out instead: {len(smallest)}, with the smallest hashes"
-        print(f"val_fraction={cfg.val_fraction} holds out none of {distinct:,} distinct texts; {instead}")
+        if len(smallest) > count:
+            threshold = int(smallest[-1]) + 1
+            instead = f"held out instead: {len(smallest)}, with the smallest hashes"
+            print(f"val_fraction={cfg.val_fraction} holds out {count or 'none'} of {distinct:,} distinct texts; {instead}")
     hashed = (load_hashes(cfg.out, number) for number in range(num_units))
     if len(smallest) and not any((hashes >= threshold).any() or not by_hash.all() for hashes, by_hash in hashed):
         distinct, option = num_distinct(cfg.out, num_units), "val_docs" if cfg.val_docs else "val_fraction"

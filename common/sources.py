@@ -30,7 +30,7 @@ FORMATS = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
 EXPECTED = f"{', '.join(FORMATS)}; also {', '.join(COMPRESSIONS)}"
 HUB_NAME = re.compile(r"(\w[\w.-]*/[\w.-]+?)(?::([\w.-]+))?")  # owner/name[:config]
 PINNED = re.compile(r"hf://datasets/[^@]+@[0-9a-f]{40}/.+")  # a file of the hub at a commit, which never changes
-MAX_ARRAY = 2**30  # characters of a .json that is a single array, which is read whole
+MAX_WHOLE = 2**30  # characters of a .json that is a single array or object, which is read whole
 SEE = "see --text_key"
 
 
@@ -82,6 +82,10 @@ def list_files(part, out=""):
     is_directory, found = (list_remote if is_remote(part) else list_local)(part)
     inside_out = os.path.realpath(out) + os.sep
     found = [path for path in found if not (out and os.path.realpath(path).startswith(inside_out))] or found
+    arrow = {os.path.dirname(path) for path in found if is_directory and path.endswith(".arrow")}
+    if saved := [path for path in arrow if os.path.join(path, "dataset_info.json") in found]:
+        hint = 'load it, and ds.to_parquet("x.parquet") writes a file that is'
+        raise UserError(f"{min(saved)}: a datasets.save_to_disk directory: its Arrow files are not read ({hint})")
     paths, skipped = [], collections.Counter()
     for path in found:
         if path.endswith("/") or os.path.isdir(path):
@@ -244,14 +248,14 @@ def text_documents(segment, cfg, stats):
 
 
 def record_documents(segment, cfg, stats):
-    """JSON objects, one per line or in a single array, or the rows of a Parquet file."""
+    """JSON objects, one per line, in a single array, or one over several lines, or the rows of a Parquet file."""
     path, kind = segment.path, split_suffixes(segment.path)[0]
     if kind == ".parquet":
         records = parquet_records(path, [cfg.text_key], SEE, stats)
     else:
         records = numbered_lines(path, cfg, stats, segment.start, segment.end)
     if kind == ".json":
-        records = lines_or_array(segment, records, stats)
+        records = lines_or_whole(segment, records, stats)
     for number, cells in record_cells(records, [cfg.text_key], SEE):
         if isinstance(cells, list) and len("".join(cells)) > MAX_TEXT:
             cells = f"a text of more than {gigabytes(MAX_TEXT)} (split it)"
@@ -261,22 +265,26 @@ def record_documents(segment, cfg, stats):
             yield cells[0]
 
 
-def lines_or_array(segment, lines, stats):
-    """The (number, text) pairs of a .json, or ("record number", object) of the array that is all of it, and is read whole."""
+def lines_or_whole(segment, lines, stats):
+    """The (number, text) pairs of a .json, or ("record number", object) of the array or object over several lines that is
+    all of it, and is read whole."""
     number, first = next(lines, (1, ""))
-    if not first.lstrip().startswith("["):
+    opens, ends = first.lstrip()[:1], first.rstrip()[-1:]
+    if opens != "[" and not (opens == "{" and ends in "{[,"):
         yield from itertools.chain([(number, first)], lines)
         return
     parts, size = [first], len(first)
     for _, line in lines:
         parts.append(line)
         size += len(line) + 1
-        if size > MAX_ARRAY:
-            raise UserError(f"{segment.path}: an array of more than {gigabytes(MAX_ARRAY)} (write one object per line, .jsonl)")
+        if size > MAX_WHOLE:
+            reason = f"a list or object of more than {gigabytes(MAX_WHOLE)} (write one object per line, .jsonl)"
+            raise UserError(f"{segment.path}: {reason}")
     try:
         records = parse_json("\n".join(parts))
     except ValueError as error:
         raise UserError(f"{segment.path}: {error}") from None
+    records = records if isinstance(records, list) else [records]
     for number, record in enumerate(records, 1):
         stats["segment bytes"] = segment.size * number // len(records)
         yield f" record {number}", record if isinstance(record, dict) else [record]

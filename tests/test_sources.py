@@ -116,6 +116,18 @@ def test_brackets_in_a_file_name_are_not_a_pattern():
     assert texts_of(stored()) == ["w1", "w2"]
 
 
+def test_a_directory_of_save_to_disk_is_refused(capsys):
+    """Its Arrow files were skipped, and its dataset_info.json was "not valid JSON"."""
+    names = "dataset_dict.json train/data-00000-of-00001.arrow train/dataset_info.json train/state.json".split()
+    write_files({f"saved/{name}": b"{" for name in names})
+    error = prepare_fails(capsys, source="saved")
+    assert error.startswith("error: saved/train: a datasets.save_to_disk directory: its Arrow files are not read (")
+    assert "to_parquet" in error
+    write_files({"other/a.arrow": b"x", "other/b/dataset_info.json": b'{"text": "w1"}\n'})
+    prepare(source="other", val_fraction=0)
+    assert texts_of(stored()) == ["w1"]
+
+
 def test_half_a_surrogate_pair_is_skipped_or_refused():
     """JSON can spell one, UTF-8 cannot hold it. The other documents must be right."""
     write_files({"a.jsonl": b'{"text": "w1"}\n{"text": "\\ud800 w2"}\n{"text": "w3"}\n'})

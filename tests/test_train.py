@@ -440,6 +440,19 @@ def test_dry_run_trains_nothing(data_dir, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_says_how_much_of_the_text_its_samples_take(tmp_path, capsys):
+    """Of long documents they took 6 %, and nothing said so."""
+    long, short = (make_shards(tmp_path / name, make_documents(50, size + 1, shortest=size)) for name, size in (("l", 300), ("s", 30)))
+    says = f"{long}: samples are the first 30 tokens of each document, about 10% of all (--chunk=true takes the rest, too)\n"
+    for data_dir, option, count in (
+        (long, "--dry_run", 1), (f"{short}:0.9,{long}:0.1", "--dry_run", 1), (short, "--dry_run", 0),
+        (long, "--dry_run --chunk=true", 0), (long, "--seq_length=290 --dry_run", 0), (long, "--max_steps=1", 1),
+    ):  # fmt: skip
+        train.main([*toy_argv(data_dir, tmp_path / "run", warmup_fraction=1), *option.split()])
+        printed = capsys.readouterr().out
+        assert printed.count(says) == printed.count("tokens of each document") == count
+
+
 @pytest.mark.slow
 def test_compile_gives_the_same_losses(data_dir, tmp_path):
     options = {"hidden_dropout": 0, "max_steps": 4, "num_layers": 1}

@@ -511,10 +511,25 @@ def test_a_document_of_many_lines_is_bounded(monkeypatch, capsys, doc_sep):
         assert texts_of(stored()) == ["w1", "w3"]
 
 
-def test_an_array_is_bounded(monkeypatch, capsys):
-    monkeypatch.setattr(sources, "MAX_ARRAY", 1000)
-    write_files({"b.json": b"[" + b'{"text": "w1"},\n' * 99 + b'{"text": "w1"}]'})
-    assert prepare_fails(capsys, source="b.json", val_fraction=0).startswith("error: b.json: an array of more than 0.0 MB (write")
+@pytest.mark.parametrize("begin, end", [(b"[", b"]"), (b'{"texts": [\n', b"]}")])
+def test_what_is_read_whole_is_bounded(monkeypatch, capsys, begin, end):
+    monkeypatch.setattr(sources, "MAX_WHOLE", 1000)
+    write_files({"b.json": begin + b'{"text": "w1"},\n' * 99 + b'{"text": "w1"}' + end})
+    error = prepare_fails(capsys, source="b.json", val_fraction=0)
+    assert error.startswith("error: b.json: a list or object of more than 0.0 MB (write")
+
+
+def test_an_object_over_several_lines(capsys):
+    """As json.dump(indent=2) writes one a file. Each was "not valid JSON" at its first line."""
+    texts = {"a": {"text": "w1", "tags": ["w9"]}, "b": {"tags": [], "text": "w2 w3"}}
+    write_files({f"d/{name}.json": json.dumps(record, indent=2).encode() for name, record in texts.items()})
+    write_files({"d/c.json": b'{"id": 3,\n "text": "w4"}\n', "d/lines.json": b'{"text": "w5"}\n{"text": "w6"}\n'})
+    prepare(source="d", val_fraction=0)
+    assert texts_of(stored()) == ["w1", "w2 w3", "w4", "w5", "w6"]
+    write_files({"no.json": b'{\n "txt": "w1"\n}', "two.json": b'{\n "text": "w1"\n}\n{\n "text": "w1"\n}'})
+    assert prepare_fails(capsys, source="no.json", out="no").startswith("error: no.json: record 1: no 'text' (keys: txt")
+    error = prepare_fails(capsys, source="two.json", out="no")
+    assert error.startswith("error: two.json: not valid JSON: Extra data: line 4") and "one object per line" in error
 
 
 def test_a_text_without_blanks_is_tokenized_in_pieces(monkeypatch):
@@ -555,6 +570,20 @@ def test_of_a_small_corpus_the_smallest_hashes_are_held_out(capsys):
     write_texts("c.txt", texts[:1])
     assert "c.txt: no text to train on: there is a single distinct text (one is always held out" in prepare_fails(capsys, source="c.txt", out="no")
     assert not list(Path("no").rglob("*.bin"))
+
+
+@pytest.mark.parametrize("count, options, held_out", [
+    (900, {}, 45), (3000, {}, 100), (900, {"val_fraction": 0.004}, None), (900, {"val_docs": 3}, 3),
+])  # fmt: skip
+def test_the_default_share_of_a_small_corpus_is_large_enough(capsys, count, options, held_out):
+    """300 texts held out 15, but 900 only a few: too few for a loss that means something. A share that is given stays."""
+    texts = [f"w1 {number}" for number in range(count)]
+    write_texts("a.txt", texts)
+    prepare(source="a.txt", **options)
+    by_share = sum(prepare_c4.text_hash(text) < options.get("val_fraction", 0.005) * 2**64 for text in texts)
+    assert 0 < by_share < 45 and len(stored("val")) == (held_out or by_share)
+    says = f"holds out {by_share} of {count:,} distinct texts; held out instead: {held_out}, with the smallest hashes\n"
+    assert (f"val_fraction=0.005 {says}" in capsys.readouterr().out) == (not options)
 
 
 @pytest.mark.parametrize("copies", [1, 12, 20, 200])
