@@ -109,7 +109,7 @@ FILES = [
     ("a missing key", {"b.jsonl": b'{"body": "w1"}\n'}, PREPARE + "b.jsonl", "b.jsonl:1"),
     ("text that is a number", {"b.jsonl": b'{"text": 5}\n'}, PREPARE + "b.jsonl", "b.jsonl:1"),
     ("text that is null", {"b.jsonl": b'{"text": null}\n'}, PREPARE + "b.jsonl", "b.jsonl:1"),
-    ("JSON over several lines", {"b.json": b'{\n"text": "w1"\n}\n'}, PREPARE + "b.json", "b.json:1"),
+    ("JSON over several lines", {"b.jsonl": b'{\n"text": "w1"\n}\n'}, PREPARE + "b.jsonl", "b.jsonl:1"),
     ("half a surrogate pair", {"b.jsonl": b'{"text": "\\ud800"}\n'}, PREPARE + "b.jsonl", "b.jsonl:1"),
     ("bad UTF-8", {"b.txt": TEXT + b"\xff\n"}, PREPARE + "b.txt", "b.txt:51"),
     ("UTF-16", {"b.txt": TEXT.decode().encode("utf-16")}, PREPARE + "b.txt", "b.txt: looks like UTF-16"),

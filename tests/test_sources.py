@@ -204,7 +204,11 @@ def test_a_line_of_50_megabytes():
     assert text_report()["longest"][0]["characters"] == 3 + 50 * 2**20 // 3 * 3
 
 
-@pytest.mark.parametrize("name, contents", [("a.txt.gz", gzip.compress(b"w1\n")), ("a.parquet", parquet(text=["w1"])), ("a.txt", b"w1\n")])
+@pytest.mark.parametrize(
+    "name, contents",
+    [("a.txt.gz", gzip.compress(b"w1\n")), ("a.parquet", parquet(text=["w1"])), ("a.txt", b"w1\n")],
+    ids=["gz", "parquet", "txt"],  # gzip writes the time, and pytest-xdist wants the same names in all processes
+)
 def test_a_file_without_permission(capsys, name, contents):
     write_files({name: contents})
     os.chmod(name, 0)
