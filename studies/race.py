@@ -138,10 +138,11 @@ def finished(cfg, run, commands):
 
 
 class Driver:
-    """A race in progress: a thread for each GPU."""
+    """A race in progress: a thread for each GPU. Raises: UserError for runs that make no sense."""
 
     def __init__(self, cfg):
-        self.cfg, self.begun, self.children, self.stopped = cfg, time.monotonic(), set(), False
+        self.cfg, self.runs = cfg, parse_runs(cfg)
+        self.begun, self.children, self.stopped = time.monotonic(), set(), False
         self.gpus = queue.SimpleQueue()  # those that are free
         for gpu in range(max(1, cfg.gpus)):
             self.gpus.put(gpu)
@@ -150,7 +151,7 @@ class Driver:
         """Do all unfinished runs. Raises: UserError if some failed."""
         with stoppable(lambda: "the same command resumes"), ThreadPoolExecutor(self.gpus.qsize()) as pool:
             try:
-                failed = [name for name in pool.map(self.attempt, parse_runs(self.cfg)) if name]
+                failed = [name for name in pool.map(self.attempt, self.runs) if name]
             finally:  # leave no child behind, even when interrupted
                 self.stopped = True
                 for child in list(self.children):
@@ -363,7 +364,7 @@ def main(argv):
     cfg = load_config(RaceConfig, argv)
     if cfg.table:
         return print("\n".join(results_text(cfg.table)))
-    parse_runs(cfg)
+    driver = Driver(cfg)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if not 0 <= cfg.gpus <= (len(visible.split(",")) if visible else cfg.gpus):
         raise UserError(f"gpus={cfg.gpus}: must be at least 0, and no more than CUDA_VISIBLE_DEVICES={visible}")
@@ -373,7 +374,7 @@ def main(argv):
     for path in (cfg.out, cfg.work_dir):
         os.makedirs(path, exist_ok=True)
     try:
-        Driver(cfg).race()
+        driver.race()
     finally:  # show what there is, even after a failure
         if glob.glob(f"{glob.escape(cfg.out)}/*/log.jsonl"):
             print("\n".join(results_text(cfg.out)), flush=True)
