@@ -62,8 +62,7 @@ def read_rows(path, text_columns, label_column, cfg, default_header=None):
     if kind not in (*TABLES, ".jsonl", ".json", ".parquet") or kind == ".parquet" and compression:
         raise UserError(f"{path}: unknown suffix (expected .csv, .tsv or .jsonl, also with .gz, .xz or .zst, or .parquet)")
     columns = [*text_columns, *([label_column] if label_column else [])]
-    own = hasattr(cfg, "label_column")  # not GLUE
-    see = f"see --text_columns{' and --label_column' * bool(label_column)}" if own else "is it the right file?"
+    see = f"see --text_columns{' and --label_column' * bool(label_column)}" if is_own(cfg) else "is it the right file?"
     rows, faults, blank = [], {}, []
     if kind in TABLES:
         found = read_table(path, columns, label_column, cfg, see, default_header)
@@ -82,9 +81,14 @@ def read_rows(path, text_columns, label_column, cfg, default_header=None):
         print(f"{path}: blank lines are not rows: {places(blank)}", flush=True)
     if empty := [row.line for row in rows if not all(map(str.strip, row.cells[: len(text_columns)]))]:
         print(f"warning: {path}: {len(empty):,} of {len(rows):,} rows have an empty text: {places(empty)}", flush=True)
-    if own:  # GLUE is what it is
+    if is_own(cfg):  # GLUE is what it is
         warn_of_lost_texts(path, rows, len(text_columns))
     return rows
+
+
+def is_own(cfg):
+    """Whether these are options for a file of one's own, not for GLUE's."""
+    return hasattr(cfg, "label_column")
 
 
 def warn_of_lost_texts(path, rows, num_texts):
@@ -160,7 +164,7 @@ def read_table(path, columns, label_column, cfg, see, default_header):
         more = f", and {len(odd) - 1:,} more such rows" if len(odd) > 1 else ""
         print(f"warning: {path}: one row holds {odd[0]} (is a quote not closed?){more}", flush=True)
     quoted = [row.first for row in rows if row.quoted and not row.fault]
-    if quoted and hasattr(cfg, "label_column"):  # GLUE's own files have such cells, and are read so by everybody
+    if quoted and is_own(cfg):  # GLUE's own files have such cells, and are read so by everybody
         text = f"cells in quotes, as a .csv has them, but the model reads a .tsv's quotes: {places(quoted)}"
         print(f"warning: {path}: {text} (save it as .csv)", flush=True)
 
@@ -196,18 +200,21 @@ def to_examples(rows, path, labels):
 
     A number is also valid in another spelling, as 1.0 is for 1.
     """
+    texts, index = [tuple(row.cells[:-1]) for row in rows], [row.index for row in rows]
+    if not labels:
+        read = read_numbers([row.cells[-1] for row in rows])
+        values = [to_number(row.cells[-1], *number, f"{path}:{row.line}") for row, number in zip(rows, read)]
+        return Examples(texts, np.array(values, np.float64), index)
     values, numbers = [], {word: i for i, word in enumerate(labels)}
-    read = read_numbers([row.cells[-1] for row in rows])
     by_value = {float(word): word for word in labels if NUMBER.fullmatch(word)}
-    for row, number in zip(rows, read):
+    for row in rows:
         cell = row.cells[-1]
         if cell not in numbers and by_value and NUMBER.fullmatch(cell):
             cell = by_value.get(float(cell), cell)
-        if labels and cell not in numbers:
+        if cell not in numbers:
             raise UserError(f"{path}:{row.line}: unknown label {cell!r} (expected one of {', '.join(labels)[:200]})")
-        values.append(numbers[cell] if labels else to_number(cell, *number, f"{path}:{row.line}"))
-    texts, index = [tuple(row.cells[:-1]) for row in rows], [row.index for row in rows]
-    return Examples(texts, np.array(values, np.int64 if labels else np.float64), index)
+        values.append(numbers[cell])
+    return Examples(texts, np.array(values, np.int64), index)
 
 
 def to_number(cell, number, spelling, where):
