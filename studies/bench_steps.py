@@ -16,6 +16,7 @@ Rows
     step_512       sequences of 512 tokens
     step_2048      sequences of 2,048 tokens
     step_large     MosaicBERT-Large, 128 tokens
+    step_large_512 MosaicBERT-Large, 512 tokens
 
 Read next: studies/peers.py
 """
@@ -351,7 +352,7 @@ def rows(data):
     off = {name: StepEntry(partial(Ours, change=change), note=note) for name, (change, note) in changes.items()}
     off["bf16_copies"] = StepEntry(OursWithCopies, note="layers' matrices in bf16 beside fp32 masters, not cast")
     padded = {"ours_padded": StepEntry(Ours, note="with padding as tokens", data="padded")}
-    # The last three rows don't run by default. Large also takes longer to compile.
+    # The last four rows don't run by default. Large also takes longer to compile.
     same_model = {name: entry for name, entry in {**ours, **all_peers()}.items() if not name.startswith("bert")}
     longer = {name: dataclasses.replace(entry, default=False) for name, entry in same_model.items()}
     large = {name: dataclasses.replace(entry, seconds=2 * entry.seconds) for name, entry in longer.items()}
@@ -363,6 +364,7 @@ def rows(data):
         "step_512": partial(row, entries=longer, seq_length=512),
         "step_2048": partial(row, entries=longer, seq_length=2048),
         "step_large": partial(row, entries=large, size="large"),
+        "step_large_512": partial(row, entries=large, size="large", seq_length=512),
     }
 
 
