@@ -6,6 +6,7 @@ Every row is kept, or named with its line; blank lines are not rows.
 import hashlib
 import json
 import re
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,10 +22,13 @@ NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)  #
 THOUSANDS = re.compile(r"\s*([+-]?[1-9]\d{0,2}(?:[,.'\u2019 \u00a0\u202f]\d{3})+)(?:[,.](\d+))?\s*", re.ASCII)  # 1,234.5
 POINTED = re.compile(r"\s*[+-]?[1-9]\d{0,2}\.\d{3}\s*", re.ASCII)  # 1.100: 1100 to a German, 1.1 to others
 COMMA, GROUPS = "a decimal comma", "separators between thousands"
-PLAIN = "write numbers with a point alone, as 1234.5 or 950.0"
+PLAIN = "write numbers with a point alone, in ASCII, as -1234.5 or 950.0"
+# Dashes that programs write for a minus sign, then a plus sign, point and comma of full width.
+SIGNS = str.maketrans("\u2212\u2010\u2011\u2012\u2013\u2014\ufe63\uff0d\uff0b\uff0e\uff0c", "--------+.,")
 # What others write where a value is missing, or Excel where it could not compute one.
 MISSING = {"na", "n/a", "<na>", "nan", "nil", "none", "null", "-", "?", "#n/a"}
 MISSING |= {"#ref!", "#value!", "#div/0!", "#name?", "#null!", "#num!", "#spill!", "#calc!"}
+EXCELS_ERROR = re.compile(r"#([¡¿]?[^\W\d_]+(/0)?[!?]|[^\W\d_]/[^\W\d_]|NV)")  # in capitals, of any language: #WERT!, #¿NOMBRE?
 
 
 class Row(NamedTuple):
@@ -103,7 +107,8 @@ def warn_of_lost_texts(path, rows, num_texts):
 
 
 def is_missing(cell):
-    return cell.strip().casefold() in MISSING
+    cell = cell.strip()
+    return cell.casefold().translate(SIGNS) in MISSING or (cell.isupper() and bool(EXCELS_ERROR.fullmatch(cell)))
 
 
 def fault_of(cells, label_column):
@@ -147,6 +152,7 @@ def read_table(path, columns, label_column, cfg, see, default_header):
     table = open_table(path, lines, columns, see, default_header)
     if not table:
         return
+    lines = list(table.lines)
     if table.note:
         print(table.note, flush=True)
     width, trusted = len(table.header.cells), getattr(cfg, "trust_quotes", False)
@@ -212,7 +218,8 @@ def to_examples(rows, path, labels):
         if cell not in numbers and by_value and NUMBER.fullmatch(cell):
             cell = by_value.get(float(cell), cell)
         if cell not in numbers:
-            raise UserError(f"{path}:{row.line}: unknown label {cell!r} (expected one of {', '.join(labels)[:200]})")
+            odd = f", with {name}" if (name := odd_character(cell)) else ""
+            raise UserError(f"{path}:{row.line}: unknown label {cell!r}{odd} (expected one of {', '.join(labels)[:200]})")
         values.append(numbers[cell])
     return Examples(texts, np.array(values, np.int64), index)
 
@@ -240,13 +247,30 @@ def looks_grouped(cells):
 
 
 def read_number(cell):
-    """(the number that a person sees in a cell or None, what keeps it from being a NUMBER: COMMA, GROUPS or "")."""
+    """(the number that a person sees in a cell or None, why it is no NUMBER: COMMA, GROUPS, its odd_character or "")."""
     if NUMBER.fullmatch(cell):
         return float(cell), ""
     if match := THOUSANDS.fullmatch(cell):
         return float(re.sub(r"[^\d+-]", "", match[1]) + "." + (match[2] or "0")), GROUPS
     pointed = cell.replace(",", ".")
-    return (float(pointed), COMMA) if NUMBER.fullmatch(pointed) else (None, "")
+    if NUMBER.fullmatch(pointed):
+        return float(pointed), COMMA
+    odd = odd_character(cell)
+    return (read_number(in_ascii(cell))[0], odd) if odd else (None, "")
+
+
+def odd_character(cell):
+    """The first character outside ASCII, as "U+2212 MINUS SIGN", of a cell that would be a number without such; else ""."""
+    plain = in_ascii(cell)
+    if plain == cell or read_number(plain)[0] is None:
+        return ""
+    odd = next(c for c, other in zip(cell, plain) if c != other)
+    return f"U+{ord(odd):04X} {unicodedata.name(odd)}"
+
+
+def in_ascii(cell):
+    """A cell with the digits of any script, and SIGNS, in ASCII."""
+    return "".join(f"{unicodedata.decimal(c, c)}" for c in cell).translate(SIGNS)
 
 
 def write_table(path, header, rows):

@@ -8,6 +8,7 @@ import csv
 import itertools
 import json
 import os
+import re
 from typing import NamedTuple
 
 from common.lines import MAX_TEXT, open_bytes, read_error, read_errors, split_suffixes
@@ -16,6 +17,7 @@ from common.options import UserError
 MAX_BATCH = 2**30  # bytes of Parquet rows that are decoded at once, at most
 TABLES = {".csv": (",", True), ".tsv": ("\t", False)}  # separator, and whether quotes mean something
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}
+EXCELS_LINE = re.compile(r'"?sep=([,;\t|])"?[,;|\s]*', re.IGNORECASE)  # before the names: what separates columns
 LONG_ROW = 20  # lines
 
 csv.field_size_limit(MAX_TEXT)  # the default rejects cells above 131,072 characters
@@ -35,8 +37,8 @@ class Table(NamedTuple):
     header: TableRow  # the first row
     columns: list  # indices of those wanted
     headless: bool  # whether the first row holds no names
-    note: str  # what to say of a separator that is not the suffix's, or ""
-    lines: object  # iterator of all (number, text) pairs
+    note: str  # what to say of a separator or of quotes that are not the suffix's, or ""
+    lines: object  # iterator of all (number, text) pairs, but for EXCELS_LINE
 
 
 def open_table(path, lines, columns, see, default_header=None):
@@ -46,22 +48,27 @@ def open_table(path, lines, columns, see, default_header=None):
     Raises: UserError.
     """
     own = TABLES[split_suffixes(path)[0]]
-    layouts = [own] if default_header else [own, *((mark, True) for mark in SEPARATORS if mark != own[0])]
+    layouts = [own] if default_header else [own, *((mark, True) for mark in SEPARATORS if (mark, True) != own)]
+    lines, ahead = itertools.tee(lines)
+    if excels := EXCELS_LINE.fullmatch(next(ahead, (1, ""))[1] or ""):
+        layouts = [way for way in layouts if way[0] == excels[1]] or layouts
+        next(lines)
     lines, *copies = itertools.tee(lines, 1 + len(layouts))
     firsts = {}
     for layout, copy in zip(layouts, copies):
         firsts[layout] = next((row for row in table_rows(copy, *layout) if row.cells or row.fault), None)
-    if not firsts[own]:
+    if not firsts[layouts[0]]:
         return None
-    # The suffix's, unless only another one gives the columns: spreadsheets write semicolons where one half is 0,5.
-    layout = next((way for way in layouts if set(columns) <= set(firsts[way].cells)), own)
+    # The suffix's, unless only another gives the columns: spreadsheets write semicolons where one half is 0,5, pandas quotes.
+    layout = next((way for way in layouts if set(columns) <= set(firsts[way].cells)), layouts[0])
     first = firsts[layout]
     where = f"{path}:{first.first}"
     if first.fault:
         raise UserError(f"{where}: {first.fault} (expected the names of the columns)")
     headless = bool(default_header) and columns[0] not in first.cells and len(first.cells) == len(default_header)
     header = default_header if headless else first.cells
-    note = "" if layout == own else f"{path}: read with a {SEPARATORS[layout[0]]} between columns, as in its first line"
+    found = f"a {SEPARATORS[layout[0]]} between columns" if layout[0] != own[0] else "the quotes of a .csv"
+    note = "" if layout == own else f"{path}: read with {found}, as in its first line"
     return Table(layout, first, [column_of(header, name, where, see) for name in columns], headless, note, lines)
 
 
@@ -154,7 +161,8 @@ def literal_rows(lines, separator):
 def lines_in_quotes(texts, separator, columns):
     """How many of these lines a program wrote as one row with cells in quotes; 0: none, as quotes in a text are no reason.
 
-    Such a cell has quotes inside, each written twice, or separators, or line breaks. Lines that are whole rows are never one.
+    Such a cell has quotes inside, each written twice, or separators, or line breaks, or all cells of a row are in quotes.
+    Lines that are whole rows are never one.
     """
     reader = csv.reader((f"{text}\n" for text in texts), delimiter=separator, strict=True)
     try:
@@ -165,6 +173,7 @@ def lines_in_quotes(texts, separator, columns):
     if len(lines) == 1:
         literal = lines[0].split(separator)
         reason = len(literal) != columns or any('"' in cell for cell in set(meant) - set(literal))
+        reason |= columns > 1 and all(cell != text for cell, text in zip(meant, literal))
     else:
         reason = sum(text.count(separator) for text in lines) == columns - 1
     return len(lines) if len(meant) == columns and reason else 0

@@ -40,6 +40,19 @@ def test_words_outside_the_vocabulary_are_named(run_dir, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("1 of 2 texts have words that are not in the vocabulary")
 
 
+def test_characters_that_were_lost_before_are_said(run_dir, tmp_path, capsys):
+    """Tokenizers drop U+FFFD, or do not know it."""
+    lost = "characters were lost before they came here"
+    fill_mask.main([f"--checkpoint={run_dir}", "--text=w18 M\ufffdll [MASK]"])
+    assert capsys.readouterr().out.startswith(f"warning: --text: holds U+FFFD: {lost} (type it again)\n")
+    (tmp_path / "texts.txt").write_text("w1\nnan\nw2\ufffd\n")
+    fill_mask.main([f"--checkpoint={run_dir}", f"--embed={tmp_path / 'texts.txt'}", f"--out={tmp_path / 'v.npy'}"])
+    says = f"warning: {tmp_path / 'texts.txt'}: 1 of 3 rows hold U+FFFD: line 3: {lost} (export it again as UTF-8)"
+    assert capsys.readouterr().out.splitlines()[0] == says
+    fill_mask.main([f"--checkpoint={run_dir}", "--text=w18 [MASK]"])
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_vectors_are_means_of_hidden_states(run_dir, tmp_path, monkeypatch):
     texts = ["w1 w2 w3", "", "w50 " * 70, "w9"]
     (tmp_path / "texts.txt").write_text("\n".join(texts) + "\n")
@@ -126,6 +139,7 @@ def test_out_is_checked_before_any_work(run_dir, tmp_path, capsys, monkeypatch):
         (["--checkpoint=RUN", "--text=a [MASK]", "--out=x.npy"], "--out: means nothing with --text"),
         (["--checkpoint=RUN", "--text=a [MASK]", "--normalize=true"], "--normalize: means nothing with --text"),
         (["--checkpoint=RUN", "--text=no mask"], "no [MASK]"),
+        (["--checkpoint=RUN", "--text=caf\udce9 [MASK]"], "--text: not UTF-8 (is it the terminal's encoding?)"),
         (["--checkpoint=RUN", "--embed=nowhere.txt", "--out=x.npy"], "nowhere.txt: No such file"),
         (["--checkpoint=RUN", "--embed=BINARY", "--out=x.npy"], "not UTF-8"),
         (["--checkpoint=RUN", "--embed=UTF16", "--out=x.npy"], "looks like UTF-16LE, not UTF-8 text (iconv -f UTF-16LE -t UTF-8"),

@@ -224,7 +224,7 @@ def test_own_numbers_are_regression(pretrained, tmp_path, capsys):
         ("--predict_file=a.csv --jobs=2", "--jobs: needs --train_file"),
         ("--predict_file=a.csv --text_columns=a,b,c", "two for pairs"),
         ("--predict_file=a.csv --text_columns=a,a", "text_columns=a,a: the same column twice"),
-        ("--predict_file=a.tsv --trust_quotes", "trust_quotes: only for .csv files (in a .tsv quotes are literal)"),
+        ("--predict_file=a.tsv --trust_quotes", "trust_quotes: only for .csv files (save a .tsv with quotes as .csv)"),
         ("--train_file=a.csv --val_file=a.csv --text_columns=label", "is a text column too"),
     ],
 )

@@ -299,6 +299,22 @@ def test_holding_out_nothing_is_said(capsys, options, said):
     assert capsys.readouterr().out.count("val_fraction=0 holds out nothing, and train.py needs held-out text") == said
 
 
+@pytest.mark.parametrize("mark, called", [(";", "semicolon"), (",", "")])
+def test_excels_line_before_the_names(mark, called):
+    write_files({"a.csv": f"sep={mark}\nid{mark}text\n1{mark}w1\n2{mark}w2\n".encode(), "b.csv": f"sep={mark}\n".encode()})
+    prepare(source="a.csv,b.csv", val_fraction=0)
+    assert texts_of(stored()) == ["w1", "w2"]
+    assert text_report()["suspect"] == [f"a.csv: read with a {called} between columns, as in its first line"] * bool(called)
+
+
+def test_a_tsv_all_in_quotes():
+    write_files({"a.tsv": b'"id"\t"text"\n"1"\t"w1\tw2"\n"2"\t"w3"\n', "b.tsv": b'id\ttext\n"1"\t"w4"\n2\t"w5"\n'})
+    prepare(source="a.tsv,b.tsv", val_fraction=0)
+    assert len(stored()) == 4 and texts_of(stored())[:2] == ["w1 w2", "w3"]
+    literal = "b.tsv:2: a cell in quotes, as a .csv has them; a .tsv's are part of the text (save it as .csv)"
+    assert sorted(text_report()["suspect"]) == ["a.tsv: read with the quotes of a .csv, as in its first line", literal]
+
+
 @pytest.mark.parametrize("name, contents", [("a.csv", b"id;text\n1;w1\n2;w2\n"), ("a.tsv", b"id,text\n1,w1\n2,w2\n")])
 def test_another_separator_is_read_and_said(name, contents):
     write_files({name: contents})

@@ -1,5 +1,6 @@
 """What went wrong for people who fine-tuned: guesses about labels, lost rows, late checks, results of another run."""
 
+import csv
 import json
 import re
 import shutil
@@ -64,6 +65,9 @@ def guess(tmp_path, labels, **options):
         ([*(f"{i}" for i in range(99)), "1 000"], ":101: label '1 000' has separators between thousands, as 1 of 100"),
         (["950", *(f"{i}.500" for i in range(1, 99))], ":3: label '1.500' has separators between thousands, as 98 of 99"),
         ([*map(str, range(30)), "unknown"], ":32: label 'unknown'"),
+        (["1.5", *(f"\u2212{i}.5" for i in range(30))], ":3: label '\u22120.5' has U\\+2212 MINUS SIGN, as 30 of 31 labels do .write"),
+        ([*(f"{i}.5" for i in range(30)), "\u20131,234"], ":32: label '\u20131,234' has U\\+2013 EN DASH, as 1 of 31"),
+        ([f"\uff11.{i}" for i in range(1, 30)], ":2: label '\uff11.1' has U\\+FF11 FULLWIDTH DIGIT ONE, as 29 of 29"),
     ],
 )
 def test_labels_that_contradict_each_other(tmp_path, labels, says):
@@ -134,11 +138,24 @@ def test_near_equal_and_rare_labels_are_warned_about(tmp_path, capsys):
     assert "labels with fewer than 5 rows: ' pos' (line 11), 'Pos' (line 12) (too few to learn)" in printed
     guess(tmp_path, ["pos"] * 9 + ["NA"] * 9)
     assert "label 'NA' (lines 11, 12, 13 and 6 more) is taken as a class" in capsys.readouterr().out
-    for missing in ("#N/A", "#DIV/0!", "#NAME?", "<NA>"):  # of Excel and pandas
+    excels = "#N/A #DIV/0! #NAME? #NV #WERT! #BEZUG! #ZAHL! #ÜBERLAUF! #VALEUR! #NOMBRE! #NOM? #NUL! #N/D #¡VALOR! #¿NOMBRE? #¡DIV/0!"
+    for missing in (*excels.split(), "<NA>", "\u2013"):  # of Excel, pandas and Word
         guess(tmp_path, ["pos"] * 9 + [missing] * 9)
         assert f"label '{missing}' (lines 11, 12, 13 and 6 more) is taken as a class" in capsys.readouterr().out
-    guess(tmp_path, ["pos"] * 9 + ["neg"] * 9)
-    assert "warning" not in capsys.readouterr().out
+    for words in (["pos", "neg"], ["#wow!", "#5!"], ["1\u20132", "\u2013a"]):
+        guess(tmp_path, words * 9)
+        assert "warning" not in capsys.readouterr().out
+
+
+def test_classes_with_another_minus_sign(tmp_path, capsys):
+    task = guess(tmp_path, ["\u22121", "0", "1"] * 9)
+    says = "label '\u22121' (lines 2, 5, 8 and 6 more) has U+2212 MINUS SIGN, as 1 of 3 classes do (if it means a number, write -1)"
+    assert task.labels == ("0", "1", "\u22121") and f"a.csv: {says}\n" in capsys.readouterr().out
+    rows = read_rows(str(tmp_path / "a.csv"), ("text",), "label", settings())
+    with pytest.raises(UserError, match=r"a.csv:2: unknown label '\u22121', with U\+2212 MINUS SIGN \(expected one of -1, 0, 1\)"):
+        to_examples(rows, "a.csv", ("-1", "0", "1"))
+    with pytest.raises(UserError, match=r"a.csv:2: label '\u22121' has U\+2212 MINUS SIGN \(write numbers .* as -1234.5"):
+        guess(tmp_path, ["\u22121", "0", "1"] * 9, problem="regression")
 
 
 @pytest.mark.parametrize(
@@ -153,6 +170,7 @@ def test_near_equal_and_rare_labels_are_warned_about(tmp_path, capsys):
         ("caf\u00e9", "cafe\u0301", r"'café' and 'cafe\u0301'"),
         ("1", "\uff11", r"'1' and '\uff11'"),
         ("-1.0", "\uff0d\u0661", r"'-1.0' and '\uff0d\u0661'"),
+        ("-1", "\u22121", "'-1' and '\u22121'"),
         ("class_a", "class_b", ""),
         ("group a, left", "group b, left", ""),
         ("typical", "atypical", ""),
@@ -330,6 +348,50 @@ def test_an_open_quote_takes_one_row_with_it(tmp_path, capsys):
         rows = read_rows(str(path), ("text",), "label", settings(skip_bad_lines=2))
         assert [row.cells for row in rows] == [["b", "2"], ["d", "5"]]
         assert re.fullmatch(r"skipped .*:2(: .*\nskipped .*:|, )4: .*\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+@pytest.mark.parametrize("first", ["sep={}", '"SEP={}"', "\ufeffsep={}\r", "sep={}{}"])
+@pytest.mark.parametrize("mark, called", [(",", "comma"), (";", "semicolon"), ("\t", "tab"), ("|", "vertical bar")])
+def test_excels_line_before_the_names(tmp_path, capsys, name, first, mark, called):
+    """It was taken for the names. Where there is one column, it alone says what a comma means."""
+    path, excels, other = tmp_path / name, first.format(mark, mark), ";" if mark == "," else ","
+    path.write_text(f"{excels}\ntext{mark}label\na{mark}yes\nb{mark}no\n", encoding="utf-8")
+    assert read_rows(str(path), ("text",), "label", settings()) == [(0, 3, ["a", "yes"]), (1, 4, ["b", "no"])]
+    says = f"{path}: read with a {called} between columns, as in its first line\n"
+    assert capsys.readouterr().out == ("" if (name, mark) in (("a.csv", ","), ("a.tsv", "\t")) else says)
+    path.write_text(f"{excels}\ntext\na{other} b\n", encoding="utf-8")
+    assert read_rows(str(path), ("text",), "", settings()) == [(0, 3, [f"a{other} b"])]
+
+
+def test_excels_line_and_no_such_column(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("sep=;\nsatz,label\na,yes\n")
+    with pytest.raises(UserError, match="a.csv:2: no column 'text' .the first row has satz,label; see"):
+        read_rows(str(path), ("text",), "label", settings())
+    path.write_text("sep=;\n")
+    with pytest.raises(UserError, match="a.csv: no examples"):
+        read_rows(str(path), ("text",), "label", settings())
+
+
+@pytest.mark.parametrize("quoting", [csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC])
+def test_a_tsv_all_in_quotes(tmp_path, capsys, quoting):
+    """pandas and R write it. Its columns were not found, as their names have quotes, too."""
+    path, cells = tmp_path / "a.tsv", ["plain", 'he said "no"', "two\nlines", "a\ttab", ""]
+    with open(path, "w", newline="") as file:
+        csv.writer(file, delimiter="\t", quoting=quoting, lineterminator="\n").writerows(
+            [("text", "label"), *((cell, i) for i, cell in enumerate(cells))]
+        )
+    rows = read_rows(str(path), ("text",), "label", settings())
+    assert [row.cells for row in rows] == [[cell, str(i)] for i, cell in enumerate(cells)]
+    assert f"{path}: read with the quotes of a .csv, as in its first line\n" in capsys.readouterr().out
+
+
+def test_a_tsv_all_in_quotes_but_for_its_names(tmp_path, capsys):
+    path = tmp_path / "a.tsv"
+    path.write_text('text\tlabel\n"a"\t"yes"\n"b"\tno\n"c"\t"no"\n')
+    assert [row.cells[0] for row in read_rows(str(path), ("text",), "label", settings())] == ['"a"', '"b"', '"c"']
+    assert "the model reads a .tsv's quotes: lines 2, 4 (save it as .csv)" in capsys.readouterr().out
 
 
 TSV_CELLS = ("save", 'he said "no"', "a\nb\n\nc", "d\te", 'f, "g"\nh', "i")

@@ -15,6 +15,7 @@ import torch
 import checkpoint
 import kernels
 from common.batch import Batch, pack
+from common.labelled import Row, warn_of_lost_texts
 from common.lines import COMPRESSIONS, decompress, not_text, not_utf8, read_error, read_errors, split_suffixes
 from common.options import UserError, command, load_config
 from common.vocabulary import load_tokenizer
@@ -152,6 +153,9 @@ def main(argv):
     except UnicodeEncodeError:  # the command line's bytes
         raise UserError("--text: not UTF-8 (is it the terminal's encoding?)") from None
     texts = read_lines(cfg.embed) if cfg.embed else []
+    warn_of_lost_texts(cfg.embed, [Row(i, i + 1, [text]) for i, text in enumerate(texts)], num_texts=0)  # any word is a text
+    if "\ufffd" in cfg.text:
+        print("warning: --text: holds U+FFFD: characters were lost before they came here (type it again)", flush=True)
     config, tensors, tokenizer_text = checkpoint.load(cfg.checkpoint)
     how = {"pooling": "mean", "normalize": False, "max_tokens": None, **config.get("sentence_vectors", {})}
     if cfg.embed and how["pooling"] not in ("mean", "cls"):

@@ -28,8 +28,10 @@ from common.labelled import (
     NUMBER,
     PLAIN,
     Examples,
+    in_ascii,
     is_missing,
     looks_grouped,
+    odd_character,
     places,
     read_numbers,
     read_rows,
@@ -85,7 +87,7 @@ class OwnConfig(FineTuneConfig):
         if len(set(self.columns())) < len(self.columns()):
             raise UserError(f"text_columns={self.text_columns}: the same column twice (name two for pairs, or one)")
         if self.trust_quotes and ".csv" not in f"{self.train_file} {self.val_file} {self.predict_file}":
-            raise UserError("trust_quotes: only for .csv files (in a .tsv quotes are literal)")
+            raise UserError("trust_quotes: only for .csv files (save a .tsv with quotes as .csv)")
         if self.train_file and self.label_column in self.columns():
             raise UserError(f"label_column={self.label_column}: is a text column too (the model would read the label)")
 
@@ -129,7 +131,7 @@ def guess(cfg, rows):
             return False, f"the labels are {different} different whole numbers{spelled} (or --problem=regression)"
         return False, "the labels are words"
     way_out = "--problem=classification takes all as words"
-    for spelling in (COMMA, GROUPS):
+    for spelling in dict.fromkeys([COMMA, GROUPS, *(other for _, other in read if other)]):
         if found := [row for row, (_, other) in zip(rows, read) if other == spelling]:
             text = f"label {found[0].cells[-1]!r} has {spelling}, as {len(found)} of {len(rows)} labels do"
             raise UserError(f"{cfg.train_file}:{found[0].line}: {text} ({PLAIN}; {way_out})")
@@ -160,6 +162,9 @@ def warn_about(path, rows):
         if is_missing(word):
             text = f"label {word!r} ({places(lines[word])}) is taken as a class (if it means no label, remove these rows)"
             print(f"warning: {path}: {text}", flush=True)
+    if odd := [word for word in lines if odd_character(word)]:
+        text = f"({places(lines[odd[0]])}) has {odd_character(odd[0])}, as {len(odd)} of {len(lines)} classes do"
+        print(f"warning: {path}: label {odd[0]!r} {text} (if it means a number, write {in_ascii(odd[0])})", flush=True)
     rare = [f"{word!r} ({places(found)})" for word, found in lines.items() if len(found) < RARE]
     if rare:
         more = f" and {len(rare) - 5} more" if len(rare) > 5 else ""
@@ -170,9 +175,8 @@ def warn_about(path, rows):
 def essence(word):
     """What labels have in common that a person would take for the same: "1" and "1.0", "pos" and " Pos"."""
     visible = "".join(c for c in unicodedata.normalize("NFKC", word) if unicodedata.category(c) != "Cf")  # no zero widths
-    digits = "".join(f"{unicodedata.decimal(c, c)}" for c in visible)  # of any script
-    if NUMBER.fullmatch(digits):
-        return float(digits)
+    if NUMBER.fullmatch(in_ascii(visible)):
+        return float(in_ascii(visible))
     return " ".join(visible.casefold().translate(LATIN_LOOK).split())
 
 
