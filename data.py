@@ -20,7 +20,6 @@ Read next: kernels/attention.py, or prepare_c4.py for how shards are made
 """
 
 import concurrent.futures
-import contextlib
 import hashlib
 import mmap
 import os
@@ -51,7 +50,6 @@ ATTENTION_HALF = 2400
 EVAL_SEED = 0  # evaluation masks are the same in every run, whatever its seed
 CHECKED_TOKENS = 2**26  # up to this size every token is validated on open; larger corpora as they are read
 INDEX_DOCS = 64  # documents per entry of the chunk index: 46 MB of index for C4
-KEPT_INDEX_DOCS = 100_000  # from this many documents on, the chunk index is kept on disk
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -313,7 +311,7 @@ class Samples:
         if chunk:
             blocks = [-(-count // INDEX_DOCS) for count in num_docs]
             self.shard_blocks = np.concatenate([[0], np.cumsum(blocks)]).astype(np.int64)
-            self.block_starts = self.open_index()  # in samples
+            self.block_starts = self.make_index()  # in samples
 
     def __len__(self):
         return int(self.block_starts[-1] if self.chunk else self.shard_starts[-1])
@@ -356,29 +354,8 @@ class Samples:
         skipped = (within - np.where(place > 0, before[rows, place - 1], 0)) * (self.seq_length - 2)
         return shard, offsets[rows, place] + skipped, np.minimum(lengths[rows, place] - skipped, self.seq_length - 2)
 
-    def open_index(self):
-        """The number of samples before each block of INDEX_DOCS documents, int64; kept beside a large directory.
-
-        The file's name holds the shards' digest, so an index of other shards is never used.
-        """
-        if self.shard_starts[-1] < KEPT_INDEX_DOCS:
-            return self.make_index()
-        where = f"{os.path.realpath(self.directory)}.chunks"
-        path = os.path.join(where, f"{self.split}_{self.seq_length}_{self.digest[:16]}.npy")
-        with contextlib.suppress(OSError, EOFError, ValueError):  # missing or damaged
-            index = np.load(path, mmap_mode="r")
-            if index.shape == (self.shard_blocks[-1] + 1,) and index.dtype == np.int64 and index[0] == 0:
-                return np.asarray(index)
-        index = self.make_index()
-        try:
-            os.makedirs(where, exist_ok=True)
-            with whole_file(path) as file:
-                np.save(file, index)
-            return np.asarray(np.load(path, mmap_mode="r"))
-        except OSError:  # a read-only place: every process makes its own
-            return index
-
     def make_index(self):
+        """The number of samples before each block of INDEX_DOCS documents, int64. Every process makes it, in seconds for C4."""
         counts = [np.zeros(1, np.int64)]
         for shard in self.shards:
             lengths = np.diff(shard.offsets.astype(np.int64))
