@@ -24,7 +24,6 @@ import contextlib
 import copy
 import dataclasses
 import gc
-import json
 import os
 import statistics
 import time
@@ -34,26 +33,23 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, models
 
 import kernels
 import model as model_file
 import train
 from common.estimate import peak_flops
-from common.files import file_digest
 from common.processes import Process
-from data import Samples, write_shard
+from data import Samples
 from model import MaskedLM, ModelConfig, matrix_flops
 from studies import peers
 from studies.peers import WrongNumbers
+from tests.toy import SPECIAL, make_shards
 
 TURNS = 3
 TIMED_STEPS = 2  # per turn, after an untimed one
 SHORT_SHARE = 0.415  # of samples, with 8 to 128 tokens: 0.585 + 0.415 * 68 / 128 = 80.5 %
-C4_SHORT_SHARE = 0.261  # with 30 to 128 tokens: a mean of 115, as in 1,000 documents of C4 cut at 128 tokens
 MASK_PROB = 0.3
 CHECKED_SAMPLES, CHECKED_TOKENS = 8, 4096  # at most
-SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CONFIGS = {
     "base": ModelConfig(),
     "large": ModelConfig(hidden_size=1024, num_layers=24, num_heads=16, intermediate_size=4096),
@@ -72,32 +68,23 @@ class Data:
         self.directory, self.sizes = directory, sizes
 
     def samples(self, kind, seq_length=128):
-        """kind: "full"; "fill80"; "padded", fill80's samples padded to the full length with [PAD]; "c4", C4's lengths."""
+        """kind: "full"; "fill80"; "padded", fill80's samples padded to the full length with [PAD]."""
         path = os.path.join(self.directory, f"{kind}_{seq_length}")
         if not os.path.exists(path):
-            self.write(path, kind, seq_length)
+            make_shards(path, self.documents(kind, seq_length), [], shards=1, vocab_size=self.sizes.vocab)
         return Samples(path, "train", seq_length)
 
-    def write(self, path, kind, seq_length):
-        os.makedirs(path)
-        words = [*SPECIAL, *(f"w{i}" for i in range(len(SPECIAL), self.sizes.vocab))]
-        tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-        tokenizer.save(os.path.join(path, "tokenizer.json"))
+    def documents(self, kind, seq_length):
         rng = np.random.default_rng(0)
         count, longest = self.sizes.samples, seq_length - 2  # without [CLS] and [SEP]
         lengths = np.full(count, longest)
         if kind != "full":
-            share, shortest = (C4_SHORT_SHARE, 30) if kind == "c4" else (SHORT_SHARE, 8)
-            short = rng.random(count) < share
-            lengths[short] = rng.integers(shortest, seq_length + 1, short.sum()) - 2
+            short = rng.random(count) < SHORT_SHARE
+            lengths[short] = rng.integers(8, seq_length + 1, short.sum()) - 2
         documents = [rng.integers(len(SPECIAL), self.sizes.vocab, length) for length in lengths]
         if kind == "padded":
             documents = [np.pad(document, (0, longest - len(document))) for document in documents]
-        digest = file_digest(os.path.join(path, "tokenizer.json"))
-        entry = write_shard(os.path.join(path, "train.bin"), documents, 2, bytes.fromhex(digest))
-        manifest = {"tokenizer_sha256": digest, "shards": [{"split": "train", **entry}]}
-        with open(os.path.join(path, "manifest.json"), "w", encoding="utf-8") as file:
-            json.dump(manifest, file)
+        return documents
 
 
 def first_batch(samples, count):
