@@ -193,31 +193,6 @@ class OursInFp8(Ours):
         return reference, model, loss_of
 
 
-class OursWithCopies(peers.PlainStep):
-    """Our model with its layers' matrices in bf16 beside fp32 masters; train.py casts them once a step."""
-
-    def __init__(self, work):
-        super().__init__(work, "ours", "eager")
-
-    def low_precision(self, master):
-        model = copy.deepcopy(master)
-        for module in model.modules():
-            # The decoder's matrix is the embedding's, which the kernels take in fp32; vectors are cheap to cast.
-            if isinstance(module, torch.nn.Linear) and module is not model.cls.predictions.decoder:
-                module.weight.data = module.weight.data.to(self.work.dtype)
-        return model
-
-    def module(self, model):
-        def loss_sum(batch):
-            with self.work.process().autocast():
-                return model(batch)
-
-        return loss_sum
-
-    def make_inputs(self, batches):
-        return [(batch.to(self.work.device),) for batch in batches]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Numbers
 
@@ -336,7 +311,6 @@ def rows(data):
         "torch_attention": (torch_attention, "SDPA with dense ALiBi"),
     }
     off = {name: StepEntry(partial(Ours, change=change), note=note) for name, (change, note) in changes.items()}
-    off["bf16_copies"] = StepEntry(OursWithCopies, note="layers' matrices in bf16 beside fp32 masters, not cast")
     padded = {"ours_padded": StepEntry(Ours, note="with padding as tokens", data="padded")}
     # The last three rows don't run by default. Large also takes longer to compile.
     same_model = {name: entry for name, entry in {**ours, **all_peers()}.items() if not name.startswith("bert")}
