@@ -175,14 +175,16 @@ class Bench:
             self.synchronize()
             calls[name] = max(1, min(20, round(MEASURED_SECONDS / (time.perf_counter() - start))))
         measured = {name: [] for name in functions}
-        with Busy(self.device, self.sizes) as busy:
-            for i in range(self.rounds):
-                for name, function in functions.items():
-                    measured[name].append(self.time_calls(busy, function, i, calls[name]))
+        # A copy ahead of each measurement flushes the cache, and lets Python run ahead of the GPU.
+        source, target = (torch.empty(self.sizes.copy_bytes, dtype=torch.uint8, device=self.device) for _ in range(2))
+        for i in range(self.rounds):
+            for name, function in functions.items():
+                target.copy_(source)
+                measured[name].append(self.time_calls(function, i, calls[name]))
         self.synchronize()
         return {name: statistics.median(read() for read in reads) for name, reads in measured.items()}
 
-    def time_calls(self, busy, function, first, calls):
+    def time_calls(self, function, first, calls):
         """A function that returns the seconds per call, once all are done."""
         if self.device.type == "cpu":
             start = time.perf_counter()
@@ -191,7 +193,6 @@ class Bench:
             seconds = (time.perf_counter() - start) / calls
             return lambda: seconds
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        busy()
         start.record()
         for i in range(first, first + calls):
             function(i)
@@ -210,20 +211,6 @@ class Bench:
         if not ceilings:  # --list
             return math.inf
         return max(num_bytes / ceilings["copy_bytes_per_second"], flops / ceilings["matrix_flops_per_second"])
-
-
-class Busy:
-    """A copy ahead of each measurement: it flushes the cache, and lets Python run ahead of the GPU."""
-
-    def __init__(self, device, sizes):
-        self.device, self.size = device, sizes.copy_bytes
-
-    def __enter__(self):
-        self.source, self.target = (torch.empty(self.size, dtype=torch.uint8, device=self.device) for _ in range(2))
-        return lambda: self.target.copy_(self.source)
-
-    def __exit__(self, *_):
-        del self.source, self.target
 
 
 def write_results(path, results):
