@@ -12,6 +12,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import checkpoint
+from common import run_directory
 from data import write_shard
 from model import MaskedLM, ModelConfig
 
@@ -101,8 +102,8 @@ def start_train(argv, gpus, output):
 
 
 def read_log(out_dir, event="train"):
-    lines = (Path(out_dir) / "log.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["event"] == event]
+    """A run's records of one event; none if it has not begun to log."""
+    return [record for _, record in run_directory.read_log(out_dir) if record["event"] == event]
 
 
 def files_of(directory):
