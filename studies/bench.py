@@ -37,6 +37,7 @@ import torch
 from common.files import write_text
 from common.options import UserError, command, load_config
 from common.processes import device_name
+from common.trace import wait_for_gpu
 from common.versions import versions
 from studies import bench_kernels, bench_steps, peers
 from studies.peers import NotMeasured, WrongNumbers
@@ -159,20 +160,16 @@ class Bench:
 
     # Time
 
-    def synchronize(self):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
     def time_interleaved(self, functions):
         """{name: median seconds of functions[name](i)}, i counting calls. They take turns for `rounds` rounds."""
         calls = dict.fromkeys(functions, 1)
         for name, function in functions.items() if not self.cfg.toy else ():
             for i in range(3):
                 function(i)
-            self.synchronize()
+            wait_for_gpu()
             start = time.perf_counter()
             function(0)
-            self.synchronize()
+            wait_for_gpu()
             calls[name] = max(1, min(20, round(MEASURED_SECONDS / (time.perf_counter() - start))))
         measured = {name: [] for name in functions}
         # A copy ahead of each measurement flushes the cache, and lets Python run ahead of the GPU.
@@ -181,7 +178,7 @@ class Bench:
             for name, function in functions.items():
                 target.copy_(source)
                 measured[name].append(self.time_calls(function, i, calls[name]))
-        self.synchronize()
+        wait_for_gpu()
         return {name: statistics.median(read() for read in reads) for name, reads in measured.items()}
 
     def time_calls(self, function, first, calls):

@@ -39,6 +39,7 @@ import model as model_file
 import train
 from common.estimate import peak_flops
 from common.processes import Process
+from common.trace import wait_for_gpu
 from data import Samples
 from model import MaskedLM, ModelConfig, matrix_flops
 from studies import peers
@@ -421,10 +422,10 @@ def take_turn(bench, runner, result, turn):
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     for i in range(2 if bench.cfg.toy else 1 + TIMED_STEPS):
-        bench.synchronize()
+        wait_for_gpu()
         begun = time.perf_counter()
         runner.step(1 + turn * (1 + TIMED_STEPS) + i)
-        bench.synchronize()
+        wait_for_gpu()
         if i > 0:
             result["seconds"].append(time.perf_counter() - begun)
     if cuda:

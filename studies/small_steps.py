@@ -19,6 +19,7 @@ import torch
 import train
 from common.options import UserError, command, load_config
 from common.processes import Process, device_name, pick_device
+from common.trace import wait_for_gpu
 from common.versions import versions
 from data import Samples
 from model import MaskedLM, choose_kernels
@@ -56,17 +57,12 @@ class Row:
     def turn(self, steps=STEPS):
         for _ in range(2):
             self.step()
-        synchronize(self.process.device)
+        wait_for_gpu()
         start = time.perf_counter()
         for _ in range(steps):
             self.step()
-        synchronize(self.process.device)
+        wait_for_gpu()
         self.seconds.append((time.perf_counter() - start) / steps)
-
-
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 @command
