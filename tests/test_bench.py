@@ -318,7 +318,7 @@ def test_flex_blocks():
     for lengths, whole in (([128] * 4, 4), ([300, 20, 64, 128], 5)):
         cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
         total = int(cu_seqlens[-1])
-        batch = peers.PeerBatch(torch.zeros(total), cu_seqlens, 300, torch.zeros(1), torch.zeros(1), "cpu")
+        batch = Batch(torch.zeros(total), cu_seqlens, 300, None)
         mask = peers.flex_layout(batch)
         assert int(mask.full_kv_num_blocks.sum()) == whole
         qkv = torch.randn(total, 3, 2, 16)

@@ -41,14 +41,13 @@ ROBERTA_NAMES = {
 SENTENCE_FILES = ["modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "*_Pooling/config.json"]
 
 
-def read_hf(path, revision="", tokenizer="", allow_pickle=False):
-    """(config, tensors, tokenizer_text) of a directory or weights file, or of a hub id if there is no such path.
+def read_hf(path, tokenizer="", allow_pickle=False):
+    """(config, tensors, tokenizer_text) of a directory or weights file.
 
     config: what config.json of a checkpoint holds. tensors: {name: fp32 tensor} under this project's names, with the
     pooler and masked-language-model head if there are any. Prints what was dropped or changed.
     Raises: UserError for anything missing, unexpected or unsupported.
     """
-    path = find_model(path, revision, allow_pickle)
     directory = path if os.path.isdir(path) else os.path.dirname(path)
     weights, tensors, hf = read_weights(path, allow_pickle)
     config_path = os.path.join(directory, "config.json")
