@@ -563,13 +563,14 @@ def test_reading_shards_at_random_takes_no_memory_of_its_own(tmp_path):
     assert anonymous < 10
 
 
-def test_offsets_out_of_order_are_found_when_read(tmp_path):
+@pytest.mark.parametrize("offset", [2**40, 2**64 - 1])
+def test_offsets_out_of_order_are_found_when_read(tmp_path, offset):
     for chunk in (False, True):
         path = tmp_path / f"shards{chunk}"
         make_shards(path, shards=1)
         samples = data.open_samples(str(path), "train", 32, chunk)
         contents = bytearray((path / "train_00000.bin").read_bytes())
-        contents[data.HEADER.size + 8 * 7 : data.HEADER.size + 8 * 8] = (2**40).to_bytes(8, "little")
+        contents[data.HEADER.size + 8 * 7 : data.HEADER.size + 8 * 8] = offset.to_bytes(8, "little")
         (path / "train_00000.bin").write_bytes(contents)  # in place, so the open map sees it
         with pytest.raises(UserError, match="train_00000.bin: offsets out of order"):
             samples.train_step(0, len(samples), 1, 0.3, 10**6)
