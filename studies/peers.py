@@ -383,22 +383,20 @@ class TorchaoStep(PlainStep):
     largest_error = 0.2  # in fp32 on a CPU, where PyTorch's own error is 0
 
     def __init__(self, work, kind, setting, recipe):
-        try:
-            from torchao import float8
-        except ImportError:
-            raise NotMeasured("needs the package torchao") from None
-        self.float8, self.recipe = float8, recipe
+        self.recipe = recipe
         super().__init__(work, kind, setting)
 
     def low_precision(self, master):
+        from torchao import float8
+
         model = super().low_precision(master)
         on_cpu = self.work.device.type == "cpu"
-        config = dataclasses.replace(self.float8.Float8LinearConfig.from_recipe_name(self.recipe), emulate=on_cpu)
+        config = dataclasses.replace(float8.Float8LinearConfig.from_recipe_name(self.recipe), emulate=on_cpu)
 
         def chosen(module, name):
             return name.endswith(("Wqkv", "gated_layers", "wo"))
 
-        return self.float8.convert_to_float8_training(model, module_filter_fn=chosen, config=config)
+        return float8.convert_to_float8_training(model, module_filter_fn=chosen, config=config)
 
 
 class TransformersStep(PlainStep):
@@ -408,17 +406,14 @@ class TransformersStep(PlainStep):
     largest_error = 0.1
 
     def __init__(self, work, setting):
-        try:
-            import transformers
-        except ImportError:
-            raise NotMeasured("needs the package transformers") from None
-        self.transformers = transformers
         super().__init__(work, "transformers", setting)
 
     def make_masters(self, dropout=True):
+        import transformers
+
         torch.manual_seed(0)
         cfg = self.work.cfg
-        config = self.transformers.BertConfig(
+        config = transformers.BertConfig(
             vocab_size=self.work.vocab_size(),
             hidden_size=cfg.hidden_size,
             num_hidden_layers=cfg.num_layers,
@@ -428,7 +423,7 @@ class TransformersStep(PlainStep):
             attention_probs_dropout_prob=0.0,  # like ours; otherwise SDPA has no fast backend
             attn_implementation="sdpa",
         )
-        return self.transformers.BertForMaskedLM(config).to(self.work.device).train()
+        return transformers.BertForMaskedLM(config).to(self.work.device).train()
 
     def module(self, model):
         vocab_size = self.work.vocab_size()
