@@ -385,7 +385,7 @@ def read_config(path):
     """A run's or checkpoint's config.json, a dictionary. Raises: UserError."""
     file = os.path.join(path, "config.json")
     config = read_json(file, "not a checkpoint of this project")
-    if not isinstance(config, dict) or "vocab_size" not in config:
+    if "vocab_size" not in config:
         raise UserError(f"{file}: not a configuration of this project")
     return config
 

@@ -20,7 +20,6 @@ Read next: kernels/attention.py, or prepare_c4.py for how shards are made
 """
 
 import concurrent.futures
-import contextlib
 import hashlib
 import mmap
 import os
@@ -51,7 +50,6 @@ ATTENTION_HALF = 2400
 EVAL_SEED = 0  # evaluation masks are the same in every run, whatever its seed
 CHECKED_TOKENS = 2**26  # up to this size every token is validated on open; larger corpora as they are read
 INDEX_DOCS = 64  # documents per entry of the chunk index: 46 MB of index for C4
-KEPT_INDEX_DOCS = 100_000  # from this many documents on, the chunk index is kept on disk
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -313,7 +311,7 @@ class Samples:
         if chunk:
             blocks = [-(-count // INDEX_DOCS) for count in num_docs]
             self.shard_blocks = np.concatenate([[0], np.cumsum(blocks)]).astype(np.int64)
-            self.block_starts = self.open_index()  # in samples
+            self.block_starts = self.make_index()  # in samples
 
     def __len__(self):
         return int(self.block_starts[-1] if self.chunk else self.shard_starts[-1])
@@ -333,52 +331,36 @@ class Samples:
     def locate(self, samples):
         """(shard, start, length) of each sample's tokens, int64 arrays; [CLS] and [SEP] don't count."""
         if self.chunk:
-            block = np.searchsorted(self.block_starts, samples, side="right") - 1
-            shard = np.searchsorted(self.shard_blocks, block, side="right") - 1
-            document, count = (block - self.shard_blocks[shard]) * INDEX_DOCS, INDEX_DOCS
-            within = samples - self.block_starts[block]  # samples of the block before this one
-        else:
-            shard = np.searchsorted(self.shard_starts, samples, side="right") - 1
-            document, count = samples - self.shard_starts[shard], 1
-            within = np.zeros_like(samples)
-        offsets = np.empty((len(samples), count + 1), np.int64)
+            return self.locate_chunks(samples)
+        shard = np.searchsorted(self.shard_starts, samples, side="right") - 1
+        start, end = self.read_offsets(shard, samples - self.shard_starts[shard], 2).T
+        return shard, start, np.minimum(end - start, self.seq_length - 2)
+
+    def locate_chunks(self, samples):
+        longest, rows = self.seq_length - 2, np.arange(len(samples))
+        block = np.searchsorted(self.block_starts, samples, side="right") - 1
+        shard = np.searchsorted(self.shard_blocks, block, side="right") - 1
+        offsets = self.read_offsets(shard, (block - self.shard_blocks[shard]) * INDEX_DOCS, INDEX_DOCS + 1)
+        lengths, number = np.diff(offsets), samples - self.block_starts[block]  # in the block
+        ends = np.cumsum(-(-lengths // longest), axis=1)  # samples up to each document's end
+        place = (ends <= number[:, None]).sum(1)  # of the sample's document
+        skipped = (number - np.where(place > 0, ends[rows, place - 1], 0)) * longest
+        return shard, offsets[rows, place] + skipped, np.minimum(lengths[rows, place] - skipped, longest)
+
+    def read_offsets(self, shard, document, count):
+        """(n, count) int64: so many offsets from a document on; behind a shard's last one, that again. Raises: UserError."""
+        offsets = np.empty((len(shard), count), np.int64)
         for row, s, d in zip(offsets, shard.tolist(), document.tolist()):
-            found = self.shards[s].offsets[d : d + count + 1]
-            row[: len(found)], row[len(found) :] = found, found[-1]  # a shard's last block may be shorter
-        lengths = np.diff(offsets)
-        before = np.cumsum(-(-lengths // (self.seq_length - 2)), axis=1)  # samples up to each document's end
-        place = (before <= within[:, None]).sum(1) if self.chunk else np.zeros_like(samples)
-        wrong = (lengths < 0).any(1) | (offsets[:, -1] > self.num_tokens[shard]) | (place >= count)
+            found = self.shards[s].offsets[d : d + count]
+            row[: len(found)] = found
+            row[len(found) :] = row[len(found) - 1]
+        wrong = (np.diff(offsets) < 0).any(1) | (offsets[:, -1] > self.num_tokens[shard])
         if wrong.any():
-            path = self.shards[shard[wrong.argmax()]].path
-            raise damaged(path, "offsets out of order", True)
-        rows = np.arange(len(samples))
-        skipped = (within - np.where(place > 0, before[rows, place - 1], 0)) * (self.seq_length - 2)
-        return shard, offsets[rows, place] + skipped, np.minimum(lengths[rows, place] - skipped, self.seq_length - 2)
-
-    def open_index(self):
-        """The number of samples before each block of INDEX_DOCS documents, int64; kept beside a large directory.
-
-        The file's name holds the shards' digest, so an index of other shards is never used.
-        """
-        if self.shard_starts[-1] < KEPT_INDEX_DOCS:
-            return self.make_index()
-        where = f"{os.path.realpath(self.directory)}.chunks"
-        path = os.path.join(where, f"{self.split}_{self.seq_length}_{self.digest[:16]}.npy")
-        with contextlib.suppress(OSError, EOFError, ValueError):  # missing or damaged
-            index = np.load(path, mmap_mode="r")
-            if index.shape == (self.shard_blocks[-1] + 1,) and index.dtype == np.int64 and index[0] == 0:
-                return np.asarray(index)
-        index = self.make_index()
-        try:
-            os.makedirs(where, exist_ok=True)
-            with whole_file(path) as file:
-                np.save(file, index)
-            return np.asarray(np.load(path, mmap_mode="r"))
-        except OSError:  # a read-only place: every process makes its own
-            return index
+            raise damaged(self.shards[shard[wrong.argmax()]].path, "offsets out of order", True)
+        return offsets
 
     def make_index(self):
+        """The number of samples before each block of INDEX_DOCS documents, int64. Every process makes it, in seconds for C4."""
         counts = [np.zeros(1, np.int64)]
         for shard in self.shards:
             lengths = np.diff(shard.offsets.astype(np.int64))

@@ -562,18 +562,18 @@ def fine_tune(cfg, pretrained, plan, read):
     rank, earlier = int(os.environ.get("RANK", 0)), earlier_results(cfg, pretrained, plan)
     if rank == 0:
         print_plan(plan)
-    check_kept(cfg, plan)
+    runs = os.path.join(cfg.out, "runs")
+    finished = [run for run in plan if run_queue.result(runs, run)]
+    check_kept(finished)
     if cfg.dry_run:
         return print_estimate(plan, Worker(cfg, read))
     with RunDirectory(cfg.out, writes=rank == 0):  # refuses a second live suite
         os.makedirs(os.path.join(cfg.out, "predictions"), exist_ok=True)
-        if rank == 0:
-            finished = sum(bool(run_queue.result(os.path.join(cfg.out, "runs"), run)) for run in plan)
-            rest = "the others are trained" if finished < len(plan) else "nothing is trained"
-            if finished:
-                print(f"{cfg.out}: {finished} of {plural(len(plan), 'run')} finished before: {rest}", flush=True)
+        if rank == 0 and finished:
+            rest = "the others are trained" if len(finished) < len(plan) else "nothing is trained"
+            print(f"{cfg.out}: {len(finished)} of {plural(len(plan), 'run')} finished before: {rest}", flush=True)
         pinned = dataclasses.replace(cfg, checkpoint=pretrained.path)  # the same for every worker
-        run_queue.finish(os.path.join(cfg.out, "runs"), plan, functools.partial(Worker, pinned, read), cfg.jobs)
+        run_queue.finish(runs, plan, functools.partial(Worker, pinned, read), cfg.jobs)
         if rank > 0:
             return None
         results = summarize(cfg, plan, pretrained, earlier)
@@ -582,10 +582,10 @@ def fine_tune(cfg, pretrained, plan, read):
         return results
 
 
-def check_kept(cfg, plan):
+def check_kept(finished):
     """Raises: UserError if the weights that a finished run left are damaged."""
-    for run in plan:
-        if run.artifact and run_queue.result(os.path.join(cfg.out, "runs"), run) and not checkpoint.newest(run.artifact):
+    for run in finished:
+        if run.artifact and not checkpoint.newest(run.artifact):
             hint = "restore it from a copy; or remove it, and the same command trains it again"
             raise UserError(f"{run.artifact}: the fine-tuned model is damaged ({hint})")
 

@@ -189,6 +189,19 @@ def check_disk(out, estimate):
         raise UserError(f"{out}: {needed} (choose another --out, or truncate documents with --max_doc_tokens)")
 
 
+def finish_output(out, plan, shards, tokenizer, report):
+    """Write report.json and manifest.json, check every byte, and remove what only an unfinished directory needs.
+
+    shards: the manifest's entries for them.
+    """
+    write_text(os.path.join(out, "report.json"), json.dumps(report, indent=1, ensure_ascii=False))
+    about = {"tokenizer_sha256": file_digest(os.path.join(out, "tokenizer.json")), "vocab_size": tokenizer.get_vocab_size()}
+    write_text(os.path.join(out, "manifest.json"), json.dumps({"format": 1, **about, **plan, "shards": shards}, indent=1))
+    print(f"checking {gigabytes(sum(entry['bytes'] for entry in shards))} of shards", flush=True)
+    verify(out)
+    shutil.rmtree(work_path(out, ""))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Units of work, and their documents
 
@@ -528,18 +541,7 @@ def prepare(cfg, plan, units, given):
     longest = heapq.nlargest(NUM_LONGEST, itertools.chain(*(result["longest"] for result in results)))
     examples = most_changed(*(result.get("examples", ()) for result in results))
     report = corpus_report.make_report(stats, longest, examples, cfg, tokenizer.get_vocab_size(), time.perf_counter() - start)
-    write_text(os.path.join(out, "report.json"), json.dumps(report, indent=1, ensure_ascii=False))
-    manifest = {
-        "format": 1,
-        "tokenizer_sha256": file_digest(tokenizer_path),
-        "vocab_size": tokenizer.get_vocab_size(),
-        **plan,
-        "shards": [entry for result in results for entry in result["shards"]],
-    }
-    write_text(os.path.join(out, "manifest.json"), json.dumps(manifest, indent=1))
-    print(f"checking {gigabytes(sum(entry['bytes'] for entry in manifest['shards']))} of shards", flush=True)
-    verify(out)
-    shutil.rmtree(work_path(out, ""))
+    finish_output(out, plan, [entry for result in results for entry in result["shards"]], tokenizer, report)
     corpus_report.print_report(report, cfg)
     for text in corpus_report.names_of(stats, "stopped "):
         print(f"stopped {text}")

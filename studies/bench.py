@@ -37,6 +37,7 @@ import torch
 from common.files import write_text
 from common.options import UserError, command, load_config
 from common.processes import device_name
+from common.trace import wait_for_gpu
 from common.versions import versions
 from studies import bench_kernels, bench_steps, peers
 from studies.peers import NotMeasured, WrongNumbers
@@ -159,30 +160,28 @@ class Bench:
 
     # Time
 
-    def synchronize(self):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
     def time_interleaved(self, functions):
         """{name: median seconds of functions[name](i)}, i counting calls. They take turns for `rounds` rounds."""
         calls = dict.fromkeys(functions, 1)
         for name, function in functions.items() if not self.cfg.toy else ():
             for i in range(3):
                 function(i)
-            self.synchronize()
+            wait_for_gpu()
             start = time.perf_counter()
             function(0)
-            self.synchronize()
+            wait_for_gpu()
             calls[name] = max(1, min(20, round(MEASURED_SECONDS / (time.perf_counter() - start))))
         measured = {name: [] for name in functions}
-        with Busy(self.device, self.sizes) as busy:
-            for i in range(self.rounds):
-                for name, function in functions.items():
-                    measured[name].append(self.time_calls(busy, function, i, calls[name]))
-        self.synchronize()
+        # A copy ahead of each measurement flushes the cache, and lets Python run ahead of the GPU.
+        source, target = (torch.empty(self.sizes.copy_bytes, dtype=torch.uint8, device=self.device) for _ in range(2))
+        for i in range(self.rounds):
+            for name, function in functions.items():
+                target.copy_(source)
+                measured[name].append(self.time_calls(function, i, calls[name]))
+        wait_for_gpu()
         return {name: statistics.median(read() for read in reads) for name, reads in measured.items()}
 
-    def time_calls(self, busy, function, first, calls):
+    def time_calls(self, function, first, calls):
         """A function that returns the seconds per call, once all are done."""
         if self.device.type == "cpu":
             start = time.perf_counter()
@@ -191,7 +190,6 @@ class Bench:
             seconds = (time.perf_counter() - start) / calls
             return lambda: seconds
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        busy()
         start.record()
         for i in range(first, first + calls):
             function(i)
@@ -210,20 +208,6 @@ class Bench:
         if not ceilings:  # --list
             return math.inf
         return max(num_bytes / ceilings["copy_bytes_per_second"], flops / ceilings["matrix_flops_per_second"])
-
-
-class Busy:
-    """A copy ahead of each measurement: it flushes the cache, and lets Python run ahead of the GPU."""
-
-    def __init__(self, device, sizes):
-        self.device, self.size = device, sizes.copy_bytes
-
-    def __enter__(self):
-        self.source, self.target = (torch.empty(self.size, dtype=torch.uint8, device=self.device) for _ in range(2))
-        return lambda: self.target.copy_(self.source)
-
-    def __exit__(self, *_):
-        del self.source, self.target
 
 
 def write_results(path, results):

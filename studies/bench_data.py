@@ -122,13 +122,13 @@ def bench_bare(cfg):
 
 
 def time_batches(samples, steps=60, warm_up=10):
-    """(tokens/s, tokens per CPU second, seconds a batch, CPU seconds a batch): medians over the steps after the warm-up."""
+    """(tokens/s, seconds a batch): medians over the steps after the warm-up."""
     rows = []
     for step in range(steps):
-        start, cpu_start = time.perf_counter(), time.process_time()
+        start = time.perf_counter()
         (batch,) = samples.train_step(step, BATCH, 17, 0.3, BATCH * samples.seq_length)
-        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
-        rows.append((batch.num_tokens / seconds, batch.num_tokens / cpu_seconds, seconds, cpu_seconds))
+        seconds = time.perf_counter() - start
+        rows.append((batch.num_tokens / seconds, seconds))
     return np.median(rows[warm_up:], axis=0).tolist()
 
 
@@ -139,7 +139,7 @@ def measure(cfg):
     before, start = anonymous_mb(), time.perf_counter()
     samples = data.Samples(cfg.measure, "train", cfg.seq_length, cfg.chunk)
     opened = time.perf_counter() - start
-    rate, cpu_rate, seconds, cpu_seconds = time_batches(samples)
+    rate, seconds = time_batches(samples)
     return {
         "bench": "scale",
         "cpu": cpu_name(),
@@ -149,9 +149,7 @@ def measure(cfg):
         "gigabytes": sum(os.path.getsize(shard.path) for shard in samples.shards) / 1e9,
         "open_seconds": round(opened, 3),
         "batch_milliseconds": round(1e3 * seconds, 2),
-        "batch_cpu_milliseconds": round(1e3 * cpu_seconds, 2),
         "tokens_per_second": round(rate),
-        "tokens_per_cpu_second": round(cpu_rate),
         "anonymous_mb": round(anonymous_mb()),
         "anonymous_mb_before": round(before),
         "load_average": os.getloadavg()[0],
@@ -194,13 +192,8 @@ def bench_scale(cfg):
             shutil.rmtree(path, ignore_errors=True)
             make_corpus(path, C4_DOCS // share, C4_TOKENS / share, max(2, C4_SHARDS // share))
     for chunk, path in itertools.product((False, True), (small, whole)):
-        argv = [f"--measure={path}", f"--chunk={chunk}", f"--seq_length={cfg.seq_length}"]
-        if chunk:  # the first run makes the index and keeps it for the next
-            start = time.perf_counter()
-            this_script(*argv)
-            seconds = round(time.perf_counter() - start, 2)
-            print(json.dumps({"bench": "index", "corpus": path.name, "first_run_seconds": seconds}))
-        print(json.dumps(this_script(*argv)), flush=True)
+        result = this_script(f"--measure={path}", f"--chunk={chunk}", f"--seq_length={cfg.seq_length}")
+        print(json.dumps(result), flush=True)
 
 
 @command

@@ -21,7 +21,7 @@ from kernels.layernorm import DROPOUT_LEVELS
 from model import LAYER_NORM_EPS, VOCAB_MULTIPLE, alibi_slopes
 from studies import peers
 from studies.bench_steps import first_batch
-from studies.peers import WrongNumbers
+from studies.peers import NotMeasured, WrongNumbers
 
 DROPOUT = 0.1
 OUR_DROPOUT = round(DROPOUT * DROPOUT_LEVELS) / DROPOUT_LEVELS
@@ -165,30 +165,14 @@ def compare_numbers(got, own, exact, valid=None, largest_error=0.0):
     return worst
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Our own entries
+def in_bf16(bench, function):
+    """`function` under autocast, as in training: fp32 weights are cast in each call."""
 
+    def cast(*inputs):
+        with torch.autocast(bench.device.type, bench.dtype, enabled=bench.dtype != torch.float32):
+            return function(*inputs)
 
-def our_attention(batch, slopes):
-    return lambda qkv: kernels.attention_qkvpacked(qkv, batch.cu_seqlens, batch.max_seqlen, slopes, batch.windows)
-
-
-def our_layernorm(x, residual, weight, bias):
-    return kernels.dropout_add_layernorm(x, residual, weight, bias, DROPOUT, LAYER_NORM_EPS)
-
-
-def our_geglu(x):
-    return kernels.geglu(x, DROPOUT)
-
-
-def our_head(device, dtype):
-    """What model.MaskedLM does with the hidden states of masked tokens, under autocast as in training."""
-
-    def head(*inputs):
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return kernels.linear_cross_entropy(*inputs)
-
-    return head
+    return cast
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -220,6 +204,9 @@ def attention(bench, row, samples, default=True):
     def reference(keep, qkv, slopes=slopes):
         return kernels.attention_reference(*qkv.unbind(1), batch.cu_seqlens, batch.max_seqlen, slopes)
 
+    def ours(qkv):
+        return kernels.attention_qkvpacked(qkv, batch.cu_seqlens, batch.max_seqlen, slopes, batch.windows)
+
     def varlen():
         return lambda qkv: peers.varlen_attention(qkv, peers.varlen_layout(flat), slopes)
 
@@ -244,7 +231,7 @@ def attention(bench, row, samples, default=True):
         return attend
 
     entries = {
-        "ours": Entry(lambda: our_attention(batch, slopes), reference),
+        "ours": Entry(lambda: ours, reference),
         "varlen": Entry(varlen, partial(reference, slopes=None), note="varlen_attn, without ALiBi"),
         "flex": Entry(flex, reference, seconds=15, note="FlexAttention, mask prebuilt"),
         "sdpa_cudnn": Entry(lambda: dense(SDPBackend.CUDNN_ATTENTION), reference, note="dense ALiBi, padded"),
@@ -303,7 +290,7 @@ def layernorm(bench, row, num_gradients):
         return (results[0] if isinstance(results, tuple) else results).detach() >= 0
 
     def ours(*inputs):
-        results = our_layernorm(*inputs)
+        results = kernels.dropout_add_layernorm(*inputs, DROPOUT, LAYER_NORM_EPS)
         return results[0] if num_gradients == 1 else results
 
     def peer(setting):
@@ -354,7 +341,7 @@ def geglu(bench, row):
         return lambda x: gate(x, DROPOUT, setting)
 
     entries = {
-        "ours": Entry(lambda: our_geglu, reference, OUR_DROPOUT),
+        "ours": Entry(lambda: lambda x: kernels.geglu(x, DROPOUT), reference, OUR_DROPOUT),
         **compiled_entries(peer, reference),
         "liger": Entry(
             lambda: peers.liger("liger_geglu"), liger_reference, note="tanh, no dropout, two tensors", prepare=halves
@@ -366,16 +353,6 @@ def geglu(bench, row):
 # ---------------------------------------------------------------------------------------------------------------------
 # The layers that --fp8 has in 8 bits, without dropout: Wqkv, and the feed-forward layer between its LayerNorms. Ceilings are
 # those of bf16.
-
-
-def in_bf16(device, dtype, function):
-    """`function` under autocast, as in training: fp32 weights are cast in each call."""
-
-    def cast(*inputs):
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return function(*inputs)
-
-    return cast
 
 
 def in_fp8(device, kinds, function):
@@ -402,7 +379,7 @@ def fp8_row(bench, row, plain, ours, fp8, kinds, shapes, values):
         return plain(x, *(weight.to(x.dtype) for weight in weights))
 
     entries = {
-        "ours": Entry(lambda: in_bf16(bench.device, bench.dtype, ours), reference, fp32_parameters=True),
+        "ours": Entry(lambda: in_bf16(bench, ours), reference, fp32_parameters=True),
         "fp8": Entry(
             lambda: in_fp8(bench.device, kinds, fp8), reference, note="casts included", fp32_parameters=True,
             largest_error=FP8_ERROR,
@@ -463,7 +440,7 @@ def head(bench, row):
         return lambda hidden, weight, bias, labels: loss(hidden, weight, labels, bias, reduction="sum")
 
     entries = {
-        "ours": Entry(lambda: our_head(device, bench.dtype), reference, fp32_parameters=True),
+        "ours": Entry(lambda: in_bf16(bench, kernels.linear_cross_entropy), reference, fp32_parameters=True),
         "compiled": Entry(lambda: peers.compiled(peers.linear_cross_entropy), reference, seconds=6),
         "liger": Entry(liger, reference, note="in chunks of rows"),
     }

@@ -25,7 +25,6 @@ import contextlib
 import copy
 import dataclasses
 import gc
-import json
 import os
 import statistics
 import time
@@ -35,26 +34,24 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, models
 
 import kernels
 import model as model_file
 import train
 from common.estimate import peak_flops
-from common.files import file_digest
 from common.processes import Process
-from data import Samples, write_shard
+from common.trace import wait_for_gpu
+from data import Samples
 from model import MaskedLM, ModelConfig, matrix_flops
 from studies import peers
 from studies.peers import WrongNumbers
+from tests.toy import SPECIAL, make_shards
 
 TURNS = 3
 TIMED_STEPS = 2  # per turn, after an untimed one
 SHORT_SHARE = 0.415  # of samples, with 8 to 128 tokens: 0.585 + 0.415 * 68 / 128 = 80.5 %
-C4_SHORT_SHARE = 0.261  # with 30 to 128 tokens: a mean of 115, as in 1,000 documents of C4 cut at 128 tokens
 MASK_PROB = 0.3
 CHECKED_SAMPLES, CHECKED_TOKENS = 8, 4096  # at most
-SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CONFIGS = {
     "base": ModelConfig(),
     "large": ModelConfig(hidden_size=1024, num_layers=24, num_heads=16, intermediate_size=4096),
@@ -73,32 +70,23 @@ class Data:
         self.directory, self.sizes = directory, sizes
 
     def samples(self, kind, seq_length=128):
-        """kind: "full"; "fill80"; "padded", fill80's samples padded to the full length with [PAD]; "c4", C4's lengths."""
+        """kind: "full"; "fill80"; "padded", fill80's samples padded to the full length with [PAD]."""
         path = os.path.join(self.directory, f"{kind}_{seq_length}")
         if not os.path.exists(path):
-            self.write(path, kind, seq_length)
+            make_shards(path, self.documents(kind, seq_length), [], shards=1, vocab_size=self.sizes.vocab)
         return Samples(path, "train", seq_length)
 
-    def write(self, path, kind, seq_length):
-        os.makedirs(path)
-        words = [*SPECIAL, *(f"w{i}" for i in range(len(SPECIAL), self.sizes.vocab))]
-        tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-        tokenizer.save(os.path.join(path, "tokenizer.json"))
+    def documents(self, kind, seq_length):
         rng = np.random.default_rng(0)
         count, longest = self.sizes.samples, seq_length - 2  # without [CLS] and [SEP]
         lengths = np.full(count, longest)
         if kind != "full":
-            share, shortest = (C4_SHORT_SHARE, 30) if kind == "c4" else (SHORT_SHARE, 8)
-            short = rng.random(count) < share
-            lengths[short] = rng.integers(shortest, seq_length + 1, short.sum()) - 2
+            short = rng.random(count) < SHORT_SHARE
+            lengths[short] = rng.integers(8, seq_length + 1, short.sum()) - 2
         documents = [rng.integers(len(SPECIAL), self.sizes.vocab, length) for length in lengths]
         if kind == "padded":
             documents = [np.pad(document, (0, longest - len(document))) for document in documents]
-        digest = file_digest(os.path.join(path, "tokenizer.json"))
-        entry = write_shard(os.path.join(path, "train.bin"), documents, 2, bytes.fromhex(digest))
-        manifest = {"tokenizer_sha256": digest, "shards": [{"split": "train", **entry}]}
-        with open(os.path.join(path, "manifest.json"), "w", encoding="utf-8") as file:
-            json.dump(manifest, file)
+        return documents
 
 
 def first_batch(samples, count):
@@ -205,31 +193,6 @@ class OursInFp8(Ours):
             model.bert.fp8.update(lambda amax: amax)
         model.zero_grad()
         return reference, model, loss_of
-
-
-class OursWithCopies(peers.PlainStep):
-    """Our model with its layers' matrices in bf16 beside fp32 masters; train.py casts them once a step."""
-
-    def __init__(self, work):
-        super().__init__(work, "ours", "eager")
-
-    def low_precision(self, master):
-        model = copy.deepcopy(master)
-        for module in model.modules():
-            # The decoder's matrix is the embedding's, which the kernels take in fp32; vectors are cheap to cast.
-            if isinstance(module, torch.nn.Linear) and module is not model.cls.predictions.decoder:
-                module.weight.data = module.weight.data.to(self.work.dtype)
-        return model
-
-    def module(self, model):
-        def loss_sum(batch):
-            with self.work.process().autocast():
-                return model(batch)
-
-        return loss_sum
-
-    def make_inputs(self, batches):
-        return [(batch.to(self.work.device),) for batch in batches]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -350,7 +313,6 @@ def rows(data):
         "torch_attention": (torch_attention, "SDPA with dense ALiBi"),
     }
     off = {name: StepEntry(partial(Ours, change=change), note=note) for name, (change, note) in changes.items()}
-    off["bf16_copies"] = StepEntry(OursWithCopies, note="layers' matrices in bf16 beside fp32 masters, not cast")
     padded = {"ours_padded": StepEntry(Ours, note="with padding as tokens", data="padded")}
     # The last four rows don't run by default. Large also takes longer to compile.
     same_model = {name: entry for name, entry in {**ours, **all_peers()}.items() if not name.startswith("bert")}
@@ -462,10 +424,10 @@ def take_turn(bench, runner, result, turn):
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     for i in range(2 if bench.cfg.toy else 1 + TIMED_STEPS):
-        bench.synchronize()
+        wait_for_gpu()
         begun = time.perf_counter()
         runner.step(1 + turn * (1 + TIMED_STEPS) + i)
-        bench.synchronize()
+        wait_for_gpu()
         if i > 0:
             result["seconds"].append(time.perf_counter() - begun)
     if cuda:

@@ -18,14 +18,12 @@ from statistics import median
 import numpy as np
 import torch
 
-import checkpoint
 from common.glue import Task
 from common.labelled import Examples
 from common.options import command, load_config
 from common.versions import versions
 from finetune_glue import FineTuneConfig, Settings, Worker, load_pretrained, make_runs, train
-from model import MaskedLM, ModelConfig
-from tests.toy import make_tokenizer
+from tests.toy import make_run
 from tools import convert_hf
 
 VOCAB_SIZE = 8192
@@ -46,16 +44,8 @@ class SpeedConfig:
 
 def make_model(cfg):
     """OUT/run, a MosaicBERT with random weights, and OUT/exported."""
-    torch.manual_seed(0)
-    run = Path(cfg.out, "run")
-    run.mkdir(parents=True)
-    model_cfg = ModelConfig(
-        "mosaicbert", cfg.hidden_size, cfg.num_layers, cfg.num_heads, 4 * cfg.hidden_size, hidden_dropout=0.0
-    )
-    make_tokenizer(run / "tokenizer.json", VOCAB_SIZE)
-    about = json.dumps({**vars(model_cfg), "vocab_size": VOCAB_SIZE, "tokenizer_sha256": ""})
-    texts = {"config.json": about, "tokenizer.json": (run / "tokenizer.json").read_text()}
-    checkpoint.save(str(run), 1, {"model.safetensors": checkpoint.weights_of(MaskedLM(model_cfg, VOCAB_SIZE))}, texts)
+    size = {"hidden_size": cfg.hidden_size, "num_layers": cfg.num_layers, "num_heads": cfg.num_heads}
+    run = make_run(Path(cfg.out, "run"), vocab_size=VOCAB_SIZE, **size, intermediate_size=4 * cfg.hidden_size)
     convert_hf.main([f"--to_hf={run}", f"--out={cfg.out}/exported"])
 
 

@@ -45,10 +45,6 @@ class GpuFaultsConfig:
     toy: bool = False  # on the CPU, at toy size
 
 
-def steps_logged(out):
-    return len(read_log(out)) if (out / "log.jsonl").exists() else 0
-
-
 @command
 def main(argv):
     cfg = load_config(GpuFaultsConfig, argv)
@@ -73,7 +69,7 @@ def main(argv):
             ranks = Ranks(flags(options), 2, Path(scratch) / f"{number}_output", fault, gpus=gpus)
             begun = time.monotonic()
             while all(process.is_alive() for process in ranks.processes) and time.monotonic() - begun < 120:
-                if by_signal and steps_logged(out) >= AT_STEP:
+                if by_signal and len(read_log(out)) >= AT_STEP:
                     break
                 time.sleep(0.05)
             begun = time.monotonic()

@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from unittest import mock
 
 import torch
 
@@ -40,14 +41,12 @@ def run(argv, stop_at=None):
             sent.append(time.perf_counter())
         return forward_backward(model, batches, num_masked, cfg, process, step, *rest)
 
-    train.forward_backward = signalling
+    status = 0
     try:
-        train.main(argv)
-        status = 0
+        with mock.patch.object(train, "forward_backward", signalling):
+            train.main(argv)
     except SystemExit as stopped:
         status = stopped.code
-    finally:
-        train.forward_backward = forward_backward
     return status, time.perf_counter() - sent[0] if sent else None
 
 
@@ -84,18 +83,6 @@ def exact_resume(cfg, scratch, model, steps, resumes):
     }  # fmt: skip
 
 
-def timed(function, times):
-    """`function`, with the seconds of each call appended to `times`."""
-
-    def wrapper(*args, **kwargs):
-        start = time.perf_counter()
-        result = function(*args, **kwargs)
-        times.append(time.perf_counter() - start)
-        return result
-
-    return wrapper
-
-
 def base_checkpoints(cfg, scratch):
     """A run of the base model: seconds that a save blocks training, to write and verify, and from SIGTERM to the end."""
     size = {"global_batch_size": 4096}
@@ -107,27 +94,29 @@ def base_checkpoints(cfg, scratch):
     out = scratch / "base"
     intervals = {"log_interval": 1, "eval_interval": 0, "checkpoint_interval": 14}
     argv = flags({"data_dir": data, "out_dir": out, "max_steps": 1000, **intervals, **size})
-    blocked, written, verified = [], [], []
-    originals = checkpoint.Saver.save, checkpoint.write, checkpoint.damage
-    checkpoint.Saver.save = timed(checkpoint.Saver.save, blocked)
-    checkpoint.write = timed(checkpoint.write, written)
-    checkpoint.damage = timed(checkpoint.damage, verified)
-    try:
+    save, blocked = checkpoint.Saver.save, []
+
+    def timed(*args):
+        start = time.perf_counter()
+        save(*args)
+        blocked.append(time.perf_counter() - start)
+
+    with mock.patch.object(checkpoint.Saver, "save", timed):
         status, after_sigterm = run(argv, stop_at=30)  # while the second checkpoint is being written
-    finally:
-        checkpoint.Saver.save, checkpoint.write, checkpoint.damage = originals
     assert status == 128 + signal.SIGTERM and checkpoint.steps(out)[0] == 30, (status, checkpoint.steps(out))
     steps = {record["step"]: record for record in read_log(out)}
     ms = {step: 1000 / record["samples_per_second"] * size["global_batch_size"] for step, record in steps.items()}
-    path = out / "step_00000030"
+    path, start = out / "step_00000030", time.perf_counter()
+    assert checkpoint.damage(path) is None
+    verify_seconds = time.perf_counter() - start
     return {
         "parameters": read_log(out, "start")[0]["num_params"],
         "bytes": sum(file.stat().st_size for file in path.iterdir()),
         "step_ms": median(ms[step] for step in range(7, 14)),
         "step_ms_while_writing": median(ms[step] for step in range(15, 20)),
         "save_holds_up_seconds": blocked[:2],
-        "write_and_verify_seconds": written,
-        "verify_seconds": verified[-len(written) :],
+        "write_and_verify_seconds": [record["seconds"] for record in read_log(out, "checkpoint")],
+        "verify_seconds": verify_seconds,
         "sigterm_to_end_seconds": after_sigterm,
     }
 

@@ -63,7 +63,7 @@ class Run:
             raise UserError(f"train.py ended with {status}: {self.output.read_text()[-3000:]}")
 
     def records(self):
-        return read_log(self.out) if (self.out / "log.jsonl").exists() else []
+        return read_log(self.out)
 
 
 def largest_difference(records, others):

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.attention import flex_attention as flex
 from torch.nn.attention.varlen import varlen_attn
 
-from common.batch import IGNORED, round_up
+from common.batch import IGNORED, Batch, round_up
 from data import MASKED_MULTIPLE
 from model import LAYER_NORM_EPS, MaskedLM, alibi_slopes
 
@@ -240,17 +240,8 @@ def norm(x, module):
     return F.layer_norm(x, module.weight.shape, module.weight, module.bias, LAYER_NORM_EPS)
 
 
-class PeerBatch:
-    """A micro-batch for PlainMosaicBert: input_ids (total_tokens,), positions and labels (num_rows,), cu_seqlens."""
-
-    def __init__(self, input_ids, cu_seqlens, max_seqlen, positions, labels, device):
-        tensors = (input_ids, cu_seqlens, positions, labels)
-        self.input_ids, self.cu_seqlens, self.positions, self.labels = (tensor.to(device) for tensor in tensors)
-        self.max_seqlen = max_seqlen
-
-
 def unpadded(batches, device):
-    """MicroBatches as PeerBatches of one shape. Padding becomes extra sequences, since peers skip no rows."""
+    """MicroBatches as Batches of one shape. Padding becomes extra sequences, since peers skip no rows."""
     total = max(len(batch.input_ids) for batch in batches)
     rows = max(len(batch.labels) for batch in batches)
     size = batches[0].max_seqlen
@@ -265,12 +256,13 @@ def unpadded(batches, device):
     for batch, ends in zip(batches, bounds):
         cu_seqlens = torch.tensor(ends + [total] * (most - len(ends)), dtype=torch.int32)
         ids = F.pad(batch.input_ids, (0, total - len(batch.input_ids)))
-        made.append(PeerBatch(ids, cu_seqlens, size, *filled_rows(batch, rows), device))
+        positions, labels = filled_rows(batch, rows)
+        made.append(Batch(ids, cu_seqlens, size, None, masked_positions=positions, labels=labels).to(device))
     return made
 
 
 def padded(batches, device):
-    """MicroBatches as PeerBatches of one shape, each sequence padded to max_seqlen; cu_seqlens has the true lengths."""
+    """MicroBatches as Batches of one shape, each sequence padded to max_seqlen; cu_seqlens has the true lengths."""
     rows = max(len(batch.labels) for batch in batches)
     count = max(batch.num_samples for batch in batches)
     size = batches[0].max_seqlen
@@ -281,7 +273,8 @@ def padded(batches, device):
         ids = batch.input_ids.new_zeros(count * size)
         ids[slots] = batch.input_ids[: len(slots)]
         positions, labels = filled_rows(batch, rows)
-        made.append(PeerBatch(ids, F.pad(lengths.cumsum(0), (1, 0)).int(), size, slots[positions], labels, device))
+        cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int()
+        made.append(Batch(ids, cu_seqlens, size, None, masked_positions=slots[positions], labels=labels).to(device))
     return made
 
 
@@ -352,7 +345,7 @@ class PlainStep:
 
         layout = {"varlen": varlen_layout, "flex": flex_layout, "padded": bias}[self.kind]
         flat = (padded if self.kind == "padded" else unpadded)(batches, self.work.device)
-        return [(batch.input_ids, layout(batch), batch.positions, batch.labels) for batch in flat]
+        return [(batch.input_ids, layout(batch), batch.masked_positions, batch.labels) for batch in flat]
 
     def step(self, number):
         """(loss, gradient norm of step 0), on the device."""
@@ -390,22 +383,20 @@ class TorchaoStep(PlainStep):
     largest_error = 0.2  # in fp32 on a CPU, where PyTorch's own error is 0
 
     def __init__(self, work, kind, setting, recipe):
-        try:
-            from torchao import float8
-        except ImportError:
-            raise NotMeasured("needs the package torchao") from None
-        self.float8, self.recipe = float8, recipe
+        self.recipe = recipe
         super().__init__(work, kind, setting)
 
     def low_precision(self, master):
+        from torchao import float8
+
         model = super().low_precision(master)
         on_cpu = self.work.device.type == "cpu"
-        config = dataclasses.replace(self.float8.Float8LinearConfig.from_recipe_name(self.recipe), emulate=on_cpu)
+        config = dataclasses.replace(float8.Float8LinearConfig.from_recipe_name(self.recipe), emulate=on_cpu)
 
         def chosen(module, name):
             return name.endswith(("Wqkv", "gated_layers", "wo"))
 
-        return self.float8.convert_to_float8_training(model, module_filter_fn=chosen, config=config)
+        return float8.convert_to_float8_training(model, module_filter_fn=chosen, config=config)
 
 
 class TransformersStep(PlainStep):
@@ -415,17 +406,14 @@ class TransformersStep(PlainStep):
     largest_error = 0.1
 
     def __init__(self, work, setting):
-        try:
-            import transformers
-        except ImportError:
-            raise NotMeasured("needs the package transformers") from None
-        self.transformers = transformers
         super().__init__(work, "transformers", setting)
 
     def make_masters(self, dropout=True):
+        import transformers
+
         torch.manual_seed(0)
         cfg = self.work.cfg
-        config = self.transformers.BertConfig(
+        config = transformers.BertConfig(
             vocab_size=self.work.vocab_size(),
             hidden_size=cfg.hidden_size,
             num_hidden_layers=cfg.num_layers,
@@ -435,7 +423,7 @@ class TransformersStep(PlainStep):
             attention_probs_dropout_prob=0.0,  # like ours; otherwise SDPA has no fast backend
             attn_implementation="sdpa",
         )
-        return self.transformers.BertForMaskedLM(config).to(self.work.device).train()
+        return transformers.BertForMaskedLM(config).to(self.work.device).train()
 
     def module(self, model):
         vocab_size = self.work.vocab_size()
@@ -452,7 +440,7 @@ class TransformersStep(PlainStep):
         for batch in padded(batches, self.work.device):
             labels = torch.full_like(batch.input_ids, IGNORED, dtype=torch.int64)
             real = batch.labels != IGNORED
-            labels[batch.positions[real]] = batch.labels[real]
+            labels[batch.masked_positions[real]] = batch.labels[real]
             lengths = batch.cu_seqlens.diff()
             mask = (torch.arange(size, device=lengths.device) < lengths[:, None]).long()
             ids = batch.input_ids.view(-1, size).long()

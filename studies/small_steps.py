@@ -6,6 +6,7 @@ Random tokens, all samples full. A row's time is that of the slower of host and 
 synchronizations; medians over the turns.
 """
 
+import itertools
 import json
 import os
 import tempfile
@@ -17,8 +18,10 @@ import numpy as np
 import torch
 
 import train
+from common.files import write_text
 from common.options import UserError, command, load_config
 from common.processes import Process, device_name, pick_device
+from common.trace import wait_for_gpu
 from common.versions import versions
 from data import Samples
 from model import MaskedLM, choose_kernels
@@ -56,17 +59,12 @@ class Row:
     def turn(self, steps=STEPS):
         for _ in range(2):
             self.step()
-        synchronize(self.process.device)
+        wait_for_gpu()
         start = time.perf_counter()
         for _ in range(steps):
             self.step()
-        synchronize(self.process.device)
+        wait_for_gpu()
         self.seconds.append((time.perf_counter() - start) / steps)
-
-
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 @command
@@ -80,40 +78,31 @@ def main(argv):
     if cfg.toy:
         base = replace(base, **TOY_SIZE, seq_length=32)
     choose_kernels("auto", base, device)
-    results = []
+    counts, results = [int(count) for count in cfg.samples.split(",")], []
     with tempfile.TemporaryDirectory() as scratch:
-        counts = [int(count) for count in cfg.samples.split(",")]
         vocab_size, rng = 100 if cfg.toy else 30522, np.random.default_rng(0)
         documents = rng.integers(5, vocab_size, (max(counts), base.seq_length - 2))
         path = make_shards(os.path.join(scratch, "data"), documents, documents[:2], vocab_size=vocab_size)
         samples = Samples(path, "train", base.seq_length)
         for count in counts:
-            rows = {}
-            for optimizer in ("adamw", "muon"):
-                for graphed in (False, True):
-                    options = replace(base, optimizer=optimizer, global_batch_size=count)
-                    row = Row(options, process, samples, graphed)
-                    if row.graphed or not graphed:
-                        rows[optimizer, graphed] = row
-            for _ in range(TURNS):
-                for row in rows.values():
-                    row.turn(STEPS if count * base.seq_length < 200_000 else 4)
-            for (optimizer, graphed), row in rows.items():
-                milliseconds = 1000 * median(row.seconds)
-                tokens = sum(batch.num_tokens for batch in row.batches)
-                result = {"samples": count, "optimizer": optimizer, "graphed": graphed, "ms": milliseconds}
-                results.append({**result, "tokens_per_second": 1000 * tokens / milliseconds})
-                print(
-                    f"{count:5d} samples, {optimizer}{', graphed' * graphed}: {milliseconds:.2f} ms, "
-                    f"{results[-1]['tokens_per_second']:,.0f} tokens/s",
-                    flush=True,
-                )
+            rows = []
+            for optimizer, graphed in itertools.product(("adamw", "muon"), (False, True)):
+                row = Row(replace(base, optimizer=optimizer, global_batch_size=count), process, samples, graphed)
+                rows += [row] if row.graphed or not graphed else []
+            for row in rows * TURNS:
+                row.turn(STEPS if count * base.seq_length < 200_000 else 4)
+            for row in rows:
+                ms, optimizer, graphed = 1000 * median(row.seconds), row.cfg.optimizer, row.graphed is not None
+                rate = 1000 * sum(batch.num_tokens for batch in row.batches) / ms
+                name = f"{count:5d} samples, {optimizer}{', graphed' * graphed}"
+                print(f"{name}: {ms:.2f} ms, {rate:,.0f} tokens/s", flush=True)
+                about = {"samples": count, "optimizer": optimizer, "graphed": graphed}
+                results.append({**about, "ms": ms, "tokens_per_second": rate})
             del rows, row
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     if cfg.out:
-        with open(cfg.out, "w", encoding="utf-8") as file:
-            json.dump({"device": device_name(device), **versions(), "rows": results}, file, indent=1)
+        write_text(cfg.out, json.dumps({"device": device_name(device), **versions(), "rows": results}, indent=1))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 
 import checkpoint
+from common import run_directory
 from common.options import command, load_config
 from tests import faults
 from tests.ranks import Ranks, descendants, run_ranks
@@ -61,17 +62,17 @@ def alive(pid):
 
 
 def starts(out):
-    """The log's start records: one per start of the run that got as far as training."""
-    return read_log(out, "start") if Path(out, "log.jsonl").exists() else []
+    """How often the run has got as far as training."""
+    return len(read_log(out, "start"))
 
 
 def phase(out, started):
-    """What a run is doing, as far as its directory shows. started: len(starts(out)) before this start."""
-    if len(starts(out)) == started:
+    """What a run is doing, as far as its directory shows. started: starts(out) before this start."""
+    if starts(out) == started:
         return "start-up"
     if list(Path(out).glob("*.tmp")):
         return "saving"
-    events = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines() if line.endswith("}")]
+    events = [record for _, record in run_directory.read_log(out)]
     train = [record for record in events if record["event"] == "train"]
     if train and train[-1]["step"] % 10 == 0 and events[-1] == train[-1]:
         return "evaluation"
@@ -93,14 +94,14 @@ def kills(cfg, data, directory):
         out = directory / f"run{runs}"
         argv = toy_argv(data, out, **options)
         while True:
-            started = len(starts(out))
+            started = starts(out)
             with open(directory / "torchrun.txt", "w") as output:
                 launcher = subprocess.Popen(train_command(argv, 2), env=train_environment(), stdout=output, stderr=output)
             if killed < cfg.kills:
                 if rng.random() < 0.2:
                     time.sleep(rng.uniform(0, 5))
                 else:
-                    while len(starts(out)) == started and launcher.poll() is None:
+                    while starts(out) == started and launcher.poll() is None:
                         time.sleep(0.01)
                     time.sleep(rng.uniform(0, 1.5))
             else:
@@ -168,14 +169,14 @@ def signals(cfg, data, directory):
     assert statuses == [0, 0], (statuses, output[-2000:])
     argv, slowest, phases, i = toy_argv(data, directory / "run", **options), 0.0, Counter(), 0
     while i < cfg.signals:
-        started = len(starts(directory / "run"))
+        started = starts(directory / "run")
         ranks = Ranks(argv, 2, directory)
         early = rng.random() < 0.2
         if early:
             while "on 2 x" not in ranks.output():  # the first line printed; the handlers are installed by then
                 time.sleep(0.002)
         else:
-            while len(starts(directory / "run")) == started:
+            while starts(directory / "run") == started:
                 time.sleep(0.002)
             time.sleep(rng.uniform(0.05, 0.6))
         number = rng.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def test_runs_to_its_end(tmp_path, capsys):
         mine, theirs = rows[f"{name.partition('/')[0]}/ours"][part], rows[name][part]
         mine, theirs = (x if part == "ms" else x["ms"] for x in (mine, theirs))
         assert rows[name]["ours_faster"] == pytest.approx(theirs / mine) and "x as fast" in printed
-    assert not {"geglu/compiled_t1", "step_off/bf16_copies", "step_full/ours"} & rows.keys()
+    assert not {"geglu/compiled_t1", "step_off/vocab_unpadded", "step_full/ours"} & rows.keys()
     assert "liger-kernel" in rows["geglu/liger"]["not_measured"]
     assert "backend" in rows["attention_full/sdpa_cudnn"]["not_measured"]
 
@@ -197,15 +198,13 @@ def work(tmp_path):
 PEERS = {"varlen": ("varlen", "default"), "flex": ("flex", "t2"), "padded": ("padded", "t1")}
 
 
-@pytest.mark.parametrize("name", [*PEERS, "bert", "bf16_copies"])
+@pytest.mark.parametrize("name", [*PEERS, "bert"])
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_peers_compute_the_model(work, name):
     """The same loss and gradients in fp32, and the same first step: gradients accumulate over micro-batches."""
     if name == "bert":
         pytest.importorskip("transformers")
         runner = peers.TransformersStep(work, setting="eager")
-    elif name == "bf16_copies":
-        runner = bench_steps.OursWithCopies(work)
     else:
         runner = peers.PlainStep(work, *PEERS[name])
     assert bench_steps.check_gradients(work, runner) < 5e-6
@@ -214,7 +213,7 @@ def test_peers_compute_the_model(work, name):
     ours = bench_steps.Ours(work)
     if name == "varlen":  # it has no biases
         ours.model.bert.slopes.zero_()
-    assert len(ours.batches) == 2 and len({len(inputs[0]) for inputs in runner.inputs if name != "bf16_copies"}) <= 1
+    assert len(ours.batches) == 2 and len({len(inputs[0]) for inputs in runner.inputs}) <= 1
     for step in (0, 1) if name == "padded" else (0,):
         (loss, grad_norm), (want, want_norm) = runner.step(step), ours.step(step)
         torch.testing.assert_close(loss, want, rtol=1e-5, atol=0)
@@ -320,7 +319,7 @@ def test_flex_blocks():
     for lengths, whole in (([128] * 4, 4), ([300, 20, 64, 128], 5)):
         cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
         total = int(cu_seqlens[-1])
-        batch = peers.PeerBatch(torch.zeros(total), cu_seqlens, 300, torch.zeros(1), torch.zeros(1), "cpu")
+        batch = Batch(torch.zeros(total), cu_seqlens, 300, None)
         mask = peers.flex_layout(batch)
         assert int(mask.full_kv_num_blocks.sum()) == whole
         qkv = torch.randn(total, 3, 2, 16)
@@ -341,13 +340,20 @@ def test_settings_of_the_compiler(monkeypatch):
     assert (lowering.pointwise_cat, config.triton.mix_order_reduction_split_size) == before
 
 
-def test_missing_packages_are_said(monkeypatch):
+def test_missing_packages_are_said(work, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "liger_kernel", None)
     with pytest.raises(NotMeasured, match="liger-kernel"):
         peers.liger("liger_geglu")
-    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
-    with pytest.raises(NotMeasured, match="transformers"):
-        peers.TransformersStep(None, setting="eager")
+    torchao = partial(peers.TorchaoStep, kind="varlen", recipe="rowwise")
+    for name, peer in (("transformers", peers.TransformersStep), ("torchao", torchao)):
+        monkeypatch.setitem(__import__("sys").modules, name, None)
+        with pytest.raises(ImportError, match=name):  # which bench.py reports
+            peer(work, setting="eager")
+
+
+def test_fp8_without_a_gpu_is_not_measured():
+    with pytest.raises(NotMeasured, match="need a GPU"):
+        bench_kernels.in_fp8(torch.device("cpu"), kernels.LINEAR, None)
 
 
 def test_fp8_beside_bf16(monkeypatch, triton_backend, right_rounding):

@@ -25,7 +25,7 @@ from model import MaskedLM, ModelConfig, SequenceClassifier
 from tests.toy import ROOT, SPECIAL, VOCAB_SIZE, make_run, make_shards, make_tokenizer, read_log, toy_argv
 from tools import convert_hf, fill_mask
 from tools.hf import write
-from tools.hf.read import DECODER_BIAS, WORDS, read_hf
+from tools.hf.read import DECODER_BIAS, WORDS, find_model, read_hf
 
 transformers = pytest.importorskip("transformers")
 
@@ -276,7 +276,7 @@ def test_hub_ids(tmp_path, monkeypatch):
 
     monkeypatch.setattr(hub, "snapshot_download", downloads)
     monkeypatch.setattr(hub.HfApi, "model_info", lambda *_, **__: None)
-    read_hf("someone/bert", revision="abc")
+    assert find_model("someone/bert", "abc") == str(tmp_path)
     assert asked["name"] == "someone/bert" and asked["revision"] == "abc"
     assert "pytorch_model.bin" not in asked["allow_patterns"] and "model.safetensors" in asked["allow_patterns"]
 
@@ -285,7 +285,7 @@ def test_hub_ids(tmp_path, monkeypatch):
 
     monkeypatch.setattr(hub, "snapshot_download", fails)
     with pytest.raises(UserError, match="someone/bert: no such directory, and it cannot be .* OSError: no network"):
-        read_hf("someone/bert")
+        find_model("someone/bert")
 
 
 def test_vocabulary_file_instead_of_a_tokenizer(tmp_path):

@@ -502,47 +502,17 @@ def test_training_resumes_only_with_the_same_tokenizer(two, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("seq_length", [3, 12, 33])
-def test_the_chunk_index_is_computed_once_and_kept(tmp_path, monkeypatch, seq_length):
-    documents = make_documents(500, longest=90)
-    path = make_shards(tmp_path / "shards", documents, shards=3)
-    expected = data.open_samples(path, "train", seq_length, chunk=True)
-    assert not (tmp_path / "shards.chunks").exists()  # a small corpus is indexed again each time
-    monkeypatch.setattr(data, "KEPT_INDEX_DOCS", 0)
-    first = data.open_samples(path, "train", seq_length, chunk=True)
-    (kept,) = (tmp_path / "shards.chunks").iterdir()
-    assert kept.name.startswith(f"train_{seq_length}_")
-    made = []
-    make = data.Samples.make_index
-    monkeypatch.setattr(data.Samples, "make_index", lambda self: made.append(1) or make(self))
-    again = data.open_samples(path, "train", seq_length, chunk=True)
-    assert not made and isinstance(again.block_starts.base, np.memmap)
-    everything = np.arange(len(expected))
+def test_chunks_are_found_through_the_index(tmp_path, seq_length):
+    path = make_shards(tmp_path / "shards", make_documents(500, longest=90), shards=3)
+    samples = data.open_samples(path, "train", seq_length, chunk=True)
     longest, chunks = seq_length - 2, []
-    for shard in range(3):
-        offsets = expected.shards[shard].offsets.tolist()
+    for number, shard in enumerate(samples.shards):
+        offsets = shard.offsets.tolist()
         for start, end in zip(offsets, offsets[1:]):
-            chunks += [(shard, chunk, min(longest, end - chunk)) for chunk in range(start, end, longest)]
-    for samples in (expected, first, again):
-        assert list(zip(*(part.tolist() for part in samples.locate(everything)))) == chunks
-    # Damaged, or of other shards: computed again.
-    for contents in (b"", kept.read_bytes()[:-8], b"w1"):
-        kept.write_bytes(contents)
-        samples = data.open_samples(path, "train", seq_length, chunk=True)
-        assert (samples.locate(everything)[1] == expected.locate(everything)[1]).all()
-        assert made.pop() == 1 and len(kept.read_bytes()) > 100
-    other = make_shards(tmp_path / "other", make_documents(400, seed=3), shards=3)
-    (tmp_path / "shards").rename(tmp_path / "old")
-    (tmp_path / "other").rename(tmp_path / "shards")
-    assert len(data.open_samples(path, "train", seq_length, chunk=True)) != len(expected) and made == [1] and other
-
-
-def test_a_chunk_index_that_cannot_be_kept_is_computed_by_each_process(tmp_path, monkeypatch):
-    path = make_shards(tmp_path / "shards")
-    (tmp_path / "shards.chunks").write_text("a file in place of the directory")
-    expected = data.open_samples(path, "train", 12, chunk=True)
-    monkeypatch.setattr(data, "KEPT_INDEX_DOCS", 0)
-    samples = data.open_samples(path, "train", 12, chunk=True)
-    assert (samples.block_starts == expected.block_starts).all()
+            chunks += [(number, chunk, min(longest, end - chunk)) for chunk in range(start, end, longest)]
+    found = samples.locate(np.arange(len(samples)))
+    assert list(zip(*(part.tolist() for part in found))) == chunks
+    assert [path.name for path in tmp_path.iterdir()] == ["shards"]  # nothing is left beside it
 
 
 def test_more_shards_than_files_may_be_open(tmp_path):
@@ -593,13 +563,14 @@ def test_reading_shards_at_random_takes_no_memory_of_its_own(tmp_path):
     assert anonymous < 10
 
 
-def test_offsets_out_of_order_are_found_when_read(tmp_path):
+@pytest.mark.parametrize("offset", [2**40, 2**64 - 1])
+def test_offsets_out_of_order_are_found_when_read(tmp_path, offset):
     for chunk in (False, True):
         path = tmp_path / f"shards{chunk}"
         make_shards(path, shards=1)
         samples = data.open_samples(str(path), "train", 32, chunk)
         contents = bytearray((path / "train_00000.bin").read_bytes())
-        contents[data.HEADER.size + 8 * 7 : data.HEADER.size + 8 * 8] = (2**40).to_bytes(8, "little")
+        contents[data.HEADER.size + 8 * 7 : data.HEADER.size + 8 * 8] = offset.to_bytes(8, "little")
         (path / "train_00000.bin").write_bytes(contents)  # in place, so the open map sees it
         with pytest.raises(UserError, match="train_00000.bin: offsets out of order"):
             samples.train_step(0, len(samples), 1, 0.3, 10**6)

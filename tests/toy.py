@@ -12,6 +12,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import checkpoint
+from common import run_directory
 from data import write_shard
 from model import MaskedLM, ModelConfig
 
@@ -101,8 +102,8 @@ def start_train(argv, gpus, output):
 
 
 def read_log(out_dir, event="train"):
-    lines = (Path(out_dir) / "log.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["event"] == event]
+    """A run's records of one event; none if it has not begun to log."""
+    return [record for _, record in run_directory.read_log(out_dir) if record["event"] == event]
 
 
 def files_of(directory):
@@ -111,15 +112,15 @@ def files_of(directory):
     return {path.name: path.read_bytes() for path in Path(directory).iterdir() if path.name not in timed}
 
 
-def make_run(path, model="mosaicbert", scale=1.0):
-    """A run directory with one checkpoint of random weights, whose matrices are scaled up by `scale`."""
-    path.mkdir(exist_ok=True)
+def make_run(path, model="mosaicbert", scale=1.0, vocab_size=VOCAB_SIZE, **size):
+    """A run directory with one checkpoint of random weights, whose matrices are scaled up by `scale`. size: else TOY_SIZE."""
+    path.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    cfg = ModelConfig(model, hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48, hidden_dropout=0.0)
-    make_tokenizer(path / "tokenizer.json")
+    cfg = ModelConfig(model, **{**TOY_SIZE, **size}, hidden_dropout=0.0)
+    make_tokenizer(path / "tokenizer.json", vocab_size)
     text = (path / "tokenizer.json").read_text()
-    config = json.dumps({**vars(cfg), "vocab_size": VOCAB_SIZE, "tokenizer_sha256": "", "price_per_gpu_hour": 2.0})
-    weights = checkpoint.weights_of(MaskedLM(cfg, VOCAB_SIZE))
+    config = json.dumps({**vars(cfg), "vocab_size": vocab_size, "tokenizer_sha256": "", "price_per_gpu_hour": 2.0})
+    weights = checkpoint.weights_of(MaskedLM(cfg, vocab_size))
     weights = {name: weight * scale if weight.ndim == 2 else weight for name, weight in weights.items()}
     texts = {"config.json": config, "tokenizer.json": text, "state.json": json.dumps({"step": 1, "seconds": 7200.0})}
     checkpoint.save(str(path), 1, {"model.safetensors": weights}, texts)

@@ -18,17 +18,8 @@ from common.files import whole_file
 from common.glue import GLUE_TASKS, NLI, PAIR, Task, find_file, load_hub, read_task
 from common.labelled import Examples, read_rows
 from common.options import UserError, command, load_config
-from finetune_glue import (
-    SEEDS,
-    GlueConfig,
-    Worker,
-    fine_tune,
-    load_classifier,
-    load_pretrained,
-    make_plan,
-    predict,
-    to_predictions,
-)
+from finetune_glue import SEEDS, GlueConfig, Worker, fine_tune, load_classifier, load_pretrained, make_plan, predict
+from finetune_glue import to_predictions
 
 # file in the zip: (task, split, rows of the official test set). Nothing is trained on WNLI: its test rows all get the
 # training set's majority class, "0", as in BERT's paper, so no file is read for it.

@@ -9,9 +9,7 @@ Source: datatrove/pipeline/tokens/tokenizer.py of github.com/huggingface/datatro
 Read next: docs/data.md, for what datatrove does before
 """
 
-import json
 import os
-import shutil
 from collections import Counter
 from dataclasses import asdict, dataclass
 
@@ -19,11 +17,10 @@ import numpy as np
 
 from common.files import file_digest, lock_directory, write_text
 from common.hashes import NOTHING_HELD_OUT, content_hash, find_duplicates, load_hashes, save_hashes, val_threshold
-from common.options import UserError, command, load_config
+from common.options import UserError, command, load_config, require
 from common.sources import files_below
 from common.vocabulary import load_tokenizer, read_tokenizer, special_names
-from data import verify
-from prepare_c4 import ShardWriter, bytes_per_token, check_same, enter_output, read_plan, work_path
+from prepare_c4 import ShardWriter, bytes_per_token, check_same, enter_output, finish_output, read_plan
 
 NUM_SHOWN, SHOWN_TOKENS = 3, 16  # beginnings of documents that are decoded and printed
 
@@ -41,10 +38,9 @@ class ImportConfig:
         for name in ("source", "tokenizer", "out"):
             if not getattr(self, name):
                 raise UserError(f"--{name}: not given (--help lists the options)")
-        if not 0 <= self.val_fraction < 1:
-            raise UserError(f"val_fraction={self.val_fraction}: must be at least 0 and below 1")
-        if self.val_docs < 0 or self.shard_tokens < 1:
-            raise UserError(f"val_docs={self.val_docs}, shard_tokens={self.shard_tokens}: must be at least 0, and 1")
+        require(self, "val_fraction", lambda x: 0 <= x < 1, "must be at least 0 and below 1")
+        require(self, "val_docs", lambda x: x >= 0, "must not be negative")
+        require(self, "shard_tokens", lambda x: x >= 1, "must be at least 1")
 
 
 def open_tokens(path, tokenizer):
@@ -130,8 +126,7 @@ def write_output(cfg, plan, paths, tokenizer, text):
     """Everything in the output directory. text: the contents of tokenizer.json."""
     tokenizer_path = os.path.join(cfg.out, "tokenizer.json")
     write_text(tokenizer_path, text)
-    digest = file_digest(tokenizer_path)
-    entries, counts, shown = write_shards(cfg, paths, tokenizer, bytes.fromhex(digest))
+    entries, counts, shown = write_shards(cfg, paths, tokenizer, bytes.fromhex(file_digest(tokenizer_path)))
     report = {
         "documents": counts["documents train"] + counts["documents val"],
         "documents_held_out": counts["documents val"],
@@ -142,11 +137,7 @@ def write_output(cfg, plan, paths, tokenizer, text):
         "tokens_held_out": counts["tokens val"],
         "decoded": shown,
     }
-    write_text(os.path.join(cfg.out, "report.json"), json.dumps(report, indent=1, ensure_ascii=False))
-    manifest = {"format": 1, "tokenizer_sha256": digest, "vocab_size": tokenizer.get_vocab_size(), **plan, "shards": entries}
-    write_text(os.path.join(cfg.out, "manifest.json"), json.dumps(manifest, indent=1))
-    verify(cfg.out)
-    shutil.rmtree(work_path(cfg.out, ""))
+    finish_output(cfg.out, plan, entries, tokenizer, report)
     for name, value in report.items():
         print(f"{name:26s} {value if name == 'decoded' else f'{value:,}'}")
     if counts["special tokens inside"]:

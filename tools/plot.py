@@ -70,12 +70,9 @@ def main(argv):
 
     figure = chosen[0](cfg, pyplot)
     for path in cfg.out.split(","):
-        try:
-            os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-            undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path[-4:])
-            figure.savefig(path, dpi=150, metadata=undated)
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}") from None
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path[-4:])
+        figure.savefig(path, dpi=150, metadata=undated)
         print(path)
     pyplot.close(figure)
 

@@ -49,6 +49,11 @@ def finish(output, return_dict, config):
     return output if return_dict else output.to_tuple()
 
 
+def named(**modules):
+    """A container whose only job is to give modules their published names."""
+    return nn.ModuleDict(modules)
+
+
 class MosaicBertLayer(nn.Module):
     """Self-attention and a gated feed-forward layer, each followed by residual and LayerNorm."""
 
@@ -57,18 +62,11 @@ class MosaicBertLayer(nn.Module):
         C, width, eps = config.hidden_size, config.intermediate_size, config.layer_norm_eps
         self.num_heads = config.num_attention_heads
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.attention = nn.ModuleDict(
-            {
-                "self": nn.ModuleDict({"Wqkv": nn.Linear(C, 3 * C)}),
-                "output": nn.ModuleDict({"dense": nn.Linear(C, C), "LayerNorm": nn.LayerNorm(C, eps)}),
-            }
+        self.attention = named(
+            self=named(Wqkv=nn.Linear(C, 3 * C)), output=named(dense=nn.Linear(C, C), LayerNorm=nn.LayerNorm(C, eps))
         )
-        self.mlp = nn.ModuleDict(
-            {
-                "gated_layers": nn.Linear(C, 2 * width, bias=False),
-                "wo": nn.Linear(width, C),
-                "layernorm": nn.LayerNorm(C, eps),
-            }
+        self.mlp = named(
+            gated_layers=nn.Linear(C, 2 * width, bias=False), wo=nn.Linear(width, C), layernorm=nn.LayerNorm(C, eps)
         )
 
     def forward(self, x, bias, output_attentions=False):
@@ -108,17 +106,15 @@ class MosaicBertModel(MosaicBertPreTrainedModel):
     def __init__(self, config, add_pooling_layer=False):
         super().__init__(config)
         C = config.hidden_size
-        self.embeddings = nn.ModuleDict(
-            {
-                "word_embeddings": nn.Embedding(config.vocab_size, C, padding_idx=config.pad_token_id),
-                "token_type_embeddings": nn.Embedding(config.type_vocab_size, C),
-                "LayerNorm": nn.LayerNorm(C, config.layer_norm_eps),
-            }
+        self.embeddings = named(
+            word_embeddings=nn.Embedding(config.vocab_size, C, padding_idx=config.pad_token_id),
+            token_type_embeddings=nn.Embedding(config.type_vocab_size, C),
+            LayerNorm=nn.LayerNorm(C, config.layer_norm_eps),
         )
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         layers = [MosaicBertLayer(config) for _ in range(config.num_hidden_layers)]
-        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
-        self.pooler = nn.ModuleDict({"dense": nn.Linear(C, C)}) if add_pooling_layer else None
+        self.encoder = named(layer=nn.ModuleList(layers))
+        self.pooler = named(dense=nn.Linear(C, C)) if add_pooling_layer else None
         self.post_init()
 
     def get_input_embeddings(self):
@@ -128,16 +124,9 @@ class MosaicBertModel(MosaicBertPreTrainedModel):
         self.embeddings["word_embeddings"] = value
 
     def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        token_type_ids=None,
-        inputs_embeds=None,
-        output_hidden_states=None,
-        output_attentions=None,
-        return_dict=None,
-        **kwargs,
-    ):
+        self, input_ids=None, attention_mask=None, token_type_ids=None, inputs_embeds=None, output_hidden_states=None,
+        output_attentions=None, return_dict=None, **kwargs,
+    ):  # fmt: skip
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         config = self.config
@@ -174,7 +163,7 @@ class Predictions(nn.Module):
     def __init__(self, config):
         super().__init__()
         C = config.hidden_size
-        self.transform = nn.ModuleDict({"dense": nn.Linear(C, C), "LayerNorm": nn.LayerNorm(C, config.layer_norm_eps)})
+        self.transform = named(dense=nn.Linear(C, C), LayerNorm=nn.LayerNorm(C, config.layer_norm_eps))
         self.decoder = nn.Linear(C, config.vocab_size)
 
     def forward(self, x):
@@ -187,7 +176,7 @@ class MosaicBertForMaskedLM(MosaicBertPreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         self.bert = MosaicBertModel(config)
-        self.cls = nn.ModuleDict({"predictions": Predictions(config)})
+        self.cls = named(predictions=Predictions(config))
         self.post_init()
 
     def get_output_embeddings(self):
@@ -196,9 +185,7 @@ class MosaicBertForMaskedLM(MosaicBertPreTrainedModel):
     def set_output_embeddings(self, value):
         self.cls["predictions"].decoder = value
 
-    def forward(
-        self, input_ids=None, attention_mask=None, token_type_ids=None, labels=None, return_dict=None, **kwargs
-    ):
+    def forward(self, input_ids=None, attention_mask=None, token_type_ids=None, labels=None, return_dict=None, **kwargs):
         """labels: (B, T), -100 where no token is predicted."""
         output = self.bert(input_ids, attention_mask, token_type_ids, return_dict=True, **kwargs)
         logits = self.cls["predictions"](output.last_hidden_state)
@@ -226,9 +213,7 @@ class MosaicBertClassifier(MosaicBertPreTrainedModel):
 class MosaicBertForSequenceClassification(MosaicBertClassifier):
     add_pooling_layer = True
 
-    def forward(
-        self, input_ids=None, attention_mask=None, token_type_ids=None, labels=None, return_dict=None, **kwargs
-    ):
+    def forward(self, input_ids=None, attention_mask=None, token_type_ids=None, labels=None, return_dict=None, **kwargs):
         """labels: (B,) classes or numbers, or (B, num_labels) of 0 and 1, by config.problem_type as in BERT."""
         output = self.bert(input_ids, attention_mask, token_type_ids, return_dict=True, **kwargs)
         logits = self.classifier(self.dropout(output.pooler_output))
@@ -250,9 +235,7 @@ class MosaicBertForSequenceClassification(MosaicBertClassifier):
 
 
 class MosaicBertForTokenClassification(MosaicBertClassifier):
-    def forward(
-        self, input_ids=None, attention_mask=None, token_type_ids=None, labels=None, return_dict=None, **kwargs
-    ):
+    def forward(self, input_ids=None, attention_mask=None, token_type_ids=None, labels=None, return_dict=None, **kwargs):
         """labels: (B, T) classes, -100 for tokens to ignore."""
         output = self.bert(input_ids, attention_mask, token_type_ids, return_dict=True, **kwargs)
         logits = self.classifier(self.dropout(output.last_hidden_state))
@@ -267,9 +250,7 @@ class MosaicBertForMultipleChoice(MosaicBertClassifier):
     add_pooling_layer = True
     num_outputs = 1
 
-    def forward(
-        self, input_ids=None, attention_mask=None, token_type_ids=None, labels=None, return_dict=None, **kwargs
-    ):
+    def forward(self, input_ids=None, attention_mask=None, token_type_ids=None, labels=None, return_dict=None, **kwargs):
         """input_ids: (B, choices, T), as the mask and the types. labels: (B,), the right choices. Logits: (B, choices)."""
         inputs = [x if x is None else x.flatten(0, 1) for x in (input_ids, attention_mask, token_type_ids)]
         output = self.bert(*inputs, return_dict=True, **kwargs)

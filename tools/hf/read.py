@@ -41,14 +41,13 @@ ROBERTA_NAMES = {
 SENTENCE_FILES = ["modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "*_Pooling/config.json"]
 
 
-def read_hf(path, revision="", tokenizer="", allow_pickle=False):
-    """(config, tensors, tokenizer_text) of a directory or weights file, or of a hub id if there is no such path.
+def read_hf(path, tokenizer="", allow_pickle=False):
+    """(config, tensors, tokenizer_text) of a directory or weights file.
 
     config: what config.json of a checkpoint holds. tensors: {name: fp32 tensor} under this project's names, with the
     pooler and masked-language-model head if there are any. Prints what was dropped or changed.
     Raises: UserError for anything missing, unexpected or unsupported.
     """
-    path = find_model(path, revision, allow_pickle)
     directory = path if os.path.isdir(path) else os.path.dirname(path)
     weights, tensors, hf = read_weights(path, allow_pickle)
     config_path = os.path.join(directory, "config.json")
@@ -65,11 +64,7 @@ def read_hf(path, revision="", tokenizer="", allow_pickle=False):
         if tokenizer_text != read_tokenizer(directory):
             raise UserError(f"--tokenizer={tokenizer}: not that of {directory}, which has its own (leave --tokenizer out)")
     loaded, special = load_tokenizer(tokenizer or directory, tokenizer_text)
-    words = loaded.get_vocab()
-    vocab_size = len(words)
-    if max(words.values()) != vocab_size - 1:
-        gaps = f"{vocab_size:,} entries, but ids up to {max(words.values()):,}"
-        raise UserError(f"{tokenizer or directory}: {gaps} (ids may have no gaps)")
+    vocab_size = loaded.get_vocab_size()
 
     if hf.get("model_type") == "roberta":
         if special["[PAD]"] != ROBERTA_PAD:
