@@ -399,8 +399,10 @@ def test_exported_models_train_and_round_trip(exported, tmp_path, kind, labels):
     model.eval()
     model.save_pretrained(tmp_path / "saved")
     again = auto(f"ModelFor{kind}", tmp_path / "saved")
-    with torch.no_grad():
-        assert torch.equal(again(ids, mask)[0], model(ids, mask)[0])
+    saved, loaded = model.state_dict(), again.state_dict()
+    assert saved.keys() == loaded.keys() and all(torch.equal(saved[name], loaded[name]) for name in saved)
+    with torch.no_grad():  # the last bits depend on where in memory the weights lie, on some CPUs
+        torch.testing.assert_close(again(ids, mask)[0], model(ids, mask)[0], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", ["mosaicbert", "bert"])
