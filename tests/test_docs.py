@@ -9,6 +9,7 @@ import shlex
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import pytest
 
 from common import estimate
@@ -295,14 +296,45 @@ def test_recipe_trials_are_what_was_logged():
 
 
 def test_lengths_are_those_of_the_runs():
-    """Each loss in the sentence about longer texts, of the runs of 8 minutes."""
-    sentence = text_of("docs/results.md").partition("**Longer texts.**")[2].partition("![held-out")[0]
-    losses = []
-    for model in ("mosaicbert", "bert"):
-        runs = (ROOT / "results" / "race" / f"{model}_8min_seed17" / "lengths.json").read_text()
-        losses += [f"{result['loss']:.3f}" for result in json.loads(runs)["lengths"].values()]
-    shown = re.findall(r"\d\.\d{3}", sentence)
-    assert shown == [losses[i] for i in (0, 2, 3, 4, 6)]  # MosaicBERT's at 128, 512, 1,024; BERT's at 128, 512
+    """Each loss in docs/training.md's table, of four minutes of fast.py and of the race's 8 minutes, and those in docs/results.md."""
+    losses = {}
+    for model, title in (("mosaicbert", "base.py"), ("bert", "BERT")):
+        runs = json.loads((ROOT / "results" / "race" / f"{model}_8min_seed17" / "lengths.json").read_text())["lengths"]
+        losses[title] = [f"{result['loss']:.3f}" for result in runs.values()]
+    for line in text_of("results/recipe_h200/four_minutes_lengths.txt").splitlines():
+        title = "fast.py, continued at 512" if line.startswith("continued") else "fast.py"
+        losses.setdefault(title, []).append(f"{float(re.search('loss ([0-9.]+)', line)[1]):.3f}")
+    rows = dict(re.findall(r"^\| (.*?) \| (\d\.\d+ .*) \|$", section("docs/training.md", "Longer sequences"), re.MULTILINE))
+    assert {title: re.findall(r"\d\.\d{3}", row) for title, row in rows.items()} == losses
+    ours = section("results/README.md", "recipe_h200/").splitlines()
+    for title, name in (("trained at 128", "fast.py"), ("continued at 512", "fast.py, continued at 512")):
+        assert f"| {title} | {' | '.join(losses[name])} |" in ours
+    sentence = text_of("docs/results.md").partition("**Longer texts.**")[2].partition("([table]")[0]
+    shown = [losses["base.py"][i] for i in (0, 2, 3)] + [losses["BERT"][i] for i in (0, 2)]
+    assert re.findall(r"\d\.\d{3}", sentence) == shown
+
+
+def test_four_minutes_are_what_was_logged():
+    """results/README.md "recipe_h200": the rows of fast.py with and without dropout; and the config's own figures."""
+    folder, text = ROOT / "results" / "recipe_h200", section("results/README.md", "recipe_h200/")
+    about = " ".join((ROOT / "configs" / "fast.py").read_text().split())
+    for scores, log in (("four_minutes_glue",) * 2, ("four_minutes_glue_dropout", ""), ("four_minutes_dropout_glue",) * 2):
+        tasks = reading.read_glue(folder / f"{scores}.json")["tasks"]
+        cells = [f"{tasks[t]['score']:.1f} ({np.std(tasks[t]['scores'], ddof=1):.1f})" for t in ("cola", "sst2", "mrpc", "stsb")]
+        (row,) = [line for line in text.splitlines() if f"](recipe_h200/{scores}.json) |" in line]
+        assert row.endswith(f"| {' | '.join(cells)} | {np.mean([task['score'] for task in tasks.values()]):.1f} |")
+        if log:
+            records = reading.read_log(folder / f"{log.removesuffix('_glue')}.jsonl")
+            loss, end = [record["loss"] for record in records if record["event"] == "eval"][-1], records[-1]
+            assert f"| {end['step']:,} | {loss:.3f} |" in row
+            assert f"{end['seconds']:.1f}" in text and f"{loss:.3f}" in about
+            for task in ("cola", "stsb"):
+                assert f"{tasks[task]['score']:.1f}" in about
+    cfg = load_config(TrainConfig, [f"{ROOT}/configs/fast.py"])
+    start = reading.read_log(folder / "four_minutes.jsonl")[0]["config"]
+    differing = {name for name, value in vars(cfg).items() if start[name] != value}
+    assert differing <= {"data_dir", "out_dir", "max_steps", "budget_minutes", "eval_interval", "log_interval", "checkpoint_interval",
+                         "keep_checkpoints", "price_per_gpu_hour"}  # fmt: skip
 
 
 def test_plateau_on_a_cpu_is_that_of_the_logs():
@@ -373,7 +405,8 @@ def test_attention_is_what_was_measured():
         cells += f" {f'{flex:.2f}' if flex else '–'} | {before / both:.2f}, {varlen / both:.2f}, {f'{flex / both:.2f}' if flex else '–'} |"
         assert cells in text.splitlines()
         row = f"| {title} | {both:.2f} | {before:.2f} | {varlen:.2f} | {f'{flex:.2f}' if flex else 'not measured'} |"
-        assert (row in short.splitlines()) == (lengths != "ragged")
+        assert (row in short.splitlines()) == (lengths in ("256", "1024"))
+        assert lengths == "ragged" or f" | {before:.2f} | " in short
     dropped = re.findall(r"^\| .* \| `((\w+?) .*)` \| (.*) \| (.*) \| (.*), (.*) \|$", text, re.MULTILINE)
     assert len(dropped) == 9
     now = {kernel: [f"{all_times[n][kernel, name]:.2f}" for n in ("512", "2048")] for kernel, name in winners}
@@ -385,6 +418,30 @@ def test_attention_is_what_was_measured():
     order = [("dq", "tree_dq 128x64 w8 s1"), ("dkv", "tree_dkv 32x128 w8 s1")]
     parts = [all_times[n][variant] for n in ("512", "2048") for variant in order]
     assert "take {:.2f} + {:.2f} and {:.2f} + {:.2f}".format(*parts) in " ".join(text.split())
+
+
+def test_attention_and_steps_are_those_of_the_benchmark():
+    """The same pages: the kernels as they are, and whole steps."""
+    rows = json.loads(text_of("results/attention_h200/bench.json"))["rows"]
+    found = {(row["row"], row["entry"]): row for row in rows}
+    text, short = section("results/README.md", "attention_h200"), section("docs/speed.md", "129 to 2,048 tokens")
+    for n in (512, 2048):
+        ours, varlen, flex = (found[f"attention_{n}", entry] for entry in ("ours", "varlen", "flex"))
+        times = ", ".join(f"{ours[part]['ns_per_token']:.2f}" for part in ("forward", "backward", "both"))
+        peers = " | ".join(f"{peer['both']['ns_per_token']:.2f}" for peer in (varlen, flex))
+        assert f"| {n:,} | {times} | {peers} | {varlen['ours_faster']:.2f}, {flex['ours_faster']:.2f} |" in text
+        assert re.search(rf"^\| {n:,} \| {ours['both']['ns_per_token']:.2f} \| [\d.]+ \| {re.escape(peers)} \|$", short, re.M)
+    rate = {key: row["samples_per_second"] for key, row in found.items() if key[0].startswith("step")}
+    base, fp8, peer = (rate["step_512", entry] for entry in ("ours", "fp8", "varlen_t2"))
+    long, other, large = rate["step_2048", "ours"], rate["step_2048", "varlen_t2"], found["step_large_512", "ours"]
+    assert f"| Base, 512 tokens | {base:,.0f} | {fp8:,.0f} | {peer:,.0f} | {base / peer:.2f}, in FP8 {fp8 / peer:.2f} |" in text
+    assert f"| Base, 2,048 tokens | {long:.1f} | | {other:.1f} | {long / other:.2f} |" in text
+    assert f"| {large['samples_per_second']:.1f} ({large['mfu']:.1%} MFU) |".replace("%", " %") in text
+    assert f"| {base:,.0f} ({base / peer:.2f} times as fast) | {fp8:,.0f} ({fp8 / peer:.2f}) | {peer:,.0f} |" in short
+    assert f"| {long:.0f} ({long / other:.2f}) | not measured | {other:.0f} |" in short
+    flops = 4 * 512 * 64 * 12  # of forward, for each token; backward has 2.5 times as many
+    speeds = [factor * flops / found["attention_512", "ours"][part]["ms"] * 131072 / 1e9 for factor, part in ((1, "forward"), (2.5, "backward"))]
+    assert "{:.0f} TFLOP/s forward and {:.0f} backward".format(*speeds) in text
 
 
 def test_scaling_is_what_was_measured():
@@ -484,16 +541,23 @@ def test_fp8_is_what_was_measured():
 
 
 def test_xl_is_what_was_measured():
-    log = (ROOT / "results" / "xl_h200" / "fp8.txt").read_text()
-    steps = re.findall(r"^step (\d+)/200 \| loss (\S+) .* \| ([\d,]+) tok/s \| mfu (\S+)% \| mem (\S+) GB", log, re.M)
-    assert len(steps) == 200
-    speed = median(int(tokens.replace(",", "")) for step, _, tokens, _, _ in steps if int(step) > 20)
-    mfu, memory = median(float(mfu) for step, _, _, mfu, _ in steps if int(step) > 20), max(float(x[-1]) for x in steps)
-    found = f"{speed:,.0f} tokens/s, {speed / (52388 / 416):.0f} samples of 126 tokens, {mfu:.1f} % of the bf16 peak; at most {memory:.1f} GB"
-    assert found in flat("results/README.md")
-    assert f"{speed / (52388 / 416):.0f} samples/s, {mfu:.0f} % of the bf16 peak, {memory:.0f} GB" in flat("docs/training.md")
-    assert f"took {memory:.1f} GB" in (ROOT / "configs" / "xl.py").read_text()
+    figures = {}
+    for name, first, count in (("fp8", 21, 200), ("bf16", 2, 10)):
+        log = text_of(f"results/xl_h200/{name}.txt")
+        steps = re.findall(r"^step (\d+)/\d+ \| loss \S+ .* \| ([\d,]+) tok/s \| mfu (\S+)% \| mem (\S+) GB", log, re.M)
+        assert len(steps) == count
+        timed = [step for step in steps if int(step[0]) >= first]
+        speed, mfu = median(int(step[1].replace(",", "")) for step in timed), median(float(step[2]) for step in timed)
+        figures[name] = speed, f"{speed / (52388 / 416):.0f}", mfu, max(float(step[3]) for step in steps)
+    text, training, config = flat("results/README.md"), flat("docs/training.md"), (ROOT / "configs" / "xl.py").read_text()
+    speed, samples, mfu, memory = figures["fp8"]
+    assert f"{speed:,.0f} tokens/s, {samples} samples of 126 tokens, {mfu:.1f} % of the bf16 peak; at most {memory:.1f} GB" in text
+    assert f"{samples} samples/s, {mfu:.0f} % of the bf16 peak, {memory:.0f} GB" in training and f"took {memory:.1f} GB" in config
     assert estimate.MEASURED_MFU["H200", "mosaicbert", 2048, "fp8"][0] == pytest.approx(mfu / 100)
+    slower, others, share, most = figures["bf16"]
+    assert f"{slower:,.0f} tokens/s, {others} samples/s, {share:.1f} % of the bf16 peak, at {most:.1f} GB" in text
+    assert f"FP8 is {speed / slower:.2f} times as fast" in text and f"makes {others} samples/s in {most:.0f} GB" in training
+    assert f"{others} samples/s, {share:.0f} % of its bf16 peak; with --fp8 {samples}, {mfu:.0f} %" in config and f"took {most:.1f}." in config
 
 
 def test_both_paths_end_with_these_losses():

@@ -287,7 +287,7 @@ def test_a_log_with_a_cut_last_line(tmp_path, capsys):
     assert f"{path}:4: not a log.jsonl" in fails(capsys, f"--loss={path}")
 
 
-@pytest.mark.parametrize("option", ["loss", "glue", "pareto", "kernels", "at_lengths", "scaling", "lengths"])
+@pytest.mark.parametrize("option", ["loss", "glue", "pareto", "kernels", "scaling", "lengths"])
 @pytest.mark.parametrize("contents", ["[]", "3", "{}", "[" * 100_000, '{"a": ' + "[" * 100_000, ""])
 def test_strange_json(tmp_path, capsys, option, contents):
     path = tmp_path / "strange.json"

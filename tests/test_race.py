@@ -339,7 +339,6 @@ def test_figures(tmp_path, capsys, monkeypatch):
     wanted = {
         f"--pareto={directory}/*/glue.json": ["US dollars, at $2.50", ">MosaicBERT<", ">BERT<"],
         f"--loss={directory}/*/log.jsonl --held_out=true": ["held-out loss, 15 % masked", "MosaicBERT"],
-        "--at_lengths=results/race/*/lengths.json": ["1024", "8 min"],
     }
     monkeypatch.chdir(ROOT)
     for path in directory.glob("*/glue.json"):  # a price of 2.50
@@ -348,14 +347,8 @@ def test_figures(tmp_path, capsys, monkeypatch):
         path.write_text(json.dumps(results))
     for options, words in wanted.items():
         out = tmp_path / "figure.svg"
-        plot.main([*options.split(), *(["--x=gpu_minutes"] if "lengths" not in options else []), f"--out={out}"])
+        plot.main([*options.split(), "--x=gpu_minutes", f"--out={out}"])
         assert not [word for word in words if word not in out.read_text()]
-    bad = tmp_path / "lengths.json"
-    bad.write_text('{"model": 3}')
-    for argv in ([f"--at_lengths={bad}"], [f"--at_lengths={tmp_path}/race"]):
-        with pytest.raises(SystemExit):
-            plot.main(argv)
-        assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_seeds_of_one_budget_are_one_point(tmp_path):

@@ -5,7 +5,6 @@
     python -m tools.plot --lengths=data/mine/report.json --out=lengths.svg
     python -m tools.plot --pareto='results/race/*/glue.json' --x=gpu_minutes --held_out=true --out=pareto.svg,pareto.png
     python -m tools.plot --loss='results/race/*/log.jsonl' --held_out=true --x=gpu_minutes --out=race_loss.svg
-    python -m tools.plot --at_lengths='results/race/*/lengths.json' --out=race_lengths.svg
     python -m tools.plot --kernels=out/bench.json --out=kernels.svg
     python -m tools.plot --scaling=out/scaling.json,out/scaling_8.json --out=scaling.svg
 
@@ -21,7 +20,7 @@ from typing import Literal
 
 from common.options import UserError, command, load_config
 from tools.figures.glue import plot_glue, plot_pareto
-from tools.figures.loss import plot_at_lengths, plot_lengths, plot_loss
+from tools.figures.loss import plot_lengths, plot_loss
 from tools.figures.speed import plot_kernels, plot_scaling
 
 
@@ -32,7 +31,6 @@ class PlotConfig:
     glue: str = ""  # glue.json of finetune_glue.py or finetune_own: a bar for each task, with 95 % intervals
     kernels: str = ""  # JSON of studies.bench: a panel for each row, operators in ns a token, steps in samples/s
     pareto: str = ""  # glue.json: mean score against the cost of pretraining, with MosaicML's published points
-    at_lengths: str = ""  # lengths.json of studies.race: held-out loss against text length
     scaling: str = ""  # JSON of studies.scaling: samples/s and MFU by number of GPUs, measured and predicted
     lengths: str = ""  # report.json of prepare_c4.py: histogram of document lengths
     # How
@@ -47,8 +45,8 @@ class PlotConfig:
 def main(argv):
     cfg = load_config(PlotConfig, argv)
     kinds = {
-        "loss": plot_loss, "glue": plot_glue, "pareto": plot_pareto, "at_lengths": plot_at_lengths,
-        "lengths": plot_lengths, "kernels": plot_kernels, "scaling": plot_scaling,
+        "loss": plot_loss, "glue": plot_glue, "pareto": plot_pareto, "lengths": plot_lengths,
+        "kernels": plot_kernels, "scaling": plot_scaling,
     }  # fmt: skip
     chosen = [draw for name, draw in kinds.items() if getattr(cfg, name)]
     if len(chosen) != 1:

@@ -1,11 +1,11 @@
-"""Loss by step or cost, and by the length of texts; and how long the documents of a corpus are."""
+"""Loss by step or cost; and how long the documents of a corpus are."""
 
 import math
 
 import numpy as np
 
 from tools.figures.axes import bert_last, draw_bars, file_label, finish, labels_for, legend_below, model_of_log, style, x_label, x_of
-from tools.figures.reading import MODEL_NAMES, find, read_log, read_result
+from tools.figures.reading import find, read_log, read_result
 
 
 def plot_loss(cfg, pyplot):
@@ -35,33 +35,6 @@ def plot_loss(cfg, pyplot):
             axes.plot(at, held, marker, color=color, markeredgecolor="black", markersize=6, label=name)
     y = "held-out loss, 15 % masked (nats)" if cfg.held_out else "masked-language-model loss (nats)"
     finish(axes, x_label(x, devices), y)
-    legend_below(figure, axes)
-    return figure
-
-
-def plot_at_lengths(cfg, pyplot):
-    """Held-out loss against length, a line for each model and budget, averaged over seeds."""
-
-    def interpret(result):
-        losses = sorted((int(length), found["loss"]) for length, found in result["lengths"].items())
-        return MODEL_NAMES[result["model"]], result["minutes"], losses
-
-    groups = {}
-    for path in find(cfg.at_lengths, "lengths.json"):
-        model, minutes, losses = read_result(path, "lengths.json of python -m studies.race", interpret)
-        groups.setdefault((model, minutes), []).append(losses)
-    figure, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
-    models = sorted({model for model, _ in groups}, reverse=True)
-    for (model, minutes), seeds in sorted(groups.items(), reverse=True):
-        color, marker, line, _ = style(models.index(model))
-        lengths = [length for length, _ in seeds[0]]
-        means = np.mean([[loss for _, loss in losses] for losses in seeds], 0)
-        label = model if minutes == max(m for other, m in groups if other == model) else None  # once
-        axes.plot(lengths, means, color=color, marker=marker, linestyle=line, label=label)
-        beside = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "fontsize": "small"}
-        axes.annotate(f"{minutes:g} min", (lengths[-1], means[-1]), **beside)
-    finish(axes, "tokens in a piece of text, at most", "held-out loss, 15 % masked (nats)", log=2)
-    axes.margins(x=0.12)
     legend_below(figure, axes)
     return figure
 
