@@ -415,15 +415,15 @@ def check_fp8(cfg, backend, device):
     if cfg.model != "mosaicbert":
         raise UserError(f"--fp8: not for --model={cfg.model} (only MosaicBERT's kernels write FP8)")
     if cfg.compile:
-        raise UserError("--fp8 and --compile: not both (leave one out)")
+        raise UserError("--fp8 and --compile: not both (--fp8=false, or no --compile)")
     for name in ("hidden_size", "intermediate_size"):
         if getattr(cfg, name) % 16:
             raise UserError(f"--fp8: {name}={getattr(cfg, name)} is not a multiple of 16")
     if backend == "torch":
-        raise UserError("--fp8: needs the Triton kernels, on a GPU of compute capability 8.9 or higher (leave it out)")
+        raise UserError("--fp8: needs the Triton kernels, on a GPU of compute capability 8.9 or higher (--fp8=false does without)")
     if torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         major, minor = torch.cuda.get_device_capability(device)
-        raise UserError(f"--fp8: this GPU, of compute capability {major}.{minor}, has no FP8; 8.9 is the first (leave it out)")
+        raise UserError(f"--fp8: this GPU, of compute capability {major}.{minor}, has no FP8; 8.9 is the first (--fp8=false does without)")
 
 
 def matrix_flops(cfg, vocab_size, num_tokens, sum_squared_lengths, num_masked):

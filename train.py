@@ -409,22 +409,18 @@ def resume(cfg, process, samples, model, optimizers):
     return cfg, state, found, eval_missing
 
 
-def print_warnings(cfg, process, num_params, num_samples):
+def print_warnings(cfg, process, num_params, samples):
     """Say what is likely to be a mistake, and what to do instead."""
-    if cfg.max_steps and (epochs := cfg.max_steps * cfg.global_batch_size / num_samples) > MANY_EPOCHS:
-        fewer = max(1, MANY_EPOCHS * num_samples // cfg.global_batch_size)
+    if cfg.max_steps and (epochs := cfg.max_steps * cfg.global_batch_size / len(samples)) > MANY_EPOCHS:
+        fewer = max(1, MANY_EPOCHS * len(samples) // cfg.global_batch_size)
         hint = f"try --max_steps={fewer}, a --budget_minutes, a smaller --global_batch_size, or more text"
-        process.say(f"warning: {cfg.max_steps:,} steps are {epochs:,.0f} epochs of {num_samples:,} samples ({hint})")
+        process.say(f"warning: {cfg.max_steps:,} steps are {epochs:,.0f} epochs of {len(samples):,} samples ({hint})")
     if process.device.type == "cpu" and num_params > LARGE_FOR_CPU:
         hint = "configs/small.py is made for one; --dry_run estimates the time on a GPU"
         process.say(f"warning: {num_params:,} parameters on a CPU: a step may take minutes ({hint})")
-
-
-def print_unused(cfg, process, samples):
-    """Say of each source which part of its text training samples take, where that is much less than all."""
     if cfg.chunk or process.rank > 0:
         return
-    for source in [source for source, _ in samples.shares()] or [samples]:
+    for source in [source for source, _ in samples.shares()] or [samples]:  # which part of its text do samples take?
         order, _ = source.order(np.arange(min(len(source), LOOKED_AT)), cfg.seed)
         used = source.locate(order)[2].mean() * len(source) / max(1, source.num_tokens.sum())
         if used < MOST_USED:
@@ -462,8 +458,7 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
         started = checkpoint.start_from(raw_model, cfg.init_from, train_samples.tokenizer_text)
         say(started)
     if cfg.dry_run:
-        print_warnings(planned, process, num_params, len(train_samples))
-        print_unused(cfg, process, train_samples)
+        print_warnings(planned, process, num_params, train_samples)
         estimate.print_estimate(cfg, process, backend, num_params, train_samples, num_val, micro_batch_tokens, flops)
         return
     cfg = planned
@@ -498,8 +493,7 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
         say(f"{cfg.out_dir}: finished, {state['step']} of {cfg.max_steps} steps ({hint})")
         return
 
-    print_warnings(cfg, process, num_params, len(train_samples))
-    print_unused(cfg, process, train_samples)
+    print_warnings(cfg, process, num_params, train_samples)
     model = wrap(raw_model, cfg, process, train_samples)
     model.train()
     graphed = graph_gradients(model, cfg, process, backend, micro_batch_tokens)
