@@ -33,7 +33,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.files import read_json, write_text
+from common.files import write_text
 from common.options import UserError, command, load_config, stoppable
 from tools.figures import glue, reading
 from train import TrainConfig
@@ -53,7 +53,7 @@ class RaceConfig:
     work_dir: str = "out/race_work"  # checkpoints until they are fine-tuned, 4 GB a GPU
     gpus: int = 1  # how many of this machine's GPUs to use; 0: the CPU
     # What
-    runs: str = ""  # CONFIG MINUTES,MINUTES[@SAMPLES_PER_SECOND] [--name=value, of train.py, or =N/min]; CONFIG ...
+    runs: str = ""  # CONFIG MINUTES,MINUTES [--name=value, of train.py, or =N/min]; CONFIG ...
     seeds: str = "17,18"  # of pretraining, for each of the runs
     price_per_gpu_hour: float = 2.5  # dollars
     tasks: str = "cola:3,sst2:3,mrpc:3,stsb:3,rte:3"  # for finetune_glue.py; empty: pretrain only, to choose settings
@@ -70,7 +70,6 @@ class RaceConfig:
 class Run:
     config: str  # path of the config file, which also names the run
     minutes: float
-    rate: float  # samples/s by which the minutes are counted; 0: the clock counts them
     options: tuple  # of train.py; they override the config's
     seed: int
 
@@ -82,17 +81,15 @@ class Run:
 def parse_runs(cfg):
     """The requested Runs, longest first. Raises: UserError, also for what train.py would refuse.
 
-    "10" is a budget of ten minutes by the clock. "10@4500", for a machine that other jobs share, is as many steps as ten
-    minutes have at 4,500 samples/s, measured elsewhere over a whole run. An option "--warmup_steps=140/min" is 140 times the
-    minutes, since a budget needs its warm-up in steps.
+    An option "--warmup_steps=140/min" is 140 times the minutes, since a budget needs its warm-up in steps.
     """
     runs = {}
     for text in filter(str.strip, cfg.runs.split(";")):
-        match = re.fullmatch(r"\s*(\S+)\s+([\d.,]+)(?:@([\d.]+))?((?:\s+--?\w\S*)*)\s*", text)
+        match = re.fullmatch(r"\s*(\S+)\s+([\d.,]+)((?:\s+--?\w\S*)*)\s*", text)
         try:
-            config, rate, options = match[1], float(match[3] or 0), tuple(match[4].split())
-            found = [Run(config, float(m), rate, options, int(s)) for m in match[2].split(",") for s in cfg.seeds.split(",")]
-            if 0 in (rate if match[3] else 1, *(run.minutes for run in found)):
+            config, options = match[1], tuple(match[3].split())
+            found = [Run(config, float(m), options, int(s)) for m in match[2].split(",") for s in cfg.seeds.split(",")]
+            if 0 in [run.minutes for run in found]:
                 raise ValueError
         except (TypeError, ValueError):
             raise UserError(f"runs={text.strip()}, seeds={cfg.seeds}: expected CONFIG MINUTES [--name=value ...]") from None
@@ -110,10 +107,7 @@ def pretrain_command(cfg, run):
     usual = [word for word in INTERVALS if not any(own.startswith(word.partition("=")[0] + "=") for own in scaled)]
     words = [*usual, run.config, *scaled, f"--data_dir={cfg.data_dir}", f"--out_dir={cfg.work_dir}/{run.name}"]
     words += [f"--seed={run.seed}", f"--price_per_gpu_hour={cfg.price_per_gpu_hour:g}"]
-    if not run.rate:
-        return ["train.py", *words, f"--budget_minutes={run.minutes:g}"]
-    samples = 60 * run.minutes * run.rate
-    return ["train.py", *words, f"--max_steps={round(samples / load_config(TrainConfig, words).global_batch_size)}"]
+    return ["train.py", *words, f"--budget_minutes={run.minutes:g}"]
 
 
 def finetune_command(cfg, run):
@@ -181,11 +175,7 @@ class Driver:
             self.call(words, name, gpu)
         os.makedirs(kept, exist_ok=True)
         if cfg.tasks:
-            results = read_json(f"{work}_glue/glue.json", "written by finetune_glue.py")
-            if run.rate:  # the clock's cost says nothing
-                hours, price = run.minutes / 60, cfg.price_per_gpu_hour
-                results["pretraining"] |= {"gpu_hours": hours, "dollars": hours * price, "at_rate": run.rate}
-            write_text(f"{kept}/glue.json", json.dumps(results, indent=1))
+            shutil.copy(f"{work}_glue/glue.json", kept)
             write_text(f"{kept}/runs.jsonl", all_logs(f"{work}_glue/runs"))
         shutil.copy(f"{work}/log.jsonl", kept)
         # Written last: it marks the run as finished.
@@ -227,22 +217,16 @@ def all_logs(directory):
 
 
 def read_run(directory):
-    """A finished run's label, minutes, seed, held-out loss, speed and cost, and its glue.json if it was fine-tuned.
-
-    If its minutes are no budget, they come from its name, and samples/s and dollars from them.
-    """
+    """A finished run's label, minutes, seed, held-out loss, speed and cost, and its glue.json if it was fine-tuned."""
     records, path, named = reading.read_log(f"{directory}/log.jsonl"), f"{directory}/glue.json", reading.contestant(directory)
     config, end = next(record["config"] for record in records if record["event"] == "start"), records[-1]
     if not named or end["event"] != "end":
         raise UserError(f"{directory}/log.jsonl: not a finished run of race.py")
     label, minutes = named
-    rate, dollars = np.median([r["samples_per_second"] for r in records if r["event"] == "train"]), end["dollars"]
-    if given := not config.get("budget_minutes"):
-        rate = end["step"] * config["global_batch_size"] / (60 * minutes)
-        dollars = config["price_per_gpu_hour"] * minutes / 60
     return {
-        "label": label + " (samples/s given)" * given, "minutes": minutes, "seed": config["seed"], "dollars": dollars,
-        "step": end["step"], "seconds": end["seconds"], "samples_per_second": float(rate),
+        "label": label, "minutes": minutes, "seed": config["seed"], "dollars": end["dollars"],
+        "step": end["step"], "seconds": end["seconds"],
+        "samples_per_second": float(np.median([r["samples_per_second"] for r in records if r["event"] == "train"])),
         "held_out": [record["loss"] for record in records if record["event"] == "eval"][-1],
         "path": path, "glue": reading.read_glue(path) if os.path.exists(path) else None,
     }  # fmt: skip

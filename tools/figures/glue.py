@@ -103,8 +103,6 @@ def plot_pareto(cfg, pyplot):
     def label_of(path):
         results, named = found[path], contestant(os.path.dirname(path))
         label = named[0] if named else f"{MODEL_NAMES[results['model']]}, {results['num_layers']} layers"
-        if rate := (results["pretraining"] or {}).get("at_rate"):
-            label += f", minutes at {rate:,.0f} samples/s"
         return f"{label}, {results.get('recipe')}" if len(recipes) > 1 else label
 
     paths, labels = bert_last(paths, labels_for(cfg, paths, label_of))
