@@ -10,10 +10,12 @@
         digests.json           size and sha256 of each file above
 
 A checkpoint is complete or absent, and the digests of its files are checked before anything is used. There is no
-pickle: reading a checkpoint runs no code. There is no random state either: dropout depends on the seed and the step,
-and so does the order of the data. A checkpoint is copied while training waits, and written while training continues.
+pickle: reading a checkpoint runs no code. There is no random state either: dropout follows from seed, step, rank and
+micro-step, the order of the data from seed and step. A checkpoint is copied while training waits, and written while it
+continues.
 
-Read next: common/run_directory.py, for the lock and the log, or common/watch.py, for what ends a run early
+Read next: kernels/attention.py, or common/run_directory.py, for the lock and the log, or common/watch.py, for what ends a run
+early
 """
 
 import hashlib
@@ -42,8 +44,8 @@ DIGESTS = "digests.json"
 # Formats 1 and 2 lack layer_norm_eps.
 FORMAT = 3
 
-# A run may be resumed with other values of these: they do not change its result. data_dir is compared by the digest of
-# its shards, max_steps by what the schedule says.
+# A run may be resumed with other values of these: they change no more than rounding and dropout masks. data_dir is compared
+# by the digest of its shards, max_steps by what the schedule says.
 FREE_FIELDS = {
     "data_dir", "out_dir", "max_steps", "micro_batch_tokens", "eval_interval", "log_interval", "checkpoint_interval",
     "keep_checkpoints", "price_per_gpu_hour", "device", "kernels", "compile", "profile", "eval_only", "dry_run",
@@ -280,7 +282,7 @@ def write(out_dir, step, contents):
 
 
 def remove_old(out_dir, step, keep):
-    """Remove all but the newest `keep` checkpoints up to `step`, and later ones, which must be damaged."""
+    """Keep the newest `keep` checkpoints up to `step`; remove older ones, and later ones, which must be damaged."""
     numbers = steps(out_dir)
     for number in [n for n in numbers if n > step] + [n for n in numbers if n <= step][keep:]:
         shutil.rmtree(os.path.join(out_dir, f"step_{number:08d}"), ignore_errors=True)
@@ -471,13 +473,17 @@ def load(path):
         return read_config(path), read_tensors(path, "model.safetensors"), file.read()
 
 
+def without_classifier(tensors):
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(("bert.pooler.", "classifier."))}
+
+
 def make_masked_lm(config, tensors, path, encoder_only=False):
     """The MaskedLM of what `load` returns, in eval mode; a pooler or classifier is left out.
 
     encoder_only: the masked-language-model head may be missing, and is random then. Raises: UserError.
     """
     model = MaskedLM(model_config(config), config["vocab_size"])
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(("bert.pooler.", "classifier."))}
+    tensors = without_classifier(tensors)
     if not any(name.startswith("cls.") for name in tensors):
         if not encoder_only:
             raise UserError(f"{path}: has no masked-language-model head (train.py --init_from gives it one)")
@@ -507,7 +513,7 @@ def start_from(model, path, tokenizer_text):
             raise UserError(f"{path}: {name} is {value}, but this run has {getattr(model.cfg, name)} (set --{name}={value})")
     fresh = {name: weight.cpu() for name, weight in weights_of(model).items()}
     done = f"started from {path}"
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(("bert.pooler.", "classifier."))}
+    tensors = without_classifier(tensors)
     if tokenizer_text != old_text:
         old, new = (load_tokenizer(path, text)[0].get_vocab() for text in (old_text, tokenizer_text))
         both = [word for word in new if word in old]

@@ -16,7 +16,7 @@ A sample is [CLS] tokens [SEP], cut to `seq_length`. The sample order, and which
 pure functions of (seed, source, epoch, sample, position). Nothing is drawn from a stream, so a run can stop at any step
 and resume on any number of processes with no data state to save.
 
-Read next: kernels/attention.py, or prepare_c4.py for how shards are made
+Read next: checkpoint.py, or prepare_c4.py for how shards are made
 """
 
 import concurrent.futures
@@ -43,8 +43,9 @@ TOKEN_MULTIPLE = 1024
 MASKED_MULTIPLE = 256
 SEQUENCE_MULTIPLE = 32
 
-# Tokens of a sequence on which attention takes half of the time, to cut batches into parts of equal work. For Base on an H100:
-# at 512 tokens attention takes 12 x 24.6 ns of the 1.7 us per token (results/README.md). Half or twice this changes little.
+# The length at which attention takes as long as the rest of the model, to cut batches into parts of equal work. For Base on
+# an H100, before attention got faster: at 512 tokens it takes 12 x 24.6 ns of the 1.7 us per token. Half or twice this
+# changes little.
 ATTENTION_HALF = 2400
 
 EVAL_SEED = 0  # evaluation masks are the same in every run, whatever its seed
@@ -337,6 +338,7 @@ class Samples:
         return shard, start, np.minimum(end - start, self.seq_length - 2)
 
     def locate_chunks(self, samples):
+        """locate with chunk=True: find a sample's block of INDEX_DOCS documents, then its document, and how far into it."""
         longest, rows = self.seq_length - 2, np.arange(len(samples))
         block = np.searchsorted(self.block_starts, samples, side="right") - 1
         shard = np.searchsorted(self.shard_blocks, block, side="right") - 1
@@ -348,7 +350,7 @@ class Samples:
         return shard, offsets[rows, place] + skipped, np.minimum(lengths[rows, place] - skipped, longest)
 
     def read_offsets(self, shard, document, count):
-        """(n, count) int64: so many offsets from a document on; behind a shard's last one, that again. Raises: UserError."""
+        """(n, count) int64: offsets from each document on; past a shard's end, its last one repeats. Raises: UserError."""
         offsets = np.empty((len(shard), count), np.int64)
         for row, s, d in zip(offsets, shard.tolist(), document.tolist()):
             found = self.shards[s].offsets[d : d + count]

@@ -1,6 +1,6 @@
 """Fine-tune on GLUE. Your own labels: python -m tools.finetune_own; the GLUE server's zip: python -m tools.glue_submission.
 
-    python finetune_glue.py --checkpoint=out/base --data_dir=data/glue --out=out/base_glue
+    python finetune_glue.py --checkpoint=out/base --out=out/base_glue
 
 Each (task, seed) pair is a run. Any number of processes, from --jobs or torchrun, share the runs out among themselves; the
 same command resumes a killed suite.
@@ -132,10 +132,10 @@ class Settings:
 
 # "mosaic": the original's (mosaicml/examples, benchmarks/bert, glue/finetuning_jobs.py). It gives decoupled weight decay;
 # AdamW's is that divided by lr: 5e-6 / 5e-5 = 0.1. RTE's 1e-5 / 1e-5 = 1 is ten times the others' there too.
-# "fast": larger batches and fewer epochs where that costs nothing. STS-B keeps the original's settings: batches of 64,
-# lr 6e-5 and 6 epochs lost 3.2 points (results/README.md), more than the spread over seeds. The warm-up of a quarter, and
-# CoLA's learning rate, were chosen on parts of the training files (results/README.md#recipe_h200): models pretrained without
-# dropout lost half of CoLA's score with 7e-5 and 6 %.
+# "fast": larger batches and fewer epochs where that costs nothing. STS-B keeps the original's batches, learning rate and
+# epochs: batches of 64, lr 6e-5 and 6 epochs lost 3.2 points (results/README.md), more than the spread over seeds. The
+# warm-up of a quarter, and CoLA's learning rate, were chosen on parts of the training files (results/README.md#recipe_h200):
+# models pretrained without dropout lost half of CoLA's score with 7e-5 and 6 %.
 RECIPES = {
     "mosaic": {
         "mnli": Settings(5e-5, 0.1, 48, 3, 1),
@@ -317,7 +317,8 @@ class Steps:
 
     def __init__(self, model, settings, process):
         self.model, self.process, self.lr = model, process, settings.lr
-        use_graphs = process.device.type == "cuda" and not holds_squares(model.cfg, process.device)  # it waits for the lengths
+        # Attention in PyTorch copies the lengths to the host, which a graph cannot.
+        use_graphs = process.device.type == "cuda" and not holds_squares(model.cfg, process.device)
         self.graphed = GraphedStep(self.step) if use_graphs else None
         # Fewer shapes: bert pads to max_seqlen; to the kernels it is a bound.
         self.seqlen_multiple = 32 if model.cfg.model == "bert" else 128
@@ -470,7 +471,7 @@ class Worker:
         )  # fmt: skip
         start, metrics = time.perf_counter(), {}
         train(run, model, data["train"], self.process, log, say)
-        for split in filter(data.__contains__, run.task.dev_splits):
+        for split in (split for split in run.task.dev_splits if split in data):
             predictions = to_predictions(run.task, predict(model, data[split], self.process))
             suffix = split.removeprefix("validation")  # "", "_matched" or "_mismatched"
             for name in (*run.task.metrics, *run.task.shown):

@@ -4,7 +4,7 @@ MosaicBERT (Portes et al. 2023, arXiv 2312.17482) is BERT with four changes that
 - no position embeddings: attention scores are penalized by distance instead (ALiBi), so sequences may have any length;
 - FlashAttention: the scores never leave the chip;
 - a gated linear unit (GeGLU) as the feed-forward layer;
-- no padding: a micro-batch is one flat stream of tokens, and `cu_seqlens` marks where its sequences start.
+- no sequence is padded: a micro-batch is one flat stream of tokens, and `cu_seqlens` marks where its sequences start.
 
 Shapes
     B, T            sequences in a batch; padded length (only the BERT baseline pads)
@@ -13,11 +13,12 @@ Shapes
     total_tokens    tokens in the stream, its padding included
     num_rows        rows of the stream whose output is wanted; rows=None means all of them
 
-A batch is a common/batch.py `Batch`. Names and shapes in the state dicts are those of the published weights: of
+A batch is a `Batch`, as common/batch.py describes it: input_ids, cu_seqlens, max_seqlen, windows of short sequences that
+share an attention tile, masked_positions and labels. Names and shapes in the state dicts are those of the published weights: of
 mosaicml/mosaic-bert-base for MosaicBERT, of transformers' BertForMaskedLM for the baseline. Attribute names follow them,
 hence `layer.attention.output.dense`.
 
-Read next: data.py
+Read next: optim.py, or data.py
 """
 
 import math
@@ -34,7 +35,7 @@ import kernels
 from common.batch import Batch, pack
 from common.options import UserError, require
 
-LAYER_NORM_EPS = 1e-12  # MosaicBERT's everywhere, and BERT's own
+LAYER_NORM_EPS = 1e-12  # of all of MosaicBERT's LayerNorms; BERT's default
 INIT_STD = 0.02
 VOCAB_MULTIPLE = 64  # whole tiles for the matrix units: 30,522 entries become 30,528 = 477 * 64
 MAX_POSITIONS = 512  # of the BERT baseline; MosaicBERT has no limit
@@ -49,7 +50,7 @@ class ModelConfig:
     num_layers: int = 12  # transformer blocks
     num_heads: int = 12  # attention heads; must divide hidden_size
     intermediate_size: int = 3072  # width of the feed-forward layer; of each half of a GeGLU
-    hidden_dropout: float = 0.1  # after embeddings and attention, and inside the feed-forward layer
+    hidden_dropout: float = 0.1  # after embeddings and attention; inside MosaicBERT's feed-forward layer, after BERT's
     attention_dropout: float = 0.0  # on attention weights; BERT only, MosaicBERT's kernel has none
     layer_norm_eps: float = LAYER_NORM_EPS  # RoBERTa has 1e-5; BERT only
 
@@ -135,7 +136,11 @@ class MosaicLayer(nn.Module):
         self.mlp = named(gated_layers=nn.Linear(C, 2 * F_, bias=False), wo=nn.Linear(F_, C), layernorm=LayerNorm(C))
 
     def forward(self, x, residual, batch, slopes, rows=None, fp8=None):
-        """x and residual are the same tensor, (total_tokens, C). Returns two of (num_rows, C). fp8: see use_fp8."""
+        """Hidden states of (total_tokens, C) to those of (num_rows, C).
+
+        x and residual are the same tensor, as are the two returned: so backward has two gradients, and its kernel adds them.
+        fp8: the layer's scales, of kernels.LINEAR and then of kernels.FEED_FORWARD; None except in training with FP8.
+        """
         Wqkv = self.attention.self.Wqkv
         qkv = Wqkv(x) if fp8 is None else kernels.fp8_linear(x, Wqkv.weight, Wqkv.bias, fp8[:3])
         qkv = qkv.unflatten(-1, (3, self.num_heads, -1))  # (total_tokens, 3, H, D)
@@ -152,11 +157,11 @@ class MosaicLayer(nn.Module):
             x = F.linear(gated, wo.weight)
         else:
             x = kernels.fp8_feed_forward(x, self.mlp.gated_layers.weight, wo.weight, self.dropout, fp8[3:])
-        return self.mlp.layernorm.add_norm(x, residual, 0.0, wo.bias)  # no dropout here
+        return self.mlp.layernorm.add_norm(x, residual, 0.0, wo.bias)  # dropout was inside the GeGLU
 
 
 class MosaicEncoder(nn.Module):
-    """Token ids to hidden states, without padding anywhere."""
+    """Token ids to hidden states; only the end of the stream is padded."""
 
     def __init__(self, cfg, vocab_size, pad_id):
         super().__init__()
@@ -188,7 +193,8 @@ class MosaicEncoder(nn.Module):
     def embed(self, batch):
         """dropout(LayerNorm(words + types)), (total_tokens, C): summed and normalized in fp32, then cast."""
         words, types, norm = self.embeddings.word_embeddings, self.embeddings.token_type_embeddings, self.embeddings.LayerNorm
-        x, type_0 = words(batch.input_ids), types.weight[0]
+        x = words(batch.input_ids)
+        type_0 = types.weight[0]  # usually every token's: one vector, added to all rows as a bias
         if batch.token_type_ids is not None:
             x, type_0 = x + types(batch.token_type_ids), None
         x = kernels.dropout_add_layernorm(x, None, norm.weight, norm.bias, 0.0, LAYER_NORM_EPS, type_0)[0]
@@ -295,7 +301,7 @@ def init_weights(module):
 
 
 class Predictions(nn.Module):
-    """Hidden states to scores over the vocabulary; the last matrix is the word embedding."""
+    """Hidden states to scores over the vocabulary; the decoder's matrix is the word embedding's (tied)."""
 
     def __init__(self, cfg, word_embeddings):
         super().__init__()
@@ -325,7 +331,8 @@ class Predictions(nn.Module):
 class MaskedLM(nn.Module):
     """Either architecture with its masked-language-model head.
 
-    vocab_size: the tokenizer's, before padding. pad_id: of [PAD], whose embedding starts at 0 and gets no gradient.
+    vocab_size: the tokenizer's, before padding. pad_id: of [PAD], whose embedding starts at 0, and has a gradient from the
+    tied decoder alone.
     """
 
     def __init__(self, cfg, vocab_size, pad_id=0):
@@ -391,7 +398,7 @@ def checkpoint_layers(model):
 
 
 def choose_kernels(choice, cfg, device, dtype=torch.float32):
-    """Set what the operators run on, and return its name. choice: "auto", "triton" or "torch". dtype: of autocast.
+    """Select the kernels' backend for this process; returns its name. choice: "auto", "triton" or "torch". dtype: of autocast.
 
     Raises: UserError if the backend is unavailable, or does not support this head size.
     """
@@ -420,10 +427,11 @@ def check_fp8(cfg, backend, device):
         if getattr(cfg, name) % 16:
             raise UserError(f"--fp8: {name}={getattr(cfg, name)} is not a multiple of 16")
     if backend == "torch":
-        raise UserError("--fp8: needs the Triton kernels, on a GPU of compute capability 8.9 or higher (--fp8=false does without)")
+        raise UserError("--fp8: needs the Triton kernels, on a GPU of compute capability 8.9 or higher (use --fp8=false)")
     if torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         major, minor = torch.cuda.get_device_capability(device)
-        raise UserError(f"--fp8: this GPU, of compute capability {major}.{minor}, has no FP8; 8.9 is the first (--fp8=false does without)")
+        reason = f"this GPU, of compute capability {major}.{minor}, has no FP8; 8.9 is the first"
+        raise UserError(f"--fp8: {reason} (use --fp8=false)")
 
 
 def matrix_flops(cfg, vocab_size, num_tokens, sum_squared_lengths, num_masked):
@@ -432,15 +440,11 @@ def matrix_flops(cfg, vocab_size, num_tokens, sum_squared_lengths, num_masked):
     A product with an (m, n) matrix takes 2mn per token forward and twice that backward. num_tokens: in sequences;
     sum_squared_lengths: over sequences, since attention takes 4C per pair of tokens; num_masked: rows through the head.
     """
-    C, F_ = cfg.hidden_size, cfg.intermediate_size
-    head = 2 * C * C + 2 * C * vocab_size
+    C, F_, is_bert = cfg.hidden_size, cfg.intermediate_size, cfg.model == "bert"
     attention = 4 * C * sum_squared_lengths
     qkv = 2 * 3 * C * C
-    if cfg.model == "bert":
-        rest = 2 * C * C + 2 * 2 * C * F_
-        layers = cfg.num_layers * (attention + num_tokens * (qkv + rest))
-    else:
-        rest = 2 * C * C + 2 * 3 * C * F_
-        layers = cfg.num_layers * (attention + num_tokens * qkv)
-        layers += (cfg.num_layers - 1) * num_tokens * rest + num_masked * rest  # the last layer computes fewer rows
-    return 3 * (layers + num_masked * head)
+    rest = 2 * C * C + 2 * (2 if is_bert else 3) * C * F_  # attention's output matrix, and the feed-forward layer
+    head = 2 * C * C + 2 * C * vocab_size
+    # MosaicBERT's last layer computes only the rows to predict.
+    rest_rows = (cfg.num_layers - 1) * num_tokens + (num_tokens if is_bert else num_masked)
+    return 3 * (cfg.num_layers * (attention + num_tokens * qkv) + rest_rows * rest + num_masked * head)

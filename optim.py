@@ -15,7 +15,7 @@ Sources: Jordan et al. 2024 (kellerjordan.github.io/posts/muon); Liu et al. 2025
 weight decay; Amsel et al. 2025 (arXiv 2505.16932) for the coefficients; Boissin et al. 2025 (arXiv 2512.04632) for the
 scaling of rows that saves an iteration.
 
-Read next: model.py
+Read next: data.py
 """
 
 import torch
@@ -23,10 +23,10 @@ import torch
 import kernels
 
 MOMENTUM = 0.95
-# A fused matrix holds several: each of these many parts is a matrix of its own to Muon.
+# Fused matrices, and the number of equal parts of each that Muon orthogonalizes separately.
 PARTS = {"Wqkv": 3, "gated_layers": 2}
 # Odd polynomials a x + b x^3 + c x^5 that, one after the other, take all singular values in (0, 1] near 1: Polar Express
-# for five steps, without its second. Rows of similar norm, which `orthogonalize` provides, make up for that one.
+# for five steps, without its second. The scaling in `orthogonalize` makes up for that one.
 POLYNOMIALS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
@@ -45,8 +45,8 @@ def orthogonalize(x):
     for i, (a, b, c) in enumerate(POLYNOMIALS):
         gram = x @ x.mT if wide else x.mT @ x
         if i == 0:
-            # Dividing each row of x by the root of its Gram row's absolute sum bounds singular values by 1 (Prach and
-            # Lampert 2022, arXiv 2208.03160), and leaves the small ones much larger than the Frobenius norm would.
+            # Dividing each row of x (a tall one's columns) by the root of its Gram row's absolute sum bounds singular values by
+            # 1 (Prach and Lampert 2022, arXiv 2208.03160), and leaves small ones much larger than the Frobenius norm would.
             scale = gram.abs().sum(2, keepdim=True, dtype=torch.float32).clamp(min=1e-30).rsqrt().to(x.dtype)
             gram = gram * scale * scale.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b G + c G^2
@@ -66,14 +66,16 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, matrices, lr, weight_decay):
         super().__init__(matrices.values(), {"lr": lr, "weight_decay": weight_decay})
-        self.stacks = {}  # (rows, columns): (parameters, their momentum end to end)
+        self.found_inf = None  # set before each step, by update in train.py
+        by_shape, self.stacks = {}, {}  # stacks: {(rows, columns): (parameters, their momentum end to end)}
         for name, parameter in matrices.items():
             rows, columns = parameter.shape
-            shape = rows // PARTS.get(name.split(".")[-2], 1), columns
-            self.stacks.setdefault(shape, []).append(parameter)
-        for shape, parameters in self.stacks.items():
-            momentum = torch.zeros(sum(map(len, parameters)), shape[1], device=parameters[0].device)
-            for parameter, part in zip(parameters, momentum.split([len(p) for p in parameters])):
+            parts = PARTS.get(name.split(".")[-2], 1)  # by the module's name: "Wqkv.weight"
+            by_shape.setdefault((rows // parts, columns), []).append(parameter)
+        for shape, parameters in by_shape.items():
+            sizes = [len(parameter) for parameter in parameters]
+            momentum = torch.zeros(sum(sizes), shape[1], device=parameters[0].device)
+            for parameter, part in zip(parameters, momentum.split(sizes)):
                 self.state[parameter] = {"momentum": part}
             self.stacks[shape] = parameters, momentum
 

@@ -478,13 +478,14 @@ def given_tokenizers(cfg):
 def prepare(cfg, plan, units, given):
     """Fill the output directory, from wherever an earlier run stopped. given: given_tokenizers."""
     start, own = time.perf_counter(), share_of(cfg, len(units))
-    if not (cfg.val_fraction or cfg.val_docs or any(segment.split for segment in plan["sources"])):
+    has_split = any(segment.split for segment in plan["sources"])
+    if not (cfg.val_fraction or cfg.val_docs or has_split):
         print(NOTHING_HELD_OUT)
     out, tokenizer_path = cfg.out, os.path.join(cfg.out, "tokenizer.json")
     unit_bytes = [sum(segment.size for segment in unit) for unit in units]
-    little = cfg.max_docs or sum(unit_bytes) <= HASHED_BYTES
-    little = little and not any(segment.split for segment in plan["sources"])
-    if cfg.val_docs or cfg.dedup or little:  # a task needs everybody's hashes, and makes the missing ones after its own
+    little = (cfg.max_docs or sum(unit_bytes) <= HASHED_BYTES) and not has_split
+    hashed_first = cfg.val_docs or little  # the split depends on all hashes
+    if hashed_first or cfg.dedup:  # a task needs everybody's hashes, and makes the missing ones after its own
         first_own = sorted(range(len(units)), key=lambda number: number not in own)
         run_units(hash_unit, hash_path, first_own, units, cfg, Progress(sum(unit_bytes)))
         if not any(len(load_hashes(out, number)[0]) for number in range(len(units))):
@@ -496,7 +497,7 @@ def prepare(cfg, plan, units, given):
         for number, indices in enumerate(find_duplicates(out, len(units))):
             with whole_file(work_path(out, f"dropped_{number:05d}.npy")) as file:
                 np.save(file, indices)
-    threshold = val_threshold(len(units) if cfg.val_docs or little else 0, cfg)
+    threshold = val_threshold(len(units) if hashed_first else 0, cfg)
     for path, text in given.items():
         write_once(path, text)
     if not os.path.exists(tokenizer_path):  # a resumed run keeps it, as training a tokenizer is not deterministic

@@ -40,8 +40,9 @@ from optim import make_optimizers
 EVAL_MASK_PROB = 0.15  # as BERT was trained and evaluated, whatever rate this run trains with
 TARGET_LOG_SECONDS = 10  # between log lines, with log_interval=0
 MANY_EPOCHS, LARGE_FOR_CPU = 200, 20_000_000  # warn above so many epochs, and so many parameters on a CPU
-MOST_USED, LOOKED_AT = 0.9, 2000  # share of the text below which a run says so, and samples that it is estimated from
-MOST_GRAPHED_TOKENS = 65536  # of a micro-batch: with more, the GPU is the slower one in any case
+MIN_TEXT_USED = 0.9  # say so if samples take a smaller share of the text
+COVERAGE_SAMPLES = 2000  # from which that share is estimated
+MAX_GRAPHED_TOKENS = 65536  # larger micro-batches keep the GPU busy without CUDA graphs
 BUCKET_MB = 1000  # gradients per all-reduce. On one host overlapping them with backward costs more than it hides
 
 
@@ -148,7 +149,7 @@ def decay_start(cfg):
 
 
 def lr_at(cfg, step):
-    """Learning rate of a step: up linearly, (wsd: constant,) down linearly. As in the original, 0 at step 1."""
+    """Learning rate of a step: linear warm-up, constant (wsd only), linear decay. As in the original, 0 at step 1."""
     done = step - 1
     if done < warmup_of(cfg):
         return cfg.lr * done / warmup_of(cfg)
@@ -193,7 +194,7 @@ def add_gradients(model, process, batch, num_masked):
     """
     with process.autocast():
         share = model(batch) / num_masked
-    with torch.autocast(process.device.type, enabled=False):  # backward uses the dtypes of forward
+    with torch.autocast(process.device.type, enabled=False):  # forward_backward's is still on; backward keeps forward's dtypes
         (share * process.world_size).backward()  # DDP averages over processes, and we want the sum
     return share.detach()
 
@@ -205,12 +206,12 @@ def forward_backward(model, batches, num_masked, cfg, process, step, graphed=Non
     """
     gradients = graphed or partial(add_gradients, model, process)
     loss = torch.zeros((), device=process.device)
-    # Around all micro-steps, so that the weights are cast once; but a graph casts its own, at each replay.
+    # The outermost autocast keeps the weights it has cast, so they are cast once a step; a captured graph holds its own casts.
     with nullcontext() if graphed else process.autocast():
         for micro_step, batch in enumerate(batches):
             # All dropout follows from this seed, so a resumed run draws what an unbroken one would have drawn.
             torch.manual_seed(int(hash64(cfg.seed, step, process.rank, micro_step)[0] >> np.uint64(1)))
-            # DDP all-reduces gradients in the backward pass of a forward pass that saw this flag set: the last one.
+            # DDP decides in forward whether the next backward all-reduces: only the last one should. Others ignore the flag.
             model.require_backward_grad_sync = micro_step == len(batches) - 1
             loss += gradients(batch.to(process.device), num_masked)
     return loss
@@ -219,20 +220,22 @@ def forward_backward(model, batches, num_masked, cfg, process, step, graphed=Non
 def update(model, optimizers, cfg, step, keep_memory=False, all_finite=None):
     """The optimizers' step from the gradients, which are then cleared; returns their norm, on the device.
 
-    An update whose gradient is not finite is skipped, and leaves everything as it was. keep_memory: of the gradients,
-    to which a CUDA graph adds. all_finite: False, on the device, where an infinity was seen that FP8 saturated.
+    An update whose gradient is not finite is skipped, and leaves everything as it was. keep_memory: clear the gradients in
+    place, since a CUDA graph adds to them. all_finite: from FP8, a bool on the device, False if an infinity was saturated,
+    which the norm alone would not show.
     """
     grad_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
     if all_finite is not None:
         grad_norm = torch.where(all_finite, grad_norm, math.inf)
     if cfg.max_grad_norm:
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), cfg.max_grad_norm, grad_norm)
+    # What GradScaler sets, and fused optimizers read: 1 means skip. The norm is that of the reduced gradient, so all
+    # processes decide alike, and nothing waits for it.
+    found_inf, lr = (~grad_norm.isfinite()).float(), lr_at(cfg, step)
     for optimizer in optimizers:
-        # What GradScaler sets, and fused optimizers read: 1 means skip. The norm is that of the reduced gradient, so all
-        # processes decide alike, and nothing waits for it.
-        optimizer.found_inf = (~grad_norm.isfinite()).float()
+        optimizer.found_inf = found_inf
         for group in optimizer.param_groups:
-            group["lr"] = lr_at(cfg, step)
+            group["lr"] = lr
         optimizer.step()
     model.zero_grad(set_to_none=not keep_memory)
     return grad_norm
@@ -250,14 +253,19 @@ def train_step(model, optimizers, batches, cfg, process, step, asked_to_stop=Fal
     loss = forward_backward(model, batches, num_masked.clamp(min=1), cfg, process, step, graphed)
     fp8 = getattr(model, "module", model).bert.fp8  # the Scales of the model inside DDP, or None
     all_finite = fp8.update(process.all_reduce_max) if fp8 else None
-    return loss, update(model, optimizers, cfg, step, graphed is not None, all_finite), asked
+    grad_norm = update(model, optimizers, cfg, step, graphed is not None, all_finite)
+    return loss, grad_norm, asked
 
 
 def graph_gradients(model, cfg, process, backend, micro_batch_tokens):
-    """add_gradients of `model` as CUDA graphs, where launching its kernels from Python takes longer than they do; or None."""
+    """add_gradients as CUDA graphs, if launching its kernels from Python could be the bottleneck; else None.
+
+    Not captured: BERT's attention, DDP's all-reduces, compiled code, which has graphs of its own, activation checkpointing,
+    which restores random states, and FP8, which was not tried.
+    """
     if backend != "triton" or process.device.type == "cpu" or process.world_size > 1 or cfg.model == "bert":
         return None
-    if micro_batch_tokens > MOST_GRAPHED_TOKENS or cfg.compile or cfg.fp8 or cfg.activation_checkpointing:
+    if micro_batch_tokens > MAX_GRAPHED_TOKENS or cfg.compile or cfg.fp8 or cfg.activation_checkpointing:
         return None
     torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot be captured
     return GraphedStep(partial(add_gradients, model, process))
@@ -279,10 +287,10 @@ def make_batches(samples, cfg, process, micro_batch_tokens, step):
 
 
 def samples_of(samples, cfg, micro_batch_tokens, world_size, step, ranks):
-    """The numbers of the training samples that these processes have in a step, as a list."""
+    """The numbers of the samples that these ranks process in a step, as a list: for the log of a skipped update."""
     chosen, _ = samples.of_step(step - 1, cfg.global_batch_size, cfg.seed)
-    parts = [samples.parts(chosen, micro_batch_tokens, rank, world_size) for rank in ranks]
-    return [sample for part in sum(parts, []) for sample in chosen[part].tolist()]
+    parts = (part for rank in ranks for part in samples.parts(chosen, micro_batch_tokens, rank, world_size))
+    return [sample for part in parts for sample in chosen[part].tolist()]
 
 
 def wrap(model, cfg, process, samples):
@@ -291,7 +299,7 @@ def wrap(model, cfg, process, samples):
         model = compiled(model)
     if process.world_size > 1:
         model = DistributedDataParallel(model, bucket_cap_mb=BUCKET_MB, gradient_as_bucket_view=True)
-        model.broadcast_buffers = False  # they are constants
+        model.broadcast_buffers = False  # they are constants (as an argument it is deprecated)
         # After its first backward pass DDP rearranges its buckets, which changes the order of sums and so their last
         # bits. Trigger it here; otherwise a resumed run would differ from an unbroken one.
         first = np.zeros(1, np.int64)
@@ -310,15 +318,15 @@ def wrap(model, cfg, process, samples):
 
 
 @torch.no_grad()
-def evaluate(model, samples, process, micro_batch_tokens, watchdog, most_samples):
-    """Loss and accuracy over the first held-out samples with fixed masks, the work shared by all processes.
+def evaluate(model, samples, process, micro_batch_tokens, watchdog, num_samples):
+    """Loss and accuracy over num_samples held-out samples, in a fixed order with fixed masks; all processes share the work.
 
     Returns {"loss", "accuracy", "num_masked", "majority_accuracy"}; the last is the accuracy of always guessing the
     token that is masked most often. The same for any number of processes, up to the order of a sum. None when a process
     was asked to stop.
     """
     model.eval()
-    order, epochs = samples.order(np.arange(most_samples), EVAL_SEED)
+    order, epochs = samples.order(np.arange(num_samples), EVAL_SEED)
     parts = samples.parts(order, micro_batch_tokens, process.rank, process.world_size, equal=False)
     batches = ((order[part], epochs[part], EVAL_SEED, EVAL_MASK_PROB) for part in parts)
     totals = torch.zeros(4, dtype=torch.float64, device=process.device)
@@ -343,11 +351,8 @@ def evaluate(model, samples, process, micro_batch_tokens, watchdog, most_samples
     loss_sum, num_correct, num_masked, asked_to_stop, num_most_masked = processes.to_host(numbers).tolist()
     if asked_to_stop:
         return None
-
-    def share(value):
-        return value / num_masked if num_masked else None
-
-    loss, accuracy, majority_accuracy = map(share, (loss_sum, num_correct, num_most_masked))
+    shares = (total / num_masked if num_masked else None for total in (loss_sum, num_correct, num_most_masked))
+    loss, accuracy, majority_accuracy = shares
     return {"loss": loss, "accuracy": accuracy, "num_masked": int(num_masked), "majority_accuracy": majority_accuracy}
 
 
@@ -384,7 +389,7 @@ def resume(cfg, process, samples, model, optimizers):
     state = {"step": 0, "tokens": 0, "samples": 0, "seconds": 0.0}  # since the first step, resumes included
     state |= {"skipped": 0, "skipped_in_a_row": 0}  # updates that were not finite
     found, eval_missing = None, False
-    # A run keeps the warm-up that it began with, and a budget's plan, whatever max_steps is now.
+    # A run keeps the warm-up that it began with, and a budget's plan, whatever max_steps is now. None: not decided yet.
     budgeted = budget.seconds_of(cfg, process.world_size)
     cfg = dataclasses.replace(cfg, max_steps=None if budgeted else cfg.max_steps, warmup_steps=cfg.warmup_steps or None)
     if process.rank == 0:
@@ -393,9 +398,10 @@ def resume(cfg, process, samples, model, optimizers):
             names = [field.name for field in dataclasses.fields(ModelConfig)]
             config = {name: config[name] for name in (*names, "vocab_size", "tokenizer_sha256")}
         found, earlier = checkpoint.check_resumable(cfg.out_dir, config, defaults, partial(bends_schedule, cfg))
-        if found or budgeted and earlier:
-            before = dataclasses.replace(cfg, max_steps=earlier["max_steps"], warmup_steps=earlier["warmup_steps"])
-            cfg.max_steps, cfg.warmup_steps = cfg.max_steps or earlier["max_steps"], warmup_of(before)
+        if found or (budgeted and earlier):  # a budget's plan may exist before the first checkpoint
+            as_begun = dataclasses.replace(cfg, max_steps=earlier["max_steps"], warmup_steps=earlier["warmup_steps"])
+            cfg.warmup_steps = warmup_of(as_begun)
+            cfg.max_steps = cfg.max_steps or earlier["max_steps"]
         if found:
             step = checkpoint.step_of(found)
             eval_missing = is_eval_step(cfg, step) and not was_evaluated(cfg.out_dir, step)  # a signal came first
@@ -404,7 +410,7 @@ def resume(cfg, process, samples, model, optimizers):
         cfg.warmup_steps = warmup_of(cfg) if cfg.max_steps else budget.WARMUP_STEPS
     if found:
         checkpoint.restore(found, state, model, optimizers, process)
-    # The same seconds times the processes that each of them had. Earlier code did not count.
+    # Seconds times processes, summed over resumes on different numbers of them. Old checkpoints did not count it.
     state.setdefault("gpu_seconds", state["seconds"] * process.world_size)
     return cfg, state, found, eval_missing
 
@@ -421,9 +427,9 @@ def print_warnings(cfg, process, num_params, samples):
     if cfg.chunk or process.rank > 0:
         return
     for source in [source for source, _ in samples.shares()] or [samples]:  # which part of its text do samples take?
-        order, _ = source.order(np.arange(min(len(source), LOOKED_AT)), cfg.seed)
+        order, _ = source.order(np.arange(min(len(source), COVERAGE_SAMPLES)), cfg.seed)
         used = source.locate(order)[2].mean() * len(source) / max(1, source.num_tokens.sum())
-        if used < MOST_USED:
+        if used < MIN_TEXT_USED:
             first = f"the first {cfg.seq_length - 2} tokens of each document, about {used:.0%} of all"
             process.say(f"{source.directory}: samples are {first} (--chunk=true takes the rest, too)")
 
@@ -431,7 +437,8 @@ def print_warnings(cfg, process, num_params, samples):
 def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
     """The whole run. run, saver: its RunDirectory and the Saver of its checkpoints, which write on rank 0 alone."""
     device, world_size, say = process.device, process.world_size, process.say
-    backend, vocab_size = choose_kernels(cfg.kernels, cfg, device, process.dtype), train_samples.vocab_size
+    backend = choose_kernels(cfg.kernels, cfg, device, process.dtype)
+    vocab_size = train_samples.vocab_size
     if cfg.fp8:
         check_fp8(cfg, "" if cfg.dry_run and device.type == "cpu" else backend, device)  # an estimate needs no GPU
     process.check_equal(saved_config(cfg, train_samples), except_for=("data_dir", "out_dir", "init_from"))  # paths
@@ -440,7 +447,8 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
     # The model, made on the CPU, so that its first weights are the same on any device.
     torch.manual_seed(cfg.seed)
     raw_model = MaskedLM(cfg, vocab_size, train_samples.special["[PAD]"])
-    num_params, flops = sum(p.numel() for p in raw_model.parameters()), partial(matrix_flops, cfg, vocab_size)
+    num_params = sum(p.numel() for p in raw_model.parameters())
+    flops = partial(matrix_flops, cfg, vocab_size)
     if cfg.fp8:
         raw_model.bert.use_fp8()
     if cfg.activation_checkpointing:
@@ -463,7 +471,8 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
         return
     cfg = planned
 
-    dtype, name = str(process.dtype).removeprefix("torch."), processes.device_name(device)
+    dtype = str(process.dtype).removeprefix("torch.")
+    name = processes.device_name(device)
     also = " and FP8 (mfu is of the bfloat16 peak)" if cfg.fp8 else ""
     say(
         f"{cfg.model}, {num_params:,} parameters, on {world_size} x {name}: {dtype}{also}, {backend} kernels, "
@@ -473,11 +482,11 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
         say(f"resuming from {resumed_from}")
     elif os.path.exists(os.path.join(cfg.out_dir, "log.jsonl")):
         say(f"{cfg.out_dir}: holds no checkpoint, so the run and its log begin again")
-    evaluation = partial(evaluate, raw_model, val_samples, process, micro_batch_tokens, watchdog)
+    evaluate_on = partial(evaluate, raw_model, val_samples, process, micro_batch_tokens, watchdog)  # (num_samples)
 
-    def evaluated(step):
+    def run_evaluation(step):
         """Evaluate and report; False if a process was asked to stop."""
-        if result := evaluation(most_samples=num_val):
+        if result := evaluate_on(num_val):
             say(eval_line(step, result))
             run.log("eval", step=step, **result)
         return result is not None
@@ -485,7 +494,7 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
     if cfg.eval_only:
         if not (resumed_from or cfg.init_from):
             raise UserError(f"{cfg.out_dir}: no checkpoint to evaluate (train first, or give --init_from)")
-        if not evaluated(state["step"]):
+        if not run_evaluation(state["step"]):
             watchdog.leave(process)
         return
     if cfg.max_steps and state["step"] >= cfg.max_steps and not eval_missing:
@@ -506,21 +515,25 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
         **versions(), device=name, num_params=num_params, world_size=world_size, kernels=backend, dtype=dtype,
         micro_batch_tokens=micro_batch_tokens, resumed_from=resumed_from, init=started,
     )  # fmt: skip
-    if eval_missing and not evaluated(state["step"]):
+    if eval_missing and not run_evaluation(state["step"]):
         watchdog.leave(process)
 
     planner = budget.Planner(cfg, state, process)
     tracer = trace.Tracer(cfg.profile if process.rank == 0 else "", cfg.out_dir, say)
     next_batches = partial(make_batches, train_samples, cfg, process, micro_batch_tokens)
-    meter, next_report = Meter(cfg, state, process, num_params, flops), state["step"] + 1
+    meter = Meter(cfg, state, process, num_params, flops)
+    next_report = state["step"] + 1
     watchdog.training = True
+    # Without a budget the planner does nothing. The watchdog's answer is one step late, so that the host need not wait for the
+    # GPU; saver.check raises if the last checkpoint could not be written.
     for step, batches in prefetch(next_batches, steps_after(state["step"], cfg)):
         watchdog.at(step)
         tracer.at(step)
         loss, grad_norm, asked = train_step(model, optimizers, batches, cfg, process, step, watchdog.signal > 0, graphed)
         meter.add(batches, loss, grad_norm)
 
-        last, stop = step == cfg.max_steps, watchdog.all_stop(asked)
+        last = step == cfg.max_steps
+        stop = watchdog.all_stop(asked)
         log_now = last or (step >= next_report if cfg.log_interval == 0 else step % cfg.log_interval == 0)
         eval_now = is_eval_step(cfg, step) and not stop
         save_now = last or stop or step % cfg.checkpoint_interval == 0 or planner.saves(step)
@@ -536,18 +549,18 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
             run.log("train", **record)
             say(meter.line(record))
         if eval_now:
-            stop = not evaluated(step)
+            stop = not run_evaluation(step)
         planner.add(step, meter, state["seconds"])
         if planner.ends(step):
             cfg.max_steps = planner.plan(state["seconds"], run)
             run.write_config(saved_config(cfg, train_samples))
-        watchdog.saving = last or stop
+        watchdog.saving = last or stop  # from here on a second SIGTERM would only lose the checkpoint
         if save_now or stop:
             checkpoint.compare_parameters(raw_model, process, step)
             meter.count_time()
             saver.save(state, raw_model, optimizers)
         if planner.saves(step) and not stop:
-            planner.time_rest(evaluation, num_val, saver)
+            planner.time_rest(evaluate_on, num_val, saver)
         if stop:
             saver.wait()
             run.log("stop", step=step)

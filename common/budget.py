@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from common.options import UserError, require
 
 WARMUP_STEPS = 200  # unless --warmup_steps says otherwise
-LEAST_WARMUP = 4
+MIN_WARMUP = 4
 # Share of the budget that stays unplanned, since GPUs may slow down after the measurement; and the fraction of a
 # checkpoint's write time that is lost to slower training (0.5 to 1.2 s of 4 to 9 in results/race).
 RESERVE, SAVE_OVERHEAD = 0.01, 0.12
@@ -39,8 +39,8 @@ def check(cfg):
         raise UserError("give --budget_minutes or --budget_dollars, not both")
     if cfg.budget_dollars and not cfg.price_per_gpu_hour:
         raise UserError(f"budget_dollars={cfg.budget_dollars}: needs the price (e.g. --price_per_gpu_hour=2.5)")
-    if 0 < cfg.warmup_steps < LEAST_WARMUP and (cfg.budget_minutes or cfg.budget_dollars):
-        raise UserError(f"warmup_steps={cfg.warmup_steps}: a budget needs {LEAST_WARMUP}, in which it times steps")
+    if 0 < cfg.warmup_steps < MIN_WARMUP and (cfg.budget_minutes or cfg.budget_dollars):
+        raise UserError(f"warmup_steps={cfg.warmup_steps}: a budget needs {MIN_WARMUP}, in which it times steps")
 
 
 def seconds_of(cfg, world_size):
@@ -118,12 +118,12 @@ class Planner:
             raise UserError(f"{text} (a larger budget, fewer --warmup_steps, or a smaller --global_batch_size)")
 
     def time_rest(self, evaluate, num_val, saver):
-        """Time an evaluation and the checkpoint that was just begun. evaluate: of at most `most_samples` of num_val."""
+        """Time an evaluation and the checkpoint that was just begun. evaluate(n): on n held-out samples, of num_val."""
         saver.wait()
         some = min(num_val, EVAL_SAMPLES * self.process.world_size)
-        evaluate(most_samples=some)  # compiles
+        evaluate(some)  # compiles
         start = time.perf_counter()
-        if evaluate(most_samples=some):  # and no signal cut it short
+        if evaluate(some):  # and no signal cut it short
             self.measured |= {"evaluation": (time.perf_counter() - start) * num_val / some, "save": saver.seconds}
 
     def plan(self, spent, run):

@@ -4,11 +4,13 @@
 
 Data   python prepare_c4.py --source=c4 --out=data/c4 --max_doc_tokens=126
 Size   137,400,384 parameters
-Work   70,000 steps x 4,096 samples = 286,720,000 samples (79 % of C4's documents), of at most 128 tokens: 36.7e9 tokens
+Work   70,000 steps x 4,096 samples = 286,720,000 samples (79 % of C4's documents), of at most 128 tokens: at most 36.7e9
 Cost   the original took 9.65 h on eight A100-80GB, about $193 at $2.50 per GPU-hour
 Score  the original reached 84.3 on GLUE (average of eight tasks, five pretraining seeds)
 
 Sources: mosaicml/examples, benchmarks/bert/yamls/main/mosaic-bert-base-uncased.yaml, and its blog post where noted.
+
+Read next: fast.py, or ../train.py
 """
 
 data_dir = "data/c4"

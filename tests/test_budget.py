@@ -87,9 +87,9 @@ def test_only_the_warm_half_of_the_warm_up_is_timed(monkeypatch):
     state, evaluated, clock, logged = {"step": 0}, [], [0.0], {}
     planner = budget.Planner(cfg, state, Two())
 
-    def evaluate(most_samples):
-        evaluated.append(most_samples)
-        clock[0] += most_samples / 1000 + (20 if len(evaluated) == 1 else 0)  # the first one compiles
+    def evaluate(num_samples):
+        evaluated.append(num_samples)
+        clock[0] += num_samples / 1000 + (20 if len(evaluated) == 1 else 0)  # the first one compiles
         return {"loss": 1.0}
 
     monkeypatch.setattr(budget.time, "perf_counter", lambda: clock[0])

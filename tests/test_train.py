@@ -132,7 +132,7 @@ def test_cuda_graphs_and_checkpointing_change_no_bit(data_dir, tmp_path, monkeyp
     options = {"hidden_size": 64, "max_steps": 40, "device": "cuda", "kernels": "triton", "micro_batch_tokens": 300}
     names = ("graphed", "eager", "checkpointed")
     for name in names:
-        monkeypatch.setattr(train, "MOST_GRAPHED_TOKENS", 0 if name == "eager" else 65536)
+        monkeypatch.setattr(train, "MAX_GRAPHED_TOKENS", 0 if name == "eager" else 65536)
         options["activation_checkpointing"] = name == "checkpointed"
         train.main(toy_argv(data_dir, tmp_path / name, optimizer=optimizer, hidden_dropout=0.1, **options))
         count = len(replayed)
