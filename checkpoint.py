@@ -154,7 +154,7 @@ class Saver:
             with copied:
                 contents = serialize(tensors, texts)
             tensors.clear()  # frees device memory; the executor still holds the dictionary itself
-            path = write(self.run.path, step, contents)
+            path = write_checkpoint(self.run.path, step, contents)
         except (UserError, OSError) as error:  # OSError: of the log's fsync, as on quotas and network disks
             return self.run.failed(error)
         remove_old(self.run.path, step, self.keep)
@@ -249,10 +249,10 @@ def safetensors_bytes(tensors):
 
 def save(out_dir, step, tensors, texts):
     """Write a checkpoint of what `serialize` takes, and return its path. Raises: UserError when it cannot be written."""
-    return write(out_dir, step, serialize(tensors, texts))
+    return write_checkpoint(out_dir, step, serialize(tensors, texts))
 
 
-def write(out_dir, step, contents):
+def write_checkpoint(out_dir, step, contents):
     """Write a checkpoint and return its path. contents: {file name: its bytes}.
 
     The directory is renamed into place once every byte is on disk, so a kill or a full disk leaves no checkpoint rather

@@ -424,7 +424,7 @@ class Samples:
         """(samples, epochs) of training step `step`, counted from 0, over all processes."""
         return self.order(np.arange(step * global_batch_size, (step + 1) * global_batch_size), seed)
 
-    def train_step(self, step, global_batch_size, seed, mask_prob, micro_batch_tokens, rank=0, world_size=1):
+    def step_batches(self, step, global_batch_size, seed, mask_prob, micro_batch_tokens, rank=0, world_size=1):
         """This rank's micro-batches of training step `step`, counted from 0, as a list."""
         samples, epochs = self.of_step(step, global_batch_size, seed)
         located = np.stack(self.locate(samples))

@@ -280,7 +280,7 @@ def steps_after(step, cfg):
 
 def make_batches(samples, cfg, process, micro_batch_tokens, step):
     """(step, this process's micro-batches of it)"""
-    batches = samples.train_step(
+    batches = samples.step_batches(
         step - 1, cfg.global_batch_size, cfg.seed, mask_prob_at(cfg, step), micro_batch_tokens, process.rank, process.world_size
     )
     return step, [batch.pinned_for(process.device) for batch in batches]

@@ -126,7 +126,7 @@ def time_batches(samples, steps=60, warm_up=10):
     rows = []
     for step in range(steps):
         start = time.perf_counter()
-        (batch,) = samples.train_step(step, BATCH, 17, 0.3, BATCH * samples.seq_length)
+        (batch,) = samples.step_batches(step, BATCH, 17, 0.3, BATCH * samples.seq_length)
         seconds = time.perf_counter() - start
         rows.append((batch.num_tokens / seconds, seconds))
     return np.median(rows[warm_up:], axis=0).tolist()

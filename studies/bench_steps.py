@@ -91,7 +91,7 @@ class Data:
 
 def first_batch(samples, count):
     """The first `count` samples as one MicroBatch on the CPU."""
-    return samples.train_step(0, count, seed=1, mask_prob=MASK_PROB, micro_batch_tokens=2**40)[0]
+    return samples.step_batches(0, count, seed=1, mask_prob=MASK_PROB, micro_batch_tokens=2**40)[0]
 
 
 def checked_batch(samples):
@@ -115,7 +115,7 @@ class Work:
     dtype: torch.dtype
 
     def batches(self):
-        return self.samples.train_step(0, self.count, 1, MASK_PROB, self.micro_batch_tokens)
+        return self.samples.step_batches(0, self.count, 1, MASK_PROB, self.micro_batch_tokens)
 
     def vocab_size(self):
         return self.samples.vocab_size

@@ -47,7 +47,7 @@ class Row:
         self.model = MaskedLM(cfg, samples.vocab_size).to(process.device).train()
         self.optimizers = make_optimizers(self.model, cfg)
         most = min(131072, cfg.global_batch_size * cfg.seq_length)
-        self.batches = samples.train_step(0, cfg.global_batch_size, 1, cfg.mask_prob, most)
+        self.batches = samples.step_batches(0, cfg.global_batch_size, 1, cfg.mask_prob, most)
         self.batches = [batch.pinned_for(process.device) for batch in self.batches]
         backend = "triton" if process.device.type == "cuda" else "torch"
         self.graphed = train.graph_gradients(self.model, cfg, process, backend, most) if graphed else None

@@ -144,13 +144,13 @@ def slow_evaluation(seconds):
 
 def slow_write(seconds):
     """Delay each checkpoint write by this much."""
-    write = checkpoint.write
+    write = checkpoint.write_checkpoint
 
     def slow(*contents):
         time.sleep(seconds)
         return write(*contents)
 
-    checkpoint.write = slow
+    checkpoint.write_checkpoint = slow
 
 
 def note_end_of_ddp():

@@ -45,7 +45,7 @@ def stream(samples, steps, micro_batch_tokens, world_size, seed=3, batch_size=24
     seen = []
     for step in steps:
         ranks = [
-            samples.train_step(step, batch_size, seed, 0.3, micro_batch_tokens, rank, world_size)
+            samples.step_batches(step, batch_size, seed, 0.3, micro_batch_tokens, rank, world_size)
             for rank in range(world_size)
         ]
         assert len({len(batches) for batches in ranks}) == 1
@@ -74,7 +74,7 @@ def test_chunks_cover_whole_documents(tmp_path_factory, documents):
 
 
 def test_batch_arrays(samples):
-    (batch,) = samples.train_step(0, 24, 1, 0.3, 10_000)
+    (batch,) = samples.step_batches(0, 24, 1, 0.3, 10_000)
     assert len(batch.input_ids) % data.TOKEN_MULTIPLE == 0 and batch.input_ids.dtype == torch.int32
     assert (batch.input_ids[batch.num_tokens :] == 0).all()
     assert (len(batch.cu_seqlens) - 1) % data.SEQUENCE_MULTIPLE == 0 and batch.cu_seqlens.dtype == torch.int32
@@ -89,7 +89,7 @@ def test_batch_arrays(samples):
 
 
 def test_long_sequences_have_no_windows(tmp_path, documents):
-    (batch,) = data.open_samples(make_shards(tmp_path / "shards", documents), "train", 129).train_step(0, 24, 1, 0.3, 10_000)
+    (batch,) = data.open_samples(make_shards(tmp_path / "shards", documents), "train", 129).step_batches(0, 24, 1, 0.3, 10_000)
     assert batch.windows is None
 
 
@@ -310,7 +310,7 @@ def test_a_bad_token_in_a_large_corpus_is_found_when_read(tmp_path, monkeypatch)
     monkeypatch.setattr(data, "CHECKED_TOKENS", 0)
     samples = data.open_samples(str(path), "train", 128)
     with pytest.raises(UserError, match="train_00000.bin: token id .* outside the vocabulary"):
-        samples.train_step(0, len(samples), 1, 0.3, 10**6)
+        samples.step_batches(0, len(samples), 1, 0.3, 10**6)
 
 
 def test_a_large_vocabulary_uses_four_bytes_per_token(tmp_path):
@@ -539,7 +539,7 @@ def memory():
 
 def train(directory, steps):
     samples = data.open_samples(directory, "train", 128)
-    for _ in data.prefetch(lambda step: samples.train_step(step, 512, 1, 0.3, 16384), range(steps)):
+    for _ in data.prefetch(lambda step: samples.step_batches(step, 512, 1, 0.3, 16384), range(steps)):
         pass
     return samples
 
@@ -573,7 +573,7 @@ def test_offsets_out_of_order_are_found_when_read(tmp_path, offset):
         contents[data.HEADER.size + 8 * 7 : data.HEADER.size + 8 * 8] = offset.to_bytes(8, "little")
         (path / "train_00000.bin").write_bytes(contents)  # in place, so the open map sees it
         with pytest.raises(UserError, match="train_00000.bin: offsets out of order"):
-            samples.train_step(0, len(samples), 1, 0.3, 10**6)
+            samples.step_batches(0, len(samples), 1, 0.3, 10**6)
         if chunk:
             with pytest.raises(UserError, match="train_00000.bin: offsets"):
                 data.open_samples(str(path), "train", 32, chunk)

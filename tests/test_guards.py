@@ -56,7 +56,7 @@ def test_evaluation_masks_15_percent_whatever_training_does(data_dir, tmp_path):
 def test_dropout_has_a_seed_of_its_own_in_each_micro_step_step_and_rank(data_dir, monkeypatch):  # noqa: F811
     cfg = train.TrainConfig("mosaicbert", 32, 1, 2, 48, seq_length=32)
     network = MaskedLM(cfg, 100)
-    batches = data.Samples(data_dir, "train", 32).train_step(0, 16, 0, 0.3, 128)
+    batches = data.Samples(data_dir, "train", 32).step_batches(0, 16, 0, 0.3, 128)
     seeds = []
     monkeypatch.setattr(torch, "manual_seed", seeds.append)
     for step in (1, 2):

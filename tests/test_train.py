@@ -71,7 +71,7 @@ def test_a_run_learns_and_writes_what_the_interface_promises(data_dir, tmp_path,
 def test_casting_weights_once_a_step_changes_no_bit(data_dir):
     """In bf16: all micro-batches of a step in one autocast region, and each in its own."""
     cfg = train.TrainConfig(**TOY_SIZE, hidden_dropout=0.0)
-    batches = Samples(data_dir, "train", 32).train_step(0, 16, 0, 0.3, 128)
+    batches = Samples(data_dir, "train", 32).step_batches(0, 16, 0, 0.3, 128)
     assert len(batches) > 2
     process = Process(0, 1, torch.device("cpu"), torch.bfloat16)
     models = []
