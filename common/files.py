@@ -24,9 +24,11 @@ def whole_file(path):
             yield file
             file.flush()
             os.fsync(file.fileno())
-    except OSError:
+    except OSError as error:
         with contextlib.suppress(OSError):
             os.remove(partial)  # on a full disk, make room for what was finished
+        if error.filename in (None, partial):
+            error.filename = path
         raise
     os.replace(partial, path)
 

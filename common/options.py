@@ -137,6 +137,8 @@ def hint_for(error, otherwise="rerun the same command"):
     }
     if error.errno == errno.EROFS:  # a read-only file system
         return hints[PermissionError]
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"free some space; {otherwise}"
     return hints.get(type(error), otherwise)
 
 

@@ -44,8 +44,8 @@ class RunDirectory:
                 shutil.rmtree(path, ignore_errors=True)
             elif re.fullmatch(r"(tokenizer\.json|config\.json|log\.jsonl)\.\d+\.tmp", name):
                 os.remove(path)
-        self.write("tokenizer.json", tokenizer_text)
         self.write_config(config)
+        self.write("tokenizer.json", tokenizer_text)
         log_path = os.path.join(self.path, "log.jsonl")
         write_text(log_path, "".join(line for line, record in read_log(self.path) if record.get("step", 0) <= step))
         self.log_file = open(log_path, "ab", buffering=0)

@@ -17,7 +17,7 @@ import train
 from common import vocabulary
 from common.batch import IGNORED
 from common.files import file_digest, whole_file, write_text
-from common.options import UserError
+from common.options import UserError, hint_for
 from tests.toy import ROOT, SPECIAL, VOCAB_SIZE, files_of, make_documents, make_shards, read_log, toy_argv
 
 
@@ -266,10 +266,11 @@ def test_ranks_have_equally_many_samples_if_the_model_pads(samples):
 def test_a_file_is_written_completely_or_not_at_all(tmp_path):
     path = tmp_path / "a.txt"
     write_text(path, "before")
-    with pytest.raises(OSError, match="No space"), whole_file(path) as file:
+    with pytest.raises(OSError, match="No space") as caught, whole_file(path) as file:
         file.write(b"half of what ca")
         raise OSError(28, "No space left on device")
     assert files_of(tmp_path) == {"a.txt": b"before"}
+    assert caught.value.filename == path and hint_for(caught.value) == "free some space; rerun the same command"
 
 
 def test_prefetch_keeps_the_order_and_passes_on_errors():

@@ -1,7 +1,9 @@
 """fill_mask.py on a toy checkpoint: guesses, vectors, and errors."""
 
+import errno
 import gzip
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +129,23 @@ def test_out_is_checked_before_any_work(run_dir, tmp_path, capsys, monkeypatch):
         error = capsys.readouterr().err
         assert says in error and error.count("\n") == 1
     assert sorted(path.name for path in Path(tmp_path).iterdir()) == ["a.txt", "d.npy"]
+
+
+def test_a_full_disk_leaves_the_earlier_vectors(run_dir, tmp_path, capsys, monkeypatch):
+    """The message was "None", and the earlier file was cut off."""
+    (tmp_path / "a.txt").write_text("w1\n")
+    argv = [f"--checkpoint={run_dir}", f"--embed={tmp_path}/a.txt", f"--out={tmp_path}/v.npy"]
+    fill_mask.main(argv)
+    before = (tmp_path / "v.npy").read_bytes()
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("common.files.os.fsync", full)
+    with pytest.raises(SystemExit):
+        fill_mask.main(argv)
+    assert f"error: {tmp_path}/v.npy: No space left on device (free some space" in capsys.readouterr().err
+    assert (tmp_path / "v.npy").read_bytes() == before and sorted(os.listdir(tmp_path)) == ["a.txt", "v.npy"]
 
 
 @pytest.mark.parametrize(

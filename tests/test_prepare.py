@@ -752,7 +752,7 @@ def test_a_full_disk_ends_in_one_line_and_keeps_finished_units(monkeypatch, caps
         error = prepare_fails(capsys, source="?.txt", val_fraction=0)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert error == "error: out: File too large (finished units are kept; the same command resumes)\n"
+    assert error == "error: out/train_00001_000.bin: File too large (finished units are kept; the same command resumes)\n"
     assert sorted(path.name for path in Path("out").rglob("*.*")) == [
         ".work", "hashes_00000.npz", "hashes_00001.npz", "plan.json", "tokenizer.json", "train_00000_000.bin", "unit_00000.json"
     ]  # fmt: skip

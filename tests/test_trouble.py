@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -64,6 +65,19 @@ def test_a_run_resumes_without_what_it_started_from(data_dir, tmp_path, capsys):
     train.main(argv)
     assert "resuming from" in capsys.readouterr().out
     assert "first: no such directory" in fails(toy_argv(data_dir, tmp_path / "new", init_from=first), capsys)
+
+
+@pytest.mark.parametrize("other", ["manifest.json", "tokenizer.json", "runs"])
+def test_a_directory_of_something_else_is_refused(data_dir, tmp_path, capsys, other):  # noqa: F811
+    """data/mine typed for out/mine: the other corpus lost its tokenizer, and so all of its shards."""
+    out = make_shards(tmp_path / "shards") if other == "manifest.json" else tmp_path / "other"
+    os.makedirs(out, exist_ok=True)
+    if other != "manifest.json":
+        (tmp_path / "other" / other).mkdir()
+    before = {path.name: path.read_bytes() for path in Path(out).iterdir() if path.is_file()}
+    for options in ({}, {"dry_run": "true"}):
+        assert f"{out}: holds {other} of something else than a run" in fails(toy_argv(data_dir, out, **options), capsys)
+    assert {path.name: path.read_bytes() for path in Path(out).iterdir() if path.is_file()} == before
 
 
 def test_a_failed_attempt_does_not_hold_its_directory(data_dir, tmp_path, capsys):  # noqa: F811
@@ -139,13 +153,13 @@ def test_nothing_masked_has_no_loss(tmp_path, capsys):
 
 
 def test_many_epochs_and_large_models_on_a_cpu_are_warned_of(data_dir, capsys):  # noqa: F811
-    process = SimpleNamespace(say=print, device=torch.device("cpu"))
-    train.print_warnings(train.TrainConfig(), process, 137_400_384, 19_000)
+    process, samples = SimpleNamespace(say=print, device=torch.device("cpu"), rank=0), range(19_000)
+    train.print_warnings(train.TrainConfig(chunk=True), process, 137_400_384, samples)
     printed = capsys.readouterr().out
     assert "70,000 steps are 15,091 epochs of 19,000 samples (try --max_steps=927" in printed
     assert "137,400,384 parameters on a CPU" in printed and "configs/small.py" in printed
-    train.print_warnings(train.TrainConfig(max_steps=900), process, 600_000, 19_000)
-    train.print_warnings(train.TrainConfig(max_steps=None), process, 600_000, 19_000)
+    train.print_warnings(train.TrainConfig(max_steps=900, chunk=True), process, 600_000, samples)
+    train.print_warnings(train.TrainConfig(max_steps=None, chunk=True), process, 600_000, samples)
     assert not capsys.readouterr().out
 
 

@@ -6,6 +6,7 @@
 Read next: README.md, for what else a checkpoint is good for
 """
 
+import io
 import os
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ import torch
 import checkpoint
 import kernels
 from common.batch import Batch, pack
+from common.files import whole_file
 from common.labelled import Row, warn_of_lost_texts
 from common.lines import COMPRESSIONS, decompress, not_text, not_utf8, read_error, read_errors, split_suffixes
 from common.options import UserError, command, load_config
@@ -171,11 +173,10 @@ def main(argv):
     if unknown := sum(special["[UNK]"] in ids for ids in sequences):
         print(f"{unknown:,} of {len(texts):,} texts have words that are not in the vocabulary: the model sees [UNK]")
     vectors = embed(model, sequences, device, cfg.normalize or how["normalize"], how["pooling"])
-    try:
-        with open(cfg.out, "wb") as file:
-            np.save(file, vectors)
-    except OSError as error:
-        raise UserError(f"{cfg.out}: {error.strerror}") from None
+    contents = io.BytesIO()  # np.save to a file says nothing of why it failed
+    np.save(contents, vectors)
+    with whole_file(cfg.out) as file:
+        file.write(contents.getbuffer())
     print(f"{cfg.out}: {len(vectors)} vector{'s' * (len(vectors) > 1)} of {vectors.shape[1]}")
 
 

@@ -18,6 +18,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
+from common.files import whole_file
 from common.options import UserError, command, load_config
 from tools.figures.glue import plot_glue, plot_pareto
 from tools.figures.loss import plot_lengths, plot_loss
@@ -70,7 +71,8 @@ def main(argv):
     for path in cfg.out.split(","):
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path[-4:])
-        figure.savefig(path, dpi=150, metadata=undated)
+        with whole_file(path) as file:
+            figure.savefig(file, format=path[-3:], dpi=150, metadata=undated)
         print(path)
     pyplot.close(figure)
 
