@@ -20,6 +20,7 @@ SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}
 EXCELS_LINE = re.compile(r'"?sep=([,;\t|])"?[,;|\s]*', re.IGNORECASE)  # before the names: what separates columns
 LONG_ROW = 20  # lines
 AGAIN = "the names of the columns again"
+TWICE = object()  # in place of the values of a key that a JSON object has more than once
 
 csv.field_size_limit(MAX_TEXT)  # the default rejects cells above 131,072 characters
 
@@ -152,7 +153,7 @@ def table_rows(lines, separator, quotes, header=None, is_row=None):
             fault = f"one row up to line {row[-1][0]}, though its lines are rows (is a quote not closed?"
             fault += " if the quotes are right: --trust_quotes=true)"
         yield TableRow(row[0][0], row[-1][0], [] if fault else cells, fault, suspect)
-        if fault:
+        if fault and fault != AGAIN:
             again.extendleft(reversed(row[1:]))
             reader = records()
 
@@ -204,16 +205,16 @@ def wrong_width(cells, columns):
     return f"{len(cells)} column{'s' * (len(cells) > 1)}, expected {columns}"
 
 
-def with_every_key(pairs):
-    """A JSON object's dict, of its (key, value) pairs. Raises: ValueError for a repeated key, of which a dict keeps the last."""
+def json_object(pairs):
+    """The dict of (key, value) pairs, with TWICE. Alone, a dict keeps the last value."""
     record = dict(pairs)
     if len(record) < len(pairs):
-        ((key, _),) = collections.Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"the key {key!r} more than once")
+        counts = collections.Counter(key for key, _ in pairs)
+        record.update((key, TWICE) for key in record if counts[key] > 1)
     return record
 
 
-DECODER = json.JSONDecoder(object_pairs_hook=with_every_key)
+DECODER = json.JSONDecoder(object_pairs_hook=json_object)
 
 
 def parse_json(text):
@@ -248,12 +249,15 @@ def cells_of(record, columns, see, label_column):
     if not isinstance(record, dict):
         raise ValueError(f"a {type(record).__name__}, not an object (expected one object per line)")
     if missing := [name for name in columns if name not in record]:
-        raise ValueError(f"no {', '.join(map(repr, missing))} (keys: {listed(record) or 'none'}; {hint_for(missing[0], record, see)})")
+        hint = hint_for(missing[0], record, see)
+        raise ValueError(f"no {', '.join(map(repr, missing))} (keys: {listed(record) or 'none'}; {hint})")
     cells = []
     for name in columns:
         cell, number = record[name], " or a number" * (name == label_column)
         if cell is None:
             raise ValueError(f"{name!r} is null")
+        if cell is TWICE:
+            raise ValueError(f"{name!r} is there more than once")
         if not isinstance(cell, (str, int, float) if number else str):
             raise ValueError(f"{name!r} is {type(cell).__name__} (expected a string{number}; {see})")
         cells.append(cell if isinstance(cell, str) else json.dumps(cell))

@@ -460,7 +460,7 @@ def test_the_quotes_of_a_csv_in_a_tsv(tmp_path, capsys, order):
         ("a.tsv", "text\tlabel\nSome 1,200 apples    yes\nb\tno\n", "a.tsv:2: 1 column, expected 2 (a tab or a line break in"),
         ("a.tsv", "text\tlabel\nSome apples,yes\nb\tno\n", "a.tsv:2: a comma between columns, unlike the first line's tab"),
         ("a.csv", "text\na\rb\n", "a.csv:2: a lone carriage return (remove it; if it ends a line: tr '\\r' '\\n' < FILE > NEW; "),
-        ("a.jsonl", '{"text": "first", "text": "second"}\n', "a.jsonl:1: not valid JSON: the key 'text' more than once ("),
+        ("a.jsonl", '{"text": "first", "text": "second"}\n', "a.jsonl:1: 'text' is there more than once ("),
         ("a.csv", "text,label\ra,yes\rb,no\r", "a.csv: a single line, with \\r inside: old Mac line ends (convert it: tr"),
         ("a.jsonl", '{"text": "a"}\r{"text": "b"}\n', "a.jsonl: a single line, with \\r inside: old Mac line ends (convert it"),
     ],
@@ -496,6 +496,13 @@ def test_joined_files_with_their_names_inside(tmp_path, capsys, name, mark):
     path, mark = (path, mark) if mark != ";" else (path, ",")
     path.write_text(f"a{mark}yes\nb{mark}no\na{mark}yes\n")  # no names, but a row twice
     assert len(read_rows(str(path), ("text",), "", settings(), ("text", "label"))) == 3
+
+
+def test_names_of_two_lines_again(tmp_path):
+    names = '"t\nu",text,label\n'
+    (tmp_path / "a.csv").write_text(f"{names}a,b,yes\n{names}c,d,no\n")
+    rows = read_rows(str(tmp_path / "a.csv"), ("text",), "label", settings(skip_bad_lines=1))
+    assert rows == [(0, 3, ["b", "yes"]), (2, 6, ["d", "no"])]
 
 
 def test_a_blank_before_quotes(tmp_path, capsys):
