@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
+from decimal import Context, Decimal
 from typing import NamedTuple
 
 import numpy as np
@@ -16,17 +17,19 @@ import numpy as np
 from common.files import write_text
 from common.lines import numbered_lines, split_suffixes
 from common.options import UserError
-from common.tables import LONG_ROW, SEPARATORS, TABLES, open_table, parquet_records, record_cells, table_rows
+from common.tables import LONG_ROW, SEPARATORS, TABLES, listed, open_table, parquet_records, record_cells, table_rows
 
 NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)  # float() also takes 1_0, nan and inf
 THOUSANDS = re.compile(r"\s*([+-]?[1-9]\d{0,2}(?:[,.'\u2019 \u00a0\u202f]\d{3})+)(?:[,.](\d+))?\s*", re.ASCII)  # 1,234.5
 POINTED = re.compile(r"\s*[+-]?[1-9]\d{0,2}\.\d{3}\s*", re.ASCII)  # 1.100: 1100 to a German, 1.1 to others
 COMMA, GROUPS = "a decimal comma", "separators between thousands"
 PLAIN = "write numbers with a point alone, in ASCII, as -1234.5 or 950.0"
-# Dashes that programs write for a minus sign, then a plus sign, point and comma of full width.
-SIGNS = str.maketrans("\u2212\u2010\u2011\u2012\u2013\u2014\ufe63\uff0d\uff0b\uff0e\uff0c", "--------+.,")
+# Dashes that programs write for a minus sign, a plus sign, point and comma of full width, and Arabic separators.
+SIGNS = "\u2212\u2010\u2011\u2012\u2013\u2014\ufe63\uff0d\uff0b\uff0e\uff0c\u066b\u066c"
+SIGNS = str.maketrans(SIGNS, "--------+.,.'")
 # What others write where a value is missing, or Excel where it could not compute one.
-MISSING = {"na", "n/a", "<na>", "nan", "nil", "none", "null", "-", "?", "#n/a"}
+MISSING = {"na", "n/a", "<na>", "nan", "nil", "none", "null", "-", "?", "#n/a", "\\n", "nat", ".", "--"}
+MISSING |= {"(blank)", "''", '""', "undefined", "k.a.", "n.a."}
 MISSING |= {"#ref!", "#value!", "#div/0!", "#name?", "#null!", "#num!", "#spill!", "#calc!"}
 EXCELS_ERROR = re.compile(r"#([¡¿]?[^\W\d_]+(/0)?[!?]|[^\W\d_]/[^\W\d_]|NV)")  # in capitals, of any language: #WERT!, #¿NOMBRE?
 
@@ -108,7 +111,7 @@ def warn_of_lost_texts(path, rows, num_texts):
 
 def is_missing(cell):
     cell = cell.strip()
-    return cell.casefold().translate(SIGNS) in MISSING or (cell.isupper() and bool(EXCELS_ERROR.fullmatch(cell)))
+    return cell.casefold().translate(SIGNS) in MISSING or (cell == cell.upper() and bool(EXCELS_ERROR.fullmatch(cell)))
 
 
 def fault_of(cells, label_column):
@@ -173,6 +176,16 @@ def read_table(path, columns, label_column, cfg, see, default_header):
     if quoted and is_own(cfg):  # GLUE's own files have such cells, and are read so by everybody
         text = f"cells in quotes, as a .csv has them, but the model reads a .tsv's quotes: {places(quoted)}"
         print(f"warning: {path}: {text} (save it as .csv)", flush=True)
+    mark, quotes, _ = table.layout
+    spaced = [row.first for row in rows if quotes and has_spaced_quotes(row.cells, mark + (texts[row.first] or ""), mark)]
+    if spaced and is_own(cfg):
+        text = f"blanks before cells in quotes, so the model reads both: {places(spaced)}"
+        print(f"warning: {path}: {text} (remove the blanks)", flush=True)
+
+
+def has_spaced_quotes(cells, text, mark):
+    """Whether a .csv's line has a cell like ` "a"`, with the quotes as they are: a cell in quotes has its own doubled."""
+    return any(re.fullmatch(r'\s+".*"\s*', cell) and mark + cell in text for cell in cells)
 
 
 def other_separator(text, own, columns):
@@ -204,24 +217,34 @@ def row_test(rows, separator, columns, position):
 def to_examples(rows, path, labels):
     """Examples of Rows. labels: the valid words, or () for numbers. Raises: UserError naming file and line.
 
-    A number is also valid in another spelling, as 1.0 is for 1.
+    A number is also valid in another spelling, as 1.0 is for 1; a line says so.
     """
     texts, index = [tuple(row.cells[:-1]) for row in rows], [row.index for row in rows]
     if not labels:
         read = read_numbers([row.cells[-1] for row in rows])
         values = [to_number(row.cells[-1], *number, f"{path}:{row.line}") for row, number in zip(rows, read)]
         return Examples(texts, np.array(values, np.float64), index)
-    values, numbers = [], {word: i for i, word in enumerate(labels)}
-    by_value = {float(word): word for word in labels if NUMBER.fullmatch(word)}
+    values, numbers, respelled = [], {word: i for i, word in enumerate(labels)}, []
+    by_value = {value_of(word): word for word in labels if NUMBER.fullmatch(word)}
     for row in rows:
         cell = row.cells[-1]
         if cell not in numbers and by_value and NUMBER.fullmatch(cell):
-            cell = by_value.get(float(cell), cell)
+            cell = by_value.get(value_of(cell), cell)
+            respelled.append((row, cell))
         if cell not in numbers:
             odd = f", with {name}" if (name := odd_character(cell)) else ""
-            raise UserError(f"{path}:{row.line}: unknown label {cell!r}{odd} (expected one of {', '.join(labels)[:200]})")
+            raise UserError(f"{path}:{row.line}: unknown label {cell!r}{odd} (expected one of {listed(labels)})")
         values.append(numbers[cell])
+    if respelled:
+        (row, word), *others = respelled
+        more = f", and {len(others):,} more are spelled otherwise" if others else ""
+        print(f"{path}:{row.line}: label {row.cells[-1]!r} is taken for {word!r}{more}", flush=True)
     return Examples(texts, np.array(values, np.int64), index)
+
+
+def value_of(cell):
+    """What a NUMBER is exactly; what equals nothing for an exponent of twenty digits."""
+    return Decimal(cell, Context(traps=[]))
 
 
 def to_number(cell, number, spelling, where):
@@ -252,11 +275,15 @@ def read_number(cell):
         return float(cell), ""
     if match := THOUSANDS.fullmatch(cell):
         return float(re.sub(r"[^\d+-]", "", match[1]) + "." + (match[2] or "0")), GROUPS
-    pointed = cell.replace(",", ".")
-    if NUMBER.fullmatch(pointed):
-        return float(pointed), COMMA
+    if has_decimal_comma(cell):
+        return float(cell.replace(",", ".")), COMMA
     odd = odd_character(cell)
     return (read_number(in_ascii(cell))[0], odd) if odd else (None, "")
+
+
+def has_decimal_comma(cell):
+    """Whether a comma can be the point of a number, as in 0,5 and also in 1,234."""
+    return "," in cell and bool(NUMBER.fullmatch(cell.replace(",", ".")))
 
 
 def odd_character(cell):

@@ -19,6 +19,8 @@ TABLES = {".csv": (",", True), ".tsv": ("\t", False)}  # separator, and whether 
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}
 EXCELS_LINE = re.compile(r'"?sep=([,;\t|])"?[,;|\s]*', re.IGNORECASE)  # before the names: what separates columns
 LONG_ROW = 20  # lines
+AGAIN = "the names of the columns again"
+TWICE = object()  # in place of the values of a key that a JSON object has more than once
 
 csv.field_size_limit(MAX_TEXT)  # the default rejects cells above 131,072 characters
 
@@ -33,7 +35,7 @@ class TableRow(NamedTuple):
 
 
 class Table(NamedTuple):
-    layout: tuple  # separator, and whether quotes mean something
+    layout: tuple  # separator, whether quotes mean something, and the header if no other row may repeat it
     header: TableRow  # the first row
     columns: list  # indices of those wanted
     headless: bool  # whether the first row holds no names
@@ -69,7 +71,8 @@ def open_table(path, lines, columns, see, default_header=None):
     header = default_header if headless else first.cells
     found = f"a {SEPARATORS[layout[0]]} between columns" if layout[0] != own[0] else "the quotes of a .csv"
     note = "" if layout == own else f"{path}: read with {found}, as in its first line"
-    return Table(layout, first, [column_of(header, name, where, see) for name in columns], headless, note, lines)
+    repeats = None if headless or len(header) < 2 else first  # a text may be the name of its only column
+    return Table((*layout, repeats), first, [column_of(header, name, where, see) for name in columns], headless, note, lines)
 
 
 def column_of(header, name, where, see):
@@ -77,24 +80,37 @@ def column_of(header, name, where, see):
     if header.count(name) > 1:
         raise UserError(f"{where}: {header.count(name)} columns are named {name!r} (rename all but one)")
     if name not in header:
-        found = ", ".join(cell if cell == cell.strip() and cell.isprintable() else repr(cell) for cell in header)
-        raise UserError(f"{where}: no column {name!r} (the first row has {found[:200]}; {see})")
+        found = [cell if cell == cell.strip() and cell.isprintable() else repr(cell) for cell in header]
+        raise UserError(f"{where}: no column {name!r} (the first row has {listed(found)}; {hint_for(name, header, see)})")
     return header.index(name)
 
 
-def table_rows(lines, separator, quotes, is_row=None):
+def hint_for(name, names, see):
+    """`see`, and more if `name` is a part of one of `names`, as an option with commas was split."""
+    part = "--text_columns" in see and any("," in other and name in other for other in names)
+    return see + "; commas separate columns: rename the one that has a comma in its name" * part
+
+
+def listed(words):
+    """Words in a row: as many as 200 characters hold, and how many more there are."""
+    words = list(words)
+    fit = max(1, sum(size <= 200 for size in itertools.accumulate(len(word) + 2 for word in words)))
+    return ", ".join(words[:fit])[:200] + f" and {len(words) - fit:,} more" * (len(words) > fit)
+
+
+def table_rows(lines, separator, quotes, header=None, is_row=None):
     """Yield the TableRows of (number, text) pairs. All have as many cells as the first, or a fault.
 
     The lines after one whose quote is not closed are read again, so it swallows none of them. text: None for a line that
-    could not be read. quotes: whether cells in double quotes may hold separators and line breaks. is_row(text): whether a
-    line in such a cell is surely a row; a suspect row has a fault then. Where there is one column, a row is suspect if it is
-    long, and most are one line.
+    could not be read. quotes: whether cells in double quotes may hold separators and line breaks. header: a row whose cells are
+    a fault in any other, or None. is_row(text): whether a line in a cell is surely a row; a suspect row has a fault then. Where
+    there is one column, a row is suspect if it is long, and most are one line.
 
     Python's csv, not pyarrow's: that one takes an unclosed quote, or text after a closing one, without an error, and
     refuses rows longer than its block.
     """
     if not quotes:
-        yield from literal_rows(lines, separator)
+        yield from literal_rows(lines, separator, header)
         return
     lines, again, row, columns = iter(lines), collections.deque(), [], 0  # lines to read again, lines of this row
     count = single = 0  # rows, and those of one line
@@ -116,13 +132,17 @@ def table_rows(lines, separator, quotes, is_row=None):
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            upto = f", up to line {row[-1][0]}" if len(row) > 1 else ""
-            cells, fault = [], f"{error}{upto} (is a quote not closed?)" if row[0][1] is not None else f"{error}"
+            there = f" on line {row[-1][0]}" if len(row) > 1 else ""
+            cells, fault = [], f"{error}{there} (is a quote not closed?)" if row[0][1] is not None else f"{error}"
+            if f"{error}".startswith("new-line"):
+                fault = f"a lone carriage return{there} (remove it; if it ends a line: tr '\\r' '\\n' < FILE > NEW)"
         if cells is None:
             return
         columns = columns or len(cells)
         if cells and len(cells) != columns:
             fault = f"{wrong_width(cells, columns)} (is a {SEPARATORS[separator]} outside quotes?)"
+        if header and cells == header.cells and row[0][0] != header.first:
+            fault = AGAIN
         count, single = count + 1, single + (len(row) == 1)
         several = len(row) > 1 and not fault
         inside = [line for cell in cells for line in cell.split("\n")] if several and columns > 1 else []
@@ -133,12 +153,12 @@ def table_rows(lines, separator, quotes, is_row=None):
             fault = f"one row up to line {row[-1][0]}, though its lines are rows (is a quote not closed?"
             fault += " if the quotes are right: --trust_quotes=true)"
         yield TableRow(row[0][0], row[-1][0], [] if fault else cells, fault, suspect)
-        if fault:
+        if fault and fault != AGAIN:
             again.extendleft(reversed(row[1:]))
             reader = records()
 
 
-def literal_rows(lines, separator):
+def literal_rows(lines, separator, header=None):
     """table_rows where quotes mean nothing. A line break or tab that a cell in quotes was to hold is named as the fault."""
     lines, ahead, columns, left = iter(lines), collections.deque(), 0, 0  # left: lines of such a row that is broken
     while pair := ahead.popleft() if ahead else next(lines, None):
@@ -147,6 +167,8 @@ def literal_rows(lines, separator):
         columns, fault, quoted = columns or len(cells), "not UTF-8" if text is None else "", False
         if cells and len(cells) != columns:
             fault = f"{wrong_width(cells, columns)} (a tab or a line break in a text?)"
+        if header and cells == header.cells and number != header.first:
+            fault = AGAIN
         if cells and not left and '"' in text:
             ahead.extend(itertools.islice(lines, max(0, LONG_ROW - len(ahead))))
             meant = lines_in_quotes([text, *(other or "" for _, other in ahead)], separator, columns)
@@ -183,10 +205,22 @@ def wrong_width(cells, columns):
     return f"{len(cells)} column{'s' * (len(cells) > 1)}, expected {columns}"
 
 
+def json_object(pairs):
+    """The dict of (key, value) pairs, with TWICE. Alone, a dict keeps the last value."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        counts = collections.Counter(key for key, _ in pairs)
+        record.update((key, TWICE) for key in record if counts[key] > 1)
+    return record
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=json_object)
+
+
 def parse_json(text):
     """Raises: ValueError that says what is wrong."""
     try:
-        return json.loads(text)
+        return DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not valid JSON: {error} (expected one object per line)") from None
 
@@ -201,6 +235,9 @@ def record_cells(records, columns, see, label_column=""):
         try:
             if record is None:
                 raise ValueError("not UTF-8")
+            if isinstance(number, str) and isinstance(record, list):  # in a list that is the whole file
+                kind = "string" if isinstance(record[0], str) else type(record[0]).__name__
+                raise ValueError(f'a {kind}, not an object (expected {{"{columns[0]}": ...}} for each text)')
             blank = isinstance(record, str) and not record.strip()
             record = parse_json(record) if isinstance(record, str) and not blank else record
             yield number, [] if blank else cells_of(record, columns, see, label_column)
@@ -212,12 +249,15 @@ def cells_of(record, columns, see, label_column):
     if not isinstance(record, dict):
         raise ValueError(f"a {type(record).__name__}, not an object (expected one object per line)")
     if missing := [name for name in columns if name not in record]:
-        raise ValueError(f"no {', '.join(map(repr, missing))} (keys: {', '.join(record)[:200] or 'none'}; {see})")
+        hint = hint_for(missing[0], record, see)
+        raise ValueError(f"no {', '.join(map(repr, missing))} (keys: {listed(record) or 'none'}; {hint})")
     cells = []
     for name in columns:
         cell, number = record[name], " or a number" * (name == label_column)
         if cell is None:
             raise ValueError(f"{name!r} is null")
+        if cell is TWICE:
+            raise ValueError(f"{name!r} is there more than once")
         if not isinstance(cell, (str, int, float) if number else str):
             raise ValueError(f"{name!r} is {type(cell).__name__} (expected a string{number}; {see})")
         cells.append(cell if isinstance(cell, str) else json.dumps(cell))

@@ -228,7 +228,7 @@ def test_a_file_without_permission(capsys, name, contents):
         ({"b.csv": b"w1"}, {"source": "b.csv"}, "b.csv:1: no column 'text' (the first row has w1; see --text_key)"),
         ({"b.tsv": b"id\ttext\n1\n"}, {"source": "b.tsv"}, "b.tsv:2: 1 column, expected 2 (a tab or a line break in a text?; --skip_bad_lines=100 skips such lines)"),
         ({"b.csv": b"id,text\n1,w1,w2\n"}, {"source": "b.csv"}, "b.csv:2: 3 columns, expected 2 (is a comma outside quotes?; --skip_bad_lines=100 skips"),
-        ({"b.csv": b'text\nw1\n"w2\nw3\n'}, {"source": "b.csv"}, "b.csv:3: unexpected end of data, up to line 4 (is a quote not closed?;"),
+        ({"b.csv": b'text\nw1\n"w2\nw3\n'}, {"source": "b.csv"}, "b.csv:3: unexpected end of data on line 4 (is a quote not closed?;"),
         ({"b.csv": b"text\nw1\nw\xff\n"}, {"source": "b.csv"}, "b.csv:3: not UTF-8: "),
         ({"b.txt": b"w1"}, {"source": "b.txt,stdlib", "text_key": "body"}, "text_key=body: --source=b.txt,stdlib has no keys or columns ("),
         ({"b.csv": b"text\nw1"}, {"source": "b.csv", "doc_sep": "file"}, "doc_sep=file: only for .txt, and --source=b.csv has none"),

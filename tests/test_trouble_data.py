@@ -236,10 +236,10 @@ def test_an_open_quote_swallows_no_rows(capsys):
     rows[5], rows[54] = '5,"w5', '54,"w54"'
     write_files({"a.csv": "\n".join(["id,text", *rows]).encode()})
     error = prepare_fails(capsys, source="a.csv", val_fraction=0)
-    assert error.startswith("error: a.csv:7: ',' expected after '\"', up to line 56 (is a quote not closed?; --skip_bad_lines")
+    assert error.startswith("error: a.csv:7: ',' expected after '\"' on line 56 (is a quote not closed?; --skip_bad_lines")
     prepare(source="a.csv", val_fraction=0, skip_bad_lines=1)
     assert texts_of(stored()) == [f"w{i}" for i in range(100) if i != 5]
-    assert text_report()["skipped"] == ["a.csv:7: ',' expected after '\"', up to line 56 (is a quote not closed?)"]
+    assert text_report()["skipped"] == ["a.csv:7: ',' expected after '\"' on line 56 (is a quote not closed?)"]
 
 
 def test_an_open_quote_at_the_end_swallows_no_rows():
@@ -305,6 +305,28 @@ def test_excels_line_before_the_names(mark, called):
     prepare(source="a.csv,b.csv", val_fraction=0)
     assert texts_of(stored()) == ["w1", "w2"]
     assert text_report()["suspect"] == [f"a.csv: read with a {called} between columns, as in its first line"] * bool(called)
+
+
+@pytest.mark.parametrize("name, mark", [("a.csv", b","), ("a.tsv", b"\t")])
+def test_joined_tables_repeat_their_names(capsys, name, mark):
+    write_files({name: b"id,text\n1,w1\nid,text\n2,w2\n".replace(b",", mark)})
+    assert f"error: {name}:3: the names of the columns again (" in prepare_fails(capsys, source=name, val_fraction=0)
+    prepare(source=name, val_fraction=0, skip_bad_lines=1)
+    assert texts_of(stored()) == ["w1", "w2"]
+
+
+def test_json_that_loses_or_is_no_text(capsys):
+    """Python keeps the last value of a key. One that is not asked for may be there twice."""
+    twice = b'{"text": "w1", "text": "w2"}'
+    write_files({"a.jsonl": b'{"text": "w3", "id": 1, "id": {"text": 2, "text": 3}}\n' + twice, "b.json": b'["w1",\n"w2"]\n'})
+    error = prepare_fails(capsys, source="a.jsonl", val_fraction=0)
+    assert error.startswith("error: a.jsonl:2: 'text' is there more than once (--skip_bad_lines=")
+    write_files({"c.json": b"[" + twice + b"]"})
+    assert "error: c.json: record 1: 'text' is there more than once" in prepare_fails(capsys, source="c.json", val_fraction=0)
+    error = prepare_fails(capsys, source="b.json", val_fraction=0)
+    assert error.startswith("error: b.json: record 1: a string, not an object (expected {\"text\": ...} for each text; ")
+    prepare(source="a.jsonl", val_fraction=0, skip_bad_lines=1)
+    assert texts_of(stored()) == ["w3"]
 
 
 def test_a_tsv_all_in_quotes():

@@ -58,7 +58,7 @@ def guess(tmp_path, labels, **options):
     [
         ([*(f"{i / 4}" for i in range(199)), "N/A"], ":201: label 'N/A' is not a number, as 199 of 200 labels are"),
         ([f"{i},5" for i in range(99)], ":2: label '0,5' has a decimal comma, as 99 of 99 labels do .write numbers"),
-        (["N/A", "1,234", *(f"{i},5" for i in range(99))], ":4: label '0,5' has a decimal comma, as 99 of 101 labels do"),
+        (["N/A", "1,234", *(f"{i},5" for i in range(99))], ":4: label '0,5' has a decimal comma, as 100 of 101 labels do"),
         ([f"{i},500" for i in range(1, 99)], ":2: label '1,500' has separators between thousands, as 98 of 98 labels do"),
         ([f"{i},500.75" for i in range(1, 99)], ":2: label '1,500.75' has separators between thousands, as 98 of 98"),
         ([f"{i}.500,75" for i in range(1, 99)], ":2: label '1.500,75' has separators between thousands, as 98 of 98"),
@@ -68,6 +68,11 @@ def guess(tmp_path, labels, **options):
         (["1.5", *(f"\u2212{i}.5" for i in range(30))], ":3: label '\u22120.5' has U\\+2212 MINUS SIGN, as 30 of 31 labels do .write"),
         ([*(f"{i}.5" for i in range(30)), "\u20131,234"], ":32: label '\u20131,234' has U\\+2013 EN DASH, as 1 of 31"),
         ([f"\uff11.{i}" for i in range(1, 30)], ":2: label '\uff11.1' has U\\+FF11 FULLWIDTH DIGIT ONE, as 29 of 29"),
+        (["950", "800", "1.100", "2.250"] * 15, ":4: label '1.100' has separators between thousands, as 30 of 60 labels do"),
+        (["1,000", "2,000", "950"] * 20, ":2: label '1,000' has separators between thousands, as 40 of 60 labels do"),
+        (["1,0", "2,0"] * 30, ":2: label '1,0' has a decimal comma, as 60 of 60 labels do"),
+        (["3,123", "0,000", *(f"{i},25" for i in range(58))], ":3: label '0,000' has a decimal comma, as 60 of 60 labels do"),
+        (["\u0661\u066b\u0665", "\u0662\u066b\u0665"] * 9, ":2: label '\u0661\u066b\u0665' has U\\+0661 ARABIC-INDIC DIGIT ONE, as 9 of 18"),
     ],
 )
 def test_labels_that_contradict_each_other(tmp_path, labels, says):
@@ -139,9 +144,10 @@ def test_near_equal_and_rare_labels_are_warned_about(tmp_path, capsys):
     guess(tmp_path, ["pos"] * 9 + ["NA"] * 9)
     assert "label 'NA' (lines 11, 12, 13 and 6 more) is taken as a class" in capsys.readouterr().out
     excels = "#N/A #DIV/0! #NAME? #NV #WERT! #BEZUG! #ZAHL! #ÜBERLAUF! #VALEUR! #NOMBRE! #NOM? #NUL! #N/D #¡VALOR! #¿NOMBRE? #¡DIV/0!"
-    for missing in (*excels.split(), "<NA>", "\u2013"):  # of Excel, pandas and Word
+    others = r"\N NaT . -- (blank) '' undefined k.A. n.a. #값!"
+    for missing in (*excels.split(), *others.split(), "<NA>", "\u2013"):  # of Excel, pandas, databases and Word
         guess(tmp_path, ["pos"] * 9 + [missing] * 9)
-        assert f"label '{missing}' (lines 11, 12, 13 and 6 more) is taken as a class" in capsys.readouterr().out
+        assert f"label {missing!r} (lines 11, 12, 13 and 6 more) is taken as a class" in capsys.readouterr().out
     for words in (["pos", "neg"], ["#wow!", "#5!"], ["1\u20132", "\u2013a"]):
         guess(tmp_path, words * 9)
         assert "warning" not in capsys.readouterr().out
@@ -169,6 +175,12 @@ def test_classes_with_another_minus_sign(tmp_path, capsys):
         ("pos", "p\u043es", r"'pos' and 'p\u043es'"),
         ("caf\u00e9", "cafe\u0301", r"'café' and 'cafe\u0301'"),
         ("1", "\uff11", r"'1' and '\uff11'"),
+        ("\u0130yi", "iyi", "'\u0130yi' and 'iyi'"),
+        ("\u03cc\u03c7\u03b9", "\u039f\u03a7\u0399", "'\u03cc\u03c7\u03b9' and '\u039f\u03a7\u0399'"),
+        ("pos", "pos.", "'pos' and 'pos.'"),
+        ("1", "'1", "'1' and \"'1\""),
+        ("\uae0d\uc815", "\ubd80\uc815", ""),  # positive and negative, which have letters in common
+        ("1" + "0" * 17, "1" + "0" * 16 + "1", ""),  # one float
         ("-1.0", "\uff0d\u0661", r"'-1.0' and '\uff0d\u0661'"),
         ("-1", "\u22121", "'-1' and '\u22121'"),
         ("class_a", "class_b", ""),
@@ -190,6 +202,30 @@ def test_many_misspelled_labels_are_a_few_lines(tmp_path, capsys):
     guess(tmp_path, [f"negative{'x' * i}" for i in range(20)] * 5)
     printed = capsys.readouterr().out
     assert printed.count("warning") == 6 and "14 more labels are spelled almost as another" in printed
+
+
+def test_long_lists_end_after_a_label(tmp_path, capsys):
+    labels = [f"{i} %, or more" for i in range(100, 120)]
+    guess(tmp_path, [f"{i} % or so" for i in range(100, 120)] * 5)
+    assert "114 % or so and 5 more: the labels are words\n" in capsys.readouterr().out
+    rows = read_rows(str(tmp_path / "a.csv"), ("text",), "label", settings())
+    with pytest.raises(UserError, match=r"\(expected one of 100 %, or more, .*, 111 %, or more and 8 more\)"):
+        to_examples(rows, "a.csv", labels)
+
+
+def test_labels_are_compared_exactly(tmp_path, capsys):
+    """One float, but another number. Where only the spelling differs, a line says so."""
+    huge, path = "1" + "0" * 17, tmp_path / "b.csv"
+    path.write_text(f"text,label\na,{huge[:-1]}1\n")
+    rows = read_rows(str(path), ("text",), "label", settings())
+    with pytest.raises(UserError, match=f"b.csv:2: unknown label '{huge[:-1]}1' .expected one of 2, {huge}"):
+        to_examples(rows, str(path), ("2", huge))
+    path.write_text("text,label\na,007\nb,7\nc,1E2\nd,1.0\ne,1\n")
+    rows = read_rows(str(path), ("text",), "label", settings())
+    assert to_examples(rows, str(path), ("007", "1", "100", "1e" + "9" * 20)).labels.tolist() == [0, 0, 2, 1, 1]
+    assert capsys.readouterr().out == f"{path}:3: label '7' is taken for '007', and 2 more are spelled otherwise\n"
+    to_examples(rows[:1], str(path), ("007", "1"))
+    assert capsys.readouterr().out == ""
 
 
 def own(pretrained, tmp_path, *options, out="out"):
@@ -337,7 +373,7 @@ def test_an_open_quote_takes_one_row_with_it(tmp_path, capsys):
     path.write_text("text,label\na0,0\n" + '"a1,1\n' + "".join(f"a{i},{i}\n" for i in range(2, 50)))
     rows = read_rows(str(path), ("text",), "label", settings(skip_bad_lines=1))
     assert [row.index for row in rows] == [0, *range(2, 50)] and rows[1] == (2, 4, ["a2", "2"])
-    assert f"skipped {path}:3: unexpected end of data, up to line 51 (is a quote not closed?)\n" == capsys.readouterr().out
+    assert f"skipped {path}:3: unexpected end of data on line 51 (is a quote not closed?)\n" == capsys.readouterr().out
     path.write_text(path.read_text() + 'b",50\n')  # all of them one row, but for their labels
     with pytest.raises(UserError, match="a.csv:3: one row up to line 52, though its lines are rows \\(is a quote not closed"):
         read_rows(str(path), ("text",), "label", settings())
@@ -419,10 +455,12 @@ def test_the_quotes_of_a_csv_in_a_tsv(tmp_path, capsys, order):
     "name, contents, says",
     [
         ("a.csv", 'text\nb\nhe said "hi"\n"c" d\n', "a.csv:4: ',' expected after '\"'"),
-        ("a.csv", "text\n\"a\nb\n", "a.csv:2: unexpected end of data, up to line 3"),
+        ("a.csv", "text\n\"a\nb\n", "a.csv:2: unexpected end of data on line 3"),
         ("a.tsv", "text\tlabel\nSome apples, and more    yes\nb\tno\n", "a.tsv:2: 1 column, expected 2 (a tab or a line break in"),
         ("a.tsv", "text\tlabel\nSome 1,200 apples    yes\nb\tno\n", "a.tsv:2: 1 column, expected 2 (a tab or a line break in"),
         ("a.tsv", "text\tlabel\nSome apples,yes\nb\tno\n", "a.tsv:2: a comma between columns, unlike the first line's tab"),
+        ("a.csv", "text\na\rb\n", "a.csv:2: a lone carriage return (remove it; if it ends a line: tr '\\r' '\\n' < FILE > NEW; "),
+        ("a.jsonl", '{"text": "first", "text": "second"}\n', "a.jsonl:1: 'text' is there more than once ("),
         ("a.csv", "text,label\ra,yes\rb,no\r", "a.csv: a single line, with \\r inside: old Mac line ends (convert it: tr"),
         ("a.jsonl", '{"text": "a"}\r{"text": "b"}\n', "a.jsonl: a single line, with \\r inside: old Mac line ends (convert it"),
     ],
@@ -442,6 +480,51 @@ def test_joined_files_with_marks_inside(tmp_path, name):
     part = {"a.csv": 'text\n"a, b"\n', "a.tsv": "text\na, b\n", "a.jsonl": '{"text": "a, b"}\n'}[name]
     (tmp_path / name).write_text(f"\ufeff{part}\ufeff{part.removeprefix('text' + chr(10))}", encoding="utf-8")
     assert [row.cells for row in read_rows(str(tmp_path / name), ("text",), "", settings())] == [["a, b"]] * 2
+
+
+@pytest.mark.parametrize("name, mark", [("a.csv", ","), ("a.csv", ";"), ("a.tsv", "\t")])
+def test_joined_files_with_their_names_inside(tmp_path, capsys, name, mark):
+    """cat a.csv b.csv: a row with the label "label", and another class."""
+    path = tmp_path / name
+    path.write_text("\n\ufefftext,label\na,yes\n\ufefftext,label\nb,no\nlabel,text\n".replace(",", mark), encoding="utf-8")
+    with pytest.raises(UserError, match=f"{name}:4: the names of the columns again .--skip_bad_lines=1 skips it"):
+        read_rows(str(path), ("text",), "label", settings())
+    rows = read_rows(str(path), ("text",), "label", settings(skip_bad_lines=1))
+    assert [row.cells for row in rows] == [["a", "yes"], ["b", "no"], ["label", "text"]]
+    (tmp_path / name).write_text("text\na\ntext\n")  # a text like any other
+    assert [row.cells for row in read_rows(str(path), ("text",), "", settings())] == [["a"], ["text"]]
+    path, mark = (path, mark) if mark != ";" else (path, ",")
+    path.write_text(f"a{mark}yes\nb{mark}no\na{mark}yes\n")  # no names, but a row twice
+    assert len(read_rows(str(path), ("text",), "", settings(), ("text", "label"))) == 3
+
+
+def test_names_of_two_lines_again(tmp_path):
+    names = '"t\nu",text,label\n'
+    (tmp_path / "a.csv").write_text(f"{names}a,b,yes\n{names}c,d,no\n")
+    rows = read_rows(str(tmp_path / "a.csv"), ("text",), "label", settings(skip_bad_lines=1))
+    assert rows == [(0, 3, ["b", "yes"]), (2, 6, ["d", "no"])]
+
+
+def test_a_blank_before_quotes(tmp_path, capsys):
+    """They become part of the text. In quotes themselves they are."""
+    path = tmp_path / "a.csv"
+    path.write_text('label,text\nneg, "great film"\npos," ""so"" it is"\npos," ""so"""\nneg, it is "so"\n "neg",a\n')
+    rows = read_rows(str(path), ("text",), "label", settings())
+    assert [row.cells[0] for row in rows] == [' "great film"', ' "so" it is', ' "so"', ' it is "so"', "a"]
+    says = "blanks before cells in quotes, so the model reads both: lines 2, 6 (remove the blanks)"
+    assert capsys.readouterr().out == f"warning: {path}: {says}\n"
+
+
+def test_a_column_with_a_comma_in_its_name(pretrained, tmp_path, capfd):
+    for name in ("a.csv", "b.csv"):
+        (tmp_path / name).write_text('"How was it, really?",kind\na,yes\nb,no\n')
+    error = fails(main, own(pretrained, tmp_path, "--text_columns=How was it, really?"), capfd)
+    assert "no column 'How was it' (the first row has How was it, really?, kind; " in error
+    assert "; commas separate columns: rename the one that has a comma in its name)" in error
+    (tmp_path / "a.csv").write_text('"a, b",kind\na,yes\n')
+    assert "has a comma" not in fails(main, own(pretrained, tmp_path, "--text_columns=text"), capfd)
+    error = fails(main, own(pretrained, tmp_path, "--text_columns=So, how was it, really?"), capfd)
+    assert "or two for pairs (commas separate them: rename one that has a comma in its name)" in error
 
 
 def test_quotes_can_be_trusted(tmp_path, capsys):

@@ -28,6 +28,7 @@ from common.labelled import (
     NUMBER,
     PLAIN,
     Examples,
+    has_decimal_comma,
     in_ascii,
     is_missing,
     looks_grouped,
@@ -36,10 +37,12 @@ from common.labelled import (
     read_numbers,
     read_rows,
     to_examples,
+    value_of,
     write_table,
 )
 from common.options import UserError, command, load_config
 from common.processes import Process, pick_device
+from common.tables import listed
 from finetune_glue import (
     FineTuneConfig,
     Settings,
@@ -59,6 +62,7 @@ FOR_TRAINING = (  # options that mean nothing with a --predict_file alone
     "random_weights", "jobs", "dry_run",
 )  # fmt: skip
 RARE = 5  # labels with fewer rows are warned about
+QUOTES = " '\"\u2018\u2019\u201a\u201c\u201d\u201e\u00ab\u00bb"
 LATIN_LOOK = str.maketrans("аеорсухіјѕ", "aeopcyxijs")  # Cyrillic letters, and the Latin ones that look the same
 
 
@@ -83,7 +87,8 @@ class OwnConfig(FineTuneConfig):
             if not self.train_file and field.name in FOR_TRAINING and getattr(self, field.name) != field.default:
                 raise UserError(f"--{field.name}: needs --train_file (nothing is trained with --predict_file alone)")
         if len(self.text_columns.split(",")) > 2:
-            raise UserError(f"text_columns={self.text_columns}: one column, or two for pairs")
+            hint = "commas separate them: rename one that has a comma in its name"
+            raise UserError(f"text_columns={self.text_columns}: one column, or two for pairs ({hint})")
         if len(set(self.columns())) < len(self.columns()):
             raise UserError(f"text_columns={self.text_columns}: the same column twice (name two for pairs, or one)")
         if self.trust_quotes and ".csv" not in f"{self.train_file} {self.val_file} {self.predict_file}":
@@ -107,7 +112,7 @@ def own_task(cfg, rows):
         raise UserError(f"{path}: the only label in {cfg.label_column!r} is {words[0]!r} (at least two are needed)")
     regression, why = guess(cfg, rows)
     if not regression:
-        print(f"{path}: classification into {', '.join(words)[:200]}: {why}", flush=True)
+        print(f"{path}: classification into {listed(words)}: {why}", flush=True)
         warn_about(path, rows)
         return Task("own", "", cfg.columns(), cfg.label_column, tuple(words), ("accuracy", "macro_f1"))
     labels = to_examples(rows, path, ()).labels
@@ -125,16 +130,19 @@ def guess(cfg, rows):
     read = read_numbers([row.cells[-1] for row in rows])
     numbers = [number for number, _ in read if number is not None]
     different, whole = len(set(numbers)), all(number.is_integer() for number in numbers)
-    if len(numbers) <= len(rows) / 2 or (whole and different <= MAX_CLASSES):
-        if all(NUMBER.fullmatch(row.cells[-1]) for row in rows):
-            spelled = f", spelled in {words} ways" if (words := len({row.cells[-1] for row in rows})) > different else ""
-            return False, f"the labels are {different} different whole numbers{spelled} (or --problem=regression)"
+    if len(numbers) <= len(rows) / 2:
         return False, "the labels are words"
-    way_out = "--problem=classification takes all as words"
-    for spelling in dict.fromkeys([COMMA, GROUPS, *(other for _, other in read if other)]):
+    few, way_out = whole and different <= MAX_CLASSES, "--problem=classification takes all as words"
+    for spelling in dict.fromkeys([COMMA, GROUPS, *(other for _, other in read if other and not few)]):
         if found := [row for row, (_, other) in zip(rows, read) if other == spelling]:
-            text = f"label {found[0].cells[-1]!r} has {spelling}, as {len(found)} of {len(rows)} labels do"
+            count = sum(has_decimal_comma(row.cells[-1]) for row in rows) if spelling == COMMA else len(found)
+            text = f"label {found[0].cells[-1]!r} has {spelling}, as {count} of {len(rows)} labels do"
             raise UserError(f"{cfg.train_file}:{found[0].line}: {text} ({PLAIN}; {way_out})")
+    if few and all(NUMBER.fullmatch(row.cells[-1]) for row in rows):
+        spelled = f", spelled in {words} ways" if (words := len({row.cells[-1] for row in rows})) > different else ""
+        return False, f"the labels are {different} different whole numbers{spelled} (or --problem=regression)"
+    if few:
+        return False, "the labels are words"
     for row, (number, _) in zip(rows, read):
         if number is None:
             text = f"label {row.cells[-1]!r} is not a number, as {len(numbers)} of {len(rows)} labels are"
@@ -173,11 +181,12 @@ def warn_about(path, rows):
 
 
 def essence(word):
-    """What labels have in common that a person would take for the same: "1" and "1.0", "pos" and " Pos"."""
-    visible = "".join(c for c in unicodedata.normalize("NFKC", word) if unicodedata.category(c) != "Cf")  # no zero widths
+    """What labels have in common that a person would take for the same: "1" and "1.0", "pos" and " Pos.", with any accents."""
+    bare = (c for c in unicodedata.normalize("NFKD", word) if unicodedata.category(c) != "Cf" and not "\u0300" <= c <= "\u036f")
+    visible = unicodedata.normalize("NFKC", "".join(bare)).strip(QUOTES)  # and without zero widths
     if NUMBER.fullmatch(in_ascii(visible)):
-        return float(in_ascii(visible))
-    return " ".join(visible.casefold().translate(LATIN_LOOK).split())
+        return value_of(in_ascii(visible))
+    return " ".join(visible.strip(QUOTES + ".").casefold().translate(LATIN_LOOK).split())
 
 
 def spellings(word):
@@ -308,7 +317,7 @@ def main(argv):
     warn_of_overlap(paths, examples)
     pretrained, model = load_pretrained(cfg.checkpoint, cfg.out), os.path.join(cfg.out, "model")
     if earlier := pretrained.config.get("task"):
-        into = f"on labels {', '.join(earlier['labels'])[:200]}" if earlier["labels"] else "on numbers"
+        into = f"on labels {listed(earlier['labels'])}" if earlier["labels"] else "on numbers"
         print(f"{cfg.checkpoint}: fine-tuned {into} before: that classifier is left out, and a new one is trained", flush=True)
     plan = make_runs(cfg, pretrained, task, examples, RECIPES[cfg.recipe], cfg.seeds, keep=model)
     if fine_tune(cfg, pretrained, plan, {task: examples}.get) is None:
