@@ -65,6 +65,8 @@ def damaged(path, reason, this_rank_only=False):
 
 def read_manifest(directory):
     """The contents of a shard directory's manifest.json. Raises: UserError."""
+    if os.path.isfile(directory):
+        raise UserError(f"{directory}: a file (give its directory)")
     near = None if os.path.exists(directory) else similar(directory)
     hint = f"no finished shard directory; make one: python prepare_c4.py --source=FILES --out={directory}"
     return read_json(os.path.join(directory, "manifest.json"), f"did you mean {near}?" if near else hint)
@@ -506,7 +508,7 @@ class Mixture(Samples):
                 raise UserError(f"{source.tokenizer_path}: a different tokenizer from that of {first.directory} ({hint})")
             if self.split == "train" and len(source) == 0:
                 raise UserError(f"{source.directory}: no training samples (prepare more text)")
-        self.sources, self.weights = sources, weights
+        self.sources, self.weights, self.total_weight = sources, weights, sum(weights)
         self.shards = [shard for source in sources for shard in source.shards]
         self.source_shards = np.cumsum([0] + [len(source.shards) for source in sources])
         self.source_starts = np.cumsum([0] + [len(source) for source in sources])  # in samples

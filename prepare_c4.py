@@ -174,7 +174,8 @@ def enter_output(out, plan, resumed, task):
         return
     if os.listdir(out) not in ([], [".work"]):
         raise UserError(f"{out}: not empty, and not a shard directory (choose another --out)")
-    shutil.rmtree(work_path(out, ""), ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(work_path(out, ""))
     os.makedirs(work_path(out, ""))
     write_text(plan_path, json.dumps(plan))
 
@@ -362,8 +363,8 @@ def process_unit(number, unit, cfg, threshold):
     Statistics are a flat Counter, so that they add up over units; "length 2^k" counts documents of k bits of length.
     """
     tokenizer_path = os.path.join(cfg.out, "tokenizer.json")
-    tokenizer, special = load_tokenizer(tokenizer_path)
-    other = load_tokenizer(work_path(cfg.out, "other.json")) if cfg.compare_tokenizer else None
+    tokenizer, special = load_tokenizer(tokenizer_path, literal=True)
+    other = load_tokenizer(work_path(cfg.out, "other.json"), literal=True) if cfg.compare_tokenizer else None
     writer = ShardWriter(number, cfg, tokenizer, bytes.fromhex(file_digest(tokenizer_path)))
     duplicates = set(np.load(work_path(cfg.out, f"dropped_{number:05d}.npy")).tolist()) if cfg.dedup else ()
     hashes, by_hash, longest, examples, stats = [], [], [], [], Counter()
@@ -503,7 +504,7 @@ def prepare(cfg, plan, units, given):
     if not os.path.exists(tokenizer_path):  # a resumed run keeps it, as training a tokenizer is not deterministic
         texts = functools.partial(training_texts, units, cfg, threshold, TOKENIZER_TRAIN_CHARS)
         write_once(tokenizer_path, train_tokenizer(texts, cfg.train_tokenizer, cfg.cased, cfg.strip_accents))
-    tokenizer, _ = load_tokenizer(tokenizer_path)
+    tokenizer, _ = load_tokenizer(tokenizer_path, literal=True)
     done = [number for number in range(len(units)) if os.path.exists(unit_path(out, number))]
     estimate, unknown = inspect_sample(units, cfg, tokenizer)
     if unknown > MAX_UNKNOWN and not done:

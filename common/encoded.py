@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from common.batch import Batch, pack, round_up
-from common.vocabulary import join_texts
+from common.vocabulary import join_texts, plain_blanks
 
 
 @dataclass
@@ -50,7 +50,8 @@ def encode(examples, tokenizer, limit, name, unknown):
     tokenizer.enable_truncation(limit, strategy="longest_first")
     ids, types, truncated, with_unknown = [], [], 0, 0
     for start in range(0, len(examples.texts), 10_000):  # the library's results take a hundred bytes per token
-        texts = [text if len(text) == 2 else text[0] for text in examples.texts[start : start + 10_000]]
+        texts = [tuple(map(plain_blanks, text)) for text in examples.texts[start : start + 10_000]]
+        texts = [text if len(text) == 2 else text[0] for text in texts]
         for encoding in tokenizer.encode_batch_fast(texts):
             ids.append(np.array(encoding.ids, np.int32))
             types.append(np.array(encoding.type_ids, np.int32))

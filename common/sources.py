@@ -22,6 +22,7 @@ from common.lines import COMPRESSIONS, MAX_TEXT, location, numbered_lines, skip_
 from common.options import UserError, similar
 from common.remote import is_remote, list_hub, list_remote, network_error, size_and_version
 from common.tables import TABLES, open_table, parquet_records, parse_json, record_cells, table_rows
+from common.vocabulary import plain_blanks
 
 SEGMENT_BYTES = 64 * 2**20  # a plain file with a document per line is split into byte ranges of this size
 C4 = "allenai/c4"
@@ -68,12 +69,15 @@ def list_segments(source, doc_sep="line", known=(), out=""):
             segments += hub_segments(hub[1], hub[2] or "", known)
         else:
             segments += [segment for path in list_files(part, out) for segment in file_segments(path, doc_sep)]
-    seen = set()
+    seen = {}
     for segment in segments:
         key = os.path.realpath(segment.path), segment.start
         if key in seen:
-            raise UserError(f"{segment.path}: listed twice in --source={source} (list it once)")
-        seen.add(key)
+            other, path = sorted((seen[key], segment.path), key=os.path.islink)
+            if os.path.islink(path):
+                raise UserError(f"{path}: a link, to the same file as {other} (remove the link)")
+            raise UserError(f"{path}: listed twice in --source={source} (list it once)")
+        seen[key] = segment.path
     return segments
 
 
@@ -90,6 +94,8 @@ def list_files(part, out=""):
     for path in found:
         if path.endswith("/") or os.path.isdir(path):
             skipped["directories"] += "**" not in part
+        elif os.path.exists(path) and not os.path.isfile(path):  # reading a named pipe would wait for its writer
+            skipped["pipes or devices"] += 1
         elif is_directory and f"{os.sep}." in path[len(part.rstrip(os.sep)) :]:
             skipped["hidden"] += 1
         elif is_directory and split_suffixes(path)[0] not in FORMATS:
@@ -184,17 +190,19 @@ def versions(segments, again=False):
 
 
 def documents(segment, cfg, stats):
-    """The texts of a Segment, in order.
+    """The texts of a Segment, in order, with plain_blanks.
 
     cfg: has text_key, doc_sep and skip_bad_lines. stats: a Counter that gets "bad lines", those skipped, and
     "segment bytes", how far the segment has been read. Raises: UserError with file and line.
     """
-    if segment.path == "stdlib":
-        return stdlib_segment(stats)
     kind, _ = split_suffixes(segment.path)
-    if kind in TABLES:
-        return table_documents(segment, cfg, stats)
-    return text_documents(segment, cfg, stats) if kind == ".txt" else record_documents(segment, cfg, stats)
+    if segment.path == "stdlib":
+        texts = stdlib_segment(stats)
+    elif kind in TABLES:
+        texts = table_documents(segment, cfg, stats)
+    else:
+        texts = text_documents(segment, cfg, stats) if kind == ".txt" else record_documents(segment, cfg, stats)
+    return map(plain_blanks, texts)
 
 
 @functools.cache

@@ -29,7 +29,8 @@ CUT_WORDS = pre_tokenizers.FixedLength(length=100)
 # are the text. Training then takes 60 bytes a character, so it reads at most UNSPACED_CHARS.
 DROP_WORDS = pre_tokenizers.Split(Regex("^.{101,}$"), "removed")
 UNSPACED_WORD, UNSPACED_SHARE, UNSPACED_CHARS = 32, 0.1, 50 * 10**6
-SPACE = re.compile(r"[ \t\n\r]")  # where every BERT tokenizer splits; its normalizer removes \f and \x85
+SPACE = re.compile(r"[ \t\n\r]")  # where every BERT tokenizer splits
+REMOVED_SPACE = re.compile(r"[\v\f\x1c-\x1f\x85]")  # these are white space, too, but BERT's normalizer removes them
 TOKENIZER_FILES = [  # the first that is there, and the settings beside it
     "tokenizer.json", "vocab.txt", "tokenizer_config.json", "config.json", "special_tokens_map.json", "added_tokens.json",
 ]  # fmt: skip
@@ -276,11 +277,11 @@ def add_tokens(tokenizer, contents, about, extra, added, path):
 # Using
 
 
-def load_tokenizer(path, text=None):
+def load_tokenizer(path, text=None, literal=False):
     """(tokenizers.Tokenizer without truncation or padding, ids of the special tokens: {"[MASK]": 103, ...}).
 
-    text: the contents of the file, if already read. Raises: UserError for anything but a tokenizer with BERT's special
-    tokens, or RoBERTa's.
+    text: the contents of the file, if already read. literal: "[MASK]" in a text is text, not the special token. Raises:
+    UserError for anything but a tokenizer with BERT's special tokens, or RoBERTa's.
     """
     if text is None and not os.path.isfile(path):
         raise UserError(f"{path}: no such tokenizer (expected a tokenizer.json)")
@@ -290,6 +291,7 @@ def load_tokenizer(path, text=None):
         raise UserError(f"{path}: not a tokenizer: {error}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    tokenizer.encode_special_tokens = literal
     special = {name: tokenizer.token_to_id(own) for name, own in special_names(tokenizer).items()}
     for name, token in special.items():
         if token is None:
@@ -310,6 +312,11 @@ def continuations(tokenizer, path):
     if not prefix:
         raise UserError(f"{path}: does not mark pieces inside words, as WordPiece does by ## (leave out whole_words)")
     return np.array([tokenizer.id_to_token(i).startswith(prefix) for i in range(tokenizer.get_vocab_size())])
+
+
+def plain_blanks(text):
+    """The text with blanks for REMOVED_SPACE, such as the form feeds of pdftotext: without it the words around would join."""
+    return REMOVED_SPACE.sub(" ", text)  # takes a hundredth of the tokenizer's time; str.translate a tenth
 
 
 def encode(tokenizer, texts, max_doc_tokens=0):

@@ -375,9 +375,8 @@ def test_max_doc_tokens_keeps_the_first_tokens(limit, cased):
 @pytest.mark.parametrize("separator", ["\x0c", "\x1c", "\x85"])
 def test_max_doc_tokens_cuts_only_where_the_tokenizer_does(separator):
     """White space for str.isspace, but BERT's normalizer removes it, so this is one long word."""
-    write_texts("a.txt", ["a" * 70 + separator + "a" * 40, "w1 " * 100])
-    prepare(source="a.txt", val_fraction=0, max_doc_tokens=1)
-    assert stored() == [[VOCAB.index("[UNK]")], ids("w1")]
+    tokenizer, special = vocabulary.load_tokenizer("vocab", vocabulary.read_tokenizer("vocab.txt"))
+    assert vocabulary.encode(tokenizer, ["a" * 70 + separator + "a" * 40], 1)[1] == [[special["[UNK]"]]]
 
 
 def test_shard_tokens(corpus):
@@ -416,7 +415,8 @@ def test_a_vocabulary_tokenizes_as_transformers_does(tmp_path, cased):
     transformers = pytest.importorskip("transformers")
     characters = "".join(sorted({c for text in TOKENIZER_TEXTS for c in text + text.lower()} - set(LETTERS)))
     write_vocab(dict.fromkeys([*VOCAB, *characters.split(), *"".join(characters.split()), "the", "##ck", "Th", "qu", "##it"]))
-    expected = transformers.BertTokenizerFast.from_pretrained(str(tmp_path), do_lower_case=not cased)
+    options = {"do_lower_case": not cased, "split_special_tokens": True}  # names of special tokens in a text are text
+    expected = transformers.BertTokenizerFast.from_pretrained(str(tmp_path), **options)
     Path("a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TOKENIZER_TEXTS))
     prepare(source="a.jsonl", val_fraction=0, cased=cased)
     whole = [expected(text, add_special_tokens=False).input_ids for text in TOKENIZER_TEXTS]
@@ -577,6 +577,22 @@ def test_a_foreign_manifest_is_refused_and_untouched(capsys, name, contents):
     before = state_of("out")
     error = prepare_fails(capsys, source="a.txt", val_fraction=0)
     assert error.startswith("error: out") and state_of("out") == before
+
+
+def test_a_read_only_output_is_called_so(capsys):
+    """The .work in it was called a file."""
+    write_files({"a.txt": b"w1\n"})
+    os.makedirs("out/.work")
+    os.chmod(".", 0o777)
+    os.chmod("out", 0o555)
+    user = os.geteuid()
+    if user == 0:  # may write everywhere
+        os.seteuid(65534)
+    try:
+        error = prepare_fails(capsys, source="a.txt", val_fraction=0)
+        assert error == "error: out/.work/: Permission denied (choose another path, or change its permissions)\n"
+    finally:
+        os.seteuid(user)
 
 
 def test_skip_bad_lines(capsys):

@@ -256,6 +256,14 @@ def fails(argv, capsys):
     return captured.err
 
 
+def test_weights_that_are_no_shares_are_said(data_dir, tmp_path, capsys):
+    other = make_shards(tmp_path / "other")
+    for weights, said in (((0.7, 0.7), 1), ((0.7, 0.3), 0), ((0.1, 0.9), 0)):
+        train.main(toy_argv(f"{data_dir}:{weights[0]},{other}:{weights[1]}", tmp_path / "run", dry_run=True))
+        line = f"--data_dir: weights add up to 1.4, not 1: the shares are {data_dir} 50.0%, {other} 50.0%\n"
+        assert capsys.readouterr().out.count(line) == said
+
+
 def test_world_size_without_rank_is_refused(data_dir, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.delenv("RANK", raising=False)
@@ -292,7 +300,9 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(data_dir, t
         ("--compile=perhaps", "true or false"), ("--beta2=1", "beta2"), ("--checkpoint_interval=0", "checkpoint_interval"),
         ("--activation_checkpointing --compile", "not both"),
         ("--leraning_rate=1", "unknown option"), ("--global_batch=1", "did you mean global_batch_size"),
-        ("--data_dir=nowhere", "prepare_c4.py"), ("--model=bert --seq_length=513", "512 positions"),
+        ("--data_dir=nowhere", "prepare_c4.py"), ("--data_dir=", "data_dir: empty (a shard directory made by prepare_c4.py)"),
+        ("--data_dir=configs/base.py", "configs/base.py: a file (give its directory)"),
+        ("--model=bert --seq_length=513", "512 positions"),
         ("--init_from=nowhere", "nowhere: no such directory"), ("--eval_only", "no checkpoint to evaluate"),
         ("configs/none.py", "configs/none.py"), ("--kernels=cuda", "one of auto, triton, torch"),
     ],

@@ -15,10 +15,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 import prepare_c4
-from common import corpus_report, lines, sources, tables, vocabulary, workers
+from common import corpus_report, encoded, lines, sources, tables, vocabulary, workers
 from common.options import UserError, similar
 from common.sources import files_below, list_files
 from tests.corpus import VOCAB, frame, ids, interrupted, make_texts, prepare, prepare_fails, stored, text_report, texts_of, workplace, write_files, write_texts, write_vocab  # noqa: F401
@@ -65,6 +65,42 @@ def test_stripped_accents_are_asked_for_counted_and_shown(capsys):
     assert [set(example) for example in report["decoded"]] == [{"text", "tokens"}] * 3
     assert {"text": SCRIPTS[2], "tokens": "กรณา รอ สกคร"} in report["decoded"]
     assert "% of the characters lose accents, vowel signs or other marks" in capsys.readouterr().out
+
+
+def test_removed_control_characters_are_called_so(capsys):
+    write_texts("a.txt", ["w1 \0\u200b w2"])
+    prepare(source="a.txt", val_fraction=0)
+    assert "or are removed, as control characters and U+FFFD are (see decoded)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("space", "\x0b\x0c\x1c\x1d\x1e\x1f\x85")
+def test_white_space_that_bert_removes_joins_no_words(space):
+    """pdftotext ends pages by form feeds: w1 and w2 became w1w2, and 0.0 % changed characters were reported."""
+    text = f"w1{space}w2"
+    write_texts("a.txt", [text])
+    Path("b.jsonl").write_text(json.dumps({"text": text}))
+    Path("c.csv").write_bytes(frame(",", ["text"], [text]))
+    prepare(source="a.txt,b.jsonl,c.csv", val_fraction=0)
+    assert stored() == [ids("w1 w2")] * 3
+    tokenizer, special = vocabulary.load_tokenizer("out/tokenizer.json")
+    examples = SimpleNamespace(texts=[(text,), (text, text)], labels=None, index=None)
+    labelled = encoded.encode(examples, tokenizer, 24, "texts", special["[UNK]"])
+    assert labelled.ids.tolist() == ids("[CLS] w1 w2 [SEP] [CLS] w1 w2 [SEP] w1 w2 [SEP]")
+
+
+def test_names_of_special_tokens_in_a_text_are_text():
+    write_texts("a.txt", ["w1 [MASK] w2[SEP] [CLS] [PAD] [UNK]"])
+    names = [*VOCAB, "[", "]", "mask", "sep", "cls", "pad", "unk"]
+    write_vocab(names)
+    prepare(source="a.txt", val_fraction=0, compare_tokenizer="vocab.txt")
+    assert " ".join(names[i] for i in stored()[0]) == "w1 [ mask ] w2 [ sep ] [ cls ] [ pad ] [ unk ]"
+    assert text_report()["compared"]["this"] == text_report()["compared"]["other"]
+    byte_level = Tokenizer(models.BPE({name: i for i, name in enumerate([*vocabulary.ROBERTA_TOKENS, *"<mask>"])}, []))
+    byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    vocabulary.finish(byte_level)
+    for literal, expected in ((False, [4]), (True, [5, 6, 7, 8, 9, 10])):
+        tokenizer, _ = vocabulary.load_tokenizer("b", byte_level.to_str(), literal)
+        assert vocabulary.encode(tokenizer, ["<mask>"])[1] == [expected]
 
 
 def test_accents_of_berts_own_vocabulary_follow_its_rule():
@@ -448,6 +484,24 @@ def test_links_to_directories_are_followed_and_a_loop_ends(tmp_path):
     (tmp_path / "texts" / "link").symlink_to(tmp_path / "elsewhere")
     found = [os.path.relpath(path, tmp_path) for path in files_below(tmp_path / "texts")]
     assert found == ["texts/.3.txt", "texts/a/1.txt", "texts/link/2.txt"]
+
+
+@pytest.mark.parametrize("name", ["a_link.txt", "link.txt"])
+def test_a_link_to_a_file_beside_it_is_named(capsys, name):
+    write_files({"texts/el.txt": b"w1\n"})
+    os.symlink("el.txt", f"texts/{name}")
+    says = f"error: texts/{name}: a link, to the same file as texts/el.txt (remove the link)\n"
+    assert prepare_fails(capsys, source="texts") == says
+
+
+def test_a_named_pipe_is_left_out(capsys):
+    """Reading one waits for its writer."""
+    write_files({"d/a.txt": b"w1\n"})
+    os.mkfifo("d/p.txt")
+    assert list_files("d") == ["d/a.txt"]
+    assert "d: 1 files to read; skipped 1 pipes or devices" in capsys.readouterr().out
+    with pytest.raises(UserError, match="^d/p.txt: has no file that can be read: 1 pipes or devices"):
+        list_files("d/p.txt")
 
 
 def test_an_empty_directory_is_no_misspelling(tmp_path):

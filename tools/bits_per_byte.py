@@ -52,7 +52,7 @@ class Reader:
     def __init__(self, path, device):
         self.path, self.device, self.bits, self.tokens = path, device, 0.0, 0
         config, tensors, tokenizer_text = checkpoint.load(path)
-        self.tokenizer, self.special = load_tokenizer(path, tokenizer_text)
+        self.tokenizer, self.special = load_tokenizer(path, tokenizer_text, literal=True)
         self.model = checkpoint.make_masked_lm(config, tensors, path).to(device)
 
     def read(self, text, words):
@@ -94,6 +94,8 @@ def text_passages(cfg, stats):
     """(text, [(start, end) of each word]) with cfg.words words each. stats counts the rest: a document's last words."""
     for segment in list_segments(cfg.files, cfg.doc_sep):
         for text in documents(segment, cfg, stats):
+            if not text.strip():  # no document for prepare_c4.py either
+                continue
             words = [match.span() for match in WORD.finditer(text)]
             stats["documents"] += 1
             stats["words read"] += len(words)
