@@ -158,9 +158,10 @@ def print_report(report, cfg):
     hint = "one for this text: --train_tokenizer"
     if cfg.train_tokenizer:
         hint = "a new vocabulary needs more entries, or more text"
+    lost = "lose accents, vowel signs or other marks, or are removed as control characters"
     for name, reason in (
         ("unknown_characters_percent", f"are unknown to the tokenizer, and hidden by [UNK] (see decoded; {hint})"),
-        ("changed_characters_percent", "lose accents, vowel signs or other marks, or are removed, as control characters and U+FFFD are (see decoded)"),
+        ("changed_characters_percent", f"{lost} (see decoded)"),
     ):
         if report[name] >= WARN_PERCENT:
             print(f"warning: {report[name]:.1f} % of the characters {reason}")

@@ -315,7 +315,7 @@ def continuations(tokenizer, path):
 
 
 def plain_blanks(text):
-    """The text with blanks for REMOVED_SPACE, such as the form feeds of pdftotext: without it the words around would join."""
+    """The text with blanks for REMOVED_SPACE, such as the form feeds of pdftotext, which keep words apart."""
     return REMOVED_SPACE.sub(" ", text)  # takes a hundredth of the tokenizer's time; str.translate a tenth
 
 
