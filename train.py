@@ -426,12 +426,12 @@ def print_warnings(cfg, process, num_params, samples):
     if process.device.type == "cpu" and num_params > LARGE_FOR_CPU:
         hint = "configs/small.py is made for one; --dry_run estimates the time on a GPU"
         process.say(f"warning: {num_params:,} parameters on a CPU: a step may take minutes ({hint})")
-    if (shares := samples.shares()) and not math.isclose(samples.total_weight, 1):
-        used = ", ".join(f"{source.directory} {share:.1%}" for source, share in shares)
+    if not math.isclose(getattr(samples, "total_weight", 1), 1):  # only a Mixture has weights
+        used = ", ".join(f"{source.directory} {share:.1%}" for source, share in samples.shares())
         process.say(f"--data_dir: weights add up to {samples.total_weight:g}, not 1: the shares are {used}")
     if cfg.chunk or process.rank > 0:
         return
-    for source in [source for source, _ in shares] or [samples]:  # which part of its text do samples take?
+    for source in [source for source, _ in samples.shares()] or [samples]:  # which part of its text do samples take?
         order, _ = source.order(np.arange(min(len(source), COVERAGE_SAMPLES)), cfg.seed)
         used = source.locate(order)[2].mean() * len(source) / max(1, source.num_tokens.sum())
         if used < MIN_TEXT_USED:
