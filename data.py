@@ -281,6 +281,8 @@ class Samples:
     Raises: UserError when the directory is missing or damaged, or its tokenizer does not mark what continues a word.
     """
 
+    total_weight = 1.0  # of a mixture, as given
+
     def __init__(self, directory, split, seq_length, chunk=False, padded=False, whole_words=False):
         manifest = read_manifest(directory)
         self.directory, self.split, self.seq_length, self.chunk, self.padded = directory, split, seq_length, chunk, padded

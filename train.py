@@ -426,7 +426,7 @@ def print_warnings(cfg, process, num_params, samples):
     if process.device.type == "cpu" and num_params > LARGE_FOR_CPU:
         hint = "configs/small.py is made for one; --dry_run estimates the time on a GPU"
         process.say(f"warning: {num_params:,} parameters on a CPU: a step may take minutes ({hint})")
-    if not math.isclose(getattr(samples, "total_weight", 1), 1):  # only a Mixture has weights
+    if not math.isclose(samples.total_weight, 1):
         used = ", ".join(f"{source.directory} {share:.1%}" for source, share in samples.shares())
         process.say(f"--data_dir: weights add up to {samples.total_weight:g}, not 1: the shares are {used}")
     if cfg.chunk or process.rank > 0:

@@ -153,7 +153,13 @@ def test_nothing_masked_has_no_loss(tmp_path, capsys):
 
 
 def test_many_epochs_and_large_models_on_a_cpu_are_warned_of(data_dir, capsys):  # noqa: F811
-    process, samples = SimpleNamespace(say=print, device=torch.device("cpu"), rank=0), range(19_000)
+    class Many:
+        total_weight = 1.0
+
+        def __len__(self):
+            return 19_000
+
+    process, samples = SimpleNamespace(say=print, device=torch.device("cpu"), rank=0), Many()
     train.print_warnings(train.TrainConfig(chunk=True), process, 137_400_384, samples)
     printed = capsys.readouterr().out
     assert "70,000 steps are 15,091 epochs of 19,000 samples (try --max_steps=927" in printed

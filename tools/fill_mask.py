@@ -20,7 +20,7 @@ from common.files import whole_file
 from common.labelled import Row, warn_of_lost_texts
 from common.lines import COMPRESSIONS, decompress, not_text, not_utf8, read_error, read_errors, split_suffixes
 from common.options import UserError, command, load_config
-from common.vocabulary import load_tokenizer
+from common.vocabulary import load_tokenizer, plain_blanks
 from model import MAX_POSITIONS
 
 NUM_GUESSES = 5
@@ -45,7 +45,7 @@ def token_ids(model, tokenizer, special, texts, config, longest=None):
     longest = min(longest or LONGEST, MAX_POSITIONS if model.cfg.model == "bert" else LONGEST)
     sequences, lengths = [], []
     for text in texts:
-        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        ids = tokenizer.encode(plain_blanks(text), add_special_tokens=False).ids
         sequences.append(np.array([special["[CLS]"], *ids[: longest - 2], special["[SEP]"]]))
         lengths.append(len(ids) + 2)
     trained = config["task"]["max_length"] if "task" in config else config.get("seq_length", np.inf)
@@ -58,7 +58,7 @@ def token_ids(model, tokenizer, special, texts, config, longest=None):
 
 def fill_mask(model, tokenizer, special, text, device, config):
     """Print the NUM_GUESSES most likely tokens for each [MASK] of the text, with their probabilities."""
-    encoding = tokenizer.encode(text, add_special_tokens=False)
+    encoding = tokenizer.encode(plain_blanks(text), add_special_tokens=False)
     unknown = [text[slice(*place)] for token, place in zip(encoding.ids, encoding.offsets) if token == special["[UNK]"]]
     if unknown:
         print(f"not in the vocabulary, so the model sees [UNK]: {', '.join(unknown)}")
