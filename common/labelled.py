@@ -24,9 +24,9 @@ THOUSANDS = re.compile(r"\s*([+-]?[1-9]\d{0,2}(?:[,.'\u2019 \u00a0\u202f]\d{3})+
 POINTED = re.compile(r"\s*[+-]?[1-9]\d{0,2}\.\d{3}\s*", re.ASCII)  # 1.100: 1100 to a German, 1.1 to others
 COMMA, GROUPS = "a decimal comma", "separators between thousands"
 PLAIN = "write numbers with a point alone, in ASCII, as -1234.5 or 950.0"
-# Dashes that programs write for a minus sign, a plus sign, point and comma of full width, and Arabic separators.
-SIGNS = "\u2212\u2010\u2011\u2012\u2013\u2014\ufe63\uff0d\uff0b\uff0e\uff0c\u066b\u066c"
-SIGNS = str.maketrans(SIGNS, "--------+.,.'")
+DASHES = "\u2212\u2010\u2011\u2012\u2013\u2014\ufe63\uff0d"  # that programs write for a minus sign
+# In ASCII: dashes, a plus sign, point and comma of full width, and Arabic separators.
+SIGNS = str.maketrans(DASHES + "\uff0b\uff0e\uff0c\u066b\u066c", "-" * len(DASHES) + "+.,.'")
 # What others write where a value is missing, or Excel where it could not compute one.
 MISSING = {"na", "n/a", "<na>", "nan", "nil", "none", "null", "-", "?", "#n/a", "\\n", "nat", ".", "--"}
 MISSING |= {"(blank)", "''", '""', "undefined", "k.a.", "n.a."}
