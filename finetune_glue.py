@@ -668,6 +668,8 @@ def earlier_results(cfg, pretrained, plan):
     if not os.path.exists(path):
         return {}
     earlier, options = read_json(path, "not written by finetune_glue.py"), shared_options(cfg, pretrained)
+    if not isinstance(earlier.get("tasks"), dict):
+        raise UserError(f"{path}: not written by finetune_glue.py (choose another --out)")
     names = [name for name in options if earlier.get(name, options[name]) != options[name]]  # missing: older code
     starts = {task["init"] for name, task in earlier["tasks"].items() if name in FROM_MNLI}
     if len(starts | {run.init for run in plan if run.task.name in FROM_MNLI}) > 1:

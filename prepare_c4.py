@@ -37,7 +37,7 @@ from common.hashes import val_threshold
 from common.lines import split_suffixes
 from common.options import UserError, command, hint_for, load_config, require, stoppable
 from common.sources import Segment, documents, list_segments, versions
-from common.vocabulary import beginning, encode, letters, load_tokenizer, read_tokenizer, special_names, train_tokenizer
+from common.vocabulary import beginning, encode, is_blank, letters, load_tokenizer, read_tokenizer, special_names, train_tokenizer
 from common.vocabulary import unknown_characters
 from common.workers import Progress, report_progress, run_jobs
 from data import Samples, prefetch, verify, write_shard
@@ -231,7 +231,7 @@ def unit_documents(unit, cfg, stats):
     for segment in unit:
         for text in documents(segment, cfg, stats):
             stats["source bytes"] = finished + stats["segment bytes"]
-            if text.strip():
+            if not is_blank(text):
                 yield segment, text
             else:
                 stats["empty documents"] += 1

@@ -233,7 +233,8 @@ def to_examples(rows, path, labels):
             respelled.append((row, cell))
         if cell not in numbers:
             odd = f", with {name}" if (name := odd_character(cell)) else ""
-            raise UserError(f"{path}:{row.line}: unknown label {cell!r}{odd} (expected one of {listed(labels)})")
+            known = listed(word if word == word.strip() else repr(word) for word in labels)
+            raise UserError(f"{path}:{row.line}: unknown label {cell!r}{odd} (expected one of {known})")
         values.append(numbers[cell])
     if respelled:
         (row, word), *others = respelled

@@ -59,6 +59,8 @@ def list_segments(source, doc_sep="line", known=(), out=""):
     asked again. out: a directory whose files are no source, should it lie inside one. Raises: UserError.
     """
     segments = []
+    if "," in source and os.path.isfile(source):
+        raise UserError(f"{source}: a comma in a name, but commas separate sources (give its directory, or rename it)")
     for part in filter(None, (os.path.expanduser(part.strip()) for part in source.split(","))):
         if part == "stdlib":
             segments.append(Segment("stdlib", 0, sum(map(len, stdlib_documents())), ""))
@@ -236,7 +238,14 @@ def stdlib_segment(stats):
 def text_documents(segment, cfg, stats):
     lines = numbered_lines(segment.path, cfg, stats, segment.start, segment.end)
     if cfg.doc_sep == "line":
-        yield from (line for _, line in lines)
+        inside = 0
+        for _, line in lines:
+            inside += "\r" in line
+            yield line
+        if inside:
+            lines = f"{inside:,} line{'s' * (inside > 1)}"
+            text = f"carriage returns inside {lines} (old Mac line ends? tr '\\r' '\\n' < FILE > NEW)"
+            stats[f"suspect {segment.path}: {text}"] += 1
         return
     paragraph, first, size = [], 1, 0
     for number, line in lines:

@@ -314,6 +314,11 @@ def continuations(tokenizer, path):
     return np.array([tokenizer.id_to_token(i).startswith(prefix) for i in range(tokenizer.get_vocab_size())])
 
 
+def is_blank(text):
+    """Whether a text has nothing to read: white space, and characters without a shape, such as U+200B and U+FEFF."""
+    return not any(c.isprintable() and not c.isspace() for c in text)
+
+
 def plain_blanks(text):
     """The text with blanks for REMOVED_SPACE, such as the form feeds of pdftotext, which keep words apart."""
     return REMOVED_SPACE.sub(" ", text)  # takes a hundredth of the tokenizer's time; str.translate a tenth

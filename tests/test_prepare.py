@@ -341,6 +341,22 @@ def test_val_docs_is_a_number(corpus, max_docs):
         smaller = set(held_out)
 
 
+def test_texts_without_a_visible_character_are_blank(corpus):
+    """They took the places of held-out ones."""
+    write_texts("zz.txt", ["\u200b" * k for k in range(1, 60)] + [" \ufeff\u3000"])
+    prepare(**{**corpus, "source": "zz.txt," + corpus["source"]}, val_docs=5)
+    report = text_report()
+    assert report["documents_held_out"] == 5 and report["documents_empty"] == 60 and report["documents"] == 120
+
+
+def test_carriage_returns_inside_lines_are_said(corpus):
+    """Old Mac line ends with a line feed somewhere made a few long documents of many."""
+    Path("mac.txt").write_bytes(b"".join(b"w1 w2 %d\r" % i for i in range(60)) + b"w3\nw4\r\nw5\n")
+    prepare(**{**corpus, "source": "mac.txt," + corpus["source"]})
+    (suspect,) = text_report()["suspect"]
+    assert suspect.startswith("mac.txt: carriage returns inside 1 line (old Mac line ends? tr ")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokens
 
@@ -504,6 +520,7 @@ PACKED = random.Random(0).randbytes(5000).hex().encode()  # text that does not c
         ({"b.tar": b"w1"}, {"source": "b.tar"}, "b.tar: unknown file format"),
         ({"d/b.txt": b"w1"}, {"source": "d/b.txt,d"}, "d/b.txt: listed twice in --source=d/b.txt,d"),
         ({}, {"source": "stdlib,stdlib"}, "stdlib: listed twice in --source=stdlib,stdlib"),
+        ({"a,b.txt": b"w1"}, {"source": "a,b.txt"}, "a,b.txt: a comma in a name, but commas separate sources"),
         ({"b.parquet.gz": b"w1"}, {"source": "b.parquet.gz"}, "b.parquet.gz: unknown file format"),
         ({"b.gz": b"w1"}, {"source": "b.gz"}, "b.gz: unknown file format"),
         ({"d/b.md": b"w1"}, {"source": "d"}, "d: has no file that can be read: 1 .md (expected .txt, "),

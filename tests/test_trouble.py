@@ -67,7 +67,7 @@ def test_a_run_resumes_without_what_it_started_from(data_dir, tmp_path, capsys):
     assert "first: no such directory" in fails(toy_argv(data_dir, tmp_path / "new", init_from=first), capsys)
 
 
-@pytest.mark.parametrize("other", ["manifest.json", "tokenizer.json", "runs"])
+@pytest.mark.parametrize("other", ["manifest.json", "tokenizer.json", "log.jsonl", "runs"])
 def test_a_directory_of_something_else_is_refused(data_dir, tmp_path, capsys, other):  # noqa: F811
     """data/mine typed for out/mine: the other corpus lost its tokenizer, and so all of its shards."""
     out = make_shards(tmp_path / "shards") if other == "manifest.json" else tmp_path / "other"

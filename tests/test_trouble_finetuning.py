@@ -178,6 +178,10 @@ def test_classes_with_another_minus_sign(tmp_path, capsys):
         ("\u0130yi", "iyi", "'\u0130yi' and 'iyi'"),
         ("\u03cc\u03c7\u03b9", "\u039f\u03a7\u0399", "'\u03cc\u03c7\u03b9' and '\u039f\u03a7\u0399'"),
         ("pos", "pos.", "'pos' and 'pos.'"),
+        ("nem", "NEM!", "'nem' and 'NEM!'"),
+        ("1 %", "1%", "'1 %' and '1%'"),
+        ("50-100", "50 - 100", "'50-100' and '50 - 100'"),
+        ("\u2764", "\u2764\ufe0f", "'\u2764' and '\u2764\ufe0f'"),
         ("1", "'1", "'1' and \"'1\""),
         ("\uae0d\uc815", "\ubd80\uc815", ""),  # positive and negative, which have letters in common
         ("1" + "0" * 17, "1" + "0" * 16 + "1", ""),  # one float
@@ -226,6 +230,27 @@ def test_labels_are_compared_exactly(tmp_path, capsys):
     assert capsys.readouterr().out == f"{path}:3: label '7' is taken for '007', and 2 more are spelled otherwise\n"
     to_examples(rows[:1], str(path), ("007", "1"))
     assert capsys.readouterr().out == ""
+
+
+def test_whole_numbers_are_counted_exactly(tmp_path, capsys):
+    """Of 2^53 + 1 to 2^53 + 100, every other one is no float."""
+    guess(tmp_path, [f"{2**53 + i}" for i in range(1, 101)])
+    assert "the labels are 100 different whole numbers" in capsys.readouterr().out
+
+
+def test_blanks_of_known_labels_are_shown(tmp_path):
+    (tmp_path / "a.csv").write_text("text,label\na,tak\n")
+    rows = read_rows(str(tmp_path / "a.csv"), ("text",), "label", settings())
+    with pytest.raises(UserError, match="unknown label 'tak' .expected one of ' nie', ' tak'"):
+        to_examples(rows, "a.csv", (" nie", " tak"))
+
+
+def test_results_of_something_else_are_refused(pretrained, tmp_path, files, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "glue.json").write_text('{"my": "glue"}')
+    with pytest.raises(SystemExit) as stopped:
+        main(own(pretrained, tmp_path))
+    assert stopped.value.code == 2 and "out/glue.json: not written by finetune_glue.py (choose" in capsys.readouterr().err
 
 
 def own(pretrained, tmp_path, *options, out="out"):

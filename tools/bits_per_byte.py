@@ -25,7 +25,7 @@ from common.batch import Batch, pack
 from common.hashes import text_hash
 from common.options import UserError, command, load_config
 from common.sources import documents, list_segments
-from common.vocabulary import load_tokenizer
+from common.vocabulary import is_blank, load_tokenizer
 from data import hash64
 from model import MAX_POSITIONS
 
@@ -94,7 +94,7 @@ def text_passages(cfg, stats):
     """(text, [(start, end) of each word]) with cfg.words words each. stats counts the rest: a document's last words."""
     for segment in list_segments(cfg.files, cfg.doc_sep):
         for text in documents(segment, cfg, stats):
-            if not text.strip():  # no document for prepare_c4.py either
+            if is_blank(text):  # no document for prepare_c4.py either
                 continue
             words = [match.span() for match in WORD.finditer(text)]
             stats["documents"] += 1

@@ -62,6 +62,7 @@ FOR_TRAINING = (  # options that mean nothing with a --predict_file alone
     "random_weights", "jobs", "dry_run",
 )  # fmt: skip
 RARE = 5  # labels with fewer rows are warned about
+MARKS = re.compile("[\u0300-\u036f\ufe0e\ufe0f]")  # accents, and what makes a sign an emoji
 QUOTES = " '\"\u2018\u2019\u201a\u201c\u201d\u201e\u00ab\u00bb"
 LATIN_LOOK = str.maketrans("аеорсухіјѕ", "aeopcyxijs")  # Cyrillic letters, and the Latin ones that look the same
 
@@ -129,7 +130,9 @@ def guess(cfg, rows):
         return cfg.problem == "regression", f"--problem={cfg.problem}"
     read = read_numbers([row.cells[-1] for row in rows])
     numbers = [number for number, _ in read if number is not None]
-    different, whole = len(set(numbers)), all(number.is_integer() for number in numbers)
+    cells = [row.cells[-1] for row, (number, _) in zip(rows, read) if number is not None]
+    exact = {value_of(cell) if NUMBER.fullmatch(cell) else number for cell, number in zip(cells, numbers)}
+    different, whole = len(exact), all(number.is_integer() for number in numbers)
     if len(numbers) <= len(rows) / 2:
         return False, "the labels are words"
     few, way_out = whole and different <= MAX_CLASSES, "--problem=classification takes all as words"
@@ -182,27 +185,30 @@ def warn_about(path, rows):
 
 def essence(word):
     """What labels have in common that a person would take for the same: "1" and "1.0", "pos" and " Pos.", with any accents."""
-    bare = (c for c in unicodedata.normalize("NFKD", word) if unicodedata.category(c) != "Cf" and not "\u0300" <= c <= "\u036f")
+    bare = (c for c in unicodedata.normalize("NFKD", word) if unicodedata.category(c) != "Cf" and not MARKS.match(c))
     visible = unicodedata.normalize("NFKC", "".join(bare)).strip(QUOTES)  # and without zero widths
     if NUMBER.fullmatch(in_ascii(visible)):
         return value_of(in_ascii(visible))
-    return " ".join(visible.strip(QUOTES + ".").casefold().translate(LATIN_LOOK).split())
+    return " ".join(visible.strip(QUOTES + ".!?").casefold().translate(LATIN_LOOK).split())
 
 
 def spellings(word):
-    """A label's essence, and those with one of its letters left out, which a misspelled label shares with the right one.
+    """A label's essence, also without blanks, and those with one of its letters left out, which a misspelled label shares with
+    the right one.
 
     The first letter is never left out: it tells typical from atypical.
     """
     whole = essence(word)
-    short = isinstance(whole, str) and 5 <= len(whole) <= 50
-    return [whole, *(whole[:i] + whole[i + 1 :] for i in range(1, len(whole)))] if short else [whole]
+    if not isinstance(whole, str):
+        return [whole]
+    short = range(1, len(whole)) if 5 <= len(whole) <= 50 else ()
+    return [whole, whole.replace(" ", ""), *(whole[:i] + whole[i + 1 :] for i in short)]
 
 
 def look_alike(first, second):
     """Whether labels that share one of their `spellings` may be meant as the same: for words of five letters or more."""
     a, b = essence(first), essence(second)
-    if a == b:
+    if a == b or a.replace(" ", "") == b.replace(" ", ""):
         return True
     if a[:-1] == b[:-1] or re.findall(r"\d", a) != re.findall(r"\d", b):  # class_a and class_b, top10 and top20
         return False
