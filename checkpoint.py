@@ -71,7 +71,8 @@ def check_resumable(out_dir, config, defaults, bends_schedule):
         hint = "restore one, or remove them all to start over"
         raise UserError(f"{out_dir}: none of its {len(steps(out_dir))} checkpoints is undamaged ({hint})")
     if not found and not os.path.exists(os.path.join(out_dir, "config.json")):
-        for name in ("manifest.json", "tokenizer.json", "log.jsonl", "runs"):  # of token shards or fine-tuning; a run writes config.json first
+        # Token shards, fine-tuning's results, or somebody's log: a run writes its config.json first.
+        for name in ("manifest.json", "tokenizer.json", "log.jsonl", "runs"):
             if os.path.exists(os.path.join(out_dir, name)):
                 raise UserError(f"{out_dir}: holds {name} of something else than a run (choose another --out_dir)")
         return None, {}

@@ -350,6 +350,8 @@ class Samples:
         lengths, number = np.diff(offsets), samples - self.block_starts[block]  # in the block
         ends = np.cumsum(-(-lengths // longest), axis=1)  # samples up to each document's end
         place = (ends <= number[:, None]).sum(1)  # of the sample's document
+        if (wrong := place == INDEX_DOCS).any():  # the shard was another when the index was made
+            raise damaged(self.shards[shard[wrong.argmax()]].path, "offsets out of order", True)
         skipped = (number - np.where(place > 0, ends[rows, place - 1], 0)) * longest
         return shard, offsets[rows, place] + skipped, np.minimum(lengths[rows, place] - skipped, longest)
 

@@ -37,8 +37,8 @@ from common.hashes import val_threshold
 from common.lines import split_suffixes
 from common.options import UserError, command, hint_for, load_config, require, stoppable
 from common.sources import Segment, documents, list_segments, versions
-from common.vocabulary import beginning, encode, is_blank, letters, load_tokenizer, read_tokenizer, special_names, train_tokenizer
-from common.vocabulary import unknown_characters
+from common.vocabulary import beginning, encode, is_blank, letters, load_tokenizer, read_tokenizer, special_names
+from common.vocabulary import train_tokenizer, unknown_characters
 from common.workers import Progress, report_progress, run_jobs
 from data import Samples, prefetch, verify, write_shard
 

@@ -17,7 +17,7 @@ import numpy as np
 from common.files import write_text
 from common.lines import numbered_lines, split_suffixes
 from common.options import UserError
-from common.tables import LONG_ROW, SEPARATORS, TABLES, listed, open_table, parquet_records, record_cells, table_rows
+from common.tables import LONG_ROW, SEPARATORS, TABLES, listed, open_table, parquet_records, record_cells, rows_of
 
 NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)  # float() also takes 1_0, nan and inf
 THOUSANDS = re.compile(r"\s*([+-]?[1-9]\d{0,2}(?:[,.'\u2019 \u00a0\u202f]\d{3})+)(?:[,.](\d+))?\s*", re.ASCII)  # 1,234.5
@@ -155,17 +155,17 @@ def read_table(path, columns, label_column, cfg, see, default_header):
     table = open_table(path, lines, columns, see, default_header)
     if not table:
         return
-    lines = list(table.lines)
+    table = table._replace(lines=list(table.lines))  # to be read twice
     if table.note:
         print(table.note, flush=True)
     width, trusted = len(table.header.cells), getattr(cfg, "trust_quotes", False)
-    rows = list(table_rows(lines, *table.layout))
+    rows, (mark, quotes) = list(rows_of(table)), table.layout
     if label_column and not trusted and any(row.last > row.first for row in rows):
-        rows = list(table_rows(lines, *table.layout, row_test(rows, table.layout[0], width, table.columns[-1])))
-    texts = dict(lines)
+        rows = list(rows_of(table, row_test(rows, mark, width, table.columns[-1])))
+    texts = dict(table.lines)
     for row in rows:
         if table.headless or row.first != table.header.first:
-            other = other_separator(texts[row.first], table.layout[0], width) if row.fault else ""
+            other = other_separator(texts[row.first], mark, width) if row.fault else ""
             yield row.first, other or row.fault or [row.cells[j] for j in table.columns if row.cells]
     odd = [row for row in rows if not row.fault and not trusted and (row.suspect or row.last - row.first >= LONG_ROW)]
     odd = [f"lines {row.first} to {row.last}" for row in odd]
@@ -176,7 +176,6 @@ def read_table(path, columns, label_column, cfg, see, default_header):
     if quoted and is_own(cfg):  # GLUE's own files have such cells, and are read so by everybody
         text = f"cells in quotes, as a .csv has them, but the model reads a .tsv's quotes: {places(quoted)}"
         print(f"warning: {path}: {text} (save it as .csv)", flush=True)
-    mark, quotes, _ = table.layout
     spaced = [row.first for row in rows if quotes and has_spaced_quotes(row.cells, mark + (texts[row.first] or ""), mark)]
     if spaced and is_own(cfg):
         text = f"blanks before cells in quotes, so the model reads both: {places(spaced)}"

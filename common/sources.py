@@ -21,7 +21,7 @@ from common.files import gigabytes
 from common.lines import COMPRESSIONS, MAX_TEXT, location, numbered_lines, skip_or_fail, split_suffixes
 from common.options import UserError, similar
 from common.remote import is_remote, list_hub, list_remote, network_error, size_and_version
-from common.tables import TABLES, open_table, parquet_records, parse_json, record_cells, table_rows
+from common.tables import TABLES, open_table, parquet_records, parse_json, record_cells, rows_of
 from common.vocabulary import plain_blanks
 
 SEGMENT_BYTES = 64 * 2**20  # a plain file with a document per line is split into byte ranges of this size
@@ -312,7 +312,7 @@ def table_documents(segment, cfg, stats):
     path = segment.path
     table = open_table(path, numbered_lines(path, cfg, stats, 0, segment.end, header=True), [cfg.text_key], SEE)
     quoted = False
-    for row in table_rows(table.lines, *table.layout) if table else ():
+    for row in rows_of(table) if table else ():
         where = f"{path}:{row.first}"
         if row.suspect:
             stats[f"suspect {where}: a cell holds the next lines, to {row.last} (is a quote not closed?)"] += 1

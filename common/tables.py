@@ -19,7 +19,6 @@ TABLES = {".csv": (",", True), ".tsv": ("\t", False)}  # separator, and whether 
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}
 EXCELS_LINE = re.compile(r'"?sep=([,;\t|])"?[,;|\s]*', re.IGNORECASE)  # before the names: what separates columns
 LONG_ROW = 20  # lines
-AGAIN = "the names of the columns again"
 TWICE = object()  # in place of the values of a key that a JSON object has more than once
 
 csv.field_size_limit(MAX_TEXT)  # the default rejects cells above 131,072 characters
@@ -35,7 +34,7 @@ class TableRow(NamedTuple):
 
 
 class Table(NamedTuple):
-    layout: tuple  # separator, whether quotes mean something, and the header if no other row may repeat it
+    layout: tuple  # separator, and whether quotes mean something
     header: TableRow  # the first row
     columns: list  # indices of those wanted
     headless: bool  # whether the first row holds no names
@@ -71,8 +70,15 @@ def open_table(path, lines, columns, see, default_header=None):
     header = default_header if headless else first.cells
     found = f"a {SEPARATORS[layout[0]]} between columns" if layout[0] != own[0] else "the quotes of a .csv"
     note = "" if layout == own else f"{path}: read with {found}, as in its first line"
-    repeats = None if headless or len(header) < 2 else first  # a text may be the name of its only column
-    return Table((*layout, repeats), first, [column_of(header, name, where, see) for name in columns], headless, note, lines)
+    return Table(layout, first, [column_of(header, name, where, see) for name in columns], headless, note, lines)
+
+
+def rows_of(table, is_row=None):
+    """The table_rows of a Table. Those that repeat the names of several columns, as in joined files, have a fault."""
+    names = table.header.cells if not table.headless and len(table.header.cells) > 1 else None  # else a text may be it
+    for row in table_rows(table.lines, *table.layout, is_row):
+        again = row.cells == names and row.first != table.header.first
+        yield TableRow(row.first, row.last, [], "the names of the columns again", False) if again else row
 
 
 def column_of(header, name, where, see):
@@ -81,11 +87,11 @@ def column_of(header, name, where, see):
         raise UserError(f"{where}: {header.count(name)} columns are named {name!r} (rename all but one)")
     if name not in header:
         found = [cell if cell == cell.strip() and cell.isprintable() else repr(cell) for cell in header]
-        raise UserError(f"{where}: no column {name!r} (the first row has {listed(found)}; {hint_for(name, header, see)})")
+        raise UserError(f"{where}: no column {name!r} (the first row has {listed(found)}; {column_hint(name, header, see)})")
     return header.index(name)
 
 
-def hint_for(name, names, see):
+def column_hint(name, names, see):
     """`see`, and more if `name` is a part of one of `names`, as an option with commas was split."""
     part = "--text_columns" in see and any("," in other and name in other for other in names)
     return see + "; commas separate columns: rename the one that has a comma in its name" * part
@@ -98,19 +104,19 @@ def listed(words):
     return ", ".join(words[:fit])[:200] + f" and {len(words) - fit:,} more" * (len(words) > fit)
 
 
-def table_rows(lines, separator, quotes, header=None, is_row=None):
+def table_rows(lines, separator, quotes, is_row=None):
     """Yield the TableRows of (number, text) pairs. All have as many cells as the first, or a fault.
 
     The lines after one whose quote is not closed are read again, so it swallows none of them. text: None for a line that
-    could not be read. quotes: whether cells in double quotes may hold separators and line breaks. header: a row whose cells are
-    a fault in any other, or None. is_row(text): whether a line in a cell is surely a row; a suspect row has a fault then. Where
-    there is one column, a row is suspect if it is long, and most are one line.
+    could not be read. quotes: whether cells in double quotes may hold separators and line breaks. is_row(text): whether a
+    line in such a cell is surely a row; a suspect row has a fault then. Where there is one column, a row is suspect if it is
+    long, and most are one line.
 
     Python's csv, not pyarrow's: that one takes an unclosed quote, or text after a closing one, without an error, and
     refuses rows longer than its block.
     """
     if not quotes:
-        yield from literal_rows(lines, separator, header)
+        yield from literal_rows(lines, separator)
         return
     lines, again, row, columns = iter(lines), collections.deque(), [], 0  # lines to read again, lines of this row
     count = single = 0  # rows, and those of one line
@@ -141,8 +147,6 @@ def table_rows(lines, separator, quotes, header=None, is_row=None):
         columns = columns or len(cells)
         if cells and len(cells) != columns:
             fault = f"{wrong_width(cells, columns)} (is a {SEPARATORS[separator]} outside quotes?)"
-        if header and cells == header.cells and row[0][0] != header.first:
-            fault = AGAIN
         count, single = count + 1, single + (len(row) == 1)
         several = len(row) > 1 and not fault
         inside = [line for cell in cells for line in cell.split("\n")] if several and columns > 1 else []
@@ -153,12 +157,12 @@ def table_rows(lines, separator, quotes, header=None, is_row=None):
             fault = f"one row up to line {row[-1][0]}, though its lines are rows (is a quote not closed?"
             fault += " if the quotes are right: --trust_quotes=true)"
         yield TableRow(row[0][0], row[-1][0], [] if fault else cells, fault, suspect)
-        if fault and fault != AGAIN:
+        if fault:
             again.extendleft(reversed(row[1:]))
             reader = records()
 
 
-def literal_rows(lines, separator, header=None):
+def literal_rows(lines, separator):
     """table_rows where quotes mean nothing. A line break or tab that a cell in quotes was to hold is named as the fault."""
     lines, ahead, columns, left = iter(lines), collections.deque(), 0, 0  # left: lines of such a row that is broken
     while pair := ahead.popleft() if ahead else next(lines, None):
@@ -167,8 +171,6 @@ def literal_rows(lines, separator, header=None):
         columns, fault, quoted = columns or len(cells), "not UTF-8" if text is None else "", False
         if cells and len(cells) != columns:
             fault = f"{wrong_width(cells, columns)} (a tab or a line break in a text?)"
-        if header and cells == header.cells and number != header.first:
-            fault = AGAIN
         if cells and not left and '"' in text:
             ahead.extend(itertools.islice(lines, max(0, LONG_ROW - len(ahead))))
             meant = lines_in_quotes([text, *(other or "" for _, other in ahead)], separator, columns)
@@ -249,7 +251,7 @@ def cells_of(record, columns, see, label_column):
     if not isinstance(record, dict):
         raise ValueError(f"a {type(record).__name__}, not an object (expected one object per line)")
     if missing := [name for name in columns if name not in record]:
-        hint = hint_for(missing[0], record, see)
+        hint = column_hint(missing[0], record, see)
         raise ValueError(f"no {', '.join(map(repr, missing))} (keys: {listed(record) or 'none'}; {hint})")
     cells = []
     for name in columns:

@@ -273,6 +273,14 @@ def test_a_file_is_written_completely_or_not_at_all(tmp_path):
     assert caught.value.filename == path and hint_for(caught.value) == "free some space; rerun the same command"
 
 
+def test_chunks_of_a_shard_that_has_changed_are_damage(tmp_path):
+    """Its index, made when it was opened, promises more samples than its documents have now."""
+    samples = data.Samples(make_shards(tmp_path / "shards"), "train", 10, chunk=True)
+    samples.block_starts = samples.block_starts + np.arange(len(samples.block_starts)) * 1000
+    with pytest.raises(UserError, match="offsets out of order"):
+        samples.locate(np.array([len(samples) - 1]))
+
+
 def test_prefetch_keeps_the_order_and_passes_on_errors():
     assert list(data.prefetch(lambda x: x * x, range(5))) == [0, 1, 4, 9, 16]
     assert list(data.prefetch(lambda x: x, [])) == []
