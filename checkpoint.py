@@ -51,6 +51,7 @@ FREE_FIELDS = {
     "keep_checkpoints", "price_per_gpu_hour", "device", "kernels", "compile", "profile", "eval_only", "dry_run",
     "on_save_error", "hang_timeout", "format", "activation_checkpointing",
 }  # fmt: skip
+TOKEN_TYPES = "bert.embeddings.token_type_embeddings.weight"
 # Weights with a row or entry for each word of the vocabulary.
 PER_WORD = ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.bias", "cls.predictions.bias")
 
@@ -470,11 +471,18 @@ def model_config(config):
 def load(path):
     """(config, {name: tensor}, tokenizer_text) of a run directory or a step_* checkpoint directory.
 
-    Raises: UserError when there is no undamaged checkpoint.
+    If nothing has trained the second token type, it is the same as the first. Raises: UserError when there is no undamaged
+    checkpoint.
     """
     path = find(path)
     with open(os.path.join(path, "tokenizer.json"), encoding="utf-8", errors="replace") as file:
-        return read_config(path), read_tensors(path, "model.safetensors"), file.read()
+        config, tensors, tokenizer_text = read_config(path), read_tensors(path, "model.safetensors"), file.read()
+    # Differs from MosaicBERT: it fine-tunes pairs with random numbers here. In pretraining the first type's vector, part of
+    # every token, becomes as long as a word's. Without it a second text is hardly read (results/README.md#headline_h200).
+    first, second = tensors[TOKEN_TYPES]
+    if not second.any():
+        second.copy_(first)
+    return config, tensors, tokenizer_text
 
 
 def without_classifier(tensors):
@@ -515,6 +523,9 @@ def start_from(model, path, tokenizer_text):
     for name, value in vars(model_config(config)).items():
         if "dropout" not in name and value != getattr(model.cfg, name):
             raise UserError(f"{path}: {name} is {value}, but this run has {getattr(model.cfg, name)} (set --{name}={value})")
+    first, second = tensors[TOKEN_TYPES]
+    if torch.equal(first, second):
+        second.zero_()  # never trained, see load
     fresh = {name: weight.cpu() for name, weight in weights_of(model).items()}
     done = f"started from {path}"
     tensors = without_classifier(tensors)

@@ -285,8 +285,14 @@ class BertEncoder(nn.Module):
 
 def make_encoder(cfg, vocab_size, pad_id):
     if cfg.model == "bert":
-        return BertEncoder(cfg, vocab_size, pad_id).apply(init_weights)
-    return MosaicEncoder(cfg, -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE, pad_id).apply(init_weights)
+        encoder = BertEncoder(cfg, vocab_size, pad_id)
+    else:
+        encoder = MosaicEncoder(cfg, -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE, pad_id)
+    encoder.apply(init_weights)
+    with torch.no_grad():
+        # Pretraining has no second texts, so this row stays zero. checkpoint.load fills it in.
+        encoder.embeddings.token_type_embeddings.weight[1].zero_()
+    return encoder
 
 
 def init_weights(module):

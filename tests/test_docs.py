@@ -314,6 +314,46 @@ def test_lengths_are_those_of_the_runs():
     assert re.findall(r"\d\.\d{3}", sentence) == shown
 
 
+def test_token_types_are_what_was_logged():
+    """results/README.md "token_types_h200": losses, scores, lengths of vectors, the CPU's losses; and docs/training.md's seconds."""
+    folder, text = ROOT / "results" / "token_types_h200", section("results/README.md", "token_types_h200/")
+    last, seconds = {}, {}
+    for name in ("four", "eight", "seventeen"):
+        records = reading.read_log(folder / f"{name}_minutes.jsonl")
+        last[name] = [record for record in records if record["event"] == "eval"][-1]
+        seconds[name] = {record["step"]: record["seconds"] for record in records if record["event"] in ("train", "end")}
+        (row,) = [line for line in text.splitlines() if line.startswith("|") and f"({folder.name}/{name}_minutes.jsonl)" in line]
+        assert f"| {last[name]['step']:,} | {last[name]['loss']:.3f} |" in row
+        if name != "four":
+            scores = {}
+            log = text_of(f"results/{folder.name}/seventeen_minutes_glue.txt")
+            for task, metrics in re.findall(r"^(\w+)\.seed\d+: (.*) in ", log, re.MULTILINE):
+                values = [float(value) for metric, value in re.findall(r"(\w+) (-?[\d.]+)", metrics) if metric != "pearson"]
+                scores.setdefault(task, []).append(np.mean(values))
+            if name == "eight":
+                tasks = reading.read_glue(folder / "eight_minutes_glue.json")["tasks"]
+                scores = {task: result["scores"] for task, result in tasks.items()}
+            cells = [f"{np.mean(scores[task]):.1f}" for task in race.COLUMNS]
+            assert row.endswith(f"| {' | '.join(cells)} |")
+    assert f"(the other four have {np.mean([score for score in scores['cola'] if score]):.1f})" in text
+    words = text_of(f"results/{folder.name}/norms.txt").split("\n", 2)[2].replace("[", " ").replace("]", " ").split()
+    for minutes, at in (("4", 0), ("8", 8), ("17", 16)):
+        first, second, median_word = float(words[at + 1]), float(words[at + 2]), float(words[at + 5])
+        assert f"| {minutes} minutes | {first:.2f} | {second:.2f} | {median_word:.2f} |" in text
+    records = reading.read_log(folder / "seventeen_minutes.jsonl")
+    level = {record["step"]: record["loss"] for record in records if record["event"] == "eval"}
+    assert f"takes the loss from {level[10350]:.3f} to {level[12938]:.3f}" in text
+    for number in re.findall(r"from (5\.\d+) to (6\.\d+) .* to (6\.\d+) when", " ".join(text.split()))[0]:
+        assert re.search(rf"\b{number[:3]}\d", text_of(f"results/{folder.name}/cpu.txt"))
+    losses = [json.loads(line) for line in text_of("results/recipe_h200/schedules_cpu.jsonl").splitlines()]
+    wsd, linear = (
+        [f"{record['loss']:.3f}" for record in losses if record["schedule"] == schedule and record["step"] == 1500]
+        for schedule in ("wsd", "linear")
+    )
+    assert f"{' and '.join(wsd)} (seeds 17 and 18) instead of {' and '.join(linear)}" in " ".join(text.split())
+    assert f"{seconds['four'][2875] - seconds['four'][2300]:.0f} seconds" in flat("docs/training.md")
+
+
 def test_four_minutes_are_what_was_logged():
     """results/README.md "recipe_h200": the rows of fast.py with and without dropout; and the config's own figures."""
     folder, text = ROOT / "results" / "recipe_h200", section("results/README.md", "recipe_h200/")

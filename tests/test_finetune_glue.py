@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import checkpoint
+import train
 from common.glue import GLUE_TASKS, part_of
 from common.labelled import Examples
 from common.options import UserError
@@ -27,8 +28,10 @@ from finetune_glue import (
     make_plan,
     predict,
 )
+from model import MaskedLM
 from tests.ranks import Ranks
-from tests.toy import VOCAB_SIZE, make_run, make_tokenizer
+from tests.test_train import data_dir  # noqa: F401, a fixture
+from tests.toy import VOCAB_SIZE, make_run, make_tokenizer, toy_argv
 
 PROCESS = Process(0, 1, torch.device("cpu"), torch.float32)
 CPU = ["--device=cpu", "--kernels=torch"]
@@ -145,6 +148,37 @@ def test_suite_of_all_tasks(pretrained, tmp_path):
     assert lines[0] == "index\tlabel\tprediction" and len(lines) == 21
     assert lines[1].split("\t")[:2] == ["0", "entailment"]
     assert (tmp_path / "out/predictions/mnli_mismatched.seed19.tsv").exists()
+
+
+@pytest.mark.parametrize("family", ["mosaicbert", "bert"])
+def test_a_second_text_reads_like_a_first(data_dir, tmp_path, family):  # noqa: F811
+    """Pretraining sees one token type, whose vector becomes as long as a word's. The other one was random numbers."""
+    argv = toy_argv(data_dir, tmp_path / "run", max_steps=6, lr=0.02, warmup_fraction=0, hidden_dropout=0)
+    train.main([*argv, f"--model={family}"])
+    step = str(tmp_path / "run" / "step_00000006")
+    first, second = checkpoint.read_tensors(step, "model.safetensors")[checkpoint.TOKEN_TYPES]
+    assert first.norm() > 0.02 * 32**0.5 and not second.any()
+
+    start = load_pretrained(str(tmp_path / "run"), str(tmp_path / "out"))
+    encoded = start.encode(Examples(list(zip(sentences(9, 3), sentences(9, 4)))), 64)
+    batch, model = encoded.batch(np.arange(9), PROCESS.device), make_classifier(start, 3, seed=0).eval()
+    assert batch.token_type_ids.any()
+    expected = model(dataclasses.replace(batch, token_type_ids=torch.zeros_like(batch.token_type_ids)))
+    torch.testing.assert_close(model(batch), expected)
+
+
+def test_token_types_stay_together_in_continued_pretraining(data_dir, tmp_path):  # noqa: F811
+    """Also from an export, in which both are alike; those that somebody has trained stay as they are."""
+    train.main(toy_argv(data_dir, tmp_path / "run", max_steps=2))
+    train.main([*toy_argv(data_dir, tmp_path / "on", max_steps=2), f"--init_from={tmp_path / 'run'}"])
+    assert not checkpoint.read_tensors(str(tmp_path / "on" / "step_00000002"), "model.safetensors")[checkpoint.TOKEN_TYPES][1].any()
+    own, text = torch.arange(64.0).reshape(2, 32), (tmp_path / "run" / "tokenizer.json").read_text()
+    config, tensors, _ = checkpoint.load(str(tmp_path / "run"))
+    model = MaskedLM(checkpoint.model_config(config), config["vocab_size"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "load", lambda path: (config, {**tensors, checkpoint.TOKEN_TYPES: own}, text))
+        checkpoint.start_from(model, "theirs", text)
+    assert torch.equal(model.bert.embeddings.token_type_embeddings.weight, own)
 
 
 def test_training_is_that_of_a_plain_transformers_loop(tmp_path):

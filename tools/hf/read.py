@@ -9,7 +9,6 @@ import re
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -191,12 +190,12 @@ def from_jina(path, hf, tensors):
 
 
 def from_roberta(tensors):
-    """Give a RoBERTa's tensors BERT's shapes, in place: drop the two rows before position 0, add a token type of zeros."""
+    """Give a RoBERTa's tensors BERT's shapes, in place: drop the two rows before position 0, repeat its one token type."""
     for name, rows in tensors.items():
         if name == "bert.embeddings.position_embeddings.weight" and rows.ndim == 2:  # else its shape is named later
             tensors[name] = rows[ROBERTA_PAD + 1 :]
         elif name == "bert.embeddings.token_type_embeddings.weight" and rows.ndim == 2:
-            tensors[name] = F.pad(rows, (0, 0, 0, 1))
+            tensors[name] = rows.repeat(2, 1)
 
 
 def check_config(path, hf, mosaic, num_weights):
