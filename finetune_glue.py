@@ -428,6 +428,11 @@ class Worker:
             limit, name = self.cfg.max_length, task.name
             self.data = {split: self.pretrained.encode(part, limit, f"{name} {split}") for split, part in examples.items()}
             self.task = task
+            start, longest = self.pretrained.config, int(self.data["train"].lengths.max())
+            trained = start.get("seq_length", longest)  # unknown of converted weights
+            if start["model"] == "bert" and longest > trained and not start.get("init_from") and run.init != "random":
+                text = f"BERT's positions from {trained + 1} to {longest} were never trained"
+                print(f"warning: {name}: {text} (--max_length={trained} stays within the trained ones)", flush=True)
         self.check_memory(self.data["train"].lengths, run.settings.batch_size)
         return self.data
 

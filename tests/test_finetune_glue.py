@@ -29,7 +29,7 @@ from finetune_glue import (
     predict,
 )
 from tests.ranks import Ranks
-from tests.toy import VOCAB_SIZE, make_run, make_tokenizer
+from tests.toy import VOCAB_SIZE, make_run, make_tokenizer, reseal
 
 PROCESS = Process(0, 1, torch.device("cpu"), torch.float32)
 CPU = ["--device=cpu", "--kernels=torch"]
@@ -207,6 +207,27 @@ def test_hugging_face_weights_are_converted_once(tmp_path, monkeypatch):
     (source / "config.json").write_text("{ }")
     load_pretrained(str(source), str(out))
     assert len(list(out.glob("converted_*"))) == len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    "model, config, options, says",
+    [
+        ("bert", {"seq_length": 6}, [], True),
+        ("mosaicbert", {"seq_length": 6}, [], False),
+        ("bert", {"seq_length": 6}, ["--max_length=6"], False),
+        ("bert", {"seq_length": 6}, ["--random_weights"], False),
+        ("bert", {"seq_length": 6, "init_from": "out/bert"}, [], False),
+        ("bert", {}, [], False),  # as of converted weights
+    ],
+)
+def test_positions_that_were_never_trained(tmp_path, capsys, model, config, options, says):
+    run = Path(make_run(tmp_path / "run", model), "step_00000001")
+    (run / "config.json").write_text(json.dumps({**json.loads((run / "config.json").read_text()), **config}))
+    reseal(run)
+    data = write_glue(tmp_path / "data", ("cola",))
+    suite(str(run), data, tmp_path / "out", "--tasks=cola:1", *options)
+    text = "warning: cola: BERT's positions from 7 to [0-9]+ were never trained .--max_length=6 stays within the trained ones."
+    assert bool(re.search(text, capsys.readouterr().out)) == says
 
 
 def test_a_task_may_have_its_own_number_of_seeds(pretrained, tmp_path):
