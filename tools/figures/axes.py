@@ -27,7 +27,8 @@ def labels_for(cfg, paths, default):
     if len(labels) != len(paths):
         raise UserError(f"--labels: {len(labels)} given, and {len(paths)} needed ({', '.join(paths)[:200]})")
     if len(set(labels)) > 16:
-        raise UserError(f"{len(set(labels))} labels, at most 16 can be told apart (plot fewer, or give --labels, equal ones for one curve)")
+        hint = "plot fewer, or give --labels, equal ones for one curve"
+        raise UserError(f"{len(set(labels))} labels, at most 16 can be told apart ({hint})")
     return labels
 
 

@@ -15,7 +15,10 @@ SCALING_NAMES = {"base": "MosaicBERT-Base", "large": "MosaicBERT-Large", "bert":
 
 
 def find(patterns, name):
-    """Paths of the files that comma-separated files, directories or patterns mean; of a pattern's directories, those with one."""
+    """Paths of the files that comma-separated files, directories or patterns mean.
+
+    A pattern takes the directories that hold `name` or, where none does, the files it matches.
+    """
     paths = []
     for pattern in patterns.split(","):
         if os.path.exists(pattern):  # also a name with brackets
