@@ -211,31 +211,27 @@ def read_pretrained(path):
 
 
 def convert(path, out):
-    """OUT/converted, a run directory made once from weights in Hugging Face form: a directory or hub id.
+    """OUT/converted_*, a run directory made once from weights in Hugging Face form: a directory or hub id.
 
-    Rank 0 converts. converted/source.sha256, written last, tells the others that it is complete, and from what.
+    Its name says from what, so that one of a failed command is not in the way of the next. Rank 0 converts, and the others
+    wait for the checkpoint, which appears when it is complete.
     """
     parent = os.path.dirname(path)
     if os.path.exists(os.path.join(parent, checkpoint.DIGESTS)):
         raise UserError(f"{path}: a file of a checkpoint (give its directory, {parent})")
     if not os.path.exists(path):
         check_hub_id(path, "directory", "expected a run, or a model's directory")
-    run = os.path.join(out, "converted")
-    finished, root = os.path.join(run, "source.sha256"), os.path.dirname(os.path.abspath(__file__))
     files = [path] if os.path.isfile(path) else sorted(filter(os.path.isfile, glob.glob(f"{glob.escape(path)}/*")))
     source = hash_of([path, *map(file_digest, files)])  # of a hub id, its name alone
-    if int(os.environ.get("RANK", 0)) == 0 and not os.path.exists(finished):
+    run, root = os.path.join(out, f"converted_{source[:12]}"), os.path.dirname(os.path.abspath(__file__))
+    if int(os.environ.get("RANK", 0)) == 0 and not checkpoint.steps(run):
         print(f"{path}: converting it into {run}", flush=True)
         environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
         argv = [sys.executable, "-m", "tools.convert_hf", f"--from_hf={path}", f"--out={run}"]
         if status := subprocess.run(argv, env=environment).returncode:
             raise SystemExit(status)
-        write_text(finished, source)
-    while not os.path.exists(finished):
+    while not checkpoint.steps(run):
         time.sleep(0.5)
-    with open(finished, encoding="utf-8") as file:
-        if file.read() != source:
-            raise UserError(f"{run}: was converted from something other than {path} (choose another --out)")
     if not checkpoint.newest(run):
         raise UserError(f"{run}: damaged (remove it, and the same command converts {path} again)")
     return run
@@ -432,6 +428,11 @@ class Worker:
             limit, name = self.cfg.max_length, task.name
             self.data = {split: self.pretrained.encode(part, limit, f"{name} {split}") for split, part in examples.items()}
             self.task = task
+            start, longest = self.pretrained.config, int(self.data["train"].lengths.max())
+            trained = start.get("seq_length", longest)  # unknown of converted weights
+            if start["model"] == "bert" and longest > trained and not start.get("init_from") and run.init != "random":
+                text = f"BERT's positions from {trained + 1} to {longest} were never trained"
+                print(f"warning: {name}: {text} (--max_length={trained} stays within the trained ones)", flush=True)
         self.check_memory(self.data["train"].lengths, run.settings.batch_size)
         return self.data
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ from finetune_glue import (
 from model import MaskedLM
 from tests.ranks import Ranks
 from tests.test_train import data_dir  # noqa: F401, a fixture
-from tests.toy import VOCAB_SIZE, make_run, make_tokenizer, toy_argv
+from tests.toy import VOCAB_SIZE, make_run, make_tokenizer, reseal, toy_argv
 
 PROCESS = Process(0, 1, torch.device("cpu"), torch.float32)
 CPU = ["--device=cpu", "--kernels=torch"]
@@ -191,7 +192,7 @@ def test_training_is_that_of_a_plain_transformers_loop(tmp_path):
     theirs.save_pretrained(tmp_path / "hf")
     make_tokenizer(tmp_path / "hf" / "tokenizer.json")
     start = load_pretrained(str(tmp_path / "hf"), str(tmp_path / "out"))
-    assert checkpoint.steps(str(tmp_path / "out/converted")) == [0]
+    assert Path(start.path).match("out/converted_*/step_00000000")
     ours = make_classifier(start, 3, seed=0)
     ours.classifier.load_state_dict(theirs.classifier.state_dict())
     pairs = list(zip(sentences(60, 3), sentences(60, 4)))
@@ -225,20 +226,42 @@ def test_hugging_face_weights_are_converted_once(tmp_path, monkeypatch):
 
     def convert(argv, env):
         calls.append(argv[1:])
-        out.mkdir()
-        make_run(out / "converted")
+        out.mkdir(exist_ok=True)
+        make_run(Path(argv[-1].removeprefix("--out=")))
         return subprocess.CompletedProcess(argv, 0)
 
     monkeypatch.setattr(subprocess, "run", convert)
     first, second = (load_pretrained(str(source), str(out)) for _ in range(2))
-    assert calls == [["-m", "tools.convert_hf", f"--from_hf={source}", f"--out={out}/converted"]]
+    (run,) = out.glob("converted_*")
+    assert calls == [["-m", "tools.convert_hf", f"--from_hf={source}", f"--out={run}"]]
     assert first.digest == second.digest
-    next(out.glob("converted/step_*/model.safetensors")).write_bytes(b"")
-    with pytest.raises(UserError, match="converted: damaged .remove it, and the same command converts .*/hf again"):
+    next(run.glob("step_*/model.safetensors")).write_bytes(b"")
+    with pytest.raises(UserError, match=f"{run}: damaged .remove it, and the same command converts {source} again"):
         load_pretrained(str(source), str(out))
     (source / "config.json").write_text("{ }")
-    with pytest.raises(UserError, match="converted from something other than .*/hf .choose another --out"):
-        load_pretrained(str(source), str(out))
+    load_pretrained(str(source), str(out))
+    assert len(list(out.glob("converted_*"))) == len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    "model, config, options, says",
+    [
+        ("bert", {"seq_length": 6}, [], True),
+        ("mosaicbert", {"seq_length": 6}, [], False),
+        ("bert", {"seq_length": 6}, ["--max_length=6"], False),
+        ("bert", {"seq_length": 6}, ["--random_weights"], False),
+        ("bert", {"seq_length": 6, "init_from": "out/bert"}, [], False),
+        ("bert", {}, [], False),  # as of converted weights
+    ],
+)
+def test_positions_that_were_never_trained(tmp_path, capsys, model, config, options, says):
+    run = Path(make_run(tmp_path / "run", model), "step_00000001")
+    (run / "config.json").write_text(json.dumps({**json.loads((run / "config.json").read_text()), **config}))
+    reseal(run)
+    data = write_glue(tmp_path / "data", ("cola",))
+    suite(str(run), data, tmp_path / "out", "--tasks=cola:1", *options)
+    text = "warning: cola: BERT's positions from 7 to [0-9]+ were never trained .--max_length=6 stays within the trained ones."
+    assert bool(re.search(text, capsys.readouterr().out)) == says
 
 
 def test_a_task_may_have_its_own_number_of_seeds(pretrained, tmp_path):

@@ -2,6 +2,9 @@
 
 import functools
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -233,3 +236,30 @@ def test_mistakes_are_one_line(pretrained, tmp_path, capsys, options, reason):
         main([f"--checkpoint={pretrained}", f"--out={tmp_path}/out", *options.split(), *CPU])
     error = capsys.readouterr().err
     assert status.value.code == 2 and error.count("\n") == 1 and reason in error, error
+
+
+def test_a_failed_command_does_not_block_its_out(tmp_path, capsys, monkeypatch):
+    """What it converted is not in the way of a command with another checkpoint, nor hides that there is none."""
+
+    def convert(argv, **options):
+        if "tools.convert_hf" not in argv:
+            return run(argv, **options)
+        if "--from_hf=google/nix" in argv:
+            print("error: no such model", file=sys.stderr)
+            return subprocess.CompletedProcess(argv, 2)
+        Path(out).mkdir(exist_ok=True)
+        make_run(Path(argv[-1].removeprefix("--out=")))
+        return subprocess.CompletedProcess(argv, 0)
+
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", convert)
+    out, train = f"{tmp_path}/out", write_labelled(tmp_path / "a.csv", 8, 0)
+    for name in ("exported", "other"):
+        (tmp_path / name).mkdir()
+    for name, reason in ((f"{tmp_path}/exported", "not fine-tuned, so it predicts nothing"), ("google/nix", "no such model")):
+        with pytest.raises(SystemExit) as status:
+            main([f"--checkpoint={name}", f"--predict_file={train}", f"--out={out}", *CPU])
+        assert status.value.code == 2 and reason in capsys.readouterr().err
+    options = [f"--train_file={train}", f"--val_file={train}", "--label_column=kind", "--epochs=1"]
+    main([f"--checkpoint={tmp_path}/other", f"--out={out}", *options, *CPU])
+    assert json.loads(Path(f"{out}/glue.json").read_text())["checkpoint"] == f"{tmp_path}/other"

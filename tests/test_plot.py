@@ -261,7 +261,8 @@ def test_many_own_results_have_room(tmp_path):
     paths = []
     for i in range(16):
         path = Path(write_results(tmp_path / f"a_run_with_quite_a_long_name_and_learning_rate_{i}"))
-        path.write_text(json.dumps({"model": "bert", "tasks": {"own": {"score": 60.0 + i, "score_ci95": None}}}))
+        own = {"metrics": {"accuracy": {}, "macro_f1": {}}, "score": 60.0 + i, "score_ci95": None}
+        path.write_text(json.dumps({"model": "bert", "tasks": {"own": own}}))
         paths.append(str(path))
     figure = plot.plot_glue(plot.PlotConfig(glue=",".join(paths)), pyplot)
     figure.canvas.draw()
@@ -270,8 +271,68 @@ def test_many_own_results_have_room(tmp_path):
     box = legend.get_window_extent()
     assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and figure.axes[0].get_window_extent().height > 200
     assert len({(bar.get_facecolor(), bar.get_hatch()) for bar in figure.axes[0].patches}) == 16
-    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["own labels"]
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["own labels:\nmean of accuracy\nand macro_f1"]
     pyplot.close(figure)
+
+
+def test_scores_of_different_kinds_are_different_groups(tmp_path):
+    """A regression on own labels, a classification on own labels: their groups name what their scores are the mean of."""
+    from matplotlib import pyplot
+
+    for name, metrics in (("score", ("pearson", "spearman", "mean_error")), ("labels", ("accuracy", "macro_f1"))):
+        (tmp_path / name).mkdir()
+        own = {"metrics": dict.fromkeys(metrics, {}), "score": 60.0, "score_ci95": None}
+        (tmp_path / name / "glue.json").write_text(json.dumps({"model": "bert", "tasks": {"own": own}}))
+    figure = plot.plot_glue(plot.PlotConfig(glue=f"{tmp_path}/score,{tmp_path}/labels"), pyplot)
+    figure.canvas.draw()
+    labels = figure.axes[0].get_xticklabels()
+    means = ["mean of pearson\nand spearman", "mean of accuracy\nand macro_f1"]
+    assert [label.get_text() for label in labels] == [f"own labels:\n{mean}" for mean in means]
+    assert labels[0].get_window_extent().x1 < labels[1].get_window_extent().x0
+    assert [round(bar.get_x() + bar.get_width() / 2) for bar in figure.axes[0].patches] == [0, 1]
+    pyplot.close(figure)
+
+
+def write_log(directory):
+    records = ({"event": "start", "config": {"model": "mosaicbert"}}, {"event": "train", "step": 1, "loss": 2.0},
+               {"event": "eval", "step": 1, "loss": 2.0})  # fmt: skip
+    directory.mkdir()
+    (directory / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def test_held_out_losses_are_named_by_their_runs(tmp_path):
+    """Two runs of one model are two curves; of a race's runs, those with equal configs are one."""
+    from matplotlib import pyplot
+
+    names = {"a": "a", "b": "b", "mosaicbert_2min_seed17": "MosaicBERT", "mosaicbert_2min_seed18": None}
+    for name in names:
+        write_log(tmp_path / name)
+    paths = ",".join(f"{tmp_path}/{name}" for name in names)
+    figure = plot.plot_loss(plot.PlotConfig(loss=paths, held_out=True), pyplot)
+    labels = figure.axes[0].get_legend_handles_labels()[1]
+    assert labels == [label for label in names.values() if label]
+    assert len({line.get_color() for line in figure.axes[0].get_lines()}) == 3
+    pyplot.close(figure)
+
+
+def test_a_pattern_takes_the_directories_that_have_it(tmp_path, capsys):
+    """The others, and files beside them, are passed over; what is named, or a pattern without any, is an error."""
+    for i in range(17):
+        write_results(tmp_path / f"out/tuned{i}")
+    write_log(tmp_path / "out/run")
+    for name in ("data", "out/[run]"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "out/h.svg").write_text("")
+    log, glue_files = f"{tmp_path}/out/run/log.jsonl", [f"{tmp_path}/out/tuned{i}/glue.json" for i in range(17)]
+    assert reading.find(f"{tmp_path}/out/*", "log.jsonl") == [log]
+    assert reading.find(f"{tmp_path}/out/*", "glue.json") == sorted(glue_files)
+    assert reading.find(f"{tmp_path}/*/run/log.jsonl,{tmp_path}/o*/run", "log.jsonl") == [log] * 2
+    plot.main([f"--loss={tmp_path}/out/*", f"--out={tmp_path}/l.svg"])
+    assert capsys.readouterr().err == ""
+    assert "tuned1/log.jsonl: No such file" in fails(capsys, f"--loss={tmp_path}/out/*,{tmp_path}/out/tuned1")
+    assert "[run]/log.jsonl: No such file" in fails(capsys, f"--loss={tmp_path}/out/[run]")
+    error = fails(capsys, f"--loss={tmp_path}/d*")
+    assert error == f"error: {tmp_path}/d*: no such file (expected log.jsonl, or a directory with it)"
 
 
 def test_a_log_with_a_cut_last_line(tmp_path, capsys):

@@ -7,7 +7,7 @@ import numpy as np
 
 from common.options import UserError
 from common.run_directory import hours_of
-from tools.figures.reading import MODEL_NAMES, contestant, read_log
+from tools.figures.reading import contestant
 
 X_LABELS = {"step": "steps", "tokens": "tokens", "dollars": "US dollars"}
 COLORS = ("#1f4e79", "#d98c2b", "#8e3b63", "#6fc2a8")  # in grayscale 30, 60, 45 and 75 % bright
@@ -27,7 +27,8 @@ def labels_for(cfg, paths, default):
     if len(labels) != len(paths):
         raise UserError(f"--labels: {len(labels)} given, and {len(paths)} needed ({', '.join(paths)[:200]})")
     if len(set(labels)) > 16:
-        raise UserError(f"{len(set(labels))} labels, at most 16 can be told apart (give --labels)")
+        hint = "plot fewer, or give --labels, equal ones for one curve"
+        raise UserError(f"{len(set(labels))} labels, at most 16 can be told apart ({hint})")
     return labels
 
 
@@ -42,11 +43,9 @@ def file_label(path):
     return os.path.basename(os.path.dirname(os.path.abspath(path))) if name in ("log", "report", "glue") else name
 
 
-def model_of_log(path):
-    if named := contestant(os.path.dirname(path)):
-        return named[0]
-    start = next((record for record in read_log(path) if record["event"] == "start"), {"config": {}})
-    return MODEL_NAMES.get(start["config"].get("model"), file_label(path))
+def race_label(path):
+    """Of a run of studies.race, its config, so that equal ones form one curve; else as file_label."""
+    return named[0] if (named := contestant(os.path.dirname(path))) else file_label(path)
 
 
 def x_of(record, x, path):

@@ -155,11 +155,19 @@ def add_dollars(axes, x, found):
     top.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
+def group(name, result):
+    """The name of a task's group of bars. A regression's score and a classification's are of different kinds: two groups."""
+    if name != "own":
+        return name
+    scored = [metric for metric in result["metrics"] if metric != "mean_error"]
+    return "own labels:\nmean of " + "\nand ".join(scored)
+
+
 def plot_glue(cfg, pyplot):
     """A group of bars for each task, a bar for each result."""
     paths = find(cfg.glue, "glue.json")
     labels = labels_for(cfg, paths, file_label)
-    results = [read_glue(path)["tasks"] for path in paths]
+    results = [{group(name, task): task for name, task in read_glue(path)["tasks"].items()} for path in paths]
     names = list(dict.fromkeys([*(t for t in TASK_NAMES if any(t in r for r in results)), *(t for r in results for t in r)]))
     width = max(4.5, 1.5 + max(1.0, 0.42 * len(paths)) * len(names))  # inches: a bar is as wide as its number
     figure, axes = pyplot.subplots(figsize=(width, 4.0), layout="constrained")
@@ -174,7 +182,7 @@ def plot_glue(cfg, pyplot):
                 axes.errorbar(center, score, spread, color="black", capsize=3, linewidth=1)
             axes.annotate(f"{score:.1f}", (center, max(score, 0) + (spread or 0) + 1), ha="center", fontsize="small")
     finish(axes, "", "score (bars: 95 % interval over seeds)", grid="y")
-    axes.set_xticks(range(len(names)), [TASK_NAMES.get(name, "own labels" if name == "own" else name) for name in names])
+    axes.set_xticks(range(len(names)), [TASK_NAMES.get(name, name) for name in names])
     axes.set_xlim(-0.6, len(names) - 0.4)
     axes.set_ylim(min(0, axes.get_ylim()[0]), max(107, axes.get_ylim()[1]))
     legend_below(figure, axes)

@@ -4,7 +4,8 @@ import math
 
 import numpy as np
 
-from tools.figures.axes import bert_last, draw_bars, file_label, finish, labels_for, legend_below, model_of_log, style, x_label, x_of
+from tools.figures.axes import bert_last, draw_bars, file_label, finish, labels_for, legend_below, race_label, style, x_label
+from tools.figures.axes import x_of
 from tools.figures.reading import find, read_log, read_result
 
 
@@ -12,7 +13,7 @@ def plot_loss(cfg, pyplot):
     """Training loss as a line and held-out loss as markers; with --held_out a line for each run's held-out loss."""
     x = "step" if cfg.x == "auto" else cfg.x
     paths = find(cfg.loss, "log.jsonl")
-    paths, labels = bert_last(paths, labels_for(cfg, paths, model_of_log if cfg.held_out else file_label))
+    paths, labels = bert_last(paths, labels_for(cfg, paths, race_label if cfg.held_out else file_label))
     figure, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
     order, devices = list(dict.fromkeys(labels)), []
     for i, (path, label) in enumerate(zip(paths, labels)):

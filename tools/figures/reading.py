@@ -15,13 +15,19 @@ SCALING_NAMES = {"base": "MosaicBERT-Base", "large": "MosaicBERT-Large", "bert":
 
 
 def find(patterns, name):
-    """Paths of the files that comma-separated files, directories or patterns mean."""
+    """Paths of the files that comma-separated files, directories or patterns mean.
+
+    A pattern takes the directories that hold `name` or, where none does, the files it matches.
+    """
     paths = []
     for pattern in patterns.split(","):
-        found = sorted(glob.glob(pattern)) or [pattern] * os.path.exists(pattern)  # a name may hold brackets
+        if os.path.exists(pattern):  # also a name with brackets
+            found = [os.path.join(pattern, name) if os.path.isdir(pattern) else pattern]
+        else:
+            found = sorted(glob.glob(os.path.join(pattern, name))) or sorted(filter(os.path.isfile, glob.glob(pattern)))
         if not found:
             raise UserError(f"{pattern}: no such file (expected {name}, or a directory with it)")
-        paths += [os.path.join(path, name) if os.path.isdir(path) else path for path in found]
+        paths += found
     return paths
 
 
