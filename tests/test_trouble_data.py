@@ -4,6 +4,7 @@ import csv
 import errno
 import gzip
 import json
+import lzma
 import os
 import random
 import shutil
@@ -283,6 +284,37 @@ def test_an_open_quote_at_the_end_swallows_no_rows():
     prepare(source="a.csv", val_fraction=0, skip_bad_lines=2)
     assert texts_of(stored()) == ["w1", "w3", "w5"]
     assert [text.partition(" ")[0] for text in text_report()["skipped"]] == ["a.csv:3:", "a.csv:5:"]
+
+
+@pytest.mark.parametrize("name, table", [
+    ("a.csv", 'text,id\n"w1\nw1",1\n"{}",2\nw5,3\nw6,4\n'), ("a.csv.gz", 'id,text\n1,"w1\nw1"\n2,"{}"\n3,w5\n4,w6\n'),
+    ("a.csv.xz", 'text\n"w1\nw1"\n"{}"\nw5\nw6\n'), ("a.tsv", 'text;id\n"w1\nw1";1\n"{}";2\nw5;3\nw6;4\n'),
+])  # fmt: skip
+@pytest.mark.parametrize("cell, bad", [
+    (b"w2 Sch\xf6ne\nw3,\nw4", 4), (b"w2\nw3 Gr\xfc\xdfen,\nw4", 5), (b'w2\n\nw3 ""K\xf6ln""', 6), (b"w2\n\xff\nw3", 5),
+])  # fmt: skip
+def test_a_row_with_a_line_that_is_not_utf8_is_skipped_whole(capsys, name, table, cell, bad):
+    """Its other lines became documents, or a single one."""
+    pack = {".gz": gzip.compress, ".xz": lzma.compress}.get(name[-3:], bytes)
+    write_files({name: pack(table.encode().replace(b"{}", cell))})
+    says = f"{name}:4: {'' if bad == 4 else f'line {bad}: '}not UTF-8: invalid "
+    assert prepare_fails(capsys, source=name, val_fraction=0).startswith(f"error: {says}")
+    prepare(source=name, val_fraction=0, skip_bad_lines=1)
+    assert texts_of(stored()) == ["w1 w1", "w5", "w6"]
+    (skipped,) = text_report()["skipped"]
+    assert skipped.startswith(says)
+
+
+def test_an_open_quote_before_a_line_that_is_not_utf8_swallows_no_rows():
+    write_files({"a.csv": b'id,text\n1,w1\n2,"w2\n3,w3\n4,\xff\n5,w5\n', "b.csv": b'id,text\n1,"\xff\n2,w1\n3,"w2"\n'})
+    prepare(source="?.csv", val_fraction=0, skip_bad_lines=3)
+    assert texts_of(stored()) == ["w1", "w3", "w5", "w1", "w2"]
+    assert [text[:8] for text in text_report()["skipped"]] == ["a.csv:3:", "a.csv:5:", "b.csv:2:"]
+
+
+def test_names_of_columns_with_a_line_that_is_not_utf8(capsys):
+    write_files({"a.csv": b'id,"te\nxt \xff",text\n1,2,w1\n'})
+    assert prepare_fails(capsys, source="a.csv", skip_bad_lines=9).startswith("error: a.csv:1: line 2: not UTF-8: invalid start b")
 
 
 def test_a_cell_that_may_have_swallowed_rows_is_named():
@@ -590,6 +622,15 @@ def test_a_line_that_fills_any_memory_is_an_error(monkeypatch, capsys, name, doc
     prepare(source=name, val_fraction=0, doc_sep=doc_sep, skip_bad_lines=1)
     assert sum(stored(), []) == ids("w1 w1") and text_report()["bad_lines_skipped"] == 1
     csv.field_size_limit(sources.MAX_TEXT)
+
+
+@pytest.mark.parametrize("long", ["{}\nw3\nw4", "w3\n{}\nw4", "w3\nw4 {}"])
+def test_a_row_with_a_line_that_fills_any_memory_is_skipped_whole(monkeypatch, long):
+    monkeypatch.setattr(lines, "MAX_TEXT", 2**20)
+    text = 'text,id\nw1,1\n"' + long.format(('x, ""y"" ' + "z" * 90) * 2**15) + '",2\nw2,3\n"w5\nw5",4\n'
+    write_files({"a.csv.gz": gzip.compress(text.encode())})
+    prepare(source="a.csv.gz", val_fraction=0, skip_bad_lines=1)
+    assert texts_of(stored()) == ["w1", "w2", "w5 w5"] and text_report()["bad_lines_skipped"] == 1
 
 
 @pytest.mark.parametrize("doc_sep", ["blank", "file"])
