@@ -129,6 +129,10 @@ def table_rows(lines, separator, quotes, is_row=None):
     def records():
         return csv.reader(row_lines(), delimiter=separator, strict=True)
 
+    def may_be_row(text):
+        prose = f"{separator} " in text or text.endswith(separator) and cells[-1]  # as "Well, yes" and "Dear Ms. Li,"
+        return text.count(separator) == columns - 1 and not prose
+
     reader = records()
     while True:
         row.clear()
@@ -148,8 +152,9 @@ def table_rows(lines, separator, quotes, is_row=None):
         count, single = count + 1, single + (len(row) == 1)
         several = len(row) > 1 and not fault
         inside = [line for cell in cells for line in cell.split("\n")] if several and columns > 1 else []
-        rows_inside = sum(is_row(line) if is_row else line.count(separator) == columns - 1 for line in inside)
-        suspect = 0 < len(row) - 1 <= 2 * rows_inside
+        rows_inside = sum(map(is_row or may_be_row, inside))
+        # A quote that closes what it did not open stands in a line that is a row, too.
+        suspect = 0 < len(row) - 1 <= 2 * rows_inside and row[-1][1].count(separator) >= columns - 1
         suspect |= several and columns == 1 and len(row) > LONG_ROW and 2 * single > count
         if suspect and is_row:
             fault = f"one row up to line {row[-1][0]}, though its lines are rows (is a quote not closed?"

@@ -325,6 +325,25 @@ def test_a_cell_that_may_have_swallowed_rows_is_named():
     assert text_report()["documents"] == 3
 
 
+@pytest.mark.parametrize("names", [("id", "text"), ("text", "id")])
+def test_a_cell_with_lines_of_prose_is_not_named(names):
+    """Every line with one comma looked like a row of two columns."""
+    letters = ["Sehr geehrte Frau Li,\nvielen Dank", "Gut.\nMit freundlichen Gr\u00fc\u00dfen,\nIhr Team", "Hallo, Anna\nBis bald, Li"]
+    rows = [{"id": f"{i}", "text": text} for i, text in enumerate(letters)]
+    write_files({"a.csv": frame(",", names, *([row[name] for name in names] for row in rows))})
+    prepare(source="a.csv", val_fraction=0)
+    assert text_report()["suspect"] == [] and text_report()["documents"] == 3
+
+
+@pytest.mark.parametrize("table", [
+    b'text,id\nw1,1\n"w2,2\nw3,3\nw4",4\n', b'text,id\nw1,\n"w2,\nw3,\nw4",\n', b'id,text,x\n1,w1,\n2,"w2,\n3,w3,\n4,w4",\n',
+])  # fmt: skip
+def test_a_cell_with_rows_is_named_in_any_column(table):
+    write_files({"a.csv": table})
+    prepare(source="a.csv", val_fraction=0)
+    assert text_report()["suspect"] == ["a.csv:3: a cell holds the next lines, to 5 (is a quote not closed?)"]
+
+
 def test_an_open_quote_swallows_no_documents_of_a_single_column():
     """Most rows are one line, and one is 30; where most have several lines, long ones are nothing odd."""
     lines = [f"w{i}" for i in range(100)]

@@ -609,6 +609,8 @@ def test_a_long_text_in_quotes(tmp_path, capsys):
     assert f"warning: {path}: one row holds lines 4 to 34 (is a quote not closed?)\n" == capsys.readouterr().out
     path.write_text("text,label\n" + '"Berlin, 5\nBonn, 6\nUlm, 7",1\n' * 3)
     assert len(read_rows(str(path), ("text",), "label", settings())) == 3
+    path.write_text('id,text\n1,"Sehr geehrte Frau Li,\nvielen Dank"\n2,"Hallo, Li\nBis bald, Anna"\n')
+    assert len(read_rows(str(path), ("text",), "", settings())) == 2
     path.write_text('label,text\nyes,"a\nb"\nno,"c\nd"\nno,e\n')  # first lines with all columns and a label
     assert [len(read_rows(str(path), ("text",), column, settings())) for column in ("label", "")] == [3, 3]
     assert capsys.readouterr().out == ""
