@@ -65,7 +65,7 @@ def test_stripped_accents_are_asked_for_counted_and_shown(capsys):
     assert report["changed_characters_percent"] == round(100 * sum(changed) / total, 4) and report["unknown_percent"] == 0
     assert [set(example) for example in report["decoded"]] == [{"text", "tokens"}] * 3
     assert {"text": SCRIPTS[2], "tokens": "กรณา รอ สกคร"} in report["decoded"]
-    assert "% of the characters lose accents, vowel signs or other marks" in capsys.readouterr().out
+    assert "% of the characters other than blanks lose accents, vowel signs or other marks" in capsys.readouterr().out
 
 
 def test_removed_control_characters_are_called_so(capsys):
@@ -132,7 +132,9 @@ def test_lost_characters_are_reported_not_only_tokens(capsys):
     assert report["unknown_percent"] == round(100 / 7, 4)
     assert report["unknown_characters_percent"] == round(100 * 120 / 132, 4)
     says = "are unknown to the tokenizer, and hidden by [UNK] (see decoded; one for this text: --train_tokenizer)"
-    assert f"warning: 90.9 % of the characters {says}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"warning: 90.9 % of the characters other than blanks {says}" in printed
+    assert "90.9091  (of the characters other than blanks are hidden by [UNK])\n" in printed
 
 
 @pytest.mark.parametrize("words", [1, 50])
@@ -180,11 +182,11 @@ def test_text_that_is_nearly_all_unknown_is_refused_and_can_be_prepared_otherwis
     """DNA with BERT's vocabulary: unknown_percent was 100, the status 0."""
     write_texts("a.txt", ["".join(random.Random(i).choices("ACGT", k=300)) for i in range(50)])
     error = prepare_fails(capsys, source="a.txt", val_docs=5, compare_tokenizer="vocab.txt", out="new")
-    assert error.startswith("error: a.txt: 100% of the characters are unknown to the tokenizer, and become [UNK] (choose another")
+    assert error.startswith("error: a.txt: 100% of the characters other than blanks are unknown to the tokenizer, and become [UNK] (choose another")
     assert "--train_tokenizer=" in error and not list(Path().rglob("*.bin"))
     prepare(source="a.txt", val_fraction=0.1, train_tokenizer=100, out="new")
     write_texts("b.txt", ["ACGT" * 100] * 50)
-    assert "100% of the characters" in prepare_fails(capsys, source="b.txt", val_fraction=0, out="again")
+    assert "100% of the characters other" in prepare_fails(capsys, source="b.txt", val_fraction=0, out="again")
     prepare(source="b.txt", val_fraction=0, train_tokenizer=100, out="again")
 
 
