@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -122,6 +123,21 @@ def test_composed_and_decomposed_letters_are_the_same():
     tokenizer = Tokenizer.from_str(vocabulary.read_tokenizer("vocab.txt"))
     assert vocabulary.changed_characters(tokenizer, "한국어 ΣΑΣ Straße") == 0
     assert vocabulary.changed_characters(tokenizer, "می\u200cخواهم") == 1  # a joiner, which the tokenizer removes
+
+
+@pytest.mark.parametrize("cased", [False, True])
+def test_a_new_vocabulary_composes_letters(cased):
+    """Umlauts from a PDF or a Mac are two characters: of mixed texts a vocabulary had both, and so half the words twice."""
+    lines = [*SCRIPTS, "Gr\u00fc\u00dfe aus K\u00f6ln", "\ud55c\uad6d\uc5b4 \uc0ac\ub78c"]
+    decomposed = [unicodedata.normalize("NFD", line) for line in lines]
+    tokenizer = train((lines + decomposed) * 20, cased=cased)
+    composed = [unicodedata.normalize("NFC", entry) for entry in tokenizer.get_vocab()]
+    assert set(composed) == set(tokenizer.get_vocab()) and len(set(composed)) == len(composed)
+    for line, other in zip(lines, decomposed):
+        assert tokenizer.encode(line).ids == tokenizer.encode(other).ids
+    assert text_report()["changed_characters_percent"] == text_report()["unknown_characters_percent"] == 0
+    syllables = "".join(chr(0xAC00 + i) for i in range(2000))
+    assert vocabulary.alphabet_size([unicodedata.normalize("NFD", syllables)], 10**4) == 2000
 
 
 def test_lost_characters_are_reported_not_only_tokens(capsys):
