@@ -867,7 +867,7 @@ def test_a_damaged_finished_directory_is_not_called_finished(capsys):
     (shard,) = Path("out").glob("train*.bin")
     shard.write_bytes(shard.read_bytes()[:-2])
     error = prepare_fails(capsys, source="a.txt", val_docs=2)
-    assert error.startswith(f"error: {shard}: ") and "(damaged: copy it again, or remove out and prepare it again)" in error
+    assert error.startswith(f"error: {shard}: ") and "(damaged: copy it again, or remove out and prepare it again, with --t" in error
     shutil.rmtree("out")
     prepare(source="a.txt", val_docs=2)
 
