@@ -93,6 +93,8 @@ def check_resumable(out_dir, config, defaults, bends_schedule):
     if names:
         differing = ", ".join(f"{name} was {short(earlier.get(name))} and is {short(config[name])}" for name in names)
         hint = f"choose another --out_dir; --init_from={out_dir} would start from its weights"
+        if "tokenizer_sha256" in names:  # --train_tokenizer makes another vocabulary each time
+            hint += f"; to resume, prepare the text with --tokenizer={out_dir}/tokenizer.json"
         raise UserError(f"{out_dir}: holds a run that differs: {differing} ({hint})")
     return found, earlier
 

@@ -60,6 +60,7 @@ INDEX_DOCS = 64  # documents per entry of the chunk index: 46 MB of index for C4
 def damaged(path, reason, this_rank_only=False):
     """The UserError for a damaged file of a shard directory."""
     hint = f"copy it again, or remove {os.path.dirname(path)} and prepare it again"
+    hint += ", with --tokenizer=RUN/tokenizer.json to resume a run"  # --train_tokenizer would make another vocabulary
     return UserError(f"{path}: {reason} (damaged: {hint})", this_rank_only)
 
 

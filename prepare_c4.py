@@ -514,7 +514,7 @@ def prepare(cfg, plan, units, given):
         hint = "choose another --tokenizer, or make one of the text's own pieces: --train_tokenizer=8192"
         if cfg.train_tokenizer:
             hint = "a new vocabulary needs more entries, or more text; or choose an existing --tokenizer"
-        reason = f"{unknown:.0%} of the characters are unknown to the tokenizer, and become [UNK]"
+        reason = f"{unknown:.0%} of the characters other than blanks are unknown to the tokenizer, and become [UNK]"
         raise UserError(f"{cfg.source}: {reason} ({hint})")
     check_disk(out, estimate)
 

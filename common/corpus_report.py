@@ -129,8 +129,8 @@ EXPLAINED = {
     "documents_duplicate": "texts that occurred before (--dedup=true removes them)",
     "tokens_held_out": "for evaluation",
     "unknown_percent": "of the tokens are [UNK]",
-    "unknown_characters_percent": "of the characters are hidden by [UNK]",
-    "changed_characters_percent": "of the characters are changed by the tokenizer's normalization, beyond case",
+    "unknown_characters_percent": "of the characters other than blanks are hidden by [UNK]",
+    "changed_characters_percent": "of the characters other than blanks are changed by normalization, beyond case",
     "fill_at_128": "share of a sample of 128 tokens that a document fills, on average",
     "fill_at_512": "the same of 512 tokens",
     "lengths": "how many documents have so many tokens",
@@ -164,7 +164,7 @@ def print_report(report, cfg):
         ("changed_characters_percent", f"{lost} (see decoded)"),
     ):
         if report[name] >= WARN_PERCENT:
-            print(f"warning: {report[name]:.1f} % of the characters {reason}")
+            print(f"warning: {report[name]:.1f} % of the characters other than blanks {reason}")
 
 
 def by_file(skipped, count):

@@ -143,10 +143,8 @@ def places(lines):
 
 
 def read_lines(path, cfg):
-    """All (number, text) of a file's lines; the text is None where it is not UTF-8."""
-    texts, unread = {}, Counter()
-    texts.update(numbered_lines(path, cfg, unread, header=split_suffixes(path)[0] in TABLES, only=True))
-    return [(number, texts.get(number)) for number in range(1, len(texts) + unread["bad lines"] + 1)]
+    """All (number, text) of a file's lines."""
+    return list(numbered_lines(path, cfg, Counter(), keep=True, only=True))
 
 
 def read_table(path, columns, label_column, cfg, see, default_header):
@@ -165,7 +163,7 @@ def read_table(path, columns, label_column, cfg, see, default_header):
     texts = dict(table.lines)
     for row in rows:
         if table.headless or row.first != table.header.first:
-            other = other_separator(texts[row.first], mark, width) if row.fault else ""
+            other = other_separator(texts[row.first], mark, width) if row.fault and row.first == row.last else ""
             yield row.first, other or row.fault or [row.cells[j] for j in table.columns if row.cells]
     odd = [row for row in rows if not row.fault and not trusted and (row.suspect or row.last - row.first >= LONG_ROW)]
     odd = [f"lines {row.first} to {row.last}" for row in odd]
@@ -176,7 +174,7 @@ def read_table(path, columns, label_column, cfg, see, default_header):
     if quoted and is_own(cfg):  # GLUE's own files have such cells, and are read so by everybody
         text = f"cells in quotes, as a .csv has them, but the model reads a .tsv's quotes: {places(quoted)}"
         print(f"warning: {path}: {text} (save it as .csv)", flush=True)
-    spaced = [row.first for row in rows if quotes and has_spaced_quotes(row.cells, mark + (texts[row.first] or ""), mark)]
+    spaced = [row.first for row in rows if quotes and has_spaced_quotes(row.cells, mark + texts[row.first], mark)]
     if spaced and is_own(cfg):
         text = f"blanks before cells in quotes, so the model reads both: {places(spaced)}"
         print(f"warning: {path}: {text} (remove the blanks)", flush=True)
@@ -189,7 +187,7 @@ def has_spaced_quotes(cells, text, mark):
 
 def other_separator(text, own, columns):
     """What is wrong with a row that has all columns if another character separates them, or "". Prose has commas, too."""
-    for mark, name in SEPARATORS.items() if columns > 1 and text else ():
+    for mark, name in SEPARATORS.items() if columns > 1 else ():
         prose = re.search(rf"{re.escape(mark)}\s|\d{re.escape(mark)}\d", text)
         if mark != own and own not in text and text.count(mark) == columns - 1 and not prose:
             return f"a {name} between columns, unlike the first line's {SEPARATORS[own]} (use one of them in the whole file)"

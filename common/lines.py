@@ -1,11 +1,13 @@
 """Lines of text files, local or remote, plain or compressed; what is no text is named with its line."""
 
+import collections
 import functools
 import gzip
 import io
 import itertools
 import lzma
 import os
+import re
 import zlib
 
 from common.files import gigabytes
@@ -14,6 +16,8 @@ from common.remote import is_remote, network_error, open_remote
 
 COMPRESSIONS = (".gz", ".xz", ".zst")
 MAX_TEXT = 2**27  # bytes of a line, a cell or a document: a small .gz can hold a line that fills any memory
+
+NO_MARKS = re.compile(rb'[^",;\t|]+')  # what does not decide where cells and rows end
 
 MAGIC = {  # how files begin that are no text, whatever their names say
     b"%PDF-": "a PDF", b"PK\x03\x04": "a zip file, as .docx and .xlsx are", b"\xd0\xcf\x11\xe0": "an old Word or Excel file",
@@ -66,16 +70,23 @@ def not_utf8(line, error):
     return f"not UTF-8: {error.reason} ({guess}? convert it: iconv -f ENCODING -t UTF-8)"
 
 
-def numbered_lines(path, cfg, stats, start=0, end=None, header=False, only=False):
+class Unreadable(str):
+    """A line with U+FFFD in place of what is no text; `reason` says why."""
+
+    reason = ""
+
+
+def numbered_lines(path, cfg, stats, start=0, end=None, keep=False, only=False):
     """(number, text) of each line, without line end, and without the byte-order marks that joined files have inside.
 
     Only \\n ends a line: JSON strings may hold Unicode's other separators. start, end: a byte range of an uncompressed
     file; lines belong to the range that they start in, and are numbered within it. A file that is no text counts as a
-    single line that cannot be read, as does one with old Mac line ends, unless cfg.doc_sep is "file". header: whether the
-    first line holds names, and cannot be skipped. only: whether there is nothing without this file.
+    single line that cannot be read, as does one with old Mac line ends, unless cfg.doc_sep is "file". keep: yield a line that
+    cannot be read as Unreadable, neither counted nor named here, for a caller that refuses the row it is part of. only:
+    whether there is nothing without this file.
     Raises: UserError with file and line.
     """
-    lines = decoded_lines(path, cfg, stats, start, end, header, only)
+    lines = decoded_lines(path, cfg, stats, start, end, keep, only)
     beginning = list(itertools.islice(lines, 1))
     if beginning and "\r" in beginning[0][1] and not start and getattr(cfg, "doc_sep", "") != "file":
         beginning += itertools.islice(lines, 1)
@@ -88,7 +99,7 @@ def numbered_lines(path, cfg, stats, start=0, end=None, header=False, only=False
     yield from lines
 
 
-def decoded_lines(path, cfg, stats, start, end, header, only):
+def decoded_lines(path, cfg, stats, start, end, keep, only):
     _, compression = split_suffixes(path)
     end = None if compression else end
     number = 0
@@ -96,7 +107,7 @@ def decoded_lines(path, cfg, stats, start, end, header, only):
         with open_bytes(path) as raw, decompress(raw, compression) as file:
             if start:
                 raw.seek(start - 1)
-                skip_line(raw, end)
+                collections.deque(rest_of_line(raw, end), 0)
             position = raw.tell()
             for number, line in enumerate(iter(functools.partial(file.readline, MAX_TEXT), b""), 1):
                 if end is not None and position >= end:
@@ -105,21 +116,24 @@ def decoded_lines(path, cfg, stats, start, end, header, only):
                     skip_or_fail(cfg, stats, f"{path}: {reason}", needed=only)
                     return
                 position += len(line)
-                needed = header and number == 1
+                reason = ""
                 if len(line) == MAX_TEXT and not line.endswith(b"\n"):
-                    skip_line(file, end)
-                    position = raw.tell()
-                    where = location(path, number, start)
-                    skip_or_fail(cfg, stats, f"{where}: a line of more than {gigabytes(MAX_TEXT)} (split it)", needed)
-                    continue
+                    line = marks(itertools.chain([line], rest_of_line(file, end)))
+                    position, reason = raw.tell(), f"a line of more than {gigabytes(MAX_TEXT)} (split it)"
                 if number % 16 == 0 or len(line) > 1000:
                     stats["segment bytes"] = raw.tell() - start
                 try:
-                    text = line.decode().removeprefix("\ufeff")
+                    text = line.decode()
                 except UnicodeDecodeError as error:
-                    skip_or_fail(cfg, stats, f"{location(path, number, start)}: {not_utf8(line, error)}", needed)
+                    text, reason = line.decode(errors="replace"), reason or not_utf8(line, error)
+                text = text.removeprefix("\ufeff").rstrip("\r\n")
+                if reason and not keep:
+                    skip_or_fail(cfg, stats, f"{location(path, number, start)}: {reason}")
                     continue
-                yield number, text.rstrip("\r\n")
+                if reason:
+                    text = Unreadable(text)
+                    text.reason = reason
+                yield number, text
             if end is not None and position < end:
                 raise EOFError(f"ends after {position:,} of {end:,} bytes")
     except UserError:
@@ -128,11 +142,20 @@ def decoded_lines(path, cfg, stats, start, end, header, only):
         raise read_error(path, error, f"{path}:{number + 1}") from None
 
 
-def skip_line(file, end):
-    """Read up to the end of the line in small pieces, but not far beyond the position `end`."""
-    while (piece := file.readline(2**20)) and not piece.endswith(b"\n"):
-        if end is not None and file.tell() >= end:
+def rest_of_line(file, end):
+    """Yield what is left of the line in small pieces, but not far beyond the position `end`."""
+    while piece := file.readline(2**20):
+        yield piece
+        if piece.endswith(b"\n") or end is not None and file.tell() >= end:
             return
+
+
+def marks(pieces):
+    """A line too long to keep, without its text: by its quotes and separators a table's row still ends where it ends."""
+    line = bytearray()
+    for piece in pieces:
+        line += NO_MARKS.sub(b"_", piece) if len(line) < MAX_TEXT else b""
+    return bytes(line)
 
 
 def location(path, number, start):

@@ -310,7 +310,7 @@ def lines_or_whole(segment, lines, stats):
 def table_documents(segment, cfg, stats):
     """One column of a .csv or .tsv. The first row names the columns."""
     path = segment.path
-    table = open_table(path, numbered_lines(path, cfg, stats, 0, segment.end, header=True), [cfg.text_key], SEE)
+    table = open_table(path, numbered_lines(path, cfg, stats, 0, segment.end, keep=True), [cfg.text_key], SEE)
     quoted = False
     for row in rows_of(table) if table else ():
         where = f"{path}:{row.first}"

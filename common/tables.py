@@ -11,7 +11,7 @@ import os
 import re
 from typing import NamedTuple
 
-from common.lines import MAX_TEXT, open_bytes, read_error, read_errors, split_suffixes
+from common.lines import MAX_TEXT, Unreadable, open_bytes, read_error, read_errors, split_suffixes
 from common.options import UserError
 
 MAX_BATCH = 2**30  # bytes of Parquet rows that are decoded at once, at most
@@ -51,7 +51,7 @@ def open_table(path, lines, columns, see, default_header=None):
     own = TABLES[split_suffixes(path)[0]]
     layouts = [own] if default_header else [own, *((mark, True) for mark in SEPARATORS if (mark, True) != own)]
     lines, ahead = itertools.tee(lines)
-    if excels := EXCELS_LINE.fullmatch(next(ahead, (1, ""))[1] or ""):
+    if excels := EXCELS_LINE.fullmatch(next(ahead, (1, ""))[1]):
         layouts = [way for way in layouts if way[0] == excels[1]] or layouts
         next(lines)
     lines, *copies = itertools.tee(lines, 1 + len(layouts))
@@ -65,7 +65,7 @@ def open_table(path, lines, columns, see, default_header=None):
     first = firsts[layout]
     where = f"{path}:{first.first}"
     if first.fault:
-        raise UserError(f"{where}: {first.fault} (expected the names of the columns)")
+        raise UserError(f"{where}: {first.fault}{' (expected the names of the columns)' * (not first.fault.endswith(')'))}")
     headless = bool(default_header) and columns[0] not in first.cells and len(first.cells) == len(default_header)
     header = default_header if headless else first.cells
     found = f"a {SEPARATORS[layout[0]]} between columns" if layout[0] != own[0] else "the quotes of a .csv"
@@ -107,10 +107,10 @@ def listed(words):
 def table_rows(lines, separator, quotes, is_row=None):
     """Yield the TableRows of (number, text) pairs. All have as many cells as the first, or a fault.
 
-    The lines after one whose quote is not closed are read again, so it swallows none of them. text: None for a line that
-    could not be read. quotes: whether cells in double quotes may hold separators and line breaks. is_row(text): whether a
-    line in such a cell is surely a row; a suspect row has a fault then. Where there is one column, a row is suspect if it is
-    long, and most are one line.
+    The lines after one whose quote is not closed are read again, so it swallows none of them. A row with an Unreadable line
+    has a fault as a whole: its other lines are no rows. quotes: whether cells in double quotes may hold separators and line
+    breaks. is_row(text): whether a line in such a cell is surely a row; a suspect row has a fault then. Where there is one
+    column, a row is suspect if it is long, and most are one line.
 
     Python's csv, not pyarrow's: that one takes an unclosed quote, or text after a closing one, without an error, and
     refuses rows longer than its block.
@@ -124,12 +124,14 @@ def table_rows(lines, separator, quotes, is_row=None):
     def row_lines():
         while pair := again.popleft() if again else next(lines, None):
             row.append(pair)
-            if pair[1] is None:
-                raise csv.Error("not UTF-8")
             yield f"{pair[1]}\n"
 
     def records():
         return csv.reader(row_lines(), delimiter=separator, strict=True)
+
+    def may_be_row(text):
+        prose = f"{separator} " in text or text.endswith(separator) and cells[-1]  # as "Well, yes" and "Dear Ms. Li,"
+        return text.count(separator) == columns - 1 and not prose
 
     reader = records()
     while True:
@@ -139,7 +141,7 @@ def table_rows(lines, separator, quotes, is_row=None):
             cells = next(reader, None)
         except csv.Error as error:
             there = f" on line {row[-1][0]}" if len(row) > 1 else ""
-            cells, fault = [], f"{error}{there} (is a quote not closed?)" if row[0][1] is not None else f"{error}"
+            cells, fault = [], f"{error}{there} (is a quote not closed?)"
             if f"{error}".startswith("new-line"):
                 fault = f"a lone carriage return{there} (remove it; if it ends a line: tr '\\r' '\\n' < FILE > NEW)"
         if cells is None:
@@ -150,16 +152,26 @@ def table_rows(lines, separator, quotes, is_row=None):
         count, single = count + 1, single + (len(row) == 1)
         several = len(row) > 1 and not fault
         inside = [line for cell in cells for line in cell.split("\n")] if several and columns > 1 else []
-        rows_inside = sum(is_row(line) if is_row else line.count(separator) == columns - 1 for line in inside)
-        suspect = 0 < len(row) - 1 <= 2 * rows_inside
+        rows_inside = sum(map(is_row or may_be_row, inside))
+        # A quote that closes what it did not open stands in a line that is a row, too.
+        suspect = 0 < len(row) - 1 <= 2 * rows_inside and row[-1][1].count(separator) >= columns - 1
         suspect |= several and columns == 1 and len(row) > LONG_ROW and 2 * single > count
         if suspect and is_row:
             fault = f"one row up to line {row[-1][0]}, though its lines are rows (is a quote not closed?"
             fault += " if the quotes are right: --trust_quotes=true)"
+        broken, fault = bool(fault), unreadable(row[:1] if fault else row) or fault
         yield TableRow(row[0][0], row[-1][0], [] if fault else cells, fault, suspect)
-        if fault:
+        if broken:
             again.extendleft(reversed(row[1:]))
             reader = records()
+
+
+def unreadable(row):
+    """Why a row of (number, text) pairs cannot be read, or ""."""
+    for number, text in row:
+        if isinstance(text, Unreadable):
+            return text.reason if number == row[0][0] else f"line {number}: {text.reason}"
+    return ""
 
 
 def literal_rows(lines, separator):
@@ -167,18 +179,19 @@ def literal_rows(lines, separator):
     lines, ahead, columns, left = iter(lines), collections.deque(), 0, 0  # left: lines of such a row that is broken
     while pair := ahead.popleft() if ahead else next(lines, None):
         number, text = pair
-        cells = text.split(separator) if text and text.strip() else []
-        columns, fault, quoted = columns or len(cells), "not UTF-8" if text is None else "", False
+        cells = text.split(separator) if text.strip() else []
+        columns, fault, quoted = columns or len(cells), "", False
         if cells and len(cells) != columns:
             fault = f"{wrong_width(cells, columns)} (a tab or a line break in a text?)"
         if cells and not left and '"' in text:
             ahead.extend(itertools.islice(lines, max(0, LONG_ROW - len(ahead))))
-            meant = lines_in_quotes([text, *(other or "" for _, other in ahead)], separator, columns)
+            meant = lines_in_quotes([text, *(other for _, other in ahead)], separator, columns)
             quoted, left = meant > 0, meant if meant > 1 or fault else 0
         if left:
             left -= 1
             if cells and columns > 1:
                 fault = "quotes hold a tab or a line break, but they are literal in .tsv (save it as .csv)"
+        fault = unreadable([pair]) or fault
         yield TableRow(number, number, [] if fault else cells, fault, False, quoted)
 
 
@@ -230,13 +243,13 @@ def parse_json(text):
 def record_cells(records, columns, see, label_column=""):
     """Yield (number, values of `columns` as strings, or the reason why there are none) of (number, JSON object) pairs.
 
-    An object may be the text of one; a blank text has no values, and None is a line that could not be read. label_column:
-    one that may also hold a number. see: a hint for columns that are not there.
+    An object may be the text of one; a blank text has no values. label_column: one that may also hold a number. see: a
+    hint for columns that are not there.
     """
     for number, record in records:
         try:
-            if record is None:
-                raise ValueError("not UTF-8")
+            if isinstance(record, Unreadable):
+                raise ValueError(record.reason)
             if isinstance(number, str) and isinstance(record, list):  # in a list that is the whole file
                 kind = "string" if isinstance(record[0], str) else type(record[0]).__name__
                 raise ValueError(f'a {kind}, not an object (expected {{"{columns[0]}": ...}} for each text)')

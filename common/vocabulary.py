@@ -94,6 +94,8 @@ def train_tokenizer(texts, size, cased, strip_accents=False):
             yield part
 
     tokenizer = wordpiece(cased, strip_accents=strip_accents)
+    # BERT's normalizer takes a composed letter and its two characters, as from a PDF or a Mac, for different ones.
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), tokenizer.normalizer])
     words, alphabet = tokenizer.pre_tokenizer, alphabet_size(counted(), size)
     learn_long = unspaced > UNSPACED_SHARE * chars
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, CUT_WORDS if learn_long else DROP_WORDS])
@@ -124,7 +126,7 @@ def alphabet_size(texts, size):
     """How many characters a vocabulary of `size` entries should cover: thousands for Chinese, else MIN_ALPHABET."""
     counts = np.zeros(0x110000, np.int64)
     for text in texts:
-        characters = np.frombuffer(text.lower().encode("utf-32-le", "surrogatepass"), np.uint32)
+        characters = np.frombuffer(unicodedata.normalize("NFC", text).lower().encode("utf-32-le", "surrogatepass"), np.uint32)
         found, times = np.unique(characters, return_counts=True)
         counts[found] += times
     most_frequent = np.sort(counts)[::-1].cumsum()

@@ -499,7 +499,10 @@ def test_training_resumes_only_with_the_same_tokenizer(two, tmp_path, capsys):
     digest = file_digest(Path(a) / "tokenizer.json")
     assert saved["tokenizer_sha256"] == digest == json.loads((Path(a) / "manifest.json").read_text())["tokenizer_sha256"]
     make_shards(tmp_path / "other", vocab_size=VOCAB_SIZE + 1)
-    assert "tokenizer_sha256 was" in train_fails(capsys, tmp_path / "other", tmp_path / "run", max_steps=2)
+    error = train_fails(capsys, tmp_path / "other", tmp_path / "run", max_steps=2)
+    assert "tokenizer_sha256 was" in error
+    assert error.endswith(f"; to resume, prepare the text with --tokenizer={tmp_path}/run/tokenizer.json)\n")
+    assert file_digest(tmp_path / "run" / "tokenizer.json") == digest
     # Shards next to a tokenizer they were not made with.
     (tmp_path / "other" / "tokenizer.json").write_bytes((Path(a) / "tokenizer.json").read_bytes())
     error = train_fails(capsys, tmp_path / "other", tmp_path / "new", max_steps=2)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import checkpoint
 from common.options import UserError
-from common.vocabulary import finish, wordpiece
+from common.vocabulary import finish, train_tokenizer, wordpiece
 from finetune_glue import read_pretrained
 from model import MaskedLM, ModelConfig, SequenceClassifier
 from tests.toy import SPECIAL
@@ -29,11 +29,19 @@ WORDS = [*SPECIAL, *LETTERS, *(f"##{letter}" for letter in LETTERS), "the", "##i
 SIZE = {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "intermediate_size": 80}  # 80: no multiple of Q8_0's blocks
 
 
-def make_run(path, model="mosaicbert", cased=False, labels=None, **options):
-    """A run with a WordPiece tokenizer, and weights so large that a difference shows. options: more of its config.json."""
+def make_run(path, model="mosaicbert", cased=False, labels=None, trained=False, **options):
+    """A run with a WordPiece tokenizer, and weights so large that a difference shows. options: more of its config.json.
+
+    trained: whether the tokenizer is like one of --train_tokenizer.
+    """
     torch.manual_seed(0)
     tokenizer = wordpiece(cased, {word: i for i, word in enumerate(WORDS)})
     finish(tokenizer)
+    text = tokenizer.to_str()
+    if trained:
+        text = json.loads(train_tokenizer(lambda: iter(["a"]), 100, cased))
+        text["model"]["vocab"] = tokenizer.get_vocab()
+        text = json.dumps(text)
     cfg = ModelConfig(model, **SIZE, hidden_dropout=0.0)
     net = MaskedLM(cfg, len(WORDS)) if labels is None else SequenceClassifier(cfg, len(WORDS), len(labels))
     weights = checkpoint.weights_of(net).items()
@@ -41,7 +49,7 @@ def make_run(path, model="mosaicbert", cased=False, labels=None, **options):
     config = {**vars(cfg), "vocab_size": len(WORDS), "tokenizer_sha256": "", **options}
     if labels is not None:
         config["task"] = {"labels": labels, "text_columns": ["text"], "max_length": 64}
-    texts = {"config.json": json.dumps(config), "tokenizer.json": tokenizer.to_str()}
+    texts = {"config.json": json.dumps(config), "tokenizer.json": text}
     path.mkdir(exist_ok=True)
     checkpoint.save(str(path), 1, {"model.safetensors": weights}, {**texts, "state.json": json.dumps({"step": 1})})
     return str(path)
@@ -209,6 +217,19 @@ def test_failed_checks_leave_nothing(tmp_path, capsys, monkeypatch):
         write_gguf, "read_back", lambda *a: (monkeypatch.setattr(write_gguf, "gguf_names", names), reads(*a))[1]
     )
     assert "self-check failed: the cosine of F16" in fails(capsys, *argv, "--format=gguf") and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["transformers", "tei", "onnx", "gguf"])
+def test_a_trained_tokenizer_composes_letters_in_every_export(tmp_path, kind):
+    """But llama.cpp, which gets the words and settings alone; the check of an export has such letters."""
+    for package in ("transformers", *convert_hf.NEEDS.get(kind, ())):
+        pytest.importorskip(package)
+    import transformers
+
+    out = export(make_run(tmp_path / "run", trained=True), tmp_path / "exported", f"--format={kind}")
+    if kind != "gguf":
+        tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+        assert tokenizer.tokenize("e\u0301 \u00e9") == ["\u00e9", "\u00e9"]
 
 
 def test_other_tokenizers_are_no_gguf(tmp_path, capsys, monkeypatch):

@@ -4,12 +4,14 @@ import csv
 import errno
 import gzip
 import json
+import lzma
 import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,7 +66,7 @@ def test_stripped_accents_are_asked_for_counted_and_shown(capsys):
     assert report["changed_characters_percent"] == round(100 * sum(changed) / total, 4) and report["unknown_percent"] == 0
     assert [set(example) for example in report["decoded"]] == [{"text", "tokens"}] * 3
     assert {"text": SCRIPTS[2], "tokens": "กรณา รอ สกคร"} in report["decoded"]
-    assert "% of the characters lose accents, vowel signs or other marks" in capsys.readouterr().out
+    assert "% of the characters other than blanks lose accents, vowel signs or other marks" in capsys.readouterr().out
 
 
 def test_removed_control_characters_are_called_so(capsys):
@@ -123,6 +125,21 @@ def test_composed_and_decomposed_letters_are_the_same():
     assert vocabulary.changed_characters(tokenizer, "می\u200cخواهم") == 1  # a joiner, which the tokenizer removes
 
 
+@pytest.mark.parametrize("cased", [False, True])
+def test_a_new_vocabulary_composes_letters(cased):
+    """Umlauts from a PDF or a Mac are two characters: of mixed texts a vocabulary had both, and so half the words twice."""
+    lines = [*SCRIPTS, "Gr\u00fc\u00dfe aus K\u00f6ln", "\ud55c\uad6d\uc5b4 \uc0ac\ub78c"]
+    decomposed = [unicodedata.normalize("NFD", line) for line in lines]
+    tokenizer = train((lines + decomposed) * 20, cased=cased)
+    composed = [unicodedata.normalize("NFC", entry) for entry in tokenizer.get_vocab()]
+    assert set(composed) == set(tokenizer.get_vocab()) and len(set(composed)) == len(composed)
+    for line, other in zip(lines, decomposed):
+        assert tokenizer.encode(line).ids == tokenizer.encode(other).ids
+    assert text_report()["changed_characters_percent"] == text_report()["unknown_characters_percent"] == 0
+    syllables = "".join(chr(0xAC00 + i) for i in range(2000))
+    assert vocabulary.alphabet_size([unicodedata.normalize("NFD", syllables)], 10**4) == 2000
+
+
 def test_lost_characters_are_reported_not_only_tokens(capsys):
     """One long word is one [UNK] of seven tokens, but most of the text."""
     write_texts("a.txt", ["ก" * 120 + " w1 w2 w3 w4 w5 w6"])
@@ -131,7 +148,9 @@ def test_lost_characters_are_reported_not_only_tokens(capsys):
     assert report["unknown_percent"] == round(100 / 7, 4)
     assert report["unknown_characters_percent"] == round(100 * 120 / 132, 4)
     says = "are unknown to the tokenizer, and hidden by [UNK] (see decoded; one for this text: --train_tokenizer)"
-    assert f"warning: 90.9 % of the characters {says}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"warning: 90.9 % of the characters other than blanks {says}" in printed
+    assert "90.9091  (of the characters other than blanks are hidden by [UNK])\n" in printed
 
 
 @pytest.mark.parametrize("words", [1, 50])
@@ -179,11 +198,11 @@ def test_text_that_is_nearly_all_unknown_is_refused_and_can_be_prepared_otherwis
     """DNA with BERT's vocabulary: unknown_percent was 100, the status 0."""
     write_texts("a.txt", ["".join(random.Random(i).choices("ACGT", k=300)) for i in range(50)])
     error = prepare_fails(capsys, source="a.txt", val_docs=5, compare_tokenizer="vocab.txt", out="new")
-    assert error.startswith("error: a.txt: 100% of the characters are unknown to the tokenizer, and become [UNK] (choose another")
+    assert error.startswith("error: a.txt: 100% of the characters other than blanks are unknown to the tokenizer, and become [UNK] (choose another")
     assert "--train_tokenizer=" in error and not list(Path().rglob("*.bin"))
     prepare(source="a.txt", val_fraction=0.1, train_tokenizer=100, out="new")
     write_texts("b.txt", ["ACGT" * 100] * 50)
-    assert "100% of the characters" in prepare_fails(capsys, source="b.txt", val_fraction=0, out="again")
+    assert "100% of the characters other" in prepare_fails(capsys, source="b.txt", val_fraction=0, out="again")
     prepare(source="b.txt", val_fraction=0, train_tokenizer=100, out="again")
 
 
@@ -285,12 +304,62 @@ def test_an_open_quote_at_the_end_swallows_no_rows():
     assert [text.partition(" ")[0] for text in text_report()["skipped"]] == ["a.csv:3:", "a.csv:5:"]
 
 
+@pytest.mark.parametrize("name, table", [
+    ("a.csv", 'text,id\n"w1\nw1",1\n"{}",2\nw5,3\nw6,4\n'), ("a.csv.gz", 'id,text\n1,"w1\nw1"\n2,"{}"\n3,w5\n4,w6\n'),
+    ("a.csv.xz", 'text\n"w1\nw1"\n"{}"\nw5\nw6\n'), ("a.tsv", 'text;id\n"w1\nw1";1\n"{}";2\nw5;3\nw6;4\n'),
+])  # fmt: skip
+@pytest.mark.parametrize("cell, bad", [
+    (b"w2 Sch\xf6ne\nw3,\nw4", 4), (b"w2\nw3 Gr\xfc\xdfen,\nw4", 5), (b'w2\n\nw3 ""K\xf6ln""', 6), (b"w2\n\xff\nw3", 5),
+])  # fmt: skip
+def test_a_row_with_a_line_that_is_not_utf8_is_skipped_whole(capsys, name, table, cell, bad):
+    """Its other lines became documents, or a single one."""
+    pack = {".gz": gzip.compress, ".xz": lzma.compress}.get(name[-3:], bytes)
+    write_files({name: pack(table.encode().replace(b"{}", cell))})
+    says = f"{name}:4: {'' if bad == 4 else f'line {bad}: '}not UTF-8: invalid "
+    assert prepare_fails(capsys, source=name, val_fraction=0).startswith(f"error: {says}")
+    prepare(source=name, val_fraction=0, skip_bad_lines=1)
+    assert texts_of(stored()) == ["w1 w1", "w5", "w6"]
+    (skipped,) = text_report()["skipped"]
+    assert skipped.startswith(says)
+
+
+def test_an_open_quote_before_a_line_that_is_not_utf8_swallows_no_rows():
+    write_files({"a.csv": b'id,text\n1,w1\n2,"w2\n3,w3\n4,\xff\n5,w5\n', "b.csv": b'id,text\n1,"\xff\n2,w1\n3,"w2"\n'})
+    prepare(source="?.csv", val_fraction=0, skip_bad_lines=3)
+    assert texts_of(stored()) == ["w1", "w3", "w5", "w1", "w2"]
+    assert [text[:8] for text in text_report()["skipped"]] == ["a.csv:3:", "a.csv:5:", "b.csv:2:"]
+
+
+def test_names_of_columns_with_a_line_that_is_not_utf8(capsys):
+    write_files({"a.csv": b'id,"te\nxt \xff",text\n1,2,w1\n'})
+    assert prepare_fails(capsys, source="a.csv", skip_bad_lines=9).startswith("error: a.csv:1: line 2: not UTF-8: invalid start b")
+
+
 def test_a_cell_that_may_have_swallowed_rows_is_named():
     """Valid CSV, so it is kept; every line of it has the columns of a row."""
     write_files({"a.csv": b'id,text\n1,w1\n2,"w2\n3,w3\n4,w4"\n5,"w5\nw6"\n'})
     prepare(source="a.csv", val_fraction=0)
     assert text_report()["suspect"] == ["a.csv:3: a cell holds the next lines, to 5 (is a quote not closed?)"]
     assert text_report()["documents"] == 3
+
+
+@pytest.mark.parametrize("names", [("id", "text"), ("text", "id")])
+def test_a_cell_with_lines_of_prose_is_not_named(names):
+    """Every line with one comma looked like a row of two columns."""
+    letters = ["Sehr geehrte Frau Li,\nvielen Dank", "Gut.\nMit freundlichen Gr\u00fc\u00dfen,\nIhr Team", "Hallo, Anna\nBis bald, Li"]
+    rows = [{"id": f"{i}", "text": text} for i, text in enumerate(letters)]
+    write_files({"a.csv": frame(",", names, *([row[name] for name in names] for row in rows))})
+    prepare(source="a.csv", val_fraction=0)
+    assert text_report()["suspect"] == [] and text_report()["documents"] == 3
+
+
+@pytest.mark.parametrize("table", [
+    b'text,id\nw1,1\n"w2,2\nw3,3\nw4",4\n', b'text,id\nw1,\n"w2,\nw3,\nw4",\n', b'id,text,x\n1,w1,\n2,"w2,\n3,w3,\n4,w4",\n',
+])  # fmt: skip
+def test_a_cell_with_rows_is_named_in_any_column(table):
+    write_files({"a.csv": table})
+    prepare(source="a.csv", val_fraction=0)
+    assert text_report()["suspect"] == ["a.csv:3: a cell holds the next lines, to 5 (is a quote not closed?)"]
 
 
 def test_an_open_quote_swallows_no_documents_of_a_single_column():
@@ -592,6 +661,15 @@ def test_a_line_that_fills_any_memory_is_an_error(monkeypatch, capsys, name, doc
     csv.field_size_limit(sources.MAX_TEXT)
 
 
+@pytest.mark.parametrize("long", ["{}\nw3\nw4", "w3\n{}\nw4", "w3\nw4 {}"])
+def test_a_row_with_a_line_that_fills_any_memory_is_skipped_whole(monkeypatch, long):
+    monkeypatch.setattr(lines, "MAX_TEXT", 2**20)
+    text = 'text,id\nw1,1\n"' + long.format(('x, ""y"" ' + "z" * 90) * 2**15) + '",2\nw2,3\n"w5\nw5",4\n'
+    write_files({"a.csv.gz": gzip.compress(text.encode())})
+    prepare(source="a.csv.gz", val_fraction=0, skip_bad_lines=1)
+    assert texts_of(stored()) == ["w1", "w2", "w5 w5"] and text_report()["bad_lines_skipped"] == 1
+
+
 @pytest.mark.parametrize("doc_sep", ["blank", "file"])
 def test_a_document_of_many_lines_is_bounded(monkeypatch, capsys, doc_sep):
     monkeypatch.setattr(sources, "MAX_TEXT", 1000)
@@ -789,7 +867,7 @@ def test_a_damaged_finished_directory_is_not_called_finished(capsys):
     (shard,) = Path("out").glob("train*.bin")
     shard.write_bytes(shard.read_bytes()[:-2])
     error = prepare_fails(capsys, source="a.txt", val_docs=2)
-    assert error.startswith(f"error: {shard}: ") and "(damaged: copy it again, or remove out and prepare it again)" in error
+    assert error.startswith(f"error: {shard}: ") and "(damaged: copy it again, or remove out and prepare it again, with --t" in error
     shutil.rmtree("out")
     prepare(source="a.txt", val_docs=2)
 

@@ -411,6 +411,33 @@ def test_an_open_quote_takes_one_row_with_it(tmp_path, capsys):
         assert re.fullmatch(r"skipped .*:2(: .*\nskipped .*:|, )4: .*\n", capsys.readouterr().out)
 
 
+@pytest.mark.parametrize("label", ["label", ""])
+@pytest.mark.parametrize("cell, says", [
+    (b"Sch\xf6ne Arbeit.\nMit freundlichen Gruessen,\nIhr Team Koeln", ""), (b"Sch\xf6ne;Arbeit.\nIhr Team", ""),
+    (b"Schoene Arbeit.\nMit freundlichen Gr\xfc\xdfen,\nIhr Team Koeln", "line 4: "),
+    (b"Arbeit\n\0 mit vielen Gr\xfc\xdfen\n,", "line 4: "),
+])  # fmt: skip
+def test_a_row_with_a_line_that_is_not_utf8_is_skipped_whole(tmp_path, capsys, cell, says, label):
+    """Its other lines were rows, and so were shifted the indices of the rows behind it."""
+    path, rows = tmp_path / "m.csv", ["Erste Zeile gut,positiv", "Letzte Zeile gut,positiv", "Noch eine schlecht,negativ"]
+    path.write_bytes("\n".join(["text,label", rows[0], '"{}",negativ', *rows[1:], ""]).encode().replace(b"{}", cell))
+    found = read_rows(str(path), ("text",), label, settings(skip_bad_lines=1))
+    assert [",".join(row.cells) for row in found] == [row if label else row.split(",")[0] for row in rows]
+    assert [row.index for row in found] == [0, 2, 3]
+    assert capsys.readouterr().out.startswith(f"skipped {path}:3: {says}not UTF-8: invalid start byte (Latin-1 or Windows")
+    with pytest.raises(UserError, match=f"m.csv:3: {says}not UTF-8.*; --skip_bad_lines=1 skips it\\)$"):
+        read_rows(str(path), ("text",), label, settings())
+
+
+def test_a_tsv_row_in_quotes_with_a_line_that_is_not_utf8(tmp_path, capsys):
+    """Quotes are literal, so each line is named: none of them is a row."""
+    path = tmp_path / "a.tsv"
+    path.write_bytes(b'text\tlabel\na\t1\n"b \xff\nb\nb"\t2\nc\t1\n')
+    rows = read_rows(str(path), ("text",), "label", settings(skip_bad_lines=3))
+    assert [row.cells for row in rows] == [["a", "1"], ["c", "1"]]
+    assert re.match(r"skipped .*:3: not UTF-8: .*\nskipped .*:4, 5: quotes hold", capsys.readouterr().out)
+
+
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
 @pytest.mark.parametrize("first", ["sep={}", '"SEP={}"', "\ufeffsep={}\r", "sep={}{}"])
 @pytest.mark.parametrize("mark, called", [(",", "comma"), (";", "semicolon"), ("\t", "tab"), ("|", "vertical bar")])
@@ -582,6 +609,8 @@ def test_a_long_text_in_quotes(tmp_path, capsys):
     assert f"warning: {path}: one row holds lines 4 to 34 (is a quote not closed?)\n" == capsys.readouterr().out
     path.write_text("text,label\n" + '"Berlin, 5\nBonn, 6\nUlm, 7",1\n' * 3)
     assert len(read_rows(str(path), ("text",), "label", settings())) == 3
+    path.write_text('id,text\n1,"Sehr geehrte Frau Li,\nvielen Dank"\n2,"Hallo, Li\nBis bald, Anna"\n')
+    assert len(read_rows(str(path), ("text",), "", settings())) == 2
     path.write_text('label,text\nyes,"a\nb"\nno,"c\nd"\nno,e\n')  # first lines with all columns and a label
     assert [len(read_rows(str(path), ("text",), column, settings())) for column in ("label", "")] == [3, 3]
     assert capsys.readouterr().out == ""

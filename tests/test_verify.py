@@ -20,7 +20,7 @@ def test_verify(tmp_path, capsys):
     contents[-2] ^= 1  # still a token of the vocabulary: only the digest can tell
     path.write_bytes(contents)
     (tmp_path / "a" / "tokenizer.json").unlink()
-    missing = f"{a}/tokenizer.json: No such file or directory (damaged: copy it again, or remove {a} and prepare it again)"
+    missing = f"{a}/tokenizer.json: No such file or directory (damaged: copy it again, or remove {a} and prepare it again, with --tokenizer=RUN/tokenizer.json to resume a run)"
     for argv, says in (([b], f"{path}: digest differs"), ([], "--data_dir: not given"), (["--data=x"], "--data: unknown option"), ([a], missing)):
         with pytest.raises(SystemExit) as stopped:
             verify.main(argv)

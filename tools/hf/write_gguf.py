@@ -59,8 +59,10 @@ def check_tokenizer(text):
     """(the vocabulary's words, BertNormalizer's settings). Raises: UserError where llama.cpp has no such tokenizer."""
     contents, words = json.loads(text), vocabulary(text)
     normalizer, split = contents.get("normalizer") or {}, contents.get("pre_tokenizer") or {}
-    split = (split.get("pretokenizers") or [split])[0]  # a vocabulary trained here also cuts words above 100 characters
-    if not words or normalizer.get("type") != "BertNormalizer" or split.get("type") != "BertPreTokenizer":
+    # A vocabulary trained here also cuts words above 100 characters, and composes letters.
+    split, (*first, normalizer) = (split.get("pretokenizers") or [split])[0], normalizer.get("normalizers") or [normalizer]
+    is_bert = normalizer.get("type") == "BertNormalizer" and first in ([], [{"type": "NFC"}])
+    if not words or not is_bert or split.get("type") != "BertPreTokenizer":
         raise UserError("--format=gguf: the tokenizer is not BERT's WordPiece (llama.cpp has no other for this architecture)")
     return words, normalizer
 
