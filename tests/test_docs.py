@@ -343,8 +343,14 @@ def test_token_types_are_what_was_logged():
     records = reading.read_log(folder / "seventeen_minutes.jsonl")
     level = {record["step"]: record["loss"] for record in records if record["event"] == "eval"}
     assert f"takes the loss from {level[10350]:.3f} to {level[12938]:.3f}" in text
-    for number in re.findall(r"from (5\.\d+) to (6\.\d+) .* to (6\.\d+) when", " ".join(text.split()))[0]:
-        assert re.search(rf"\b{number[:3]}\d", text_of(f"results/{folder.name}/cpu.txt"))
+    cpu, words = text_of(f"results/{folder.name}/cpu.txt"), " ".join(text.split())
+    alone, second, copied = (
+        float(re.search(rf"^{row}, --lr=1e-4: accuracy (.*)$", cpu, re.MULTILINE)[1])
+        for row in ("alone", "second text, type 1 as trained", "second text, type 1 a copy")
+    )
+    assert f"{alone:.2f} % right if they stand alone, {second:.2f} % if" in words and f"and {copied:.2f} % if type 1" in words
+    one, two = re.search(r"^as trained: (4.*), (5.*)$", cpu, re.MULTILINE).groups()
+    assert f"from {float(one):.2f} to {float(two):.2f}" in words
     losses = [json.loads(line) for line in text_of("results/recipe_h200/schedules_cpu.jsonl").splitlines()]
     wsd, linear = (
         [f"{record['loss']:.3f}" for record in losses if record["schedule"] == schedule and record["step"] == 1500]
