@@ -456,7 +456,10 @@ def test_exported_files(exported):
     run, path = exported
     hf = json.loads((path / "config.json").read_text())
     assert hf["model_type"] == "mosaic_bert" and hf["vocab_size"] == VOCAB_SIZE
-    assert len(load_file(path / "model.safetensors")[WORDS]) == VOCAB_SIZE
+    weights = load_file(path / "model.safetensors")
+    assert len(weights[WORDS]) == VOCAB_SIZE
+    first, second = weights[checkpoint.TOKEN_TYPES]  # the second was never trained
+    assert first.any() and torch.equal(first, second)
     card = (path / "README.md").read_text()
     for text in ("license: mit", "| hardware | toy, 2 process(es) |", "| tokens seen | not known |", "| GLUE | not known |"):
         assert text in card
