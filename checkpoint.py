@@ -480,10 +480,10 @@ def load(path):
     with open(os.path.join(path, "tokenizer.json"), encoding="utf-8", errors="replace") as file:
         config, tensors, tokenizer_text = read_config(path), read_tensors(path, "model.safetensors"), file.read()
     # Differs from MosaicBERT: it fine-tunes pairs with random numbers here. In pretraining the first type's vector, part of
-    # every token, becomes as long as a word's. Without it a second text is hardly read (results/README.md#headline_h200).
-    first, second = tensors[TOKEN_TYPES]
-    if not second.any():
-        second.copy_(first)
+    # every token, may become as long as a word's; without it a second text is read worse (results/README.md#token_types_h200).
+    types = tensors.get(TOKEN_TYPES, ())
+    if len(types) == 2 and not types[1].any():
+        types[1] = types[0]
     return config, tensors, tokenizer_text
 
 
@@ -525,9 +525,9 @@ def start_from(model, path, tokenizer_text):
     for name, value in vars(model_config(config)).items():
         if "dropout" not in name and value != getattr(model.cfg, name):
             raise UserError(f"{path}: {name} is {value}, but this run has {getattr(model.cfg, name)} (set --{name}={value})")
-    first, second = tensors[TOKEN_TYPES]
-    if torch.equal(first, second):
-        second.zero_()  # never trained, see load
+    types = tensors.get(TOKEN_TYPES, ())
+    if len(types) == 2 and torch.equal(*types):
+        types[1] = 0  # never trained, see load
     fresh = {name: weight.cpu() for name, weight in weights_of(model).items()}
     done = f"started from {path}"
     tensors = without_classifier(tensors)

@@ -222,7 +222,7 @@ def convert(path, out):
     if not os.path.exists(path):
         check_hub_id(path, "directory", "expected a run, or a model's directory")
     files = [path] if os.path.isfile(path) else sorted(filter(os.path.isfile, glob.glob(f"{glob.escape(path)}/*")))
-    source = hash_of([path, *map(file_digest, files)])  # of a hub id, its name alone
+    source = hash_of([*map(file_digest, files)] or [path])  # of a hub id, its name
     run, root = os.path.join(out, f"converted_{source[:12]}"), os.path.dirname(os.path.abspath(__file__))
     if int(os.environ.get("RANK", 0)) == 0 and not checkpoint.steps(run):
         print(f"{path}: converting it into {run}", flush=True)

@@ -154,7 +154,7 @@ def marks(pieces):
     """A line too long to keep, without its text: by its quotes and separators a table's row still ends where it ends."""
     line = bytearray()
     for piece in pieces:
-        line += NO_MARKS.sub(b"_", piece) if len(line) < MAX_TEXT else b""
+        line += NO_MARKS.sub(b"_", piece.rstrip(b"\r\n")) if len(line) < MAX_TEXT else b""
     return bytes(line)
 
 

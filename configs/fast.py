@@ -14,7 +14,7 @@ optimizer   Muon. In 2.4 minutes, with dropout and steps of 256: loss 2.93 where
 lr          1e-3. Without dropout, steps of 256: 2.82 after 2.4 minutes (5e-4: 3.04), 3.36 after 70 s (2e-3: 3.40, 4e-3: 5.72).
 dropout     0. Four minutes, as here: 2.447 instead of 2.543, CoLA 31.6 instead of 28.0, STS-B 75.1 instead of 76.6. Fine-tuning
             then has none either: dropout that the weights have never seen cost CoLA half of its score at a high learning rate.
-            MRPC and STS-B are from before second texts had a trained token type: results/README.md, token_types_h200.
+            MRPC and STS-B are from before the second token type was a copy of the first: results/README.md, token_types_h200.
 fp8         A step is 1.3 times as fast, and the loss after equal steps 0.01 higher, less than seeds differ. Older GPUs need
             --fp8=false.
 batch       512 samples instead of 4,096, of which minutes have too few. With 256, launching kernels from Python would take

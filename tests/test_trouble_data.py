@@ -662,9 +662,10 @@ def test_a_line_that_fills_any_memory_is_an_error(monkeypatch, capsys, name, doc
 
 
 @pytest.mark.parametrize("long", ["{}\nw3\nw4", "w3\n{}\nw4", "w3\nw4 {}"])
-def test_a_row_with_a_line_that_fills_any_memory_is_skipped_whole(monkeypatch, long):
+@pytest.mark.parametrize("table", ['text,id\nw1,1\n"{}",2\nw2,3\n"w5\nw5",4\n', 'id,text\r\n1,w1\r\n2,"{}"\r\n3,w2\r\n4,"w5\nw5"\r\n'])
+def test_a_row_with_a_line_that_fills_any_memory_is_skipped_whole(monkeypatch, table, long):
     monkeypatch.setattr(lines, "MAX_TEXT", 2**20)
-    text = 'text,id\nw1,1\n"' + long.format(('x, ""y"" ' + "z" * 90) * 2**15) + '",2\nw2,3\n"w5\nw5",4\n'
+    text = table.format(long.format(('x, ""y"" ' + "z" * 90) * 2**15))
     write_files({"a.csv.gz": gzip.compress(text.encode())})
     prepare(source="a.csv.gz", val_fraction=0, skip_bad_lines=1)
     assert texts_of(stored()) == ["w1", "w2", "w5 w5"] and text_report()["bad_lines_skipped"] == 1

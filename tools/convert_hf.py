@@ -81,7 +81,7 @@ def from_hf(cfg):
     written = checkpoint.save(cfg.out, 0, {"model.safetensors": dict(sorted(tensors.items()))}, texts)
     for name in ("tokenizer.json", "config.json"):  # as in any run; prepare_c4.py --tokenizer takes the first
         write_text(os.path.join(cfg.out, name), texts[name])
-    _, again, _ = checkpoint.load(cfg.out)
+    again = checkpoint.read_tensors(written, "model.safetensors")
     if not all(torch.equal(tensor, again[name]) for name, tensor in tensors.items()):
         raise UserError(f"{written}: reads back differently (is the disk sound?)")
     count = sum(tensor.numel() for tensor in tensors.values())
