@@ -34,7 +34,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from common.files import file_digest, gigabytes, read_json, sync, write_file
+from common.files import file_digest, gigabytes, read_json, sync, without_slash, write_file
 from common.options import UserError, say, similar
 from common.vocabulary import load_tokenizer
 from model import LAYER_NORM_EPS, MaskedLM, ModelConfig
@@ -84,7 +84,9 @@ def check_resumable(out_dir, config, defaults, bends_schedule):
     if found and earlier["max_steps"] is None:  # saved before a budget's plan, which may have been made since
         earlier["max_steps"] = read_config(out_dir).get("max_steps")
     given = {name: value for name, value in config.items() if value is not None}
-    names = [name for name in given if name not in FREE_FIELDS and earlier.get(name) != given[name]]
+    names = [n for n in given if n not in FREE_FIELDS and without_slash(earlier.get(n)) != without_slash(given[n])]
+    if "train_data" in names and earlier["data_dir"] != given["data_dir"]:
+        names.insert(0, "data_dir")
     if found and earlier["max_steps"] and bends_schedule(earlier["max_steps"], step_of(found)):
         names.append("max_steps")
     if names and not found:

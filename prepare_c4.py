@@ -31,7 +31,7 @@ import numpy as np
 
 from common import corpus_report
 from common.corpus_report import FILL_LENGTHS, NUM_LONGEST, most_changed, no_text
-from common.files import file_digest, gigabytes, lock_directory, read_json, whole_file, write_once, write_text
+from common.files import file_digest, gigabytes, lock_directory, read_json, whole_file, without_slash, write_once, write_text
 from common.hashes import NOTHING_HELD_OUT, find_duplicates, hash_path, is_held_out, load_hashes, save_hashes, text_hash
 from common.hashes import val_threshold
 from common.lines import split_suffixes
@@ -145,7 +145,7 @@ def check_same(out, plan, earlier):
     options = plan["options"]
     # Before there was --strip_accents, an uncased new vocabulary implied it.
     before = {"strip_accents": bool(options.get("train_tokenizer")) and not options.get("cased"), **earlier["options"]}
-    names = [name for name, value in options.items() if before.get(name) != value]
+    names = [name for name, value in options.items() if without_slash(before.get(name)) != without_slash(value)]
     differing = [f"{name} was {before.get(name)!r} and is {options[name]!r}" for name in names]
     changed = changed_files(earlier.get("modified", {}), plan["modified"])
     if earlier["sources"] != plan["sources"] or changed:

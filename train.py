@@ -487,6 +487,8 @@ def train(cfg, process, watchdog, run, saver, train_samples, val_samples):
         say(f"resuming from {resumed_from}")
     elif os.path.exists(os.path.join(cfg.out_dir, "log.jsonl")):
         say(f"{cfg.out_dir}: holds no checkpoint, so the run and its log begin again")
+    if train_samples.shares():
+        say("held-out loss: over all held-out texts of the directories, whatever the weights")
     evaluate_on = partial(evaluate, raw_model, val_samples, process, micro_batch_tokens, watchdog)  # (num_samples)
 
     def run_evaluation(step):

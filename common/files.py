@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import resource
 import time
 
@@ -80,6 +81,11 @@ def hash_of(strings):
 def gigabytes(num_bytes, digits=1):
     """As text: 1,234.5 GB or 0.3 MB."""
     return f"{num_bytes / 1e9:,.{digits}f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.{digits}f} MB"
+
+
+def without_slash(value):
+    """An option's value without the slash that tab completion adds to a directory's name."""
+    return re.sub(r"(?<=[^/,])/+(?=,|$)", "", value) if isinstance(value, str) else value
 
 
 def lock_directory(path, shared=False):

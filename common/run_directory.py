@@ -23,6 +23,7 @@ class RunDirectory:
         self.path, self.on_save_error, self.writes, self.log_file = path, on_save_error, writes, None
         self.log_lock = threading.Lock()
         self.texts = {}  # {file name: contents} of config.json and tokenizer.json
+        self.made = writes and not os.path.exists(path)
         self.lock = lock_directory(path) if writes else None
 
     def __enter__(self):
@@ -33,6 +34,8 @@ class RunDirectory:
             os.close(self.lock)
         if self.log_file:
             self.log_file.close()
+        if self.made and os.path.isdir(self.path) and not os.listdir(self.path):  # a mistake ended the run before it began
+            os.rmdir(self.path)
 
     def begin(self, step, config, tokenizer_text):
         """Write config.json and tokenizer.json, and open the log without the lines of steps that a crash lost."""

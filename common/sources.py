@@ -17,7 +17,7 @@ import re
 import sysconfig
 from typing import NamedTuple
 
-from common.files import gigabytes
+from common.files import gigabytes, without_slash
 from common.lines import COMPRESSIONS, MAX_TEXT, location, numbered_lines, skip_or_fail, split_suffixes
 from common.options import UserError, similar
 from common.remote import is_remote, list_hub, list_remote, network_error, size_and_version
@@ -59,8 +59,9 @@ def list_segments(source, doc_sep="line", known=(), out=""):
     asked again. out: a directory whose files are no source, should it lie inside one. Raises: UserError.
     """
     segments = []
-    if "," in source and os.path.isfile(source):
-        raise UserError(f"{source}: a comma in a name, but commas separate sources (give its directory, or rename it)")
+    if "," in source and os.path.exists(source):
+        hint = "rename it, or write ? in its place, and /* behind a directory"
+        raise UserError(f"{source}: a comma in a name, but commas separate sources ({hint})")
     for part in filter(None, (os.path.expanduser(part.strip()) for part in source.split(","))):
         if part == "stdlib":
             segments.append(Segment("stdlib", 0, sum(map(len, stdlib_documents())), ""))
@@ -85,7 +86,7 @@ def list_segments(source, doc_sep="line", known=(), out=""):
 
 def list_files(part, out=""):
     """The files of a path, URL, directory or pattern, sorted. Prints what it skipped. Raises: UserError."""
-    is_directory, found = (list_remote if is_remote(part) else list_local)(part)
+    is_directory, found = list_remote(part) if is_remote(part) else list_local(without_slash(part))
     inside_out = os.path.realpath(out) + os.sep
     found = [path for path in found if not (out and os.path.realpath(path).startswith(inside_out))] or found
     arrow = {os.path.dirname(path) for path in found if is_directory and path.endswith(".arrow")}

@@ -441,7 +441,11 @@ def test_training_on_a_mixture_resumes_exactly(two, tmp_path, capsys):
     last = [files_of(tmp_path / name / "step_00000008")["model.safetensors"] for name in ("straight", "broken")]
     assert last[0] == last[1]
     error = train_fails(capsys, f"{a}:0.6,{b}:0.4", tmp_path / "broken", **options)
-    assert "holds a run that differs: train_data was" in error and not re.search("[0-9a-f]{13}", error)
+    assert f"holds a run that differs: data_dir was '{a}:70,{b}:30' and is '{a}:0.6,{b}:0.4', train_data was" in error
+    assert not re.search("[0-9a-f]{13}", error)
+    capsys.readouterr()
+    train.main([*toy_argv(f"{a}:0.6,{b}:0.4", tmp_path / "broken", **options), "--eval_only"])
+    assert "held-out loss: over all held-out texts of the directories, whatever the weights" in capsys.readouterr().out
     train.main(toy_argv(f"{a}:0.7,{b}:0.3", tmp_path / "x", **options, dry_run=True))
     estimate = capsys.readouterr().out
     assert f"{a}: 300 samples, 0.30 epochs" in estimate and f"{b}: 47 samples, 0.82 epochs" in estimate

@@ -349,6 +349,9 @@ def test_token_types_are_what_was_logged():
         for row in ("alone", "second text, type 1 as trained", "second text, type 1 a copy")
     )
     assert f"{alone:.2f} % right if they stand alone, {second:.2f} % if" in words and f"and {copied:.2f} % if type 1" in words
+    for rate in ("3e-5", "1e-5"):
+        values = (re.search(rf"type 1 {how}, --lr={rate}: accuracy (.*)$", cpu, re.MULTILINE)[1] for how in ("as trained", "a copy"))
+        assert "{} % instead of {} %".format(*values) in words
     one, two = re.search(r"^as trained: (4.*), (5.*)$", cpu, re.MULTILINE).groups()
     assert f"from {float(one):.2f} to {float(two):.2f}" in words
     losses = [json.loads(line) for line in text_of("results/recipe_h200/schedules_cpu.jsonl").splitlines()]

@@ -250,6 +250,13 @@ def test_a_finished_run_has_nothing_to_do(corpus, capsys):
     assert capsys.readouterr().out.count("nothing to do") == 3 and state_of("out") == before
 
 
+def test_a_slash_behind_a_directory_changes_nothing(corpus, capsys):
+    write_files({"texts/a.txt": b"w1\nw2\n" * 20})
+    for slash in ("", "/", "//"):
+        prepare(**corpus | {"source": f"texts{slash}"})
+    assert capsys.readouterr().out.count("nothing to do") == 2
+
+
 @pytest.mark.parametrize("finished", [True, False])
 @pytest.mark.parametrize(
     "option, value",
@@ -521,6 +528,7 @@ PACKED = random.Random(0).randbytes(5000).hex().encode()  # text that does not c
         ({"d/b.txt": b"w1"}, {"source": "d/b.txt,d"}, "d/b.txt: listed twice in --source=d/b.txt,d"),
         ({}, {"source": "stdlib,stdlib"}, "stdlib: listed twice in --source=stdlib,stdlib"),
         ({"a,b.txt": b"w1"}, {"source": "a,b.txt"}, "a,b.txt: a comma in a name, but commas separate sources"),
+        ({"Letters, 1820/a.txt": b"w1"}, {"source": "Letters, 1820"}, "Letters, 1820: a comma in a name, but commas separate"),
         ({"b.parquet.gz": b"w1"}, {"source": "b.parquet.gz"}, "b.parquet.gz: unknown file format"),
         ({"b.gz": b"w1"}, {"source": "b.gz"}, "b.gz: unknown file format"),
         ({"d/b.md": b"w1"}, {"source": "d"}, "d: has no file that can be read: 1 .md (expected .txt, "),

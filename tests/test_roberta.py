@@ -145,6 +145,7 @@ def test_everything_a_run_is_for(roberta, tmp_path, capsys, monkeypatch):
     finetune_own.main([*argv, "--out=f", "--max_length=32", "--epochs=1", "--device=cpu"])
 
     export_and_compare("on", "lm", transformers.AutoModelForMaskedLM)
+    assert f"| continued from | {run}, whose data and steps are not counted here |" in Path("lm/README.md").read_text()
     classifier = export_and_compare("f/model", "labels", transformers.AutoModelForSequenceClassification)
     tokenizer = transformers.AutoTokenizer.from_pretrained("labels")
     assert tokenizer("a", "the cat")["input_ids"] == transformers.AutoTokenizer.from_pretrained(hf)("a", "the cat")["input_ids"]

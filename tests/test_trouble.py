@@ -55,6 +55,21 @@ def test_gpu_hours_count_the_processes_of_each_second(data_dir, tmp_path):  # no
     assert end["dollars"] == pytest.approx(end["seconds"] + state["seconds"], abs=0.01)
 
 
+def test_a_slash_behind_a_directory_is_no_difference(data_dir, tmp_path, capsys, monkeypatch):  # noqa: F811
+    """Tab completion adds it. And a mistyped directory leaves no empty out_dir behind."""
+    monkeypatch.chdir(tmp_path)
+    train.main(toy_argv(data_dir, "first", max_steps=1))
+    for slash in ("", "/"):
+        capsys.readouterr()
+        train.main([*toy_argv(data_dir, "on", max_steps=2), f"--init_from=first{slash}"])
+    assert "on: finished, 2 of 2 steps" in capsys.readouterr().out
+    assert "fist" in fails([*toy_argv(data_dir, "new", max_steps=2), "--init_from=fist"], capsys)
+    assert not os.path.exists("new")
+    os.mkdir("mine")
+    fails([*toy_argv(data_dir, "mine", max_steps=2), "--init_from=fist"], capsys)
+    assert os.path.exists("mine")
+
+
 def test_a_run_resumes_without_what_it_started_from(data_dir, tmp_path, capsys):  # noqa: F811
     first = tmp_path / "first"
     make_run(first)

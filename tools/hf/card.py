@@ -134,6 +134,8 @@ def model_card(cfg, config, labels, task="fill-mask", notes=()):
         "license": cfg.license or unknown,
         **dict(notes),
     }
+    if options.get("init_from"):
+        rows["continued from"] = f"{options['init_from']}, whose data and steps are not counted here"
     if "task" in config:
         rows["fine-tuned from"] = known(config.get("fine_tuned_from", unknown), otherwise="random weights")
         rows["longest text"] = f"{config['task']['max_length']} tokens (give a pipeline truncation=True)"
