@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -248,6 +249,16 @@ def test_a_finished_run_has_nothing_to_do(corpus, capsys):
     prepare(**corpus, workers=2)
     prepare(**corpus, out="./out/")
     assert capsys.readouterr().out.count("nothing to do") == 3 and state_of("out") == before
+
+
+def test_texts_that_hardly_differ_are_duplicates(corpus, capsys):
+    """Composed and decomposed letters, as from a PDF or a Mac, and blanks: the report had 1 duplicate instead of 3."""
+    texts = ["w1 Größe", "w2 w3"]
+    write_texts("a.txt", texts)
+    write_texts("b.txt", [unicodedata.normalize("NFD", text) for text in texts])
+    write_texts("c.txt", [f"{text} " for text in texts])
+    prepare(source="a.txt,b.txt,c.txt", dedup=True, val_docs=1)
+    assert (text_report()["documents"], text_report()["documents_duplicate"]) == (2, 4) and len(stored("val")) == 1
 
 
 def test_a_slash_behind_a_directory_changes_nothing(corpus, capsys):

@@ -278,7 +278,8 @@ def test_the_plan_is_printed_first(pretrained, tmp_path, files, capfd, monkeypat
 def test_what_a_run_leaves_out_or_replaces_is_said(pretrained, tmp_path, files, capfd):
     """Texts in both files, the ends of long texts, what the score is, and earlier predictions."""
     with open(tmp_path / "b.csv", "a") as file:
-        file.writelines((tmp_path / "a.csv").read_text().splitlines(keepends=True)[1:4])
+        rows = (tmp_path / "a.csv").read_text().splitlines(keepends=True)[1:4]
+        file.writelines(row.replace(" ", "  ", 1) for row in rows)  # a blank more makes no other text
     options = ["--max_length=12", "--seeds=1", f"--predict_file={tmp_path}/b.csv"]
     for replaced in ("", " (in place of those that were there)"):
         main(own(pretrained, tmp_path, *options))

@@ -22,6 +22,7 @@ from typing import Literal
 import torch
 
 from common.glue import Task
+from common.hashes import same_text
 from common.labelled import (
     COMMA,
     GROUPS,
@@ -247,9 +248,10 @@ def warn_of_contradictions(path, rows):
     first, contradicting = {}, {}
     for row in rows:
         *texts, label = row.cells
-        earlier = first.setdefault(tuple(texts), row)
+        texts = tuple(map(same_text, texts))
+        earlier = first.setdefault(texts, row)
         if label != earlier.cells[-1]:
-            contradicting.setdefault(tuple(texts), [earlier.line]).append(row.line)
+            contradicting.setdefault(texts, [earlier.line]).append(row.line)
     if contradicting:
         found = f"{len(contradicting):,} texts have" if len(contradicting) > 1 else "a text has"
         texts, lines = max(contradicting.items(), key=lambda item: len(item[1]))
@@ -259,8 +261,8 @@ def warn_of_contradictions(path, rows):
 
 def warn_of_overlap(paths, examples):
     """Report texts to score on that are trained on, too. paths, examples: by split."""
-    known = set(examples["train"].texts)
-    both = sum(text in known for text in examples["validation"].texts)
+    known = {tuple(map(same_text, texts)) for texts in examples["train"].texts}
+    both = sum(tuple(map(same_text, texts)) in known for texts in examples["validation"].texts)
     if both:
         text = f"{both:,} of its {len(examples['validation'].texts):,} texts are in {paths['train']}, too"
         print(f"warning: {paths['validation']}: {text} (so the score is not of new texts alone)", flush=True)

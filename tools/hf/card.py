@@ -155,7 +155,8 @@ def model_card(cfg, config, labels, task="fill-mask", notes=()):
     )
     table = [f"| {what} | {value} |" for what, value in rows.items()]
     about = f"A {'MosaicBERT' if mosaic else 'BERT'} for {task}, {USE[cfg.format][0]}."
-    names = {"name": cfg.push or name, "task": task, "trust": ", trust_remote_code=True" if mosaic else ""}
+    text = 'f"A text with a {pipe.tokenizer.mask_token}."' if task == "fill-mask" else '"A text."'
+    names = {"name": cfg.push or name, "task": task, "text": text, "trust": ", trust_remote_code=True" if mosaic else ""}
     use = [line.format(**names) for line in USE[cfg.format][1:]]
     body = [f"# {name}", "", about, "", *use, "", "| | |", "|---|---|", *table, ""]
     text = "\n".join(["---", data.to_yaml(), "---", "", *body])
@@ -168,7 +169,7 @@ USE = {  # what the format is for, and how it is used
         "in transformers' format",
         "    from transformers import pipeline",
         '    pipe = pipeline("{task}", "{name}"{trust})',
-        '    pipe(f"A text, for fill-mask with a {{pipe.tokenizer.mask_token}}.")',
+        "    pipe({text})",
     ),
     "onnx": (
         "as ONNX, for batches of any length: `onnx/model.onnx` and, in int8, `onnx/model_quantized.onnx`",
