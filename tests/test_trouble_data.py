@@ -156,7 +156,7 @@ def test_lost_characters_are_reported_not_only_tokens(capsys):
 @pytest.mark.parametrize("words", [1, 50])
 def test_a_new_vocabulary_that_knows_little_is_not_told_to_be_trained(capsys, words):
     """The held-out text is in another script."""
-    texts = ["".join(map(chr, range(0x4E00, 0x4E00 + 80))), "w1 w2 " * words]
+    texts = ["".join(map(chr, range(0x4E00, 0x4E00 + 800))), "w1 w2 " * words]
     while prepare_c4.text_hash(texts[0]) > prepare_c4.text_hash(texts[1]):
         texts[1] += "a"
     write_texts("a.txt", texts)
