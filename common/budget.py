@@ -115,7 +115,8 @@ class Planner:
             self.measured["seconds"] += report.seconds
         if max(row[0] for row in self.process.gather([spent])) > seconds_of(self.cfg, self.process.world_size):
             text = f"{text_of(self.cfg)}: spent after {step} steps of a warm-up of {self.end}"
-            raise UserError(f"{text} (a larger budget, fewer --warmup_steps, or a smaller --global_batch_size; with another --out_dir)")
+            hint = "a larger budget, fewer --warmup_steps, or a smaller --global_batch_size; with another --out_dir"
+            raise UserError(f"{text} ({hint})")
 
     def time_rest(self, evaluate, num_val, saver):
         """Time an evaluation and the checkpoint that was just begun. evaluate(n): on n held-out samples, of num_val."""

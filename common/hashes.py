@@ -17,7 +17,7 @@ MANY_ENOUGH = 100  # documents to hold out of a small corpus
 
 
 def same_text(text):
-    """What texts have in common that a tokenizer can hardly tell apart: composed letters (NFC), and single blanks between words."""
+    """The text with composed letters (NFC) and single blanks: equal for texts that a tokenizer can hardly tell apart."""
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 

@@ -4,8 +4,18 @@ import math
 
 import numpy as np
 
-from tools.figures.axes import bert_last, draw_bars, file_label, finish, labels_for, legend_below, race_label, style, x_label
-from tools.figures.axes import x_of
+from tools.figures.axes import (
+    bert_last,
+    draw_bars,
+    file_label,
+    finish,
+    labels_for,
+    legend_below,
+    race_label,
+    style,
+    x_label,
+    x_of,
+)
 from tools.figures.reading import find, read_log, read_result
 
 
