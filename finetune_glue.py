@@ -477,6 +477,9 @@ class Worker:
             suffix = split.removeprefix("validation")  # "", "_matched" or "_mismatched"
             for name in (*run.task.metrics, *run.task.shown):
                 metrics[name + suffix] = METRICS[name](predictions, data[split].labels)
+            if run.task.labels and split == run.task.dev_splits[0] and len(np.unique(predictions)) == 1:
+                hint = "it has not learned; try a lower --lr, or --warmup_fraction=0.25"
+                print(f"warning: {run.name}: predicts {run.task.labels[predictions[0]]!r} for every example ({hint})", flush=True)
             file = f"{run.task.name}{suffix.replace('_matched', '')}.seed{run.seed}.tsv"
             write_predictions(os.path.join(self.cfg.out, "predictions", file), run.task, predictions, data[split])
         if run.artifact:

@@ -20,6 +20,8 @@ import torch
 
 from common.options import UserError, stoppable
 
+OUT_OF_MEMORY = 3  # exit status of a job that ran out of GPU memory
+
 
 def log_path(directory, run):
     return os.path.join(directory, f"{run.name}.jsonl")
@@ -54,7 +56,7 @@ def claim(path):
         return None
 
 
-def work(directory, runs, make_worker, jobs=1):
+def work(directory, runs, make_worker):
     """Do free runs, the first ones first, until all are finished, here or in other processes.
 
     make_worker(): an object whose run(run, log, say) does a run and returns a line about it; log: the opened file;
@@ -88,8 +90,9 @@ def work(directory, runs, make_worker, jobs=1):
             except UserError as error:
                 error.this_rank_only |= worker is not None  # the other ranks do other runs
                 raise
-            except torch.OutOfMemoryError:
-                raise UserError(f"out of GPU memory with jobs={jobs} (lower --jobs or --batch_size)", True) from None
+            except torch.AcceleratorError as error:
+                hint = "the same command goes on; with MPS, restart nvidia-cuda-mps-control first: a killed process upsets it"
+                raise UserError(f"{run.name}: {str(error).splitlines()[0]} ({hint})", True) from None
         say(text)
 
 
@@ -99,14 +102,17 @@ def job(directory, runs, make_worker, jobs, errors):
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # don't outlive a killed parent
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
     try:
-        work(directory, runs, make_worker, jobs)
+        work(directory, runs, make_worker)
+    except torch.OutOfMemoryError:
+        raise SystemExit(OUT_OF_MEMORY) from None
     except (UserError, OSError) as error:
         errors.put(error)
         raise SystemExit(2) from None
 
 
 def finish(directory, runs, make_worker, jobs):
-    """`work`, in as many processes as `jobs`. The first one that fails ends them all.
+    """`work`, in as many processes as `jobs`. The first one that fails ends them all, unless it is for want of GPU memory:
+    then the others go on, and do its runs too.
 
     Raises: its UserError or OSError; SystemExit if it printed a traceback; after Ctrl-C, KeyboardInterrupt with what is kept,
     and after SIGTERM, Terminated.
@@ -118,7 +124,16 @@ def finish(directory, runs, make_worker, jobs):
 
     os.makedirs(directory, exist_ok=True)
     with stoppable(kept):
-        return work(directory, runs, make_worker) if jobs == 1 else work_in_processes(directory, runs, make_worker, jobs)
+        if jobs > 1:
+            return work_in_processes(directory, runs, make_worker, jobs)
+        try:
+            return work(directory, runs, make_worker)
+        except torch.OutOfMemoryError:
+            raise out_of_memory() from None
+
+
+def out_of_memory():
+    return UserError("out of GPU memory (lower --batch_size or --max_length, or end what else uses the GPU)", True)
 
 
 def work_in_processes(directory, runs, make_worker, jobs):
@@ -129,12 +144,16 @@ def work_in_processes(directory, runs, make_worker, jobs):
     for process in processes:
         process.start()
     signal.signal(signal.SIGINT, handler)
+    alive = list(processes)
     try:
-        while alive := [process for process in processes if process.exitcode is None]:
+        while alive:
             multiprocessing.connection.wait([process.sentinel for process in alive])
-            for process in processes:
-                process.join(0)
-                if process.exitcode:
+            for process in [process for process in alive if process.exitcode is not None]:
+                process.join()
+                alive.remove(process)
+                if process.exitcode == OUT_OF_MEMORY and alive:
+                    print(f"out of GPU memory with {len(alive) + 1} jobs: one ends, and its run is done by another", flush=True)
+                elif process.exitcode:
                     raise failure(process.exitcode, errors)
     finally:
         for process in processes:
@@ -146,6 +165,8 @@ def failure(status, errors):
     """The exception for a job that ended with this status."""
     if status == -signal.SIGTERM:  # sent to all, and it ended first
         signal.raise_signal(signal.SIGTERM)
-    if status < 0:
+    if status == OUT_OF_MEMORY:
+        return out_of_memory()
+    if status < 0 and errors.empty():  # a lost GPU may end a process that way, after it has said so
         return UserError(f"a process was killed by {signal.Signals(-status).name} (out of memory? try a lower --jobs)", True)
     return SystemExit(status) if errors.empty() else errors.get()

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import fcntl
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import time
 from dataclasses import dataclass
 
 import pytest
+import torch
 
 from common.options import UserError, command
 from common.run_queue import finish, log_path, result, work
@@ -46,6 +48,13 @@ class Worker:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "disk")
         if run.name.startswith("slow"):
             time.sleep(60)
+        if run.name == "large" and multiprocessing.parent_process() and not os.path.exists("alone"):
+            open("alone", "w").close()
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if run.name == "larger":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if run.name == "lost":
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nSearch for ...")
         self.done.append(run.name)
         log.write(json.dumps({"event": "start", "identity": run.identity}) + "\n")
         log.write(json.dumps({"event": "end", "pid": os.getpid()}) + "\n")
@@ -99,12 +108,33 @@ def test_a_run_that_another_process_holds_is_left_to_it(tmp_path, done, monkeypa
 
 
 @pytest.mark.parametrize(
-    "name, says", [("killed", "killed by SIGKILL"), ("mistaken", "a mistake (fix it)"), ("full", "No space left on device")]
+    "name, says",
+    [
+        ("killed", "killed by SIGKILL"),
+        ("mistaken", "a mistake (fix it)"),
+        ("full", "No space left on device"),
+        ("lost", "lost: CUDA error: an illegal memory access was encountered (the same command goes on"),
+    ],
 )
 def test_a_job_that_fails_ends_all(tmp_path, name, says, capfd):
     with pytest.raises((UserError, OSError)) as error:
         finish(str(tmp_path), [Run(name), Run("slow"), Run("c")], Worker, 2)
     assert says in str(error.value) and not capfd.readouterr().err
+
+
+def test_a_job_without_memory_leaves_its_run_to_the_others(tmp_path, capfd, monkeypatch):
+    """One of 24 jobs that shared a GPU ended them all, and with them, under MPS, those of other suites."""
+    monkeypatch.chdir(tmp_path)
+    runs = [Run("large"), Run("b"), Run("c")]
+    finish("runs", runs, Worker, 2)
+    assert all(result("runs", run) for run in runs)
+    assert "out of GPU memory with 2 jobs: one ends, and its run is done by another\n" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_run_that_fits_nowhere_is_one_error(tmp_path, jobs):
+    with pytest.raises(UserError, match=r"^out of GPU memory \(lower --batch_size"):
+        finish(str(tmp_path), [Run("larger"), Run("b")], Worker, jobs)
 
 
 def test_jobs_that_fail_together_end_in_one_line(tmp_path, capfd):
