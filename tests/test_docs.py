@@ -363,6 +363,41 @@ def test_token_types_are_what_was_logged():
     assert f"{seconds['four'][2875] - seconds['four'][2300]:.0f} seconds" in flat("docs/training.md")
 
 
+def test_equal_minutes_are_what_was_logged():
+    """results/README.md "equal_minutes_h200" and docs/results.md: losses, seconds, scores, trials, weights; the wsd run's loss."""
+    folder, text = ROOT / "results" / "equal_minutes_h200", section("results/README.md", "equal_minutes_h200/")
+    scores, weights = {}, text_of(f"results/{folder.name}/weights.txt")
+    for line in text_of(f"results/{folder.name}/finetuning.jsonl").splitlines():
+        record = json.loads(line)
+        if record["event"] == "end":
+            values = [value for metric, value in record["metrics"].items() if metric != "pearson"]
+            task = record["run"].partition(".")[0]
+            scores.setdefault(record["model"], {}).setdefault(task, []).append(100 * np.mean(values))
+    for name, title in (("fast_4", "fast.py, 4 minutes"), ("fast_8", "fast.py, 8 minutes"), ("base_8", "base.py, 8 minutes")):
+        records = reading.read_log(folder / f"{name}.jsonl")
+        loss, end = [record["loss"] for record in records if record["event"] == "eval"][-1], records[-1]
+        of = weights.split(f"{name}min")[1].split("min types")[0]
+        kind = re.search(r"types \[([\d.]+)", of)[1]
+        rms = ", ".join(f"{float(re.search(rf'layer.{layer}.mlp.gated.* rms ([0-9.]+)', of)[1]):.3f}" for layer in (6, 11))
+        row = f"| [{title}](equal_minutes_h200/{name}.jsonl) | {end['step']:,} | {end['seconds']:.1f} | ${end['dollars']:.2f} | {loss:.3f} |"
+        assert row in text and f"| {float(kind):.2f} | {rms} |" in text
+        cells = [f"{np.mean(scores[name][task]):.1f}" if task in scores[name] else "" for task in race.COLUMNS]
+        (row,) = [line for line in text.splitlines() if line.startswith(f"| {title} |")]
+        assert [cell.strip(" ()") for cell in row.split("|")[2:-1]] == cells
+        (row,) = [line for line in text_of("docs/results.md").splitlines() if line.startswith(f"| {title} | $")]
+        shown = [cell.strip() for cell in row.split("|")[2:-1]]
+        assert shown[:2] == [f"${end['dollars']:.2f}", f"{loss:.3f}"]
+        assert all(cell in ("", right) for cell, right in zip(shown[2:], cells))
+    wsd = [r["loss"] for r in reading.read_log(ROOT / "results/token_types_h200/four_minutes.jsonl") if r["event"] == "eval"][-1]
+    assert f"2.462 instead of {wsd:.3f}" in text
+    trials = dict(re.findall(r"^(fast_\dmin: \S+)\n((?:    .*\n)+)", text_of(f"results/{folder.name}/trials.txt"), re.MULTILINE))
+    for start, trial in (("| fast.py, 4 minutes: what", "fast_4min: usual"), ("| 6e-5", "fast_4min: 6e-5"), ("| 3e-5", "fast_4min: 3e-5"),
+                         ("| fast.py, 8 minutes: 6e-5", "fast_8min: 6e-5")):  # fmt: skip
+        (row,) = [line for line in text.splitlines() if line.startswith(start)]
+        cells = [float(re.search(rf"^ +{task} +([\d.]+)", trials[trial], re.MULTILINE)[1]) for task in ("mnli", "qnli", "qqp", "sst2")]
+        assert np.allclose([float(cell) for cell in row.split("|")[2:-1]], cells, atol=0.0501)
+
+
 def test_four_minutes_are_what_was_logged():
     """results/README.md "recipe_h200": the rows of fast.py with and without dropout; and the config's own figures."""
     folder, text = ROOT / "results" / "recipe_h200", section("results/README.md", "recipe_h200/")
