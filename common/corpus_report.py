@@ -3,17 +3,18 @@
 import itertools
 import json
 import re
+import unicodedata
 from collections import Counter
 
 from common.options import UserError
-from common.vocabulary import changed_characters, encode, letters, unknown_characters
+from common.vocabulary import SPACE, changed_characters, encode, letters
 
 FILL_LENGTHS = (128, 512)  # sequence lengths for which the report says how full samples are
 NUM_LONGEST = 5  # longest documents listed in the report
 NUM_SKIPPED, NUM_PRINTED = 1000, 20  # skipped lines listed in report.json, and files named when it is printed
 WARN_PERCENT = 1  # of characters unknown or changed
-INSPECT_CHARS = 2**16  # text per batch whose normalization is compared with the original
-NUM_EXAMPLES, EXAMPLE_CHARS = 3, 80  # beginnings of documents shown beside what their tokens decode to
+INSPECT_CHARS = 2**15  # text per batch of 2^20 whose normalization is compared with the original
+NUM_EXAMPLES, EXAMPLE_CHARS = 3, 80  # passages shown beside what their tokens decode to
 
 
 def count_broken(stats, path, text):
@@ -25,25 +26,43 @@ def count_broken(stats, path, text):
         stats["broken documents"] += 1
 
 
-def inspect_changes(stats, paths, texts, tokenizer, unknown):
-    """Count the characters that normalization changes, in about INSPECT_CHARS of the texts; yields an example of each.
+def boundary(text, at):
+    """The first white space from `at` on; if there is none within EXAMPLE_CHARS, where the next letter begins."""
+    if space := SPACE.search(text, at, at + EXAMPLE_CHARS):
+        return space.start()
+    while at < len(text) and unicodedata.category(text[at])[0] == "M":  # accents and vowel signs belong to the letter before
+        at += 1
+    return min(at, len(text))
 
-    An example is (how many characters of it were changed or are unknown, how many are not ASCII, the original, what its
-    tokens decode to, its file).
+
+def passages(paths, texts):
+    """(path, passage) for about INSPECT_CHARS of the texts, spread evenly over all of them; if they have no more, all."""
+    step, at = max(1, -(-sum(map(len, texts)) // INSPECT_CHARS)), 0  # of so many passages one; its place in the text
+    for path, text in zip(paths, texts):
+        while at < len(text):
+            begin = boundary(text, at) if at and step > 1 else at
+            end = boundary(text, begin + EXAMPLE_CHARS)
+            if passage := text[begin:end].strip():
+                yield path, passage
+            at += step * (end - at)
+        at -= len(text)
+
+
+def inspect_changes(stats, paths, texts, tokenizer, unknown):
+    """Count the characters that normalization changes in `passages` of the texts. Returns the most changed ones:
+
+    how many characters are changed or unknown, how many are not ASCII, the passage, what its tokens decode to, its file.
     """
-    chars, step = 0, -(-sum(map(len, texts)) // INSPECT_CHARS)
-    for path, text in zip(paths[::step], texts[::step]):
-        text = text[: INSPECT_CHARS - chars]
-        chars += len(text)
-        stats["letters inspected"] += letters(text)
-        stats["letters changed"] += changed_characters(tokenizer, text)
-        line = text[:EXAMPLE_CHARS]
-        differing = changed_characters(tokenizer, line) + unknown_characters(tokenizer, line, unknown)
-        ids = tokenizer.encode(line, add_special_tokens=False).ids
-        not_ascii = sum(not character.isascii() for character in line)
-        yield differing, not_ascii, line, tokenizer.decode(ids, skip_special_tokens=False), path
-        if chars >= INSPECT_CHARS:
-            return
+    found, sample = [], list(passages(paths, texts))
+    encodings = tokenizer.encode_batch([passage for _, passage in sample], add_special_tokens=False)
+    for (path, passage), encoding in zip(sample, encodings):
+        changed = changed_characters(tokenizer, passage)
+        hidden = sum(end - begin for token, (begin, end) in zip(encoding.ids, encoding.offsets) if token == unknown)
+        stats["letters inspected"] += letters(passage)
+        stats["letters changed"] += changed
+        found.append((changed + hidden, sum(not character.isascii() for character in passage), passage, encoding.ids, path))
+    return [(*counts, text, tokenizer.decode(ids, skip_special_tokens=False), path)
+            for *counts, text, ids, path in most_changed(found)]  # fmt: skip
 
 
 def most_changed(*examples):

@@ -69,6 +69,43 @@ def test_stripped_accents_are_asked_for_counted_and_shown(capsys):
     assert "% of the characters other than blanks lose accents, vowel signs or other marks" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("english", ["a.txt", "c.txt"])
+def test_a_long_text_does_not_hide_what_others_lose(english, capsys):
+    """A first document of 2^16 characters was all that was looked at: 0.0 % changed, where a third of the letters were."""
+    write_texts(english, ["a plain word " * 9000])
+    vietnamese = [f"Người nông dân số {i} đã sửa chiếc thuyền gỗ ở chợ." for i in range(3000)]
+    write_texts("b.txt", vietnamese)
+    prepare(source="[abc].txt", val_fraction=0, tokenizer=None, train_tokenizer=500, strip_accents=True)
+    tokenizer, texts = vocabulary.load_tokenizer("out/tokenizer.json")[0], ["a plain word " * 9000, *vietnamese]
+    true = 100 * sum(vocabulary.changed_characters(tokenizer, text) for text in texts) / sum(map(vocabulary.letters, texts))
+    assert 15 < true < 25 and text_report()["changed_characters_percent"] == pytest.approx(true, rel=0.1)
+    assert "lose accents" in capsys.readouterr().out and "đ" in text_report()["decoded"][0]["text"]
+
+
+def test_what_is_shown_is_where_a_text_changes_and_ends_between_letters():
+    """Beginnings alone were shown, cut after 80 code points: in decomposed text inside a letter, which decoded to [UNK]."""
+    line = "Thành phố Huế đã sửa cuốn tiểu thuyết ở chợ. Đội bóng mượn bản đồ cũ. Người nông dân mượn bản đồ."
+    train([unicodedata.normalize("NFD", line)] * 12)
+    assert text_report()["unknown_percent"] == 0
+    assert not [example for example in text_report()["decoded"] if "[UNK]" in example["tokens"]]
+    shutil.rmtree("out")
+    train(["plain words without any accent " * 6 + "déjà vu là-bas"] * 20, strip_accents=True)
+    assert "déjà" in text_report()["decoded"][0]["text"] and "deja" in text_report()["decoded"][0]["tokens"]
+
+
+@pytest.mark.parametrize("text", ["w1 w2 " * 50, "か" * 500, "e\u0301" * 300, " ", ""])
+def test_passages_are_the_whole_text_or_an_even_sample(monkeypatch, text):
+    def found(most):
+        monkeypatch.setattr(corpus_report, "INSPECT_CHARS", most)
+        return list(corpus_report.passages("abc", [text, "", text]))
+
+    assert "".join(passage for _, passage in found(2**16)).split() == "".join(2 * [text]).split() or " " in text
+    assert sum(vocabulary.letters(passage) for _, passage in found(2**16)) == 2 * vocabulary.letters(text)
+    few = found(200)
+    assert all(passage and len(passage) <= 2 * corpus_report.EXAMPLE_CHARS and passage[0] != "\u0301" for _, passage in few)
+    assert len(text) < 200 or 1 <= sum(len(passage) for _, passage in few) <= 400
+
+
 def test_removed_control_characters_are_called_so(capsys):
     write_texts("a.txt", ["w1 \0\ufffd w2"])
     prepare(source="a.txt", val_fraction=0)
