@@ -41,6 +41,7 @@ from common.metrics import METRICS, as_text, ci95
 from common.options import UserError, command, load_config, require
 from common.processes import Process, device_name, memory_of, pick_device
 from common.run_directory import RunDirectory, pretraining_cost
+from common.tables import listed
 from common.versions import versions
 from common.vocabulary import load_tokenizer
 from model import MAX_POSITIONS, ModelConfig, SequenceClassifier, choose_kernels
@@ -567,6 +568,9 @@ def fine_tune(cfg, pretrained, plan, read):
     """
     rank, earlier = int(os.environ.get("RANK", 0)), earlier_results(cfg, pretrained, plan)
     if rank == 0:
+        if before := pretrained.config.get("task"):
+            into = f"on labels {listed(before['labels'])}" if before["labels"] else "on numbers"
+            print(f"{cfg.checkpoint}: fine-tuned {into} before: that classifier is left out, and a new one is trained", flush=True)
         print_plan(plan)
     runs = os.path.join(cfg.out, "runs")
     finished = [run for run in plan if run_queue.result(runs, run)]

@@ -46,7 +46,6 @@ UNIT_BYTES = 64 * 2**20  # a unit takes segments up to this size on disk, and at
 HASHED_BYTES = 2**30  # of text, up to which all hashes are known before the split: it takes a few % of the time
 BATCH_CHARS = 2**20  # text per call of the tokenizer
 TOKENIZER_TRAIN_CHARS = 300 * 10**6  # text to train a tokenizer on, at most
-COMPARE_CHARS = 10**6  # text per unit for --compare_tokenizer
 SAMPLE_SEGMENTS, SAMPLE_CHARS = 4, 10**6  # text from which the size of the shards is estimated
 MAX_UNKNOWN = 0.95  # share of unknown characters from which a tokenizer is refused
 
@@ -406,9 +405,10 @@ def process_unit(number, unit, cfg, threshold):
 
     # The tokenizer runs in another thread, without the GIL.
     for splits, paths, texts, ids, source_bytes in prefetch(tokenize, batches()):
-        if other and stats["compared characters"] < COMPARE_CHARS:
-            corpus_report.compare(stats, texts, ids, special, *other)
-        examples = most_changed(examples, corpus_report.inspect_changes(stats, paths, texts, tokenizer, special["[UNK]"]))
+        sample = list(corpus_report.passages(paths, texts))
+        examples = most_changed(examples, corpus_report.inspect_changes(stats, sample, tokenizer, special["[UNK]"]))
+        if other:
+            corpus_report.compare(stats, [passage for _, passage in sample], (tokenizer, special), other)
         for split, text, tokens in zip(splits, texts, ids):
             stats["tokens read"] += len(tokens)
             words = text.split()

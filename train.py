@@ -423,6 +423,9 @@ def print_warnings(cfg, process, num_params, samples):
         fewer = max(1, MANY_EPOCHS * len(samples) // cfg.global_batch_size)
         hint = f"try --max_steps={fewer}, a --budget_minutes, a smaller --global_batch_size, or more text"
         process.say(f"warning: {cfg.max_steps:,} steps are {epochs:,.0f} epochs of {len(samples):,} samples ({hint})")
+    elif cfg.global_batch_size > len(samples):
+        text = f"global_batch_size={cfg.global_batch_size:,} is more than all {len(samples):,} samples: a step repeats some"
+        process.say(f"warning: {text} (try a smaller one, or more text)")
     if process.device.type == "cpu" and num_params > LARGE_FOR_CPU:
         hint = "configs/small.py is made for one; --dry_run estimates the time on a GPU"
         process.say(f"warning: {num_params:,} parameters on a CPU: a step may take minutes ({hint})")

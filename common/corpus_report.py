@@ -48,12 +48,12 @@ def passages(paths, texts):
         at -= len(text)
 
 
-def inspect_changes(stats, paths, texts, tokenizer, unknown):
-    """Count the characters that normalization changes in `passages` of the texts. Returns the most changed ones:
+def inspect_changes(stats, sample, tokenizer, unknown):
+    """Count the characters that normalization changes in a list of (path, passage). Returns the most changed ones:
 
     how many characters are changed or unknown, how many are not ASCII, the passage, what its tokens decode to, its file.
     """
-    found, sample = [], list(passages(paths, texts))
+    found = []
     encodings = tokenizer.encode_batch([passage for _, passage in sample], add_special_tokens=False)
     for (path, passage), encoding in zip(sample, encodings):
         changed = changed_characters(tokenizer, passage)
@@ -74,15 +74,14 @@ def most_changed(*examples):
     return [example for _, example in sorted(ranked, key=lambda pair: pair[0])[:NUM_EXAMPLES]]
 
 
-def compare(stats, texts, ids, special, other, other_special):
-    """Count the tokens that both tokenizers make of the same texts."""
-    _, other_ids = encode(other, texts)
-    stats["compared characters"] += sum(map(len, texts))
+def compare(stats, texts, this, other):
+    """Count the tokens that two tokenizers, each with its special tokens, make of the same texts."""
     stats["compared words"] += sum(len(text.split()) for text in texts)
     stats["compared bytes"] += sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
-    for name, of_texts, unknown in (("this", ids, special["[UNK]"]), ("other", other_ids, other_special["[UNK]"])):
-        stats[f"compared tokens {name}"] += sum(map(len, of_texts))
-        stats[f"compared unknown {name}"] += sum(tokens.count(unknown) for tokens in of_texts)
+    for name, (tokenizer, special) in (("this", this), ("other", other)):
+        _, ids = encode(tokenizer, texts)
+        stats[f"compared tokens {name}"] += sum(map(len, ids))
+        stats[f"compared unknown {name}"] += sum(tokens.count(special["[UNK]"]) for tokens in ids)
 
 
 def make_report(stats, longest, examples, cfg, vocab_size, seconds):

@@ -388,6 +388,13 @@ def test_equal_minutes_are_what_was_logged():
         shown = [cell.strip() for cell in row.split("|")[2:-1]]
         assert shown[:2] == [f"${end['dollars']:.2f}", f"{loss:.3f}"]
         assert all(cell in ("", right) for cell, right in zip(shown[2:], cells))
+    cpu = text_of(f"results/{folder.name}/weight_decay_cpu.txt")
+    for kind, loss, rms in re.findall(r"^(\w+, weight decay [\d.]+): ([\d.]+), [\d.]+, ([\d.]+)$", cpu, re.MULTILINE):
+        kind = kind.replace("weight decay ", "")
+        tuned = {rate: float(score) for rate, score in re.findall(rf"^{kind}, lr (\S+): ([\d.]+),", cpu, re.MULTILINE)}
+        (row,) = [line for line in text.splitlines() if line.startswith(f"| {kind} |")]
+        cells = [float(cell) for cell in row.split("|")[2:-1] if cell.strip()]
+        assert np.allclose(cells, [float(rms), float(loss), *tuned.values()], atol=0.0501) and f"{float(loss):.3f}" in row
     wsd = [r["loss"] for r in reading.read_log(ROOT / "results/token_types_h200/four_minutes.jsonl") if r["event"] == "eval"][-1]
     assert f"2.462 instead of {wsd:.3f}" in text
     trials = dict(re.findall(r"^(fast_\dmin: \S+)\n((?:    .*\n)+)", text_of(f"results/{folder.name}/trials.txt"), re.MULTILINE))

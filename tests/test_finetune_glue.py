@@ -428,6 +428,16 @@ def test_a_model_that_has_not_learned_is_named(pretrained, tmp_path, monkeypatch
     assert "has not learned" not in capsys.readouterr().out
 
 
+def test_a_classifier_that_is_left_out_is_said(pretrained, tmp_path, capsys):
+    """finetune_own said so, and finetune_glue.py called it pretrained."""
+    data = write_glue(tmp_path / "data", ("mnli", "rte"))
+    suite(pretrained, data, tmp_path / "out", "--tasks=mnli:1")
+    assert "left out" not in capsys.readouterr().out
+    suite(tmp_path / "out/mnli", data, tmp_path / "other", "--tasks=rte:1")
+    says = f"{tmp_path}/out/mnli: fine-tuned on labels entailment, neutral, contradiction before: that classifier is left"
+    assert capsys.readouterr().out.count(says) == 1
+
+
 def test_weights_that_do_not_fit_are_refused(pretrained):
     start = load_pretrained(pretrained, "")
     tensors = dict(start.tensors)

@@ -182,6 +182,8 @@ def test_many_epochs_and_large_models_on_a_cpu_are_warned_of(data_dir, capsys): 
     train.print_warnings(train.TrainConfig(max_steps=900, chunk=True), process, 600_000, samples)
     train.print_warnings(train.TrainConfig(max_steps=None, chunk=True), process, 600_000, samples)
     assert not capsys.readouterr().out
+    train.print_warnings(train.TrainConfig(max_steps=3, global_batch_size=100_000, chunk=True), process, 600_000, samples)
+    assert "global_batch_size=100,000 is more than all 19,000 samples: a step repeats some" in capsys.readouterr().out
 
 
 def test_the_time_left_does_not_jump():

@@ -324,9 +324,6 @@ def main(argv):
         warn_of_contradictions(paths["train"], rows["train"])
     warn_of_overlap(paths, examples)
     pretrained, model = load_pretrained(cfg.checkpoint, cfg.out), os.path.join(cfg.out, "model")
-    if earlier := pretrained.config.get("task"):
-        into = f"on labels {listed(earlier['labels'])}" if earlier["labels"] else "on numbers"
-        print(f"{cfg.checkpoint}: fine-tuned {into} before: that classifier is left out, and a new one is trained", flush=True)
     plan = make_runs(cfg, pretrained, task, examples, RECIPES[cfg.recipe], cfg.seeds, keep=model)
     if fine_tune(cfg, pretrained, plan, {task: examples}.get) is None:
         return
