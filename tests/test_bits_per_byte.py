@@ -104,7 +104,9 @@ def test_every_word_is_in_a_passage_or_counted(tmp_path, capsys):
         (["--checkpoints=run", "--files=no.txt"], "no.txt: no such source"),
         (["--checkpoints=run", "--files=a.txt", "--split=\udcff"], "split='\\udcff': has characters that are not text"),
         (["--checkpoints=run", "--files=b.jsonl,c.jsonl", "--skip_bad_lines=1"], "c.jsonl:1: not valid JSON"),  # the second in all
-        (["--checkpoints=run", "--files=a.txt"], "a.txt: no passage of 64 words that all models can read"),
+        (["--checkpoints=run", "--files=a.txt"], "a.txt: no passage of 64 words that all models can read (try --words=16)"),
+        (["--checkpoints=run", "--files=a.txt", "--words=16"], "a.txt: no passage of 16 words that all models can read (try --words=4)"),
+        (["--checkpoints=run", "--files=a.txt", "--words=3"], "a.txt: no passage of 3 words that all models can read (words are what blanks and punctuation separate)"),
     ],
 )
 def test_refused(tmp_path, capsys, argv, says):

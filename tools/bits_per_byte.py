@@ -160,7 +160,8 @@ def main(argv):
             raise UserError(f"max_tokens={cfg.max_tokens}: {reader.path} is a BERT with {MAX_POSITIONS} positions")
     counts = compare(cfg, readers)
     if not counts["words"]:
-        raise UserError(f"{cfg.files}: no passage of {cfg.words} words that all models can read (try --words=16)")
+        hint = f"try --words={cfg.words // 4}" if cfg.words >= 4 else "words are what blanks and punctuation separate"
+        raise UserError(f"{cfg.files}: no passage of {cfg.words} words that all models can read ({hint})")
     short, unscored = counts["short documents"], counts["passages without"]
     print(
         f"{counts['documents']:,} documents, {counts['words read']:,} words: {counts['words outside']:,} fill no passage "
