@@ -405,10 +405,10 @@ def process_unit(number, unit, cfg, threshold):
 
     # The tokenizer runs in another thread, without the GIL.
     for splits, paths, texts, ids, source_bytes in prefetch(tokenize, batches()):
-        sample = list(corpus_report.passages(paths, texts))
-        examples = most_changed(examples, corpus_report.inspect_changes(stats, sample, tokenizer, special["[UNK]"]))
+        sample, weight = corpus_report.passages(paths, texts)
+        examples = most_changed(examples, corpus_report.inspect_changes(stats, sample, weight, tokenizer, special["[UNK]"]))
         if other:
-            corpus_report.compare(stats, [passage for _, passage in sample], (tokenizer, special), other)
+            corpus_report.compare(stats, sample, weight, (tokenizer, special), other)
         for split, text, tokens in zip(splits, texts, ids):
             stats["tokens read"] += len(tokens)
             words = text.split()

@@ -7,7 +7,7 @@ import unicodedata
 from collections import Counter
 
 from common.options import UserError
-from common.vocabulary import SPACE, changed_characters, encode, letters
+from common.vocabulary import changed_characters, encode, letters
 
 FILL_LENGTHS = (128, 512)  # sequence lengths for which the report says how full samples are
 NUM_LONGEST = 5  # longest documents listed in the report
@@ -27,29 +27,34 @@ def count_broken(stats, path, text):
 
 
 def boundary(text, at):
-    """The first white space from `at` on; if there is none within EXAMPLE_CHARS, where the next letter begins."""
-    if space := SPACE.search(text, at, at + EXAMPLE_CHARS):
-        return space.start()
-    while at < len(text) and unicodedata.category(text[at])[0] == "M":  # accents and vowel signs belong to the letter before
-        at += 1
-    return min(at, len(text))
+    """The last white space up to `at`; if there is none within EXAMPLE_CHARS, where the letter at `at` begins."""
+    space = max(text.rfind(space, max(0, at - EXAMPLE_CHARS), at + 1) for space in " \t\n\r")
+    if space >= 0:
+        return space
+    while at > 0 and unicodedata.category(text[at])[0] == "M":  # accents and vowel signs belong to the letter before
+        at -= 1
+    return at
 
 
 def passages(paths, texts):
-    """(path, passage) for about INSPECT_CHARS of the texts, spread evenly over all of them; if they have no more, all."""
-    step, at = max(1, -(-sum(map(len, texts)) // INSPECT_CHARS)), 0  # of so many passages one; its place in the text
+    """A list of (path, passage), about INSPECT_CHARS of the texts, spread evenly over all of them; and how much text each
+    character stands for: 1 if the texts have no more, for then all of them are in it.
+    """
+    total, sample, skip = sum(map(len, texts)), [], 0
+    step = max(1, -(-total // INSPECT_CHARS))  # each text is cut into passages, and every step-th is taken
     for path, text in zip(paths, texts):
-        while at < len(text):
-            begin = boundary(text, at) if at and step > 1 else at
-            end = boundary(text, begin + EXAMPLE_CHARS)
+        last = (len(text) - 1) // EXAMPLE_CHARS
+        for i in range(skip, last + 1, step):
+            begin = boundary(text, i * EXAMPLE_CHARS)
+            end = boundary(text, (i + 1) * EXAMPLE_CHARS) if i < last else len(text)
             if passage := text[begin:end].strip():
-                yield path, passage
-            at += step * (end - at)
-        at -= len(text)
+                sample.append((path, passage))
+        skip = (skip - last - 1) % step
+    return sample, total / max(1, sum(len(passage) for _, passage in sample)) if step > 1 else 1
 
 
-def inspect_changes(stats, sample, tokenizer, unknown):
-    """Count the characters that normalization changes in a list of (path, passage). Returns the most changed ones:
+def inspect_changes(stats, sample, weight, tokenizer, unknown):
+    """Count the characters that normalization changes in what `passages` returns. Returns the most changed passages:
 
     how many characters are changed or unknown, how many are not ASCII, the passage, what its tokens decode to, its file.
     """
@@ -58,8 +63,8 @@ def inspect_changes(stats, sample, tokenizer, unknown):
     for (path, passage), encoding in zip(sample, encodings):
         changed = changed_characters(tokenizer, passage)
         hidden = sum(end - begin for token, (begin, end) in zip(encoding.ids, encoding.offsets) if token == unknown)
-        stats["letters inspected"] += letters(passage)
-        stats["letters changed"] += changed
+        stats["letters inspected"] += weight * letters(passage)
+        stats["letters changed"] += weight * changed
         found.append((changed + hidden, sum(not character.isascii() for character in passage), passage, encoding.ids, path))
     return [(*counts, text, tokenizer.decode(ids, skip_special_tokens=False), path)
             for *counts, text, ids, path in most_changed(found)]  # fmt: skip
@@ -74,14 +79,15 @@ def most_changed(*examples):
     return [example for _, example in sorted(ranked, key=lambda pair: pair[0])[:NUM_EXAMPLES]]
 
 
-def compare(stats, texts, this, other):
-    """Count the tokens that two tokenizers, each with its special tokens, make of the same texts."""
-    stats["compared words"] += sum(len(text.split()) for text in texts)
-    stats["compared bytes"] += sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+def compare(stats, sample, weight, this, other):
+    """Count the tokens that two tokenizers, each with its special tokens, make of the same `passages`."""
+    texts = [passage for _, passage in sample]
+    stats["compared words"] += weight * sum(len(text.split()) for text in texts)
+    stats["compared bytes"] += weight * sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
     for name, (tokenizer, special) in (("this", this), ("other", other)):
         _, ids = encode(tokenizer, texts)
-        stats[f"compared tokens {name}"] += sum(map(len, ids))
-        stats[f"compared unknown {name}"] += sum(tokens.count(special["[UNK]"]) for tokens in ids)
+        stats[f"compared tokens {name}"] += weight * sum(map(len, ids))
+        stats[f"compared unknown {name}"] += weight * sum(tokens.count(special["[UNK]"]) for tokens in ids)
 
 
 def make_report(stats, longest, examples, cfg, vocab_size, seconds):
@@ -118,7 +124,7 @@ def make_report(stats, longest, examples, cfg, vocab_size, seconds):
         ],
     }
     if cfg.compare_tokenizer:
-        report["compared"] = {"with": cfg.compare_tokenizer, "bytes": stats["compared bytes"]}
+        report["compared"] = {"with": cfg.compare_tokenizer, "bytes": round(stats["compared bytes"])}
         for name in ("this", "other"):
             tokens = max(1, stats[f"compared tokens {name}"])
             report["compared"][name] = {

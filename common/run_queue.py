@@ -91,7 +91,11 @@ def work(directory, runs, make_worker):
                 error.this_rank_only |= worker is not None  # the other ranks do other runs
                 raise
             except torch.AcceleratorError as error:
-                hint = "the same command goes on; with MPS, restart nvidia-cuda-mps-control first: a killed process upsets it"
+                if "out of memory" in str(error):  # of memory that is not PyTorch's own, such as a kernel's
+                    raise torch.OutOfMemoryError(str(error)) from None
+                if "illegal memory access" not in str(error):
+                    raise
+                hint = "with MPS a killed process does that to others: restart nvidia-cuda-mps-control; the same command goes on"
                 raise UserError(f"{run.name}: {str(error).splitlines()[0]} ({hint})", True) from None
         say(text)
 
@@ -151,22 +155,22 @@ def work_in_processes(directory, runs, make_worker, jobs):
             for process in [process for process in alive if process.exitcode is not None]:
                 process.join()
                 alive.remove(process)
-                if process.exitcode == OUT_OF_MEMORY and alive:
-                    print(f"out of GPU memory with {len(alive) + 1} jobs: one ends, and its run is done by another", flush=True)
+                if process.exitcode == OUT_OF_MEMORY:
+                    print(f"out of GPU memory with {len(alive) + 1} jobs: one ends, and leaves its run to the others", flush=True)
                 elif process.exitcode:
                     raise failure(process.exitcode, errors)
     finally:
         for process in processes:
             process.kill()
             process.join()
+    if not all(result(directory, run) for run in runs):  # the last one had no memory, either
+        raise out_of_memory()
 
 
 def failure(status, errors):
     """The exception for a job that ended with this status."""
     if status == -signal.SIGTERM:  # sent to all, and it ended first
         signal.raise_signal(signal.SIGTERM)
-    if status == OUT_OF_MEMORY:
-        return out_of_memory()
     if status < 0 and errors.empty():  # a lost GPU may end a process that way, after it has said so
         return UserError(f"a process was killed by {signal.Signals(-status).name} (out of memory? try a lower --jobs)", True)
     return SystemExit(status) if errors.empty() else errors.get()

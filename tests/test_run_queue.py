@@ -1,5 +1,6 @@
 """Runs shared out among processes: order, locks, resume, and what a run that fails does to the others."""
 
+import atexit
 import dataclasses
 import errno
 import fcntl
@@ -50,11 +51,14 @@ class Worker:
             time.sleep(60)
         if run.name == "large" and multiprocessing.parent_process() and not os.path.exists("alone"):
             open("alone", "w").close()
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            atexit.register(time.sleep, 3)  # ends after the others, which have done all runs by then
+            raise torch.AcceleratorError("CUDA error: out of memory")
         if run.name == "larger":
             raise torch.OutOfMemoryError("CUDA out of memory")
         if run.name == "lost":
             raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nSearch for ...")
+        if run.name == "asserted":
+            raise torch.AcceleratorError("CUDA error: device-side assert triggered")
         self.done.append(run.name)
         log.write(json.dumps({"event": "start", "identity": run.identity}) + "\n")
         log.write(json.dumps({"event": "end", "pid": os.getpid()}) + "\n")
@@ -113,7 +117,7 @@ def test_a_run_that_another_process_holds_is_left_to_it(tmp_path, done, monkeypa
         ("killed", "killed by SIGKILL"),
         ("mistaken", "a mistake (fix it)"),
         ("full", "No space left on device"),
-        ("lost", "lost: CUDA error: an illegal memory access was encountered (the same command goes on"),
+        ("lost", "lost: CUDA error: an illegal memory access was encountered (with MPS a killed process"),
     ],
 )
 def test_a_job_that_fails_ends_all(tmp_path, name, says, capfd):
@@ -128,7 +132,12 @@ def test_a_job_without_memory_leaves_its_run_to_the_others(tmp_path, capfd, monk
     runs = [Run("large"), Run("b"), Run("c")]
     finish("runs", runs, Worker, 2)
     assert all(result("runs", run) for run in runs)
-    assert "out of GPU memory with 2 jobs: one ends, and its run is done by another\n" in capfd.readouterr().out
+    assert "out of GPU memory with " in capfd.readouterr().out
+
+
+def test_a_fault_of_a_kernel_keeps_its_traceback(tmp_path, capfd):
+    with pytest.raises(torch.AcceleratorError, match="device-side assert"):
+        finish(str(tmp_path), [Run("asserted")], Worker, 1)
 
 
 @pytest.mark.parametrize("jobs", [1, 2])

@@ -82,6 +82,18 @@ def test_a_long_text_does_not_hide_what_others_lose(english, capsys):
     assert "lose accents" in capsys.readouterr().out and "đ" in text_report()["decoded"][0]["text"]
 
 
+def test_a_short_batch_counts_as_what_it_is(capsys):
+    """Every batch of 2^20 characters gave as many passages, so 4 % of the text counted as half: 6.5 % instead of 1.1 %."""
+    english, vietnamese = ["a plain word " * 100] * 900, [f"Người nông dân số {i} đã sửa chiếc thuyền." for i in range(1000)]
+    write_texts("a.txt", english)
+    write_texts("b.txt", vietnamese)
+    prepare(source="[ab].txt", val_fraction=0, tokenizer=None, train_tokenizer=500, strip_accents=True)
+    tokenizer = vocabulary.load_tokenizer("out/tokenizer.json")[0]
+    changed = sum(vocabulary.changed_characters(tokenizer, text) for text in vietnamese)
+    true = 100 * changed / sum(map(vocabulary.letters, english + vietnamese))
+    assert true < 1.2 and text_report()["changed_characters_percent"] == pytest.approx(true, rel=0.15)
+
+
 def test_what_is_shown_is_where_a_text_changes_and_ends_between_letters():
     """Beginnings alone were shown, cut after 80 code points: in decomposed text inside a letter, which decoded to [UNK]."""
     line = "Thành phố Huế đã sửa cuốn tiểu thuyết ở chợ. Đội bóng mượn bản đồ cũ. Người nông dân mượn bản đồ."
@@ -97,9 +109,12 @@ def test_what_is_shown_is_where_a_text_changes_and_ends_between_letters():
 def test_passages_are_the_whole_text_or_an_even_sample(monkeypatch, text):
     def found(most):
         monkeypatch.setattr(corpus_report, "INSPECT_CHARS", most)
-        return list(corpus_report.passages("abc", [text, "", text]))
+        sample, weight = corpus_report.passages("abc", [text, "", text])
+        size = sum(len(passage) for _, passage in sample)
+        assert weight == (1 if most == 2**16 or 2 * len(text) <= most else pytest.approx(2 * len(text) / size))
+        return sample
 
-    assert "".join(passage for _, passage in found(2**16)).split() == "".join(2 * [text]).split() or " " in text
+    assert "".join(passage for _, passage in found(2**16)).replace(" ", "") == (2 * text).replace(" ", "")
     assert sum(vocabulary.letters(passage) for _, passage in found(2**16)) == 2 * vocabulary.letters(text)
     few = found(200)
     assert all(passage and len(passage) <= 2 * corpus_report.EXAMPLE_CHARS and passage[0] != "\u0301" for _, passage in few)
