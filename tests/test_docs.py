@@ -389,7 +389,9 @@ def test_equal_minutes_are_what_was_logged():
         assert shown[:2] == [f"${end['dollars']:.2f}", f"{loss:.3f}"]
         assert all(cell in ("", right) for cell, right in zip(shown[2:], cells))
     cpu = text_of(f"results/{folder.name}/weight_decay_cpu.txt")
-    for kind, loss, rms in re.findall(r"^(\w+, weight decay [\d.]+): ([\d.]+), [\d.]+, ([\d.]+)$", cpu, re.MULTILINE):
+    models = re.findall(r"^(\w+, weight decay [\d.]+): ([\d.]+), [\d.]+, ([\d.]+)$", cpu, re.MULTILINE)
+    assert len(models) == 4
+    for kind, loss, rms in models:
         kind = kind.replace("weight decay ", "")
         tuned = {rate: float(score) for rate, score in re.findall(rf"^{kind}, lr (\S+): ([\d.]+),", cpu, re.MULTILINE)}
         (row,) = [line for line in text.splitlines() if line.startswith(f"| {kind} |")]
