@@ -93,7 +93,7 @@ def work(directory, runs, make_worker):
             except torch.AcceleratorError as error:
                 if "out of memory" in str(error):  # of memory that is not PyTorch's own, such as a kernel's
                     raise torch.OutOfMemoryError(str(error)) from None
-                if "illegal memory access" not in str(error):
+                if not any(text in str(error) for text in ("illegal memory access", "previous error during capture")):
                     raise
                 hint = "with MPS a killed process does that to others: restart nvidia-cuda-mps-control; the same command goes on"
                 raise UserError(f"{run.name}: {str(error).splitlines()[0]} ({hint})", True) from None
