@@ -481,7 +481,7 @@ class Worker:
                 metrics[name + suffix] = METRICS[name](predictions, data[split].labels)
             several = run.task.labels and split == run.task.dev_splits[0] and len(np.unique(data[split].labels)) > 1
             if several and len(np.unique(predictions)) == 1:
-                hint = "it has not learned; try a lower --lr, or a longer warm-up"
+                hint = "it has not learned; try a longer warm-up, or another --lr"
                 print(f"warning: {run.name}: predicts {run.task.labels[predictions[0]]!r} for every example ({hint})", flush=True)
             file = f"{run.task.name}{suffix.replace('_matched', '')}.seed{run.seed}.tsv"
             write_predictions(os.path.join(self.cfg.out, "predictions", file), run.task, predictions, data[split])

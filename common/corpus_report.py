@@ -31,8 +31,8 @@ def boundary(text, at):
     space = max(text.rfind(space, max(0, at - EXAMPLE_CHARS), at + 1) for space in " \t\n\r")
     if space >= 0:
         return space
-    while at > 0 and unicodedata.category(text[at])[0] == "M":  # accents and vowel signs belong to the letter before
-        at -= 1
+    while at > 0 and (unicodedata.category(text[at])[0] == "M" or "\u1160" <= text[at] <= "\u11ff"):
+        at -= 1  # accents, vowel signs, and the later parts of a Korean syllable belong to what comes before
     return at
 
 

@@ -1,6 +1,8 @@
 """tools/bits_per_byte.py: the same words for every model, all their tokens scored, and what is refused."""
 
 import math
+import unicodedata
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -78,6 +80,18 @@ def test_command_line(tmp_path, capsys):
     assert lines[1].split() == ["alphabet:", "a", *(f"##{letter}" for letter in "lphabet")] and "bits per byte" in lines[0]
     bits_per_byte.main(["--checkpoints=whole", "--files=a.txt", "--words=6", "--max_tokens=8"])
     assert " 5 passages left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line", ["मैंने किताब पढ़ी बाज़ार में", "Đội bóng mượn đồ cũ", "שָׁלוֹם לְךָ יֶלֶד טוֹב מְאֹד"])
+def test_vowel_signs_and_accents_belong_to_their_words(workplace, line):  # noqa: F811
+    """Each cut a word in two: of 130 Hindi words six pieces were scored, and decomposed text had other words."""
+    for form in ("NFC", "NFD"):
+        write_texts(f"{form}.txt", [unicodedata.normalize(form, f"{line} " * 26)])
+        cfg = bits_per_byte.BitsConfig(files=f"{form}.txt", words=5)
+        passages = list(bits_per_byte.text_passages(cfg, stats := Counter()))
+        assert stats["words read"] == 130 and len(passages) == 26
+        assert {text for text, _ in passages} == {unicodedata.normalize("NFC", line)}
+        assert [text[a:b] for text, words in passages[:1] for a, b in words] == unicodedata.normalize("NFC", line).split()
 
 
 def test_every_word_is_in_a_passage_or_counted(tmp_path, capsys):

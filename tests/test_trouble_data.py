@@ -101,6 +101,9 @@ def test_what_is_shown_is_where_a_text_changes_and_ends_between_letters():
     assert text_report()["unknown_percent"] == 0
     assert not [example for example in text_report()["decoded"] if "[UNK]" in example["tokens"]]
     shutil.rmtree("out")
+    train([unicodedata.normalize("NFD", f"{'먹었다있' * i}!") for i in range(1, 40)])  # no blanks to cut at
+    assert not [example for example in text_report()["decoded"] if "[UNK]" in example["tokens"]]
+    shutil.rmtree("out")
     train(["plain words without any accent " * 6 + "déjà vu là-bas"] * 20, strip_accents=True)
     assert "déjà" in text_report()["decoded"][0]["text"] and "deja" in text_report()["decoded"][0]["tokens"]
 

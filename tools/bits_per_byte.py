@@ -4,13 +4,15 @@
 
 Losses per token are not comparable across vocabularies. Here every model reads the same passages with the same
 whole words masked: each token of a masked word becomes [MASK], and the model pays for all of them. The score is the sum
-of -log2 p over the UTF-8 bytes of the masked words. A hash of the text chooses the words.
+of -log2 p over the UTF-8 bytes of the masked words. A hash of the text, which is composed (NFC), chooses the words.
 
 Read next: checkpoint.py, for the models it reads
 """
 
 import math
 import re
+import sys
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
@@ -30,7 +32,8 @@ from data import hash64
 from model import MAX_POSITIONS
 
 BATCH_PASSAGES = 64
-WORD = re.compile(r"\w+")  # letters, digits and underscores: masked as a whole
+MARKS = "".join(c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c)[0] == "M")  # accents, vowel signs
+WORD = re.compile(rf"[\w{MARKS}]+")  # letters with their marks, digits and underscores: masked as a whole
 
 
 @dataclass
@@ -96,6 +99,7 @@ def text_passages(cfg, stats):
         for text in documents(segment, cfg, stats):
             if is_blank(text):  # no document for prepare_c4.py either
                 continue
+            text = unicodedata.normalize("NFC", text)
             words = [match.span() for match in WORD.finditer(text)]
             stats["documents"] += 1
             stats["words read"] += len(words)
