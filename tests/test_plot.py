@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from common.glue import GLUE_TASKS
 from tools import plot
 from tools.figures import glue, reading
 
@@ -216,6 +217,29 @@ def test_bars_of_a_part_of_the_data_say_so():
     figure = plot.plot_glue(plot.PlotConfig(glue=files), pyplot)
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
     assert texts == ["fast", "qqp_subset (QQP: 6 % of the training data)"]
+    pyplot.close(figure)
+
+
+def test_marks_of_parts_fit_into_the_figure(tmp_path):
+    """Titles ran into each other and off the right edge, and a legend in one line made a figure 31 inches wide."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    tasks = {
+        name: {"scores": [50.0], "score": 50.0, "score_ci95": None, "train_examples": 200, "dev_examples": 100, "metrics": {}}
+        for name in GLUE_TASKS
+    }
+    path = Path(write_results(tmp_path / "run"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tasks": tasks}))
+    figure = plot.plot_pareto(plot.PlotConfig(pareto=str(path), tasks=True), pyplot)
+    figure.canvas.draw()
+    boxes = [axes.title.get_window_extent() for axes in figure.axes if axes.get_title()]
+    assert len(boxes) == 9 and not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert all(0 <= box.x0 and box.x1 <= figure.bbox.width and box.y1 <= figure.bbox.height for box in boxes)
+    pyplot.close(figure)
+    figure = plot.plot_glue(plot.PlotConfig(glue=str(path)), pyplot)
+    figure.canvas.draw()
+    legend = figure.legends[0].get_window_extent()
+    assert figure.get_figwidth() < 12 and 0 <= legend.x0 and legend.x1 <= figure.bbox.width
+    assert legend.y1 <= min(axes.get_tightbbox().y0 for axes in figure.axes)
     pyplot.close(figure)
 
 

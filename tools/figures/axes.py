@@ -87,10 +87,11 @@ def legend_below(figure, *panels):
         for handle, label in zip(*axes.get_legend_handles_labels()):
             named.setdefault(label, handle)
     labels, handles = list(named), list(named.values())
-    inches = 0.7 + 0.075 * max(map(len, labels), default=0)  # of the longest label with its marker
+    lines = [label.splitlines() or [""] for label in labels]
+    inches = 0.7 + 0.075 * max((len(line) for label in lines for line in label), default=0)  # of the longest with its marker
     figure.set_figwidth(max(figure.get_figwidth(), inches))
     columns = min(int(figure.get_figwidth() / inches), len(labels))
-    figure.set_figheight(figure.get_figheight() + 0.2 * math.ceil(len(labels) / columns))
+    figure.set_figheight(figure.get_figheight() + 0.2 * math.ceil(len(labels) / columns) * max(map(len, lines), default=0))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize="small")
 
 

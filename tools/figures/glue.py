@@ -2,6 +2,7 @@
 
 import math
 import os
+import textwrap
 
 from common.glue import part_of
 from common.options import UserError
@@ -129,10 +130,12 @@ def plot_pareto(cfg, pyplot):
         y = "score" if tasks else "held-out loss, 15 % masked (nats)"
         title = "\n".join(marked(task, common) for task in tasks)
         finish(axes, f"{x_label(x, devices)} of pretraining", y, title, log=10)
+        if any(common[task] for task in tasks):  # a long title
+            axes.title.set_fontsize("small")
     for axes, (name, tasks) in zip(grid.flat, over):
         partial = [marked(task, common) for task in tasks if common[task]]
         name = name if len(over) > 1 else f"mean of {len(tasks)} tasks"
-        axes.set_title("\n".join([name, *partial]) if len(panels) > 1 or partial else "")
+        axes.set_title("\n".join([name, *partial]) if len(panels) > 1 or partial else "", fontsize="small" if partial else None)
         if len(panels) == 1:
             axes.set_ylabel(f"mean of {', '.join(TASK_NAMES[task] for task in tasks)}")
     if x_label(x, devices).startswith("GPU"):
@@ -173,7 +176,7 @@ def plot_glue(cfg, pyplot):
     figure, axes = pyplot.subplots(figsize=(width, 4.0), layout="constrained")
     for i, (label, tasks) in enumerate(zip(labels, results)):
         parts = [f"{TASK_NAMES[name]}: {part}" for name in names if name in tasks and (part := part_of(name, tasks[name]))]
-        label = f"{label} ({'; '.join(parts)})" if parts else label
+        label = textwrap.fill(f"{label} ({'; '.join(parts)})", int(14 * width)) if parts else label
         places = [place for place, name in enumerate(names) if name in tasks]
         scores = [tasks[names[place]]["score"] for place in places]
         spreads = [tasks[names[place]]["score_ci95"] for place in places]  # None for a single seed
