@@ -110,6 +110,7 @@ class GlueConfig(FineTuneConfig):
             task, colon, count = part.partition(":")
             if colon and not (count.isdecimal() and int(count)):
                 raise UserError(f"tasks={self.tasks}: {part!r} is not TASK:SEEDS (such as sst2:1)")
+            task = task.lower().replace("-", "")  # SST-2, as GLUE's folders are called
             counts[task] = int(count) if colon else self.seeds
         return counts
 

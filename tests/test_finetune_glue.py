@@ -266,9 +266,14 @@ def test_positions_that_were_never_trained(tmp_path, capsys, model, config, opti
 
 def test_a_task_may_have_its_own_number_of_seeds(pretrained, tmp_path):
     data = write_glue(tmp_path / "data", ("cola", "rte"))
-    results = suite(pretrained, data, tmp_path / "out", "--tasks=cola:1,rte")
+    results = suite(pretrained, data, tmp_path / "out", "--tasks=CoLA:1,rte")
     assert {name: len(task["scores"]) for name, task in results["tasks"].items()} == {"cola": 1, "rte": 2}
     assert results["tasks"]["cola"]["seeds"] == [19] and results["pretraining"]["budget_minutes"] == 0
+
+
+def test_tasks_may_be_called_as_their_folders():
+    tasks = GlueConfig(checkpoint="run", out="out", tasks=",".join(task.folder for task in GLUE_TASKS.values())).seeds_of_tasks()
+    assert list(tasks) == list(GLUE_TASKS)
 
 
 def test_tasks_start_from_the_mnli_weights(pretrained, tmp_path, monkeypatch):
