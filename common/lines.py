@@ -188,6 +188,7 @@ def skip_or_fail(cfg, stats, text, needed=False):
         raise UserError(text)
     if stats["bad lines"] >= cfg.skip_bad_lines:
         reason = f"{text[:-1]}; " if text.endswith(")") else f"{text} ("
+        reason += f"already skipped: {stats['bad lines']:,}; " if stats["bad lines"] else ""
         raise UserError(f"{reason}--skip_bad_lines={max(100, 2 * cfg.skip_bad_lines)} skips such lines)")
     stats["bad lines"] += 1
     stats[f"skipped {text}"] += 1

@@ -130,6 +130,7 @@ def test_refused(tmp_path, capsys, argv, says):
     with pytest.raises(SystemExit) as stopped:
         bits_per_byte.main(argv)
     error = capsys.readouterr().err
+    assert ("already skipped: 1; --skip_bad_lines=100" in error) == ("--skip_bad_lines=1" in argv)
     assert stopped.value.code == 2 and error.startswith(f"error: {says}") and error.count("\n") == 1
 
 
