@@ -7,7 +7,7 @@ import unicodedata
 from collections import Counter
 
 from common.options import UserError
-from common.vocabulary import changed_characters, encode, letters
+from common.vocabulary import changed_characters, encode, hidden_characters, letters
 
 FILL_LENGTHS = (128, 512)  # sequence lengths for which the report says how full samples are
 NUM_LONGEST = 5  # longest documents listed in the report
@@ -61,8 +61,7 @@ def inspect_changes(stats, sample, weight, tokenizer, unknown):
     found = []
     encodings = tokenizer.encode_batch([passage for _, passage in sample], add_special_tokens=False)
     for (path, passage), encoding in zip(sample, encodings):
-        changed = changed_characters(tokenizer, passage)
-        hidden = sum(end - begin for token, (begin, end) in zip(encoding.ids, encoding.offsets) if token == unknown)
+        changed, hidden = changed_characters(tokenizer, passage), hidden_characters(encoding, unknown)
         stats["letters inspected"] += weight * letters(passage)
         stats["letters changed"] += weight * changed
         found.append((changed + hidden, sum(not character.isascii() for character in passage), passage, encoding.ids, path))

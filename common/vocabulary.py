@@ -383,12 +383,12 @@ def letters(text):
 def unknown_characters(tokenizer, text, unknown):
     """How many characters of a text are hidden by tokens with the id `unknown`."""
     encodings = tokenizer.encode_batch(list(parts(text)), add_special_tokens=False)
-    return sum(
-        end - begin
-        for encoding in encodings
-        for token, (begin, end) in zip(encoding.ids, encoding.offsets)
-        if token == unknown
-    )
+    return sum(hidden_characters(encoding, unknown) for encoding in encodings)
+
+
+def hidden_characters(encoding, unknown):
+    """The same of a text that is encoded already."""
+    return sum(end - begin for token, (begin, end) in zip(encoding.ids, encoding.offsets) if token == unknown)
 
 
 def changed_characters(tokenizer, text):

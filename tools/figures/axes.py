@@ -87,7 +87,7 @@ def legend_below(figure, *panels):
         for handle, label in zip(*axes.get_legend_handles_labels()):
             named.setdefault(label, handle)
     labels, handles = list(named), list(named.values())
-    lines = [label.splitlines() or [""] for label in labels]
+    lines = [label.split("\n") for label in labels]
     inches = 0.7 + 0.075 * max((len(line) for label in lines for line in label), default=0)  # of the longest with its marker
     figure.set_figwidth(max(figure.get_figwidth(), inches))
     columns = min(int(figure.get_figwidth() / inches), len(labels))

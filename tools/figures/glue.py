@@ -130,14 +130,15 @@ def plot_pareto(cfg, pyplot):
         y = "score" if tasks else "held-out loss, 15 % masked (nats)"
         title = "\n".join(marked(task, common) for task in tasks)
         finish(axes, f"{x_label(x, devices)} of pretraining", y, title, log=10)
-        if any(common[task] for task in tasks):  # a long title
-            axes.title.set_fontsize("small")
     for axes, (name, tasks) in zip(grid.flat, over):
         partial = [marked(task, common) for task in tasks if common[task]]
         name = name if len(over) > 1 else f"mean of {len(tasks)} tasks"
-        axes.set_title("\n".join([name, *partial]) if len(panels) > 1 or partial else "", fontsize="small" if partial else None)
+        axes.set_title("\n".join([name, *partial]) if len(panels) > 1 or partial else "")
         if len(panels) == 1:
             axes.set_ylabel(f"mean of {', '.join(TASK_NAMES[task] for task in tasks)}")
+    for axes, tasks in zip(grid.flat, panels):
+        if any(common[task] for task in tasks):  # marks make a title long
+            axes.title.set_fontsize("small")
     if x_label(x, devices).startswith("GPU"):
         add_dollars(grid[0, 0], x, found.values())
     for axes in grid.flat[len(panels) :]:
